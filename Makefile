@@ -1,0 +1,122 @@
+# `make` lists the targets. Everything is installed into .venv, which is made with $(PYTHON).
+# A PYTHON given by you that already has torch is used as it is instead: nothing is downloaded,
+# and only this package is installed into it.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# The CPU build of torch comes without Triton, whose interpreter the tests use; this one pairs with
+# the torch above.
+TRITON ?= triton==3.7.1
+VENV := .venv
+export SENET_KERNELS_BUILD ?= auto
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+# `time` ends every stage with a line of this form.
+export TIMEFORMAT := <== %1R s
+PIP := -m pip --disable-pip-version-check install -qq
+
+CSRC := $(shell find csrc -type f 2>/dev/null)
+CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC))
+STAMPS := $(VENV)/stamps
+
+GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
+ifneq ($(and $(GIVEN),$(shell $(PYTHON) -c 'import torch; print(1)' 2>/dev/null)),)
+PY := $(PYTHON)
+READY_BENCH := given-python
+READY_TEST := given-python
+else
+PY := $(VENV)/bin/python
+READY_BENCH := $(STAMPS)/bench
+READY_TEST := $(STAMPS)/test
+endif
+
+.PHONY: help bench build test test-all lint format clean given-python FORCE
+
+help:  ## this list
+	@echo 'Targets:'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1\t/p' Makefile | expand -t 14
+	@echo 'Variables:'
+	@echo '  PYTHON=...  interpreter for $(VENV); one that has torch is used directly'
+	@echo '  TORCH=...   what pip installs as torch (default $(TORCH))'
+	@echo '  ARGS=...    arguments for the benchmarks or for pytest'
+	@echo '  SENET_KERNELS_BUILD=auto|python|cpu|cuda, see setup.py'
+
+bench: $(READY_BENCH)  ## install what is needed, run the benchmarks
+	@echo '==> benchmarks'; time $(PY) -m benchmarks $(ARGS)
+
+test: $(READY_TEST)  ## lint, and the tests that need no GPU and no patience
+	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \
+	else echo '==> lint: left out, see above'; fi
+	@echo '==> tests'; time $(PY) -m pytest -m 'not slow and not gpu' $(ARGS)
+
+test-all: $(READY_TEST)  ## all tests, the slow ones and those for a GPU too
+	@echo '==> all tests'; time $(PY) -m pytest $(ARGS)
+
+lint: $(READY_TEST)  ## style and types
+	@echo '==> lint'; time { \
+	  $(PY) -m ruff check .; \
+	  $(PY) -m ruff format --check .; \
+	  $(PY) -m mypy; \
+	  $(if $(CPP_FILES),$(CLANG_FORMAT) --dry-run --Werror $(CPP_FILES)); }
+
+format: $(READY_TEST)  ## rewrite the sources in the project's style
+	@echo '==> format'; time { \
+	  $(PY) -m ruff check --fix-only .; \
+	  $(PY) -m ruff format .; \
+	  $(if $(CPP_FILES),$(CLANG_FORMAT) -i $(CPP_FILES)); }
+
+build: $(READY_TEST)  ## compile the native library in place
+
+clean:  ## remove all that was built ($(VENV) keeps torch)
+	rm -rf build dist *.egg-info senet_kernels/_native*.so senet_kernels/_build.json
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f $(STAMPS)/bench $(STAMPS)/test
+
+# The module has no __main__, and its script need not be on PATH.
+CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
+
+# Succeeds if all the modules $(1) are there, otherwise names those that are not.
+define missing
+$(PY) -c 'import sys; from importlib.util import find_spec as f; \
+m = [n for n in sys.argv[1:] if not f(n)]; \
+m and print("    not installed:", *m); sys.exit(bool(m))' $(1)
+endef
+
+$(STAMPS)/venv:
+	@echo '==> $(VENV)'; time { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed")'; \
+	  $(PYTHON) -m venv $(VENV); mkdir -p $(STAMPS); touch $@; }
+
+# Without an NVIDIA driver the CPU build will do, which spares gigabytes of CUDA libraries. If its
+# index cannot be reached, then PyPI has to serve.
+$(STAMPS)/torch: $(STAMPS)/venv
+	@echo '==> $(TORCH)'; time { \
+	  if $(PY) -c 'import torch' 2>/dev/null; then echo '    already there'; \
+	  elif ! command -v nvidia-smi >/dev/null && $(PY) $(PIP) --retries 0 --timeout 10 \
+	    --index-url https://download.pytorch.org/whl/cpu \
+	    --extra-index-url https://pypi.org/simple '$(TORCH)' 2>/dev/null; then :; \
+	  else $(PY) $(PIP) '$(TORCH)'; fi; \
+	  $(PY) $(PIP) 'setuptools>=77' ninja; touch $@; }
+
+# Changes whenever the choice of what to build does.
+$(STAMPS)/choice: FORCE | $(STAMPS)/venv
+	@new='$(SENET_KERNELS_BUILD)|$(SENET_KERNELS_CXXFLAGS)|$(SENET_KERNELS_WERROR)|$(CXX)'; \
+	  [[ "$$(cat $@ 2>/dev/null)" == "$$new" ]] || echo "$$new" > $@
+
+SOURCES := pyproject.toml setup.py senet_kernels/_version.py $(CSRC)
+
+$(STAMPS)/bench: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
+	@echo '==> senet_kernels[bench], native: $(SENET_KERNELS_BUILD)'; time { \
+	  $(PY) $(PIP) --no-build-isolation -e '.[bench]'; cat senet_kernels/_build.json; touch $@; }
+
+$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
+	@echo '==> senet_kernels[test,lint], native: $(SENET_KERNELS_BUILD)'; time { \
+	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint]' "$(TRITON); sys_platform == 'linux'"; \
+	  cat senet_kernels/_build.json; touch $@; }
+
+given-python:
+	@echo '==> senet_kernels into $(PYTHON), native: $(SENET_KERNELS_BUILD)'; time { \
+	  $(PY) $(PIP) --no-deps --no-build-isolation -e .; cat senet_kernels/_build.json; \
+	  $(call missing,matplotlib numpy pytest pytest_benchmark rich tqdm hypothesis triton) || \
+	    echo "    some targets or reports may need them: $(PYTHON) -m pip install ..."; }

@@ -1,0 +1,39 @@
+"""What torch.compile costs a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+COMPILE_SHARE = 0.5  # of the budget; the rest is for checks and timing
+
+
+@dataclass
+class CompileAccount:
+    """Seconds and graphs torch.compile has cost so far, and whether another case fits."""
+
+    budget: float  # 0: no limit
+    seconds: float = 0.0
+    cases: int = 0
+    last: float = 0.0
+    broken: str | None = None  # once it has failed, every case would fail again, slowly
+
+    def refuse(self) -> str | None:
+        if self.broken:
+            return self.broken
+        limit = COMPILE_SHARE * self.budget
+        if self.budget and self.seconds + self.last > limit:
+            return f"compile time budget of {limit:.0f} s spent"
+        return None
+
+    def spend(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.cases += 1
+        # the first includes imports and precompiled headers, which no other case pays again
+        self.last = min(seconds, 6.0)
+
+
+def graphs_so_far() -> int:
+    """Graphs Dynamo has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -1,0 +1,85 @@
+"""What a record must say about where it was made. No host names, no paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else platform.machine()
+
+
+def _compiler() -> str | None:
+    """First line of the C++ compiler's version: what torch.compile builds with."""
+    path = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    text = _run(path, "--version") if path else None
+    return text.splitlines()[0] if text else None
+
+
+def _torch_compiler() -> str | None:
+    found = re.search(r"^\s*-\s*((?:GCC|Clang|MSVC)\b.*)$", torch.__config__.show(), re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _fused() -> dict[str, str | None]:
+    try:
+        import senet_kernels
+    except ImportError:
+        return {"version": None}
+    return {"version": getattr(senet_kernels, "__version__", None)}
+
+
+def stamp(device: torch.device) -> dict[str, object]:
+    """Environment of this run, ready for JSON."""
+    commit = _run("git", "rev-parse", "HEAD")
+    changed = _run("git", "status", "--porcelain", "--untracked-files=no") if commit else None
+    out: dict[str, object] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "uncommitted_changes": None if changed is None else bool(changed),
+        "senet_kernels": _fused(),
+        "torch": torch.__version__,
+        "torch_built_with": _torch_compiler(),
+        "cxx": _compiler(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "device": "cpu",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        out |= {
+            "device": properties.name,
+            "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}",
+            "l2_bytes": properties.L2_cache_size,
+            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return out

@@ -1,0 +1,223 @@
+"""Who computes: eager PyTorch as users write it, torch.compile, the fused backends, and a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .problem import DTYPES, FORWARD, TRAINING, Problem
+from .workloads import Layer
+
+Call = Callable[[int], Any]  # argument: which copy of the buffers to use
+
+BASELINES = ("eager-conv", "eager-linear", "compile")
+FUSED = ("native", "triton")
+LIMIT = "clone"
+
+# In place where the networks themselves do it (activation after fc1, the step after the block).
+_ACTIVATION: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda t: t,
+    "relu": lambda t: F.relu(t, inplace=True),
+    "relu6": lambda t: F.relu6(t, inplace=True),
+    "silu": lambda t: F.silu(t, inplace=True),
+    "hardswish": lambda t: F.hardswish(t, inplace=True),
+}
+_GATE = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+_BEFORE: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda t: t,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+}
+
+
+class _Block(nn.Module):
+    """Parameters of one layer: 1x1 convolutions as in timm, or linear layers."""
+
+    def __init__(self, problem: Problem, *, linear: bool = False) -> None:
+        super().__init__()
+        case = problem.case
+        self.layer: Layer = case.layer
+        self.linear = linear
+        for name, weight, bias in (("fc1", "w1", "b1"), ("fc2", "w2", "b2")):
+            if weight in problem.weights:
+                value = problem.weights[weight]
+                rows, columns = value.shape
+                unit = nn.Linear(columns, rows) if linear else nn.Conv2d(columns, rows, 1)
+                unit = unit.to(value.device, DTYPES[case.dtype])
+                with torch.no_grad():
+                    unit.weight.copy_(value.reshape(unit.weight.shape))
+                    unit.bias.copy_(problem.weights[bias])
+                setattr(self, name, unit)
+        if case.layout == "channels_last":  # what model.to(memory_format=...) does to the weights
+            self.to(memory_format=torch.channels_last)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        rename = {"fc1.weight": "w1", "fc1.bias": "b1", "fc2.weight": "w2", "fc2.bias": "b2"}
+        return {rename[name]: parameter for name, parameter in self.named_parameters()}
+
+
+class EagerSE(_Block):
+    """timm's form: mean, fc1, act, fc2, gate, product; ``linear`` swaps the 1x1 convolutions."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        layer = self.layer
+        p = _BEFORE[layer.before](x)
+        z = p.mean((2, 3), keepdim=not self.linear)
+        u = self.fc2(z if layer.hidden is None else _ACTIVATION[layer.activation](self.fc1(z)))
+        if self.linear:
+            u = u[:, :, None, None]
+        if layer.shift:
+            scale, shift = u.chunk(2, dim=1)
+            y = p * _GATE[layer.gate](scale) + shift
+        else:
+            y = p * _GATE[layer.gate](u)
+        if residual is not None:
+            y += residual
+        return _ACTIVATION[layer.after](y)
+
+
+class FusedSE(_Block):
+    """The same parameters through ``senet_kernels.squeeze_excite`` with one backend."""
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        super().__init__(problem)
+        from senet_kernels import squeeze_excite
+
+        self.function = squeeze_excite
+        self.backend = backend
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        layer = self.layer
+        single = layer.hidden is None
+        return self.function(
+            x,
+            None if single else self.fc1.weight,
+            None if single else self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            activation=layer.activation,
+            gate=layer.gate,
+            before=layer.before,
+            after=layer.after,
+            residual=residual,
+            backend=self.backend,
+        )
+
+
+class Clone(_Block):
+    """The limit: one read and one write of x, in its own layout."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return x.clone()
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A named way to compute a layer."""
+
+    name: str
+    build: Callable[[Problem], nn.Module]
+
+    @property
+    def fused(self) -> bool:
+        return self.name not in (*BASELINES, LIMIT)
+
+
+def make_provider(name: str) -> Provider:
+    """Provider by name; any name that is no baseline is a backend of senet_kernels."""
+    if name == "eager-conv":
+        return Provider(name, EagerSE)
+    if name == "eager-linear":
+        return Provider(name, lambda problem: EagerSE(problem, linear=True))
+    if name == "compile":
+        return Provider(name, lambda problem: torch.compile(EagerSE(problem), dynamic=False))
+    if name == LIMIT:
+        return Provider(name, Clone)
+    return Provider(name, lambda problem: FusedSE(problem, name))
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why a fused backend cannot run here, found by one tiny call; None where it can."""
+    try:
+        import senet_kernels
+
+        x = torch.ones(1, 16, 4, 4, device=device)
+        w = torch.ones(16, 16, device=device)
+        b = torch.ones(16, device=device)
+        senet_kernels.squeeze_excite(x, w, b, w, b, backend=name)
+    except Exception as error:  # whatever a missing compiler, driver or library raises
+        return one_line(error)
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return shorten(f"{type(error).__name__}: {lines[0] if lines else ''}", 240)
+
+
+def chosen_backend(problem: Problem) -> str | None:
+    """What senet_kernels picks by itself for this case, for the record."""
+    try:
+        import senet_kernels
+    except ImportError:
+        return None
+    layer, weights = problem.case.layer, problem.weights
+    try:
+        return senet_kernels.explain(
+            problem.x[0],
+            weights.get("w1"),
+            weights.get("b1"),
+            weights["w2"],
+            weights["b2"],
+            activation=layer.activation,
+            gate=layer.gate,
+            before=layer.before,
+            after=layer.after,
+            residual=problem.residual[0],
+        ).backend
+    except (TypeError, ValueError) as error:
+        return one_line(error)
+
+
+def make_call(module: nn.Module, problem: Problem, mode: str) -> Call:
+    """A function of the buffer index that does one step of ``mode``.
+
+    The caller sets the grad mode: forward runs under ``no_grad``.
+    """
+    block = getattr(module, "_orig_mod", module)  # torch.compile wraps
+    residual = problem.residual
+    if mode == FORWARD or isinstance(block, Clone):
+        xs = problem.x
+        return lambda i: module(xs[i], residual[i])
+
+    leaves = [x.detach().requires_grad_() for x in problem.x]
+    added = [None if r is None else r.detach().requires_grad_() for r in residual]
+    if mode != TRAINING:
+        return lambda i: module(leaves[i], added[i])
+
+    weights = list(block.parameters())
+    dy = problem.dy
+
+    def step(i: int) -> tuple[Tensor, ...]:
+        inputs = [leaves[i], *weights] if added[i] is None else [leaves[i], added[i], *weights]
+        y = module(leaves[i], added[i])
+        return (y, *torch.autograd.grad(y, inputs, dy[i]))
+
+    return step
+
+
+def results(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
+    """Output and gradients by the oracle's names, from one training step on the first buffers."""
+    block = getattr(module, "_orig_mod", module)
+    names = ["y", "x", *(["residual"] if problem.residual[0] is not None else [])]
+    names += list(block.named_weights())
+    return dict(zip(names, make_call(module, problem, TRAINING)(0), strict=True))

@@ -1,0 +1,168 @@
+"""Rows of the summary, computed from a record and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .providers import BASELINES
+from .stats import geomean
+
+Record = dict[str, Any]
+Entry = dict[str, Any]  # of record['results']
+LOSS = 0.95  # slower than a baseline by more than 5 %
+
+SHORT_LAYOUT = {"contiguous": "NCHW", "channels_last": "NHWC"}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A geometric mean over the layers that have the figure, ``of`` how many."""
+
+    value: float
+    layers: int
+    of: int
+    wrong: bool = False
+
+    def text(self, suffix: str = "x") -> str:
+        if self.wrong:
+            return "wrong"
+        if not self.layers:
+            return "n/a"
+        partial = "" if self.layers == self.of else f" ({self.layers}/{self.of})"
+        return f"{self.value:.2f}{suffix}{partial}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a contender on the layers of one network, in one layout and mode."""
+
+    network: str
+    contender: str
+    dtype: str
+    batch: int
+    layout: str
+    mode: str
+    layers: int
+    speedup: dict[str, Mean]  # over each baseline
+    over_limit: Mean
+    worst: tuple[str, float] | None  # layer and speed-up over the first baseline
+
+
+def metric_of(record: Record) -> str:
+    """``device`` where device times were taken, else ``wall``."""
+    entries = [*record["results"], *record["small_call"]]
+    return "device" if any(entry.get("speedup", {}).get("device") for entry in entries) else "wall"
+
+
+def _figure(entry: Entry, metric: str, contender: str, baseline: str) -> float | None:
+    speedups = entry.get("speedup", {}).get(metric, {})
+    return speedups.get(contender, {}).get(baseline, {}).get("ratio")
+
+
+def _over_limit(entry: Entry, metric: str, name: str) -> float | None:
+    return entry["providers"].get(name, {}).get(metric, {}).get("over_limit")
+
+
+def _mean(values: Iterable[float | None], *, wrong: bool) -> Mean:
+    every = list(values)
+    present = [value for value in every if value is not None]
+    return Mean(geomean(present), len(present), len(every), wrong)
+
+
+def make_row(
+    entries: list[Entry], network: str, contender: str, baselines: list[str], metric: str
+) -> Row:
+    """Geometric means over ``entries``, which share dtype, batch and mode."""
+    first = entries[0]
+    layouts = list(dict.fromkeys(entry["layout"] for entry in entries))
+
+    def wrong(*names: str) -> bool:
+        got = [e["providers"].get(name, {}).get("status") for e in entries for name in names]
+        return "wrong" in got
+
+    head = baselines[0] if baselines else ""
+    figures = [(e["layer"], _figure(e, metric, contender, head)) for e in entries]
+    known = [(layer, value) for layer, value in figures if value is not None]
+    return Row(
+        network=network,
+        contender=contender,
+        dtype=first["dtype"],
+        batch=first["batch"],
+        layout=SHORT_LAYOUT[layouts[0]] if len(layouts) == 1 else "both",
+        mode=first["mode"],
+        layers=len({entry["layer"] for entry in entries}),
+        speedup={
+            name: _mean(
+                (_figure(e, metric, contender, name) for e in entries),
+                wrong=wrong(contender, name),
+            )
+            for name in baselines
+        },
+        over_limit=_mean(
+            (_over_limit(e, metric, contender) for e in entries), wrong=wrong(contender)
+        ),
+        worst=min(known, key=lambda pair: pair[1]) if known and not wrong(contender) else None,
+    )
+
+
+def baselines_of(record: Record, contender: str) -> list[str]:
+    return [name for name in BASELINES if name in record["providers"] and name != contender]
+
+
+def rows(record: Record, mode: str) -> Iterator[Row]:
+    """One row per contender, dtype, batch, network and layout; an overall row ends each block."""
+    metric = metric_of(record)
+    entries = [entry for entry in record["results"] if entry["mode"] == mode]
+    blocks = dict.fromkeys((entry["dtype"], entry["batch"]) for entry in entries)
+    for contender in record["contenders"]:
+        baselines = baselines_of(record, contender)
+        for dtype, batch in blocks:
+            block = [e for e in entries if (e["dtype"], e["batch"]) == (dtype, batch)]
+            for network in record["networks"]:
+                names = {layer["layer"] for layer in network["layers"]}
+                for layout in SHORT_LAYOUT:
+                    own = [e for e in block if e["layer"] in names and e["layout"] == layout]
+                    if own:
+                        yield make_row(own, network["network"], contender, baselines, metric)
+            yield make_row(block, "all layers", contender, baselines, metric)
+
+
+def losses(record: Record) -> list[tuple[str, str, Entry, dict[str, float]]]:
+    """(contender, baseline, entry, speed-up) wherever a contender loses by more than 5 %."""
+    metric = metric_of(record)
+    found = [
+        (contender, baseline, entry, figure)
+        for entry in [*record["results"], *record["small_call"]]
+        for contender, over in entry.get("speedup", {}).get(metric, {}).items()
+        for baseline, figure in over.items()
+        if figure["ratio"] < LOSS
+    ]
+    return sorted(found, key=lambda item: item[3]["ratio"])
+
+
+def disturbed(record: Record) -> tuple[int, int]:
+    """How many measurements ran while other processes kept a fifth of a core busy, of how many."""
+    entries = [*record["results"], *record["small_call"]]
+    known = [load for e in entries if (load := e.get("cores_busy_elsewhere")) is not None]
+    return sum(load > 0.2 for load in known), len(entries)
+
+
+def missing(record: Record) -> dict[tuple[str, str, str], int]:
+    """(provider, status, reason) of what has no figure, and on how many measurements."""
+    found: dict[tuple[str, str, str], int] = {}
+    for name, reason in record["unavailable"].items():
+        found[name, "n/a", reason] = 0
+    for entry in [*record["results"], *record["small_call"]]:
+        for name, status in entry["providers"].items():
+            if status["status"] != "ok":
+                key = (name, status["status"], status.get("reason", ""))
+                found[key] = found.get(key, 0) + 1
+    return found
+
+
+def microseconds(entry: Entry, metric: str, name: str) -> float:
+    """Median of a provider, NaN where there is none."""
+    return entry["providers"].get(name, {}).get(metric, {}).get("median_us", math.nan)

@@ -1,0 +1,281 @@
+// The backward pass. With m = dy after'(pre):
+//   ds = sum of m p, dshift = sum of m                 one read of dy and x
+//   du = [beta ds gate'(u), dshift], dh = (W2^T du) activation'(h), dz = W1^T dh
+//   dx = (m scale + dz / S) before'(x)                 a second read; of dy alone in plain SE
+// and the parameters' gradients as sums over images of outer products, in a fixed order.
+#pragma once
+
+#include "plan.h"
+
+namespace senet {
+namespace SENET_ISA {
+namespace {
+
+template <class T, Fn kBefore, bool kPlain>
+class BackwardPass {
+  using A = Acc<T>;
+
+ public:
+  BackwardPass(const BackwardArgs& args, const Runtime& runtime)
+      : a_(args), s_(args.shape), runtime_(runtime),
+        plan_(make_plan(s_, 2 * sizeof(T), args.parameters.dtype == DType::f32 ? 4 : sizeof(T),
+                        runtime.threads)),
+        has_shift_(s_.outputs > s_.channels), width_(has_shift_ ? 2 * s_.channels : s_.channels) {
+    const int64_t images = std::max<int64_t>(plan_.threads, plan_.group);
+    const int64_t slices = images * plan_.threads;
+    Carver<A> carver;
+    // For every image, since the parameters' gradients want them at the end.
+    const int64_t ds = carver.reserve(s_.batch * s_.channels);
+    const int64_t gates = carver.reserve(s_.batch * s_.channels);
+    const int64_t du = carver.reserve(s_.batch * s_.outputs);
+    const int64_t dh = carver.reserve(s_.batch * s_.hidden);
+    const int64_t hidden = carver.reserve(s_.batch * s_.hidden);
+    // For the images in progress.
+    const int64_t scale = carver.reserve(images * s_.channels);
+    const int64_t dmean = carver.reserve(images * s_.channels);
+    const int64_t sums = s_.channels_last ? carver.reserve(slices * width_) : 0;
+    const int64_t chained = s_.channels_last ? carver.reserve(plan_.threads * width_) : 0;
+    A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
+    ds_ = memory + ds;
+    gates_ = memory + gates;
+    du_ = memory + du;
+    dh_ = memory + dh;
+    hidden_ = memory + hidden;
+    scale_ = memory + scale;
+    dmean_ = memory + dmean;
+    sums_ = memory + sums;
+    chained_ = memory + chained;
+  }
+
+  void run() {
+    share(runtime_, plan_, plan_.alone, [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t b = begin; b < end; ++b) {
+        prepare(b, slot);
+        dots(b, 0, 1, slot, sums_ + slot * plan_.threads * width_, slot);
+        if (s_.channels_last) add_slices(b, sums_ + slot * plan_.threads * width_, 1);
+        through_gate(b);
+        through_output_layer(b, 1, 0, 1);
+        if (a_.dx) through_hidden_layer(b, 1, slot, 0, 1);
+        write_dx(b, 0, 1, slot);
+      }
+    });
+    for (int64_t b = plan_.alone; b < s_.batch; b += plan_.group) {
+      team(b, std::min(plan_.group, s_.batch - b));
+    }
+    if (a_.dw1 || a_.db1 || a_.dw2 || a_.db2 || a_.dalpha || a_.dbeta) parameter_gradients();
+  }
+
+ private:
+  const A* z(int64_t b) const { return static_cast<const A*>(a_.z) + b * s_.channels; }
+  const A* h(int64_t b) const { return static_cast<const A*>(a_.h) + b * s_.hidden; }
+  const A* u(int64_t b) const { return static_cast<const A*>(a_.u) + b * s_.outputs; }
+
+  SENET_OUTLINE void team(int64_t b0, int64_t images) {
+    const int64_t slices = plan_.threads;
+    for (int64_t g = 0; g < images; ++g) prepare(b0 + g, g);
+    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t g = task / slices, i = task % slices;
+        dots(b0 + g, i, slices, g, sums_ + task * width_, slot);
+      }
+    });
+    for (int64_t g = 0; g < images; ++g) {
+      if (s_.channels_last) add_slices(b0 + g, sums_ + g * slices * width_, slices);
+      through_gate(b0 + g);
+    }
+    const bool worth = s_.hidden * (s_.channels + s_.outputs) * images >= kSerialElements;
+    const int64_t parts = worth ? plan_.threads : 1;
+    share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) through_output_layer(b0, images, i, parts);
+    });
+    if (a_.dx) {
+      share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) through_hidden_layer(b0, images, 0, i, parts);
+      });
+    }
+    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int) {
+      for (int64_t task = begin; task < end; ++task) {
+        write_dx(b0 + task / slices, task % slices, slices, task / slices);
+      }
+    });
+  }
+
+  // What the forward pass did not save: activations, gates, and scale at place `at`.
+  SENET_OUTLINE void prepare(int64_t b, int64_t at) {
+    map(h(b), hidden_ + b * s_.hidden, s_.hidden, a_.options.activation);
+    map(u(b), gates_ + b * s_.channels, s_.channels, a_.options.gate);
+    make_scale(a_.parameters, a_.options.gate, s_.channels, u(b), scale_ + at * s_.channels);
+  }
+
+  // Where image b's runs lie. Run r of n elements is position r (channels-last) or channel r.
+  struct ImageRuns {
+    BackRun<T> first;
+    int64_t n, bit_row;
+    BackRun<T> operator()(int64_t r) const {
+      return {first.dy + r * n, first.x + r * n, first.residual ? first.residual + r * n : nullptr,
+              first.bits ? first.bits + r * bit_row : nullptr};
+    }
+  };
+  ImageRuns runs_of(int64_t b) const {
+    const int64_t runs = s_.channels_last ? s_.positions : s_.channels;
+    const int64_t n = s_.channels_last ? s_.channels : s_.positions;
+    const int64_t bit_row = (n + 7) / 8;
+    const T* residual = static_cast<const T*>(a_.residual.data);
+    return {{static_cast<const T*>(a_.dy.data) + b * a_.dy.stride,
+             static_cast<const T*>(a_.x.data) + b * a_.x.stride,
+             residual ? residual + b * a_.residual.stride : nullptr,
+             a_.mask ? a_.mask + b * runs * bit_row : nullptr},
+            n,
+            bit_row};
+  }
+  const A* shifts(int64_t b, const A* otherwise) const {
+    return has_shift_ ? u(b) + s_.channels : otherwise;
+  }
+
+  // Slice i of image b. Rows: ds and dshift of a range of channels, in place. Channels-last: a
+  // range of positions, into `sums` for add_slices.
+  SENET_OUTLINE void dots(int64_t b, int64_t i, int64_t slices, int64_t at, A* sums, int slot) {
+    const ImageRuns runs = runs_of(b);
+    const A* scale = scale_ + at * s_.channels;
+    const A* shift = shifts(b, scale);
+    const Fn before = a_.options.before, after = a_.options.after;
+    if (s_.channels_last) {
+      const Range range = slice(s_.positions, i, slices);
+      dot_columns<T, kBefore, kPlain>(
+          [&](int64_t r) { return runs(range.begin + r); }, range.end - range.begin, s_.channels,
+          PerElement<A>{scale}, PerElement<A>{shift}, has_shift_, before, after, sums,
+          chained_ + slot * width_);
+      return;
+    }
+    const Range range = slice(s_.channels, i, slices);
+    A* ds = ds_ + b * s_.channels;
+    A* dshift = du_ + b * s_.outputs + s_.channels;
+    for (int64_t c = range.begin; c < range.end; ++c) {
+      dot_run<T, kBefore, kPlain>(runs(c), s_.positions, Uniform<A>{broadcast<A>(scale[c])},
+                                  Uniform<A>{broadcast<A>(shift[c])}, has_shift_, before, after,
+                                  ds + c, dshift + c);
+    }
+  }
+
+  SENET_OUTLINE void add_slices(int64_t b, const A* sums, int64_t slices) {
+    for (int64_t c = 0; c < width_; ++c) {
+      A total = 0;
+      for (int64_t i = 0; i < slices; ++i) total += sums[i * width_ + c];
+      (c < s_.channels ? ds_[b * s_.channels + c] : du_[b * s_.outputs + c]) = total;
+    }
+  }
+
+  // du = beta ds gate'(u); the shift's half is dshift, already there.
+  SENET_OUTLINE void through_gate(int64_t b) {
+    const A* ds = ds_ + b * s_.channels;
+    A* du = du_ + b * s_.outputs;
+    std::copy(ds, ds + s_.channels, du);
+    chain_map(a_.options.gate, u(b), du, s_.channels);
+    if (!a_.parameters.beta) return;
+    for (int64_t c = 0; c < s_.channels; ++c) {
+      du[c] *= parameter_at<A>(a_.parameters.dtype, a_.parameters.beta, c);
+    }
+  }
+
+  SENET_OUTLINE void through_output_layer(int64_t b, int64_t images, int64_t i, int64_t parts) {
+    const Range r = slice(s_.hidden, i, parts);
+    linear_transposed<A>(a_.parameters.dtype, a_.parameters.w2, s_.outputs, s_.hidden, r.begin,
+                         r.end, du_ + b * s_.outputs, s_.outputs, dh_ + b * s_.hidden, s_.hidden,
+                         images);
+    for (int64_t g = b; g < b + images; ++g) {
+      chain_map(a_.options.activation, h(g) + r.begin, dh_ + g * s_.hidden + r.begin,
+                r.end - r.begin);
+    }
+  }
+
+  // dz / S, the part of dx that comes through the mean.
+  SENET_OUTLINE void through_hidden_layer(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
+    const Range r = slice(s_.channels, i, parts);
+    A* dmean = dmean_ + at * s_.channels;
+    linear_transposed<A>(a_.parameters.dtype, a_.parameters.w1, s_.hidden, s_.channels, r.begin,
+                         r.end, dh_ + b * s_.hidden, s_.hidden, dmean, s_.channels, images);
+    const A positions = static_cast<A>(s_.positions);
+    for (int64_t g = 0; g < images; ++g) {
+      A* of_image = dmean + g * s_.channels;
+      for (int64_t c = r.begin; c < r.end; ++c) of_image[c] /= positions;
+    }
+  }
+
+  SENET_OUTLINE void write_dx(int64_t b, int64_t i, int64_t slices, int64_t at) {
+    if (!a_.dx && !a_.dresidual) return;
+    const ImageRuns runs = runs_of(b);
+    const A* scale = scale_ + at * s_.channels;
+    const A* shift = shifts(b, scale);
+    const A* dmean = dmean_ + at * s_.channels;
+    T* dx = a_.dx ? static_cast<T*>(a_.dx) + b * s_.image() : nullptr;
+    T* dresidual = a_.dresidual ? static_cast<T*>(a_.dresidual) + b * s_.image() : nullptr;
+    const Range range = slice(s_.channels_last ? s_.positions : s_.channels, i, slices);
+    for (int64_t r = range.begin; r < range.end; ++r) {
+      T* dx_row = dx ? dx + r * runs.n : nullptr;
+      T* dresidual_row = dresidual ? dresidual + r * runs.n : nullptr;
+      if (s_.channels_last) {
+        dx_run<T, kBefore, kPlain>(runs(r), dx_row, dresidual_row, runs.n, PerElement<A>{scale},
+                                   PerElement<A>{shift}, has_shift_, PerElement<A>{dmean},
+                                   a_.options.before, a_.options.after);
+      } else {
+        dx_run<T, kBefore, kPlain>(runs(r), dx_row, dresidual_row, runs.n,
+                                   Uniform<A>{broadcast<A>(scale[r])},
+                                   Uniform<A>{broadcast<A>(shift[r])}, has_shift_,
+                                   Uniform<A>{broadcast<A>(dmean[r])}, a_.options.before,
+                                   a_.options.after);
+      }
+    }
+  }
+
+  SENET_OUTLINE void parameter_gradients() {
+    const bool worth = s_.batch * s_.hidden * (s_.channels + s_.outputs) >= kSerialElements;
+    const int64_t parts = worth ? plan_.threads : 1;
+    with_gradient_storage([&](auto zero) {
+      using P = decltype(zero);
+      share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Range w2 = slice(s_.outputs, i, parts), w1 = slice(s_.hidden, i, parts);
+          if (a_.dw2) {
+            outer_products(static_cast<P*>(a_.dw2), w2.begin, w2.end, s_.hidden, du_, s_.outputs,
+                           hidden_, s_.hidden, s_.batch);
+          }
+          if (a_.dw1) {
+            outer_products(static_cast<P*>(a_.dw1), w1.begin, w1.end, s_.channels, dh_, s_.hidden,
+                           static_cast<const A*>(a_.z), s_.channels, s_.batch);
+          }
+        }
+      });
+      sum_into(static_cast<P*>(a_.db2), s_.outputs, du_, nullptr);
+      sum_into(static_cast<P*>(a_.db1), s_.hidden, dh_, nullptr);
+      sum_into(static_cast<P*>(a_.dalpha), s_.channels, ds_, nullptr);
+      sum_into(static_cast<P*>(a_.dbeta), s_.channels, ds_, gates_);
+    });
+  }
+
+  template <class P>
+  void sum_into(P* out, int64_t n, const A* a, const A* b) {
+    if (out) sum_images(out, n, a, b, n, s_.batch);
+  }
+
+  // Calls body with a value of the parameters' storage type.
+  template <class Body>
+  void with_gradient_storage(Body body) {
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+      body(T{});
+    } else {
+      a_.parameters.dtype == DType::f32 ? body(float{}) : body(T{});
+    }
+  }
+
+  const BackwardArgs& a_;
+  const Shape& s_;
+  const Runtime& runtime_;
+  const Plan plan_;
+  const bool has_shift_;
+  const int64_t width_;
+  A *ds_, *gates_, *du_, *dh_, *hidden_, *scale_, *dmean_, *sums_, *chained_;
+};
+
+}  // namespace
+}  // namespace SENET_ISA
+}  // namespace senet

@@ -1,0 +1,175 @@
+// The forward pass: squeeze, excite, scale.
+#pragma once
+
+#include "plan.h"
+
+namespace senet {
+namespace SENET_ISA {
+namespace {
+
+template <class T, Fn kBefore, bool kPlain>
+class ForwardPass {
+  using A = Acc<T>;
+
+ public:
+  ForwardPass(const ForwardArgs& args, const Runtime& runtime)
+      : a_(args), s_(args.shape), runtime_(runtime),
+        plan_(make_plan(s_, sizeof(T), args.parameters.dtype == DType::f32 ? 4 : sizeof(T),
+                        runtime.threads)) {
+    // Per image of the largest group or per thread, whichever holds an image at a time.
+    const int64_t images = std::max<int64_t>(plan_.threads, plan_.group);
+    const int64_t slices = images * plan_.threads;
+    Carver<A> carver;
+    const int64_t hidden = carver.reserve(images * s_.hidden);
+    const int64_t scale = carver.reserve(images * s_.channels);
+    const int64_t sums = s_.channels_last ? carver.reserve(slices * s_.channels) : 0;
+    const int64_t chain = s_.channels_last ? carver.reserve(plan_.threads * s_.channels) : 0;
+    A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
+    hidden_ = memory + hidden;
+    scale_ = memory + scale;
+    sums_ = memory + sums;
+    chain_ = memory + chain;
+  }
+
+  void run() {
+    share(runtime_, plan_, plan_.alone, [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t b = begin; b < end; ++b) {
+        squeeze(b, 0, 1, slot, sums_ + slot * s_.channels);
+        if (s_.channels_last) add_slices(sums_ + slot * s_.channels, 1, z(b));
+        excite(b, 1, slot, 0, 1);
+        scale(b, 0, 1, slot);
+      }
+    });
+    for (int64_t b = plan_.alone; b < s_.batch; b += plan_.group) {
+      team(b, std::min(plan_.group, s_.batch - b));
+    }
+  }
+
+ private:
+  A* z(int64_t b) const { return static_cast<A*>(a_.z) + b * s_.channels; }
+  A* h(int64_t b) const { return static_cast<A*>(a_.h) + b * s_.hidden; }
+  A* u(int64_t b) const { return static_cast<A*>(a_.u) + b * s_.outputs; }
+
+  SENET_OUTLINE void team(int64_t b0, int64_t images) {
+    const int64_t slices = plan_.threads;
+    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t g = task / slices, i = task % slices;
+        squeeze(b0 + g, i, slices, slot, sums_ + task * s_.channels);
+      }
+    });
+    if (s_.channels_last) {
+      for (int64_t g = 0; g < images; ++g) {
+        add_slices(sums_ + g * slices * s_.channels, slices, z(b0 + g));
+      }
+    }
+    // Both layers in one region each: the second needs all of the first.
+    const bool worth = s_.hidden * (s_.channels + s_.outputs) * images >= kSerialElements;
+    const int64_t parts = worth ? plan_.threads : 1;
+    for (int layer = 0; layer < 2; ++layer) {
+      share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+          layer == 0 ? hidden_layer(b0, images, 0, i, parts) : gate_layer(b0, images, 0, i, parts);
+        }
+      });
+    }
+    for (int64_t g = 0; g < images; ++g) {
+      make_scale(a_.parameters, a_.options.gate, s_.channels, u(b0 + g),
+                 scale_ + g * s_.channels);
+    }
+    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int) {
+      for (int64_t task = begin; task < end; ++task) {
+        scale(b0 + task / slices, task % slices, slices, task / slices);
+      }
+    });
+  }
+
+  // Slice i of image b. Rows: a range of channels, straight into z. Channels-last: a range of
+  // positions, into `sums` for add_slices.
+  SENET_OUTLINE void squeeze(int64_t b, int64_t i, int64_t slices, int slot, A* sums) {
+    const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride;
+    const Fn before = a_.options.before;
+    if (s_.channels_last) {
+      const Range r = slice(s_.positions, i, slices);
+      sum_columns<T, kBefore>(x + r.begin * s_.channels, r.end - r.begin, s_.channels, before,
+                              sums, chain_ + slot * s_.channels);
+    } else {
+      const Range r = slice(s_.channels, i, slices);
+      const A positions = static_cast<A>(s_.positions);
+      for (int64_t c = r.begin; c < r.end; ++c) {
+        z(b)[c] = sum_run<T, kBefore>(x + c * s_.positions, s_.positions, before) / positions;
+      }
+    }
+  }
+
+  SENET_OUTLINE void add_slices(const A* sums, int64_t slices, A* z) {
+    for (int64_t c = 0; c < s_.channels; ++c) {
+      A total = 0;
+      for (int64_t i = 0; i < slices; ++i) total += sums[i * s_.channels + c];
+      z[c] = total / static_cast<A>(s_.positions);
+    }
+  }
+
+  SENET_OUTLINE void hidden_layer(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
+    const Range r = slice(s_.hidden, i, parts);
+    linear<A>(a_.parameters.dtype, a_.parameters.w1, a_.parameters.b1, r.begin, r.end,
+              s_.channels, z(b), s_.channels, h(b), s_.hidden, images);
+    for (int64_t g = 0; g < images; ++g) {
+      map(h(b + g) + r.begin, hidden_ + (at + g) * s_.hidden + r.begin, r.end - r.begin,
+          a_.options.activation);
+    }
+  }
+
+  SENET_OUTLINE void gate_layer(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
+    const Range r = slice(s_.outputs, i, parts);
+    linear<A>(a_.parameters.dtype, a_.parameters.w2, a_.parameters.b2, r.begin, r.end, s_.hidden,
+              hidden_ + at * s_.hidden, s_.hidden, u(b), s_.outputs, images);
+  }
+
+  SENET_OUTLINE void excite(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
+    hidden_layer(b, images, at, i, parts);
+    gate_layer(b, images, at, i, parts);
+    make_scale(a_.parameters, a_.options.gate, s_.channels, u(b), scale_ + at * s_.channels);
+  }
+
+  // Slice i of image b, whose factors are at place `at` of scale_.
+  SENET_OUTLINE void scale(int64_t b, int64_t i, int64_t slices, int64_t at) {
+    const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride;
+    const T* residual = static_cast<const T*>(a_.residual.data);
+    if (residual) residual += b * a_.residual.stride;
+    T* y = static_cast<T*>(a_.y) + b * s_.image();
+    const A* factors = scale_ + at * s_.channels;
+    const bool has_shift = s_.outputs > s_.channels;
+    const A* shifts = has_shift ? u(b) + s_.channels : factors;
+    const int64_t runs = s_.channels_last ? s_.positions : s_.channels;
+    const int64_t n = s_.channels_last ? s_.channels : s_.positions;
+    const int64_t bit_row = (n + 7) / 8;
+    uint8_t* bits = a_.mask ? a_.mask + b * runs * bit_row : nullptr;
+    const Range range = slice(runs, i, slices);
+    for (int64_t r = range.begin; r < range.end; ++r) {
+      const T* from = x + r * n;
+      const T* add = residual ? residual + r * n : nullptr;
+      uint8_t* row_bits = bits ? bits + r * bit_row : nullptr;
+      if (s_.channels_last) {
+        scale_run<T, kBefore, kPlain>(from, add, y + r * n, row_bits, n, PerElement<A>{factors},
+                                      PerElement<A>{shifts}, has_shift, a_.options.before,
+                                      a_.options.after);
+      } else {
+        scale_run<T, kBefore, kPlain>(from, add, y + r * n, row_bits, n,
+                                      Uniform<A>{broadcast<A>(factors[r])},
+                                      Uniform<A>{broadcast<A>(shifts[r])}, has_shift,
+                                      a_.options.before, a_.options.after);
+      }
+    }
+  }
+
+  const ForwardArgs& a_;
+  const Shape& s_;
+  const Runtime& runtime_;
+  const Plan plan_;
+  A *hidden_, *scale_, *sums_, *chain_;
+};
+
+}  // namespace
+}  // namespace SENET_ISA
+}  // namespace senet

@@ -1,0 +1,115 @@
+// How the work is shared out: one readable decision, taken per call.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+
+#include "mlp.h"
+
+namespace senet {
+namespace SENET_ISA {
+namespace {
+
+// Bytes of x that a group of images may have per thread, so that the second read finds them in
+// the core's own cache (1 to 2 MB of L2 on current servers).
+constexpr int64_t kCachePerThread = 1 << 20;
+// Below this many elements waking the thread team costs more than it brings.
+constexpr int64_t kSerialElements = 1 << 15;
+
+struct Plan {
+  int threads;
+  // Images [0, alone): each start to end on one thread. The rest in groups: the team squeezes the
+  // group's images in slices, computes their MLP reading the weights once, then scales.
+  int64_t alone;
+  int64_t group;
+};
+
+inline Plan make_plan(const Shape& s, size_t element, size_t parameter, int max_threads) {
+  const bool small = s.batch * s.image() <= kSerialElements;
+  const int threads = small ? 1 : std::max(1, max_threads);
+  const int64_t image_bytes = s.image() * static_cast<int64_t>(element);
+  const int64_t weight_bytes =
+      s.hidden * (s.channels + s.outputs) * static_cast<int64_t>(parameter);
+  const int64_t fits =
+      std::max<int64_t>(1, threads * kCachePerThread / std::max<int64_t>(1, image_bytes));
+  if (weight_bytes > image_bytes && s.batch > 1) return {threads, 0, std::min(s.batch, fits)};
+  const int64_t alone = s.batch - s.batch % threads;
+  return {threads, alone, std::max<int64_t>(1, std::min(s.batch - alone, fits))};
+}
+
+// Runs body(begin, end, slot) over [0, n): on the team, or here when one thread is enough. A slot
+// is a number below plan.threads that no other running body has, for scratch memory.
+template <class Body>
+void share(const Runtime& runtime, const Plan& plan, int64_t n, const Body& body) {
+  if (plan.threads == 1 || n <= 1) {
+    if (n > 0) body(int64_t{0}, n, 0);
+    return;
+  }
+  struct Context {
+    const Body& body;
+    std::atomic<int> next{0};
+  } context{body};
+  runtime.parallel_for(
+      n,
+      [](int64_t begin, int64_t end, void* p) {
+        auto* c = static_cast<Context*>(p);
+        c->body(begin, end, c->next.fetch_add(1, std::memory_order_relaxed));
+      },
+      &context);
+}
+
+// Slice i of n things cut into `slices` parts, as even as can be.
+struct Range {
+  int64_t begin, end;
+};
+SENET_INLINE Range slice(int64_t n, int64_t i, int64_t slices) {
+  return {n * i / slices, n * (i + 1) / slices};
+}
+
+// Carves scratch memory into arrays, each on its own cache lines.
+template <class A>
+class Carver {
+ public:
+  int64_t reserve(int64_t n) {
+    const int64_t at = used_;
+    used_ += (n + 15) / 16 * 16;
+    return at;
+  }
+  size_t bytes() const { return static_cast<size_t>(used_) * sizeof(A) + 64; }
+
+ private:
+  int64_t used_ = 0;
+};
+
+// to[i] = f(from[i]).
+template <class A>
+SENET_OUTLINE void map(const A* from, A* to, int64_t n, Fn f) {
+  for_vectors<A>(n, [&](int64_t i, auto lanes) {
+    put(to + i, value_of<A>(f, get(from + i, lanes)), lanes);
+  });
+}
+
+// values[i] *= f'(at[i]), elementwise.
+template <class A>
+SENET_OUTLINE void chain_map(Fn f, const A* at, A* values, int64_t n) {
+  for_vectors<A>(n, [&](int64_t i, auto lanes) {
+    put(values + i, chain_of<A>(f, get(at + i, lanes), get(values + i, lanes)), lanes);
+  });
+}
+
+// The per-channel factors of the scaling step for some images: scale = alpha + beta gate(u).
+template <class A>
+SENET_OUTLINE void make_scale(const Parameters& p, Fn gate, int64_t channels, const A* u, A* scale) {
+  map(u, scale, channels, gate);
+  if (p.beta || p.alpha) {
+    for (int64_t c = 0; c < channels; ++c) {
+      if (p.beta) scale[c] *= parameter_at<A>(p.dtype, p.beta, c);
+      if (p.alpha) scale[c] += parameter_at<A>(p.dtype, p.alpha, c);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace SENET_ISA
+}  // namespace senet

@@ -1,0 +1,338 @@
+// Vectors of the accumulation type (float or double), as wide as the instruction set has them.
+//
+// Compiler vector types carry the arithmetic; what they cannot say (partial loads, conversions,
+// bit masks) is here. Everything is in an unnamed namespace inside the instruction set's own:
+// code of one set must never be linked into another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../se.h"
+
+#if defined(__AVX512F__)
+#define SENET_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define SENET_VECTOR_BYTES 32
+#else
+#define SENET_VECTOR_BYTES 16
+#endif
+#define SENET_INLINE inline __attribute__((always_inline))
+#define SENET_OUTLINE __attribute__((noinline))
+#define SENET_LAMBDA __attribute__((always_inline))
+
+namespace senet {
+namespace SENET_ISA {
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+typedef float VecF __attribute__((vector_size(SENET_VECTOR_BYTES)));
+typedef double VecD __attribute__((vector_size(SENET_VECTOR_BYTES)));
+typedef int32_t VecF_int __attribute__((vector_size(SENET_VECTOR_BYTES)));
+typedef int64_t VecD_int __attribute__((vector_size(SENET_VECTOR_BYTES)));
+
+// The vector type for an accumulation type, and its integer twin (also its comparison mask).
+template <class A>
+struct Simd;
+template <>
+struct Simd<float> {
+  using V = VecF;
+  using I = VecF_int;
+};
+template <>
+struct Simd<double> {
+  using V = VecD;
+  using I = VecD_int;
+};
+template <class A>
+using Vec = typename Simd<A>::V;
+template <class A>
+constexpr int kLanes = SENET_VECTOR_BYTES / sizeof(A);
+
+// The accumulation type of a storage type.
+template <class T>
+struct AccumulateIn {
+  using type = float;
+};
+template <>
+struct AccumulateIn<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccumulateIn<T>::type;
+
+template <class A>
+SENET_INLINE Vec<A> broadcast(A value) {
+  return Vec<A>{} + value;
+}
+
+template <class A>
+SENET_INLINE typename Simd<A>::I lane_index() {
+  typename Simd<A>::I index;
+  for (int i = 0; i < kLanes<A>; ++i) index[i] = i;
+  return index;
+}
+
+// ---- scalar conversions ----
+
+SENET_INLINE float to_acc(float v) { return v; }
+SENET_INLINE double to_acc(double v) { return v; }
+SENET_INLINE float to_acc(bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float to_acc(f16 v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  const uint32_t magnitude = v.bits & 0x7fff;
+  float out;
+  if (magnitude < 0x0400) {  // zero and subnormals: an exact small integer times 2^-24
+    out = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    uint32_t bits;
+    std::memcpy(&bits, &out, 4);
+    bits |= sign;
+    std::memcpy(&out, &bits, 4);
+    return out;
+  }
+  const uint32_t exponent = magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u;
+  const uint32_t bits = sign | ((magnitude << 13) + exponent);
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+template <class T>
+struct Narrow;
+template <>
+struct Narrow<float> {
+  static float from(float v) { return v; }
+};
+template <>
+struct Narrow<double> {
+  static double from(double v) { return v; }
+};
+template <>
+struct Narrow<bf16> {
+  static bf16 from(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if (v != v) return {static_cast<uint16_t>((bits >> 16) | 0x0040)};
+    bits += 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+    return {static_cast<uint16_t>(bits >> 16)};
+  }
+};
+template <>
+struct Narrow<f16> {
+  static f16 from(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+    bits &= 0x7fffffff;
+    uint32_t out;
+    if (bits > 0x7f800000) {
+      out = 0x7e00;
+    } else if (bits >= 0x477ff000) {  // 65520 and above round to infinity
+      out = 0x7c00;
+    } else if (bits < 0x38800000) {  // subnormal result: let the float adder round it
+      float magnitude;
+      std::memcpy(&magnitude, &bits, 4);
+      magnitude += 0.5f;
+      std::memcpy(&out, &magnitude, 4);
+      out -= 0x3f000000;
+    } else {
+      out = (bits - 0x38000000 + 0x0fff + ((bits >> 13) & 1)) >> 13;
+    }
+    return {static_cast<uint16_t>(sign | out)};
+  }
+};
+
+// ---- vector load and store: load<T>, store, and their first-n-lanes forms ----
+
+SENET_INLINE VecF load(const float* p) {
+  VecF v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+SENET_INLINE VecD load(const double* p) {
+  VecD v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+SENET_INLINE void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
+SENET_INLINE void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
+
+typedef uint16_t Vec16 __attribute__((vector_size(SENET_VECTOR_BYTES / 2)));
+typedef uint32_t Vec32u __attribute__((vector_size(SENET_VECTOR_BYTES)));
+
+SENET_INLINE VecF widen(Vec16 raw, bf16) {
+  const Vec32u bits = __builtin_convertvector(raw, Vec32u) << 16;
+  return (VecF)bits;
+}
+SENET_INLINE Vec16 narrow(VecF v, bf16) {
+  Vec32u bits = (Vec32u)v;
+  const Vec32u rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  bits = (v != v) ? (bits | 0x00400000) : rounded;
+  return __builtin_convertvector(bits >> 16, Vec16);
+}
+SENET_INLINE VecF widen(Vec16 raw, f16) {
+#if defined(__AVX512F__)
+  __m256i in;
+  std::memcpy(&in, &raw, sizeof in);
+  return (VecF)_mm512_cvtph_ps(in);
+#elif defined(__F16C__)
+  __m128i in;
+  std::memcpy(&in, &raw, sizeof in);
+  return (VecF)_mm256_cvtph_ps(in);
+#else
+  VecF v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_acc(f16{raw[i]});
+  return v;
+#endif
+}
+SENET_INLINE Vec16 narrow(VecF v, f16) {
+  Vec16 raw;
+#if defined(__AVX512F__)
+  const __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(&raw, &out, sizeof out);
+#elif defined(__F16C__)
+  const __m128i out = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(&raw, &out, sizeof out);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) raw[i] = Narrow<f16>::from(v[i]).bits;
+#endif
+  return raw;
+}
+template <class T>
+SENET_INLINE VecF load(const T* p) {  // bf16, f16
+  Vec16 raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return widen(raw, T{});
+}
+template <class T>
+SENET_INLINE void store(T* p, VecF v) {
+  const Vec16 raw = narrow(v, T{});
+  std::memcpy(p, &raw, sizeof raw);
+}
+
+// The first n < lanes elements; the other lanes are zero.
+#if defined(__AVX512F__)
+SENET_INLINE VecF load_n(const float* p, int n) {
+  return (VecF)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+SENET_INLINE VecD load_n(const double* p, int n) {
+  return (VecD)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+}
+template <class T>
+SENET_INLINE VecF load_n(const T* p, int n) {
+  Vec16 raw;
+  const __m256i in = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  std::memcpy(&raw, &in, sizeof raw);
+  return widen(raw, T{});
+}
+SENET_INLINE void store_n(float* p, VecF v, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+}
+SENET_INLINE void store_n(double* p, VecD v, int n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+}
+template <class T>
+SENET_INLINE void store_n(T* p, VecF v, int n) {
+  const Vec16 raw = narrow(v, T{});
+  __m256i out;
+  std::memcpy(&out, &raw, sizeof out);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), out);
+}
+#else
+template <class T>
+SENET_INLINE Vec<Acc<T>> load_n(const T* p, int n) {
+  T padded[kLanes<Acc<T>>] = {};
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+}
+template <class T>
+SENET_INLINE void store_n(T* p, Vec<Acc<T>> v, int n) {
+  T padded[kLanes<Acc<T>>];
+  store(padded, v);
+  for (int i = 0; i < n; ++i) p[i] = padded[i];
+}
+#endif
+
+// ---- horizontal sum, bit masks ----
+
+SENET_INLINE float sum(VecF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+SENET_INLINE double sum(VecD v) {
+  double s = 0;
+  for (int i = 0; i < kLanes<double>; ++i) s += v[i];
+  return s;
+}
+
+// Bit i says not(v[i] <= 0): true for NaN, as eager's relu passes NaN on.
+SENET_INLINE uint32_t positive_bits(VecF v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  const __m256 m = _mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_NLE_UQ);
+  return static_cast<uint32_t>(_mm256_movemask_ps(m));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<float>; ++i) bits |= static_cast<uint32_t>(!(v[i] <= 0)) << i;
+  return bits;
+#endif
+}
+SENET_INLINE uint32_t positive_bits(VecD v) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<double>; ++i) bits |= static_cast<uint32_t>(!(v[i] <= 0)) << i;
+  return bits;
+}
+
+// Bits of elements [i, i + n) of a row of bits; i is a multiple of the lanes.
+template <class A>
+SENET_INLINE void store_bits(uint8_t* row, int64_t i, uint32_t bits, int n) {
+  if (n < 32) bits &= (1u << n) - 1;
+  if (kLanes<A> >= 8) {
+    for (int byte = 0; byte * 8 < n; ++byte) row[i / 8 + byte] = static_cast<uint8_t>(bits >> (8 * byte));
+  } else if (i % 8 == 0) {
+    row[i / 8] = static_cast<uint8_t>(bits);
+  } else {
+    row[i / 8] = static_cast<uint8_t>(row[i / 8] | (bits << (i % 8)));
+  }
+}
+template <class A>
+SENET_INLINE uint32_t load_bits(const uint8_t* row, int64_t i, int n) {
+  uint32_t bits = 0;
+  for (int byte = 0; byte * 8 < n; ++byte) bits |= static_cast<uint32_t>(row[i / 8 + byte]) << (8 * byte);
+  return kLanes<A> >= 8 ? bits : bits >> (i % 8);
+}
+// v where the bit is set, zero elsewhere: selects, so that Inf and NaN do not leak.
+template <class A>
+SENET_INLINE Vec<A> select_bits(uint32_t bits, Vec<A> v) {
+  using I = typename Simd<A>::I;
+  I lane_bit;
+  for (int i = 0; i < kLanes<A>; ++i) lane_bit[i] = 1 << i;
+  const I on = ((I{} + static_cast<int>(bits)) & lane_bit) != 0;
+  return on ? v : Vec<A>{};
+}
+
+}  // namespace
+}  // namespace SENET_ISA
+}  // namespace senet

@@ -1,0 +1,375 @@
+// The ops' CPU implementation: checks, memory, layouts; then the kernels, which know no torch.
+//
+// The only file that includes torch headers, and of these the stable ABI alone, so that one build
+// serves every torch from 2.11 on. Schemas and fakes are in senet_kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "se.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- the instruction set ----
+
+struct Kernels {
+  const char* name;
+  void (*forward)(const senet::ForwardArgs&, const senet::Runtime&);
+  void (*backward)(const senet::BackwardArgs&, const senet::Runtime&);
+};
+
+// The widest set this processor has; SENET_KERNELS_ISA names another (for tests and bug reports).
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+    std::vector<Kernels> usable = {
+        {"baseline", senet::baseline::forward, senet::baseline::backward}};
+#if defined(SENET_X86)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      usable.push_back({"avx2", senet::avx2::forward, senet::avx2::backward});
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        usable.push_back({"avx512", senet::avx512::forward, senet::avx512::backward});
+      }
+    }
+#endif
+    const char* wanted = std::getenv("SENET_KERNELS_ISA");
+    if (!wanted || !*wanted) return usable.back();
+    for (const Kernels& k : usable) {
+      if (std::string(wanted) == k.name) return k;
+    }
+    STD_TORCH_CHECK(false, "SENET_KERNELS_ISA: this processor does not run ", wanted);
+    return usable.front();
+  }();
+  return chosen;
+}
+
+std::string isa() { return kernels().name; }
+
+// ---- threads and scratch memory ----
+
+// One growing buffer per calling thread: no allocation per call once warm.
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local size_t size = 0;
+  if (bytes > size) {
+    buffer.reset();
+    size = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffer.reset(std::aligned_alloc(64, rounded));
+    STD_TORCH_CHECK(buffer != nullptr, "out of memory: ", rounded, " bytes of scratch memory");
+    size = rounded;
+  }
+  return buffer.get();
+}
+
+void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(
+      0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+senet::Runtime runtime() {
+  return {static_cast<int>(torch::stable::get_num_threads()), parallel_for, scratch};
+}
+
+// ---- dtypes and layouts ----
+
+senet::DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return senet::DType::f32;
+    case ScalarType::BFloat16:
+      return senet::DType::bf16;
+    case ScalarType::Half:
+      return senet::DType::f16;
+    case ScalarType::Double:
+      return senet::DType::f64;
+    default:
+      STD_TORCH_CHECK(false, name,
+                      ": expected dtype float32, bfloat16, float16 or float64, got another");
+  }
+  return senet::DType::f32;
+}
+
+ScalarType accumulation(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t positions_of(const Tensor& x) {
+  int64_t n = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) n *= x.size(d);
+  return n;
+}
+
+// Whether every image of t is dense in the layout: positions adjacent, or channels adjacent. The
+// stride between images may be anything.
+bool image_is_dense(const Tensor& t, bool channels_last) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  const int64_t channels = sizes[1];
+  int64_t expected = channels_last ? channels : 1;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return channels == 1 || strides[1] == (channels_last ? 1 : expected);
+}
+
+// The layout the kernels use for x: channels-last only where it differs from rows.
+// senet_kernels/ops.py, inner_is_channels, says the same to Python.
+bool is_channels_last(const Tensor& like_x, int64_t channels, int64_t positions) {
+  return channels > 1 && positions > 1 && like_x.strides()[1] == 1 &&
+         image_is_dense(like_x, true);
+}
+
+bool is_matrix_dense(const Tensor& t) {  // row-major, whatever the strides of extents of 1
+  int64_t expected = 1;
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// A result shaped like `like`, written by the kernels in their own layout: into itself where that
+// is one of theirs, else into a dense twin that is copied over at the end.
+class Result {
+ public:
+  Result() = default;
+  Result(const Tensor& like, bool direct) : result_(torch::stable::empty_like(like)) {
+    if (direct) {
+      written_ = result_;
+    } else {
+      written_ = torch::stable::new_empty(like, like.sizes());
+    }
+    direct_ = direct;
+  }
+  void* data() const { return written_ ? written_->mutable_data_ptr() : nullptr; }
+  // The finished result; an empty tensor where none was asked for.
+  Tensor finish(const Tensor& like) {
+    if (!result_) return torch::stable::new_empty(like, {0});
+    if (!direct_) torch::stable::copy_(*result_, *written_);
+    return *result_;
+  }
+
+ private:
+  OptionalTensor result_, written_;
+  bool direct_ = true;
+};
+
+// ---- the arguments both ops share ----
+
+struct Call {
+  Tensor x;
+  OptionalTensor w1, b1, w2, b2, residual, alpha, beta;
+  senet::Shape shape;
+  senet::DType dtype;
+  senet::Parameters parameters;
+  senet::Options options;
+  Tensor like;     // empty, with the strides of y and dx
+  bool direct;     // whether y and dx are in a layout of the kernels
+  std::vector<Tensor> copies;  // keeps alive what had to be copied
+
+  // t in the kernels' layout.
+  senet::Images images(const char* name, const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+    STD_TORCH_CHECK(t.dim() == x.dim() && std::equal(t.sizes().begin(), t.sizes().end(),
+                                                     x.sizes().begin()),
+                    name, ": expected the shape of x");
+    if (image_is_dense(t, shape.channels_last)) return {t.data_ptr(), t.stride(0)};
+    Tensor copy = direct ? torch::stable::empty_like(like)
+                         : torch::stable::new_empty(x, x.sizes());
+    torch::stable::copy_(copy, t);
+    copies.push_back(copy);
+    return {copy.data_ptr(), copy.stride(0)};
+  }
+
+  const void* parameter(const char* name, const OptionalTensor& t, int64_t rows, int64_t columns) {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->is_cpu(), name, ": expected a CPU tensor");
+    STD_TORCH_CHECK(t->dim() >= 1 && t->size(0) == rows && t->numel() == rows * columns &&
+                        (columns == 1 || (t->dim() >= 2 && t->size(1) == columns)),
+                    name, ": expected shape [", rows, ", ", columns,
+                    "] with optional trailing extents of 1");
+    STD_TORCH_CHECK(t->scalar_type() == w2->scalar_type(), name, ": expected the dtype of w2");
+    if (is_matrix_dense(*t)) return t->data_ptr();
+    copies.push_back(torch::stable::contiguous(*t));
+    return copies.back().data_ptr();
+  }
+};
+
+Call make_call(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
+               OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta,
+               const OptionalTensor& affine_scale, const OptionalTensor& affine_shift,
+               const OptionalTensor& lengths, int64_t options) {
+  STD_TORCH_CHECK(!affine_scale && !affine_shift, "before_affine: the CPU kernels do not take it");
+  STD_TORCH_CHECK(!lengths, "lengths: the CPU kernels do not take it");
+  STD_TORCH_CHECK(w1.has_value(), "w1: the CPU kernels do not take a single layer (w1=None)");
+  STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
+  STD_TORCH_CHECK(x.dim() >= 3, "x: expected [B, C, *spatial], got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(w1->dim() >= 2 && w2.dim() >= 2, "w1, w2: expected matrices");
+  Call c{x, w1, b1, w2, b2, residual, alpha, beta, {}, {}, {}, {}, x, true, {}};
+  c.dtype = dtype_of("x", x);
+  c.options = senet::unpack_options(options);
+  const auto legal = [](senet::Fn f) { return f <= senet::Fn::tanh; };
+  STD_TORCH_CHECK(options >= 0 && options < (1 << 16) && legal(c.options.activation) &&
+                      legal(c.options.gate) && legal(c.options.before) && legal(c.options.after),
+                  "options: ", options, " is no packing of known functions");
+  const int64_t channels = x.size(1), hidden = w1->size(0), outputs = w2.size(0);
+  STD_TORCH_CHECK(outputs == channels || outputs == 2 * channels, "w2: expected ", channels,
+                  " or ", 2 * channels, " rows, got ", outputs);
+  c.shape = {x.size(0), channels, positions_of(x), hidden, outputs, false};
+  // empty_like keeps the strides of a dense tensor, so x itself tells the layout of y and dx.
+  const bool x_is_dense = x.size(0) <= 1 || x.stride(0) == c.shape.image();
+  const bool rows = image_is_dense(x, false);
+  bool last = is_channels_last(x, channels, c.shape.positions);
+  if (!x_is_dense || (!rows && !last)) {
+    c.like = torch::stable::empty_like(x);
+    last = is_channels_last(c.like, channels, c.shape.positions);
+    c.direct = last || image_is_dense(c.like, false);
+    // A stride between images that is not theirs side by side: some other order of axes.
+    if (x.size(0) > 1 && c.like.stride(0) != c.shape.image()) c.direct = false;
+    if (!c.direct) last = false;
+  }
+  c.shape.channels_last = last;
+
+  const senet::DType param_dtype = dtype_of("w2", w2);
+  STD_TORCH_CHECK(param_dtype == c.dtype || (param_dtype == senet::DType::f32 &&
+                                             c.dtype != senet::DType::f64),
+                  "w2: expected the dtype of x or float32");
+  c.parameters.dtype = param_dtype;
+  c.parameters.w1 = c.parameter("w1", w1, hidden, channels);
+  c.parameters.b1 = c.parameter("b1", b1, hidden, 1);
+  c.parameters.w2 = c.parameter("w2", c.w2, outputs, hidden);
+  c.parameters.b2 = c.parameter("b2", b2, outputs, 1);
+  c.parameters.alpha = c.parameter("alpha", alpha, channels, 1);
+  c.parameters.beta = c.parameter("beta", beta, channels, 1);
+  return c;
+}
+
+size_t element_size(senet::DType dtype) { return dtype == senet::DType::f64 ? 8 : 4; }
+
+// z, h and u one after the other in one buffer.
+template <class Args>
+void point_into_saved(Args& args, void* base) {
+  const senet::Shape& s = args.shape;
+  char* p = static_cast<char*>(base);
+  const size_t size = element_size(args.dtype);
+  args.z = p;
+  args.h = p + size * static_cast<size_t>(s.batch * s.channels);
+  args.u = p + size * static_cast<size_t>(s.batch * (s.channels + s.hidden));
+}
+
+int64_t saved_numel(const senet::Shape& s) {
+  return s.batch * (s.channels + s.hidden + s.outputs);
+}
+int64_t mask_numel(const senet::Shape& s) {
+  return s.batch * ((s.channels + 7) / 8) * ((s.positions + 7) / 8) * 8;
+}
+
+// ---- the ops ----
+
+std::tuple<Tensor, Tensor, Tensor> forward(
+    Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
+    OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta,
+    OptionalTensor affine_scale, OptionalTensor affine_shift, OptionalTensor lengths,
+    int64_t options, bool save) {
+  Call c = make_call(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift,
+                     lengths, options);
+  Result y(c.like, c.direct);
+  const bool keep_mask = save && c.options.after == senet::Fn::relu;
+  Tensor saved =
+      torch::stable::new_empty(x, {save ? saved_numel(c.shape) : 0}, accumulation(x));
+  Tensor mask =
+      torch::stable::new_empty(x, {keep_mask ? mask_numel(c.shape) : 0}, ScalarType::Byte);
+
+  senet::ForwardArgs args{};
+  args.shape = c.shape;
+  args.dtype = c.dtype;
+  args.options = c.options;
+  args.parameters = c.parameters;
+  args.x = c.images("x", x);
+  if (residual) args.residual = c.images("residual", *residual);
+  args.y = y.data();
+  if (keep_mask) args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  // Without a backward pass z, h and u live in memory of our own.
+  Tensor own = save ? saved
+                    : torch::stable::new_empty(x, {saved_numel(c.shape)}, accumulation(x));
+  point_into_saved(args, own.mutable_data_ptr());
+  kernels().forward(args, runtime());
+  return {y.finish(x), saved, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+backward(Tensor dy, Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
+         OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta,
+         OptionalTensor affine_scale, OptionalTensor affine_shift, OptionalTensor lengths,
+         Tensor saved, Tensor mask, int64_t options, int64_t needs) {
+  Call c = make_call(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift,
+                     lengths, options);
+  STD_TORCH_CHECK(saved.numel() == saved_numel(c.shape) &&
+                      saved.scalar_type() == accumulation(x) && is_matrix_dense(saved),
+                  "saved: expected what the forward op returned for these arguments");
+  const senet::Fn after = c.options.after;
+  STD_TORCH_CHECK(after != senet::Fn::relu || mask.numel() == mask_numel(c.shape),
+                  "mask: expected what the forward op returned for these arguments");
+
+  senet::BackwardArgs args{};
+  args.shape = c.shape;
+  args.dtype = c.dtype;
+  args.options = c.options;
+  args.parameters = c.parameters;
+  args.dy = c.images("dy", dy);
+  args.x = c.images("x", x);
+  if (residual && after != senet::Fn::identity && after != senet::Fn::relu) {
+    args.residual = c.images("residual", *residual);
+  }
+  if (after == senet::Fn::relu) args.mask = static_cast<const uint8_t*>(mask.data_ptr());
+  point_into_saved(args, saved.mutable_data_ptr());
+
+  // In the order of Needs in senet_kernels/ops.py.
+  // d_residual is laid out like dx; the residual itself is not kept where it is not needed.
+  const OptionalTensor of[8] = {c.like, w1, b1, w2, b2, c.like, alpha, beta};
+  void** const into[8] = {&args.dx,  &args.dw1,       &args.db1,    &args.dw2,
+                          &args.db2, &args.dresidual, &args.dalpha, &args.dbeta};
+  Result results[10];
+  for (int i = 0; i < 8; ++i) {
+    if (!of[i] || !(needs >> i & 1)) continue;
+    const bool image = i == 0 || i == 5;
+    results[i] = Result(*of[i], image ? c.direct : is_matrix_dense(*of[i]));
+    *into[i] = results[i].data();
+  }
+  kernels().backward(args, runtime());
+  const auto result = [&](int i) { return results[i].finish(x); };
+  return {result(0), result(1), result(2), result(3), result(4),
+          result(5), result(6), result(7), result(8), result(9)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CPU, m) {
+  m.impl("native_forward", TORCH_BOX(&forward));
+  m.impl("native_backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CompositeExplicitAutograd, m) {
+  m.impl("native_isa", TORCH_BOX(&isa));
+}

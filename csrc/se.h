@@ -1,0 +1,105 @@
+// The operation's arguments as plain structs. No torch header: registration.cpp fills them in.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace senet {
+
+enum class DType : int { f32, bf16, f16, f64 };
+
+// Codes of senet_kernels/pointwise.py.
+enum class Fn : int {
+  identity = 0,
+  relu = 1,
+  relu6 = 2,
+  silu = 3,
+  gelu = 4,
+  gelu_tanh = 5,
+  hardswish = 6,
+  leaky_relu = 7,
+  mish = 8,
+  sigmoid = 9,
+  hardsigmoid = 10,
+  hardsigmoid_02 = 11,
+  tanh = 12,
+};
+
+// The four pointwise choices, packed by senet_kernels/pointwise.py in this order.
+struct Options {
+  Fn activation, gate, before, after;
+};
+
+inline Options unpack_options(int64_t code) {
+  const auto at = [code](int position) { return static_cast<Fn>((code >> (4 * position)) & 15); };
+  return {at(0), at(1), at(2), at(3)};
+}
+
+struct Shape {
+  int64_t batch, channels, positions;
+  int64_t hidden;      // R
+  int64_t outputs;     // rows of W2: C, or 2C for scale-and-shift
+  bool channels_last;  // channels adjacent; otherwise positions adjacent
+  int64_t image() const { return channels * positions; }
+};
+
+// A full-size tensor: each image dense in the layout of Shape, images `stride` elements apart.
+struct Images {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// The parameters of the excitation, all of one dtype. Biases, alpha and beta may be null.
+struct Parameters {
+  DType dtype;
+  const void *w1, *b1, *w2, *b2, *alpha, *beta;
+};
+
+struct ForwardArgs {
+  Shape shape;
+  DType dtype;
+  Options options;
+  Parameters parameters;
+  Images x, residual;
+  void* y;          // dense
+  uint8_t* mask;    // bits of not(pre <= 0), rows padded to bytes; may be null
+  void *z, *h, *u;  // [B, C], [B, R], [B, outputs] in the accumulation type; h before activation
+};
+
+struct BackwardArgs {
+  Shape shape;
+  DType dtype;
+  Options options;
+  Parameters parameters;
+  Images dy, x, residual;
+  const uint8_t* mask;
+  const void *z, *h, *u;
+  // Results, dense; null where not asked for. Parameter gradients have the parameters' dtype.
+  void *dx, *dresidual;
+  void *dw1, *db1, *dw2, *db2, *dalpha, *dbeta;
+};
+
+// What the kernels need from their host: threads, and scratch memory that outlives the call.
+struct Runtime {
+  int threads;
+  // Calls body(begin, end, context) for disjoint ranges that cover [0, n), at most one per thread.
+  void (*parallel_for)(int64_t n, void (*body)(int64_t, int64_t, void*), void* context);
+  // At least `bytes` of 64-byte aligned memory, valid until the next call on the same thread.
+  void* (*scratch)(size_t bytes);
+};
+
+// One pair per instruction set the library was built for; see cpu/kernels.cpp.
+namespace baseline {
+void forward(const ForwardArgs&, const Runtime&);
+void backward(const BackwardArgs&, const Runtime&);
+}  // namespace baseline
+namespace avx2 {
+void forward(const ForwardArgs&, const Runtime&);
+void backward(const BackwardArgs&, const Runtime&);
+}  // namespace avx2
+namespace avx512 {
+void forward(const ForwardArgs&, const Runtime&);
+void backward(const BackwardArgs&, const Runtime&);
+}  // namespace avx512
+
+}  // namespace senet

@@ -1,0 +1,30 @@
+"""Fused squeeze-and-excitation for PyTorch.
+
+``squeeze_excite`` is the operation, ``FusedSEBlock`` the module; ``print(backends())`` shows what
+runs here, ``explain(...)`` why a call runs where it does.
+"""
+
+from ._version import __version__
+from .api import Explanation, channel_scale, explain, pack_options, squeeze, squeeze_excite
+from .autograd import NativeSEFunction
+from .dispatch import Backends, BackendUnavailableError, backends, use_backend
+from .modules import FusedSEBlock
+from .pointwise import ACTIVATIONS, GATES
+
+__all__ = [
+    "ACTIVATIONS",
+    "GATES",
+    "BackendUnavailableError",
+    "Backends",
+    "Explanation",
+    "FusedSEBlock",
+    "NativeSEFunction",
+    "__version__",
+    "backends",
+    "channel_scale",
+    "explain",
+    "pack_options",
+    "squeeze",
+    "squeeze_excite",
+    "use_backend",
+]

@@ -1,0 +1,416 @@
+"""The public functions: documentation, checks, the choice of a backend, and the call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+from . import autograd, dispatch, features, reference, validation
+from .dispatch import Choice
+from .pointwise import Options, check_name, pack
+
+
+class Explanation(NamedTuple):
+    """Which backend a call runs on, and why not the others. Print it to read it."""
+
+    backend: str
+    passed_over: tuple[tuple[str, str], ...]
+    call: features.Call
+
+    def __str__(self) -> str:
+        lines = [f"runs on: {self.backend}"]
+        lines += [f"not on {name}: {reason}" for name, reason in self.passed_over]
+        lines.append(f"needs: {', '.join(features.required_features(self.call))}")
+        return "\n".join(lines)
+
+
+class _Plan(NamedTuple):
+    """What one kind of call resolves to; cached per kind, see _resolve."""
+
+    options: Options
+    code: int
+    call: features.Call
+    choice: Choice
+
+
+_PLANS: dict[tuple[Any, ...], _Plan] = {}
+
+
+def _make_plan(
+    device: str,
+    dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    names: tuple[str | None, str | None, str | None, str | None],
+    facts: tuple[bool, bool, bool, bool, bool, bool, bool],
+    requested: str,
+) -> _Plan:
+    options = Options(
+        *(check_name(argument, v) for argument, v in zip(Options._fields, names, strict=True))
+    )
+    call = features.Call(device, dtype, param_dtype, options, *facts)
+    return _Plan(options, pack(options), call, dispatch.choose(call, requested))
+
+
+def _resolve(
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    names: tuple[str | None, str | None, str | None, str | None],
+    affine: Any,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    lengths: Tensor | None,
+    inplace: bool,
+    backend: str | None,
+) -> _Plan:
+    """The plan for a call, from the cache when this kind was seen before."""
+    kind = (
+        x.device.type,
+        x.dtype,
+        w2.dtype,
+        names,
+        (
+            w1 is not None,
+            w2.shape[0] != x.shape[1],
+            alpha is not None or beta is not None,
+            affine is not None,
+            lengths is not None,
+            residual is not None,
+            inplace,
+        ),
+        dispatch.requested_backend(backend),
+    )
+    if torch.compiler.is_compiling():  # a guard on a growing dict would recompile
+        return _make_plan(*kind)
+    try:
+        plan = _PLANS.get(kind)
+    except TypeError:  # an unhashable name: _make_plan says which
+        plan = None
+    if plan is None:
+        plan = _make_plan(*kind)
+        _PLANS[kind] = plan
+    return plan
+
+
+def _autocast(
+    x: Tensor, parameters: dict[str, Tensor | None], residual: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor | None], Tensor | None]:
+    """Inputs as an eager block under autocast would promote them.
+
+    The output has the dtype eager gives (fp32 x stays fp32; fp16 x under bf16 autocast becomes
+    fp32); parameters in float32 are used as they are rather than rounded. float64 is left alone,
+    as autocast leaves it.
+    """
+    if x.dtype == torch.float64:
+        return x, parameters, residual
+    dtype = torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type))
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        residual = residual.to(dtype)
+    given = {t.dtype for t in parameters.values() if t is not None}
+    if given != {dtype} and given != {torch.float32}:
+        parameters = {n: t if t is None else t.float() for n, t in parameters.items()}
+    return x.to(dtype), parameters, residual
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str | None = "relu",
+    gate: str | None = "sigmoid",
+    before: str | None = None,
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    after: str | None = None,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    lengths: Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Squeeze-and-excitation with the pointwise steps around it, as one operation.
+
+    In order, with S spatial positions::
+
+        q     = a_c x + b_c              before_affine = (a, b); without it q = x
+        p     = before(q)
+        z     = mean of p over space     [B, C]
+        h     = activation(W1 z + b1)    [B, R]
+        u     = W2 h + b2                [B, C], or [B, 2C] for scale-and-shift
+        scale = alpha + beta gate(u[:, :C])
+        shift = u[:, C:], or 0
+        y     = after(p scale + shift + residual)
+
+    With the defaults this is the block of Hu et al., *Squeeze-and-Excitation Networks*
+    (arXiv:1709.01507): ``x * sigmoid(W2 relu(W1 mean(x) + b1) + b2)``. It is differentiable,
+    twice; sums and the MLP are computed in float32 (float64 for float64).
+
+    Args:
+        x: ``[B, C, *spatial]``, one to any number of spatial dimensions; float32, bfloat16,
+            float16 or float64; any strides, contiguous and channels-last without a copy.
+        w1: ``[R, C]`` with optional trailing extents of 1 (a 1x1 convolution's weight), or None
+            for a single layer, ``u = W2 z + b2`` (then ``activation`` is not applied).
+        b1: ``[R]`` or None.
+        w2: ``[C, R]``, or ``[2C, R]`` for scale-and-shift; with ``w1=None``, R is C.
+        b2: ``[C]`` (``[2C]``) or None.
+        activation: identity, relu, relu6, silu, gelu, gelu_tanh, hardswish, leaky_relu
+            (slope 0.01) or mish; None is identity.
+        gate: sigmoid, hardsigmoid, hardsigmoid_02 (``clamp(0.2 u + 0.5, 0, 1)``), tanh, relu or
+            identity.
+        before: an activation applied to x first.
+        before_affine: a pair of ``[C]`` tensors applied to x before ``before``: a folded
+            BatchNorm, or its normalisation in training.
+        after: an activation applied last.
+        residual: added before ``after``; same shape and dtype as x.
+        alpha: ``[C]``; None is 0.
+        beta: ``[C]``; None is 1.
+        lengths: int64 ``[B]``: the mean covers the first ``lengths[b]`` positions only; 0 gives
+            NaN, as an empty mean does. Every position is scaled.
+        inplace: overwrite x with the result and return x; only where no gradient is needed.
+        backend: ``"native"``, ``"reference"``, or None for :func:`use_backend`'s choice, else
+            the best that takes the call.
+
+    Returns:
+        y, with the shape, dtype and strides eager PyTorch gives: those of x.
+
+    Raises:
+        TypeError: an argument is of the wrong kind, or dtypes mix outside autocast.
+        ValueError: a shape, name, device or value is wrong; the message names the argument.
+        BackendUnavailableError: ``backend`` was chosen explicitly and cannot run this call.
+    """
+    validation.check_input(x)
+    validation.check_mlp(x, w1, b1, w2, b2)
+    if residual is not None:
+        validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
+    parameters = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    affine_scale = affine_shift = None
+    if alpha is not None or beta is not None or before_affine is not None:
+        for name, v in (("alpha", alpha), ("beta", beta)):
+            if v is not None:
+                validation.check_like_x(name, v, x, (x.shape[1],), "C of x")
+        if before_affine is not None:
+            validation.check_affine(x, before_affine)
+            affine_scale, affine_shift = before_affine
+        parameters |= {
+            "alpha": alpha,
+            "beta": beta,
+            "before_affine[0]": affine_scale,
+            "before_affine[1]": affine_shift,
+        }
+    if lengths is not None:
+        validation.check_lengths(x, lengths)
+
+    target = x
+    if torch.is_autocast_enabled(x.device.type):
+        x, parameters, residual = _autocast(x, parameters, residual)
+        w1, b1, w2, b2, *rest = parameters.values()
+        assert w2 is not None
+        if rest:
+            alpha, beta, affine_scale, affine_shift = rest
+    else:
+        validation.check_same_dtype(x, parameters)
+        if residual is not None:
+            validation.check_same_dtype(x, {"residual": residual})
+
+    plan = _resolve(
+        x, w1, w2, (activation, gate, before, after), before_affine, residual, alpha, beta,
+        lengths, inplace, backend,
+    )  # fmt: skip
+    chosen = plan.choice.backend
+    if inplace:
+        others = {**parameters, "residual": residual}
+        if _requires_grad(target, *others.values()):
+            raise ValueError(
+                "inplace: expected a call that needs no gradient (torch.no_grad() or inputs that "
+                "do not require grad), got one that does"
+            )
+        if x.dtype != target.dtype:
+            raise TypeError(
+                f"inplace: expected x in the dtype of the result, {x.dtype} under this autocast, "
+                f"got {target.dtype}"
+            )
+        validation.check_inplace(target, others)
+
+    # Forward-mode AD: a raw op would drop the tangents silently, the reference carries them.
+    if chosen == "reference" or fwAD._current_level >= 0:
+        y = reference.squeeze_excite(
+            x, w1, b1, w2, b2,
+            **plan.options._asdict(),
+            before_affine=(
+                None if affine_scale is None or affine_shift is None
+                else (affine_scale, affine_shift)
+            ),
+            residual=residual, alpha=alpha, beta=beta, lengths=lengths,
+        )  # fmt: skip
+        return target.copy_(y) if inplace else y
+
+    if torch._C._are_functorch_transforms_active() or _requires_grad(
+        x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift
+    ):
+        return autograd.apply(
+            chosen, x, w1, b1, w2, b2, plan.code, residual, alpha, beta,
+            affine_scale, affine_shift, lengths,
+        )  # fmt: skip
+    result: Tensor = autograd.forward_op(chosen)(
+        x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
+        plan.code, False,
+    )[0]  # fmt: skip
+    return result
+
+
+def explain(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str | None = "relu",
+    gate: str | None = "sigmoid",
+    before: str | None = None,
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    after: str | None = None,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    lengths: Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend :func:`squeeze_excite` would run for these arguments, and why.
+
+    Computes nothing. Same arguments and errors as ``squeeze_excite``.
+    """
+    validation.check_input(x)
+    validation.check_mlp(x, w1, b1, w2, b2)
+    plan = _resolve(
+        x, w1, w2, (activation, gate, before, after), before_affine, residual, alpha, beta,
+        lengths, inplace, backend,
+    )  # fmt: skip
+    return Explanation(plan.choice.backend, plan.choice.passed_over, plan.call)
+
+
+def squeeze(
+    x: Tensor,
+    *,
+    before: str | None = None,
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The squeeze half alone: mean over space of ``before(a_c x + b_c)``.
+
+    Put any torch code between it and :func:`channel_scale` for excitations that are not this MLP
+    (a norm in between, a 1-D convolution as in ECA).
+
+    Args:
+        x: ``[B, C, *spatial]``.
+        before, before_affine, lengths: as in :func:`squeeze_excite`.
+
+    Returns:
+        ``[B, C]`` in the dtype of x, summed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: as in :func:`squeeze_excite`.
+    """
+    validation.check_input(x)
+    name = check_name("before", before)
+    if before_affine is not None:
+        validation.check_affine(x, before_affine)
+        if not torch.is_autocast_enabled(x.device.type):
+            a, b = before_affine
+            validation.check_same_dtype(x, {"before_affine[0]": a, "before_affine[1]": b})
+    if lengths is not None:
+        validation.check_lengths(x, lengths)
+    return reference.squeeze(x, before=name, before_affine=before_affine, lengths=lengths)
+
+
+def channel_scale(
+    x: Tensor,
+    u: Tensor,
+    *,
+    gate: str | None = None,
+    before: str | None = None,
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    after: str | None = None,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """The scaling half alone: ``after(p (alpha + beta gate(u[:, :C])) + u[:, C:] + residual)``.
+
+    Args:
+        x: ``[B, C, *spatial]``; p is ``before(a_c x + b_c)``.
+        u: the pre-gate, ``[B, C]``, or ``[B, 2C]`` for scale-and-shift.
+        gate, before, before_affine, after, residual, alpha, beta: as in :func:`squeeze_excite`.
+
+    Returns:
+        y, like x.
+
+    Raises:
+        TypeError, ValueError: as in :func:`squeeze_excite`.
+    """
+    validation.check_input(x)
+    validation.check_tensor("u", u)
+    batch, channels = x.shape[:2]
+    if tuple(u.shape) not in ((batch, channels), (batch, 2 * channels)):
+        raise ValueError(
+            f"u: expected shape {[batch, channels]} or {[batch, 2 * channels]}, "
+            f"got {list(u.shape)}"
+        )
+    if u.device != x.device:
+        raise ValueError(f"u: expected device {x.device} (that of x), got {u.device}")
+    options = Options(
+        "identity", check_name("gate", gate), check_name("before", before),
+        check_name("after", after),
+    )  # fmt: skip
+    tensors: dict[str, Tensor | None] = {"u": u, "alpha": alpha, "beta": beta}
+    for name in ("alpha", "beta"):
+        if tensors[name] is not None:
+            validation.check_like_x(name, tensors[name], x, (channels,), "C of x")
+    if before_affine is not None:
+        validation.check_affine(x, before_affine)
+        tensors["before_affine[0]"], tensors["before_affine[1]"] = before_affine
+    if residual is not None:
+        validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
+    if torch.is_autocast_enabled(x.device.type):
+        x, _, residual = _autocast(x, {"u": u}, residual)
+    else:
+        validation.check_same_dtype(x, {**tensors, "residual": residual})
+    return reference.channel_scale(
+        x, u, gate=options.gate, before=options.before, before_affine=before_affine,
+        after=options.after, residual=residual, alpha=alpha, beta=beta,
+    )  # fmt: skip
+
+
+def pack_options(
+    *,
+    activation: str | None = "relu",
+    gate: str | None = "sigmoid",
+    before: str | None = None,
+    after: str | None = None,
+) -> int:
+    """The ``options`` integer that ``NativeSEFunction.apply`` takes.
+
+    Raises:
+        TypeError, ValueError: not a function of the table.
+    """
+    return pack(
+        Options(
+            check_name("activation", activation),
+            check_name("gate", gate),
+            check_name("before", before),
+            check_name("after", after),
+        )
+    )

@@ -1,0 +1,359 @@
+"""The autograd Functions around the raw ops.
+
+Three Functions, because torch asks for three things that exclude each other:
+
+* :class:`NativeSEFunction`: the plain one, the short way in eager mode. A Function with
+  ``setup_context`` costs 50 µs and more per call (it inspects its own signature), this one 6.
+* ``_TransformableSE``: with ``setup_context`` and ``vmap``, used under ``torch.func`` transforms.
+* ``_SEBackward``: the backward op as a Function of its own, for double backward. First-order
+  gradients come from the kernel even then; second-order ones from the reference. Without it a
+  raw op inside ``backward`` would return wrong second derivatives without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .ops import Needs
+from .pointwise import Options, pack, unpack
+
+DEFAULT_OPTIONS = pack(Options("relu", "sigmoid", "identity", "identity"))
+
+_RESIDUAL = 5  # position among the ten differentiable inputs, see ops.Needs
+_OPTIONS = 5  # position of `options` among a Function's arguments
+
+
+def forward_op(backend: str) -> Any:
+    """The raw forward op of a backend."""
+    return getattr(torch.ops.senet_kernels, f"{backend}_forward").default
+
+
+def backward_op(backend: str) -> Any:
+    """The raw backward op of a backend."""
+    return getattr(torch.ops.senet_kernels, f"{backend}_backward").default
+
+
+def _keeps_residual(options: int) -> bool:
+    """Whether backward reads the residual: not for identity, and relu keeps a bit mask."""
+    return unpack(options).after not in ("identity", "relu")
+
+
+def _needs(needs_input_grad: tuple[bool, ...]) -> int:
+    """The Needs bits out of ``ctx.needs_input_grad`` (options sit between b2 and residual)."""
+    needs = 0
+    for position, needed in enumerate(needs_input_grad):
+        if needed:
+            needs |= 1 << (position if position < _OPTIONS else position - 1)
+    return needs
+
+
+def _first_order(
+    options: int,
+    needs: int,
+    mask: Tensor,
+    lengths: Tensor | None,
+    dy: Tensor,
+    *inputs: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients the backward op returns, by differentiable torch operations.
+
+    ``inputs`` are the ten differentiable inputs in the order of Needs.
+    """
+    activation, gate, before, after = unpack(options)
+    x = inputs[0]
+    assert x is not None
+    if after == "relu" and mask.numel():
+        dy = torch.where(ops.unpack_mask(mask, x), dy, 0.0)
+        after = "identity"
+    through_residual = after == "identity"  # then the residual's gradient is dy itself
+    wanted = [
+        i
+        for i in range(ops.GRADIENTS)
+        if needs & (1 << i) and (inputs[i] is not None or i == _RESIDUAL)
+    ]
+    varied = [i for i in wanted if not (through_residual and i == _RESIDUAL)]
+
+    def forward(*values: Tensor) -> Tensor:
+        full = list(inputs)
+        for i, value in zip(varied, values, strict=True):
+            full[i] = value
+        x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift = full
+        assert x is not None
+        assert w2 is not None
+        affine = None
+        if affine_scale is not None and affine_shift is not None:
+            affine = (affine_scale, affine_shift)
+        return reference.squeeze_excite(
+            x, w1, b1, w2, b2,
+            activation=activation, gate=gate, before=before, before_affine=affine, after=after,
+            residual=None if through_residual else residual,
+            alpha=alpha, beta=beta, lengths=lengths,
+        )  # fmt: skip
+
+    gradients: list[Tensor | None] = [None] * ops.GRADIENTS
+    if varied:
+        _, vjp = torch.func.vjp(forward, *(inputs[i] for i in varied))
+        for i, gradient in zip(varied, vjp(dy), strict=True):
+            gradients[i] = gradient
+    if through_residual and _RESIDUAL in wanted:
+        gradients[_RESIDUAL] = dy
+    return tuple(gradients)
+
+
+class _SEBackward(torch.autograd.Function):
+    """The backward op, differentiable: its own backward goes through the reference."""
+
+    @staticmethod
+    def forward(
+        backend: str,
+        options: int,
+        needs: int,
+        saved: Tensor,
+        mask: Tensor,
+        lengths: Tensor | None,
+        dy: Tensor,
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = backward_op(backend)(
+            dy, *inputs, lengths, saved, mask, options, needs
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.options, ctx.needs, _, mask, lengths, dy, *tensors = inputs
+        ctx.save_for_backward(mask, lengths, dy, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
+        mask, lengths, dy, *inputs = ctx.saved_tensors
+        options, needs = ctx.options, ctx.needs
+        values = [dy, *inputs]
+        varied = [i for i, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
+        given = [i for i, g in enumerate(second) if g is not None and needs & (1 << i)]
+
+        def gradients(*changed: Tensor) -> tuple[Tensor, ...]:
+            full = list(values)
+            for i, value in zip(varied, changed, strict=True):
+                full[i] = value
+            first = _first_order(options, needs, mask, lengths, *full)
+            return tuple(g for i in given if (g := first[i]) is not None)
+
+        result: list[Tensor | None] = [None] * len(values)
+        if varied and given:
+            _, vjp = torch.func.vjp(gradients, *(values[i] for i in varied))
+            for i, g in zip(varied, vjp(tuple(second[i] for i in given)), strict=True):
+                result[i] = g
+        return (None, None, None, None, None, None, *result)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        # Per-sample parameter gradients do not fold into the batch: the reference, mapped.
+        _, options, needs, _, mask, lengths, dy, *inputs = args
+        _, _, _, _, mask_dim, lengths_dim, *dims = in_dims
+        operands = [mask, lengths, dy, *inputs]
+        present = [i for i, t in enumerate(operands) if t is not None]
+        all_dims = [mask_dim, lengths_dim, *dims]
+
+        def one(*values: Tensor) -> tuple[Tensor, ...]:
+            full: list[Any] = [None] * len(operands)
+            for i, value in zip(present, values, strict=True):
+                full[i] = value
+            grads = _first_order(options, needs, full[0], full[1], *full[2:])
+            return tuple(full[3].new_empty((0,)) if g is None else g for g in grads)
+
+        mapped = torch.vmap(one, tuple(all_dims[i] for i in present))(
+            *(operands[i] for i in present)
+        )
+        return mapped, (0,) * ops.GRADIENTS
+
+
+def _backward(
+    backend: str,
+    options: int,
+    needs: int,
+    tensors: tuple[Any, ...],
+    dy: Tensor,
+    differentiable: bool,
+) -> list[Tensor | None]:
+    """The ten gradients, None where not needed. ``tensors`` is what forward saved."""
+    *inputs, lengths, saved, mask = tensors
+    # The residual's gradient through identity is dy itself: no kernel, no copy.
+    passes_dy = needs & Needs.RESIDUAL and unpack(options).after == "identity"
+    asked = needs & ~Needs.RESIDUAL if passes_dy else needs
+    gradients: list[Tensor | None] = [None] * ops.GRADIENTS
+    if asked:
+        if differentiable:
+            computed = _SEBackward.apply(
+                backend, options, asked, saved, mask, lengths, dy, *inputs
+            )
+        else:
+            computed = backward_op(backend)(
+                dy, *inputs, lengths, saved, mask, options, asked
+            )
+        for i in range(ops.GRADIENTS):
+            if asked & (1 << i):
+                gradients[i] = computed[i]
+    if passes_dy:
+        gradients[_RESIDUAL] = dy
+    return gradients
+
+
+def _in_argument_order(gradients: list[Tensor | None], arguments: int) -> tuple[Any, ...]:
+    """Gradients as autograd wants them: None for options and for what follows."""
+    full = (*gradients[:_OPTIONS], None, *gradients[_OPTIONS:], None)
+    return full[:arguments]
+
+
+class NativeSEFunction(torch.autograd.Function):
+    """Squeeze-and-excitation by the C++ kernels, as a ``torch.autograd.Function``.
+
+    ``y = NativeSEFunction.apply(x, w1, b1, w2, b2, options=..., residual=None, alpha=None,
+    beta=None, affine_scale=None, affine_shift=None, lengths=None)``, positional, anything after
+    ``b2`` may be left out. Shapes and meaning are those of
+    :func:`senet_kernels.squeeze_excite`; ``options`` is the integer of
+    :func:`senet_kernels.pack_options` (default: relu and sigmoid). Double backward works. It
+    takes what the feature table calls fused and raises ``RuntimeError`` otherwise; for checked
+    arguments, fallbacks, autocast and ``torch.func`` use ``squeeze_excite``.
+    """
+
+    backend = "native"
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor | None,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        options: int = DEFAULT_OPTIONS,
+        residual: Tensor | None = None,
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
+        affine_scale: Tensor | None = None,
+        affine_shift: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        needs = _needs(ctx.needs_input_grad)
+        y, saved, mask = _NATIVE_FORWARD(
+            x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
+            options, needs != 0,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.needs = needs
+        ctx.arguments = len(ctx.needs_input_grad)
+        ctx.save_for_backward(
+            x, w1, b1, w2, b2, residual if _keeps_residual(options) else None, alpha, beta,
+            affine_scale, affine_shift, lengths, saved, mask,
+        )  # fmt: skip
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        # Grad mode is on in here only under create_graph=True.
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gradients = _backward(
+            "native", ctx.options, ctx.needs, ctx.saved_tensors, dy, differentiable
+        )
+        return _in_argument_order(gradients, ctx.arguments)
+
+
+_NATIVE_FORWARD = forward_op("native")
+
+
+class _TransformableSE(torch.autograd.Function):
+    """The same operation for ``torch.func`` transforms. Returns ``(y, saved, mask)``."""
+
+    @staticmethod
+    def forward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, w1, b1, w2, b2, options, *rest = args
+        result: tuple[Tensor, Tensor, Tensor] = forward_op(backend)(
+            x, w1, b1, w2, b2, *rest, options, True
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend, x, w1, b1, w2, b2, ctx.options, residual, *rest = inputs
+        _, saved, mask = output
+        ctx.mark_non_differentiable(saved, mask)
+        # The residual is kept for relu too: a mapped backward has no mask, see vmap.
+        kept = None if unpack(ctx.options).after == "identity" else residual
+        ctx.save_for_backward(x, w1, b1, w2, b2, kept, *rest, saved, mask)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        needs = _needs(ctx.needs_input_grad[1:])
+        gradients = _backward(
+            ctx.backend, ctx.options, needs, ctx.saved_tensors, dy, differentiable=True
+        )
+        return (None, *_in_argument_order(gradients, 12))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], backend: str, *args: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, None, None]]:
+        x, w1, b1, w2, b2, options, residual, alpha, beta, affine_scale, affine_shift, lengths = (
+            args
+        )
+        per_image = (0, 6, 11)  # x, residual, lengths have a batch axis to fold into
+        dims = in_dims[1:]
+        folds = all(
+            (dims[i] is not None) == (i in per_image) for i, t in enumerate(args) if t is not None
+        ) and isinstance(options, int)
+        if folds:
+            folded = list(args)
+            for i in per_image:
+                if args[i] is not None:
+                    folded[i] = args[i].movedim(dims[i], 0).flatten(0, 1)
+            y = _TransformableSE.apply(backend, *folded)[0].unflatten(0, (info.batch_size, -1))
+        else:
+            y = _mapped_reference(options, args, dims)
+        # The backward pass of mapped calls recomputes by the reference: it needs neither of these.
+        empty = y.new_empty((0,))
+        return (y, empty, empty.to(torch.uint8)), (0, None, None)
+
+
+def _mapped_reference(options: int, args: tuple[Any, ...], dims: tuple[Any, ...]) -> Tensor:
+    """``torch.vmap`` of the reference over the tensors among a Function's arguments."""
+    positions = [i for i, t in enumerate(args) if isinstance(t, Tensor)]
+    activation, gate, before, after = unpack(options)
+
+    def one(*values: Tensor) -> Tensor:
+        full: list[Any] = [None] * len(args)
+        for i, value in zip(positions, values, strict=True):
+            full[i] = value
+        x, w1, b1, w2, b2, _, residual, alpha, beta, scale, shift, lengths = full
+        return reference.squeeze_excite(
+            x, w1, b1, w2, b2,
+            activation=activation, gate=gate, before=before, after=after,
+            before_affine=None if scale is None else (scale, shift),
+            residual=residual, alpha=alpha, beta=beta, lengths=lengths,
+        )  # fmt: skip
+
+    mapped: Tensor = torch.vmap(one, tuple(dims[i] for i in positions))(
+        *(args[i] for i in positions)
+    )
+    return mapped
+
+
+def apply(backend: str, *args: Any) -> Tensor:
+    """One differentiable call on ``backend``; arguments as ``NativeSEFunction.apply`` takes them,
+    all twelve."""
+    if torch._C._are_functorch_transforms_active():
+        result: Tensor = _TransformableSE.apply(backend, *args)[0]
+        return result
+    plain: Tensor = _FUNCTIONS[backend].apply(*args)
+    return plain
+
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"native": NativeSEFunction}

@@ -1,0 +1,155 @@
+"""Which backend runs a call, and why.
+
+Argument, then :func:`use_backend`, then the environment variable ``SENET_KERNELS_BACKEND``, then
+automatic: the first backend in ``ORDER`` that takes the call, the reference at last. A backend
+chosen explicitly never falls back: it runs or raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from . import features
+from .backends import native
+from .features import Call
+
+#: In order of preference. The reference takes every legal call.
+ORDER: tuple[str, ...] = ("native", "reference")
+_MODULES = {"native": native}
+
+ENVIRONMENT_VARIABLE = "SENET_KERNELS_BACKEND"
+
+# One plain global, as torch.backends' flags are: torch.compile guards on it, which it cannot do
+# for a ContextVar (graph break) or a threading.local (wrong guard).
+_forced: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run the call; the message says why."""
+
+
+class Choice(NamedTuple):
+    """The outcome of a choice: the backend, and why each one before it was passed over."""
+
+    backend: str
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def check_backend_name(backend: str | None, source: str) -> str:
+    """``"auto"`` or a known backend; ``source`` names the culprit in the error."""
+    if backend is None:
+        return "auto"
+    if backend not in (*ORDER, "auto"):
+        raise ValueError(f"{source}: expected one of auto, {', '.join(ORDER)}, got {backend!r}")
+    return backend
+
+
+def requested_backend(argument: str | None) -> str:
+    """The backend asked for by argument, context manager or environment; else ``"auto"``."""
+    if argument is not None:
+        return check_backend_name(argument, "backend")
+    return check_backend_name(_forced, ENVIRONMENT_VARIABLE)
+
+
+def why_not(backend: str, call: Call) -> str | None:
+    """Why ``backend`` cannot run ``call``; None when it can."""
+    if backend == "reference":
+        return None
+    return features.missing_feature(backend, call) or _MODULES[backend].unavailable()
+
+
+def choose(call: Call, requested: str) -> Choice:
+    """Pick the backend for ``call``.
+
+    Raises:
+        BackendUnavailableError: ``requested`` names a backend that cannot run the call.
+    """
+    if requested != "auto":
+        reason = why_not(requested, call)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"backend={requested!r} was asked for and cannot run this call: it {reason}"
+                if not reason.startswith("the ")
+                else f"backend={requested!r} was asked for and cannot run: {reason}"
+            )
+        return Choice(requested, ())
+    passed_over: tuple[tuple[str, str], ...] = ()
+    for backend in ORDER:
+        reason = why_not(backend, call)
+        if reason is None:
+            return Choice(backend, passed_over)
+        passed_over = (*passed_over, (backend, reason))
+    raise AssertionError("the reference takes every call")
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Run the calls inside on one backend, or raise where it cannot.
+
+    Process-wide, like ``torch.backends`` flags; ``None`` and ``"auto"`` restore the automatic
+    choice. Under ``torch.compile`` a change recompiles.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    global _forced
+    check_backend_name(backend, "backend")
+    outer = _forced
+    _forced = backend
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+class Backends:
+    """What :func:`backends` returns: usable as a mapping, readable when printed.
+
+    ``available`` maps each backend's name to True or False, ``reasons`` an unavailable one's name
+    to why.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self.details: dict[str, str] = {"reference": "plain PyTorch, every device and dtype"}
+        for name, module in _MODULES.items():
+            reason = module.unavailable()
+            if reason is None:
+                self.details[name] = module.describe()
+            else:
+                self.reasons[name] = reason
+        self.available: dict[str, bool] = {name: name not in self.reasons for name in ORDER}
+
+    def __getitem__(self, name: str) -> bool:
+        return self.available[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.available)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{name}: available: {self.details[name]}"
+            if available
+            else f"{name}: not available: {self.reasons[name]}"
+            for name, available in self.available.items()
+        ]
+        lines.append(f"chosen by default: {requested_backend(None)}")
+        return "\n".join([*lines, "", features.format_table()])
+
+
+def backends() -> Backends:
+    """The backends of this installation: available or why not, and the feature table.
+
+    Print the result to read it; ``backends().available["native"]`` to ask.
+    """
+    return Backends()
+
+
+def describe_versions() -> str:
+    """One line on the versions in use, for bug reports."""
+    return f"torch {torch.__version__}"

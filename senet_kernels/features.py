@@ -1,0 +1,108 @@
+"""The feature table: what each backend fuses, and what it leaves to the reference.
+
+This table is the decision: dispatch asks it, ``backends()`` and ``explain()`` print it, and a
+test exercises every cell. A backend adds a column; a feature adds a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .pointwise import ACTIVATIONS, GATES, Options
+
+FUSED = "fused"
+FALLS_BACK = "falls back"  # auto: to the reference; asked for by name: raises, saying why
+RAISES = "raises"
+
+#: Columns: (backend, device type).
+COLUMNS: tuple[tuple[str, str], ...] = (("native", "cpu"),)
+
+
+def _rows() -> dict[str, tuple[str, ...]]:
+    def row(native_cpu: bool) -> tuple[str, ...]:
+        return (FUSED if native_cpu else FALLS_BACK,)
+
+    rows = {
+        "dtype float32": row(True),
+        "dtype bfloat16": row(True),
+        "dtype float16": row(True),
+        "dtype float64": row(True),
+        "parameters in float32 under autocast": row(True),
+        "two layers": row(True),
+        "single layer (w1=None)": row(False),
+        "scale-and-shift (w2 with 2C rows)": row(True),
+        "alpha, beta": row(True),
+        "before_affine": row(False),
+        "lengths": row(False),
+        "residual": row(True),
+        "inplace": row(False),
+    }
+    rows |= {f"activation {name}": row(True) for name in ACTIVATIONS}
+    rows |= {f"gate {name}": row(True) for name in GATES}
+    rows |= {f"before {name}": row(True) for name in ACTIVATIONS}
+    rows |= {f"after {name}": row(True) for name in ACTIVATIONS}
+    return rows
+
+
+FEATURES: dict[str, tuple[str, ...]] = _rows()
+
+
+class Call(NamedTuple):
+    """The static properties of one call: all that the choice of a backend depends on."""
+
+    device: str
+    dtype: torch.dtype
+    param_dtype: torch.dtype
+    options: Options
+    two_layers: bool
+    shift: bool
+    weighted: bool  # alpha or beta given
+    affine: bool
+    lengths: bool
+    residual: bool
+    inplace: bool
+
+
+def required_features(call: Call) -> list[str]:
+    """The rows of the table that a call needs."""
+    names = [f"dtype {str(call.dtype).removeprefix('torch.')}"]
+    if call.param_dtype != call.dtype:
+        names.append("parameters in float32 under autocast")
+    names.append("two layers" if call.two_layers else "single layer (w1=None)")
+    optional = (
+        (call.shift, "scale-and-shift (w2 with 2C rows)"),
+        (call.weighted, "alpha, beta"),
+        (call.affine, "before_affine"),
+        (call.lengths, "lengths"),
+        (call.residual, "residual"),
+        (call.inplace, "inplace"),
+    )
+    names += [name for wanted, name in optional if wanted]
+    names += [f"{argument} {name}" for argument, name in call.options._asdict().items()]
+    return names
+
+
+def missing_feature(backend: str, call: Call) -> str | None:
+    """Why the table says ``backend`` does not take this call; None when it does."""
+    if (backend, call.device) not in COLUMNS:
+        return f"has no kernels for device type {call.device!r}"
+    column = COLUMNS.index((backend, call.device))
+    for name in required_features(call):
+        if name not in FEATURES:
+            return f"does not support {name}"
+        if FEATURES[name][column] != FUSED:
+            return f"has no fused kernel for: {name}"
+    return None
+
+
+def format_table() -> str:
+    """The feature table as text, a line per feature."""
+    heads = [f"{backend} ({device})" for backend, device in COLUMNS] + ["reference"]
+    width = max(map(len, FEATURES))
+    lines = ["  ".join([" " * width, *heads])]
+    for name, cells in FEATURES.items():
+        padded = [cell.ljust(len(head)) for cell, head in zip(cells, heads, strict=False)]
+        lines.append("  ".join([name.ljust(width), *padded, "yes"]).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+"""Schemas and fake kernels of the raw ops. Needs torch alone: no compiled library, no Triton.
+
+Each backend implements the same two ops, ``<backend>_forward`` and ``<backend>_backward``. They
+are private and carry no autograd formula: :mod:`senet_kernels.autograd` supplies it.
+
+``saved`` is what the forward pass keeps for the backward pass besides its inputs: the pooled
+input z ``[B, C]``, the hidden pre-activation ``[B, R]`` and the pre-gate u ``[B, C or 2C]``, one
+after the other in one flat tensor of the accumulation dtype. ``mask`` is a bit per element for
+``after="relu"``. Both are empty unless ``save``. A gradient that is not asked for in ``needs``
+comes back as an empty tensor: the number of outputs is fixed.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+import torch
+from torch import Tensor
+
+from .pointwise import POINTWISE
+from .reference import accumulate_dtype
+
+BACKENDS_WITH_OPS = ("native",)
+
+FORWARD_SCHEMA = (
+    "(Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual,"
+    " Tensor? alpha, Tensor? beta, Tensor? affine_scale, Tensor? affine_shift,"
+    " Tensor? lengths, int options, bool save)"
+    " -> (Tensor y, Tensor saved, Tensor mask)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual,"
+    " Tensor? alpha, Tensor? beta, Tensor? affine_scale, Tensor? affine_shift,"
+    " Tensor? lengths, Tensor saved, Tensor mask, int options, int needs)"
+    " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dresidual,"
+    " Tensor dalpha, Tensor dbeta, Tensor daffine_scale, Tensor daffine_shift)"
+)
+
+
+class Needs(IntFlag):
+    """Which gradients the backward op computes, in the order it returns them."""
+
+    X = 1
+    W1 = 2
+    B1 = 4
+    W2 = 8
+    B2 = 16
+    RESIDUAL = 32
+    ALPHA = 64
+    BETA = 128
+    AFFINE_SCALE = 256
+    AFFINE_SHIFT = 512
+
+
+GRADIENTS = len(Needs)
+_RELU = POINTWISE["relu"].code
+
+
+def after_code(options: int) -> int:
+    """The ``after`` function's code out of packed options."""
+    return (options >> 12) & 15
+
+
+def _saved_numel(x: Tensor, w1: Tensor | None, w2: Tensor) -> int:
+    hidden = 0 if w1 is None else w1.shape[0]
+    return x.shape[0] * (x.shape[1] + hidden + w2.shape[0])
+
+
+def _mask_numel(x: Tensor) -> int:
+    # Rows of the image padded to bytes, whichever of C and S is the inner extent.
+    positions = x.shape[2:].numel()
+    return x.shape[0] * ((x.shape[1] + 7) // 8) * ((positions + 7) // 8) * 8
+
+
+def _forward_fake(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    lengths: Tensor | None,
+    options: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keep_mask = save and after_code(options) == _RELU
+    saved = x.new_empty(
+        (_saved_numel(x, w1, w2) if save else 0,), dtype=accumulate_dtype(x.dtype)
+    )
+    mask = x.new_empty((_mask_numel(x) if keep_mask else 0,), dtype=torch.uint8)
+    return torch.empty_like(x), saved, mask
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    lengths: Tensor | None,
+    saved: Tensor,
+    mask: Tensor,
+    options: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    # In the order of Needs. The residual is not passed where backward does not read it; its
+    # gradient is laid out like x.
+    of = (x, w1, b1, w2, b2, x, alpha, beta, affine_scale, affine_shift)
+    return tuple(
+        torch.empty_like(t) if t is not None and needs & (1 << i) else x.new_empty((0,))
+        for i, t in enumerate(of)
+    )
+
+
+def inner_is_channels(x: Tensor) -> bool:
+    """Whether kernels walk ``x`` channels-last: channels adjacent, positions C elements apart.
+
+    Anything else is walked as rows of positions (and copied first where it is not contiguous).
+    """
+    x = torch.empty_like(x, device="meta")  # the strides of y and dx, also where x is no dense tensor
+    channels, positions = x.shape[1], x.shape[2:].numel()
+    if channels == 1 or positions == 1 or x.stride(1) != 1:
+        return False
+    expected = channels
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The bit mask of ``after="relu"`` as a boolean tensor shaped like ``x``."""
+    batch, channels, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
+    last = inner_is_channels(x)
+    rows, inner = (positions, channels) if last else (channels, positions)
+    row_bytes = (inner + 7) // 8
+    used = mask[: batch * rows * row_bytes].reshape(batch, rows, row_bytes, 1)
+    bits = (used >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    bits = bits.reshape(batch, rows, row_bytes * 8)[:, :, :inner].bool()
+    return (bits.transpose(1, 2) if last else bits).reshape(x.shape)
+
+
+_library = torch.library.Library("senet_kernels", "DEF")
+# flexible_layout: kernels read every layout themselves; without the tag Inductor inserts copies.
+_TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+# The instruction set the CPU kernels run on; takes no tensors.
+_library.define("native_isa() -> str")
+for _backend in BACKENDS_WITH_OPS:
+    _library.define(f"{_backend}_forward{FORWARD_SCHEMA}", tags=_TAGS)
+    _library.define(f"{_backend}_backward{BACKWARD_SCHEMA}", tags=_TAGS)
+    torch.library.register_fake(
+        f"senet_kernels::{_backend}_forward", _forward_fake, lib=_library
+    )
+    torch.library.register_fake(
+        f"senet_kernels::{_backend}_backward", _backward_fake, lib=_library
+    )

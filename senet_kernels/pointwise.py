@@ -1,0 +1,105 @@
+"""The one table of pointwise functions: every activation, gate, ``before`` and ``after`` step.
+
+To add a function, add a row here and one ``case`` to each kernel twin
+(``csrc/cpu/pointwise.h`` for C++). ``code`` is what kernels receive; it is never reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Pointwise(NamedTuple):
+    """One row: the number kernels know it by, where it may stand, and its definition."""
+
+    code: int
+    is_activation: bool
+    is_gate: bool
+    fn: Callable[[Tensor], Tensor]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _hardsigmoid(x: Tensor) -> Tensor:
+    # F.hardsigmoid's float64 derivative uses a float32 1/6; this one is exact.
+    return F.relu6(x + 3.0) / 6.0
+
+
+def _hardsigmoid_02(x: Tensor) -> Tensor:
+    # Keras' and Paddle's slope: clamp(0.2 x + 0.5, 0, 1); torch's hardsigmoid has slope 1/6.
+    return torch.clamp(0.2 * x + 0.5, 0.0, 1.0)
+
+
+POINTWISE: dict[str, Pointwise] = {
+    #                           code  activation gate   definition
+    "identity": Pointwise(0, True, True, _identity),
+    "relu": Pointwise(1, True, True, F.relu),
+    "relu6": Pointwise(2, True, False, F.relu6),
+    "silu": Pointwise(3, True, False, F.silu),
+    "gelu": Pointwise(4, True, False, F.gelu),
+    "gelu_tanh": Pointwise(5, True, False, _gelu_tanh),
+    "hardswish": Pointwise(6, True, False, F.hardswish),
+    "leaky_relu": Pointwise(7, True, False, F.leaky_relu),  # slope 0.01
+    "mish": Pointwise(8, True, False, F.mish),
+    "sigmoid": Pointwise(9, False, True, torch.sigmoid),
+    "hardsigmoid": Pointwise(10, False, True, _hardsigmoid),
+    "hardsigmoid_02": Pointwise(11, False, True, _hardsigmoid_02),
+    "tanh": Pointwise(12, False, True, torch.tanh),
+}
+
+ACTIVATIONS: tuple[str, ...] = tuple(n for n, row in POINTWISE.items() if row.is_activation)
+GATES: tuple[str, ...] = tuple(n for n, row in POINTWISE.items() if row.is_gate)
+
+_NAMES: dict[int, str] = {row.code: name for name, row in POINTWISE.items()}
+
+
+class Options(NamedTuple):
+    """The four pointwise choices of one call, by name."""
+
+    activation: str
+    gate: str
+    before: str
+    after: str
+
+
+def check_name(argument: str, value: str | None) -> str:
+    """Return the table's name for ``value`` (``None`` is ``"identity"``).
+
+    Raises:
+        TypeError: ``value`` is neither a string nor None.
+        ValueError: the table has no such function for this argument.
+    """
+    if value is None:
+        return "identity"
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{argument}: expected the name of a function, got {type(value).__name__} {value!r}"
+        )
+    legal = GATES if argument == "gate" else ACTIVATIONS
+    if value not in legal:
+        raise ValueError(f"{argument}: expected one of {', '.join(legal)} or None, got {value!r}")
+    return value
+
+
+def pack(options: Options) -> int:
+    """The integer that ops and kernels take: four bits each, activation lowest."""
+    code = 0
+    for position, name in enumerate(options):
+        code |= POINTWISE[name].code << (4 * position)
+    return code
+
+
+def unpack(code: int) -> Options:
+    """Inverse of :func:`pack`."""
+    return Options(*(_NAMES[(code >> (4 * position)) & 15] for position in range(4)))

@@ -1,0 +1,157 @@
+"""Squeeze-and-excitation in plain PyTorch: the definition, the oracle, and the last fallback.
+
+Everything is composed of differentiable torch operations: any device, any floating dtype, any
+layout, double backward, forward-mode AD and ``torch.func`` transforms work. bfloat16 and float16
+are computed in float32 and rounded once, as the kernels do.
+
+Hu, Shen, Albanie, Sun, Wu: Squeeze-and-Excitation Networks, arXiv:1709.01507.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pointwise import POINTWISE
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums and the MLP are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_channel(v: Tensor, ndim: int) -> Tensor:
+    """``[C]`` or ``[B, C]`` -> broadcastable against ``[B, C, *spatial]``."""
+    lead = 1 if v.dim() == 1 else v.shape[0]
+    return v.reshape(lead, v.shape[-1], *([1] * (ndim - 2)))
+
+
+def _prologue(x: Tensor, before: str, before_affine: tuple[Tensor, Tensor] | None) -> Tensor:
+    """``before(a_c x + b_c)`` in the accumulation dtype."""
+    q = x.to(accumulate_dtype(x.dtype))
+    if before_affine is not None:
+        a, b = (_per_channel(v.to(q.dtype), x.dim()) for v in before_affine)
+        q = a * q + b
+    return POINTWISE[before].fn(q)
+
+
+def _mean_over_space(p: Tensor, lengths: Tensor | None) -> Tensor:
+    """``[B, C, *spatial] -> [B, C]``; with lengths, over the first ``lengths[b]`` positions.
+
+    A length outside ``0..S`` gives NaN, and so does an empty mean, as ``torch.mean`` does.
+    """
+    if lengths is None:
+        return p.mean(dim=tuple(range(2, p.dim())))
+    positions = p[0, 0].numel() if p.numel() else p.shape[2:].numel()
+    counted = torch.arange(positions, device=p.device) < lengths[:, None]
+    counted = counted.reshape(p.shape[0], 1, *p.shape[2:])
+    total = torch.where(counted, p, 0.0).sum(dim=tuple(range(2, p.dim())))
+    n = torch.where((lengths >= 0) & (lengths <= positions), lengths, 0).to(p.dtype)
+    return torch.where(n > 0, 1.0, torch.nan)[:, None] * total / n.clamp(min=1)[:, None]
+
+
+def _matrix(w: Tensor) -> Tensor:
+    """``[R, C]`` out of a weight with trailing extents of 1, so that its gradient comes back with
+    the weight's own strides (channels-last 1x1 convolutions too: DDP compares them)."""
+    if w.dim() > 2 and w.stride(-1) == w.shape[1]:
+        w = w.movedim(1, -1)
+        return w.reshape(w.shape[0], w.shape[-1])
+    return w.reshape(w.shape[0], w.shape[1])
+
+
+def _excite(
+    z: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``u = W2 activation(W1 z + b1) + b2``; with ``w1`` None, ``u = W2 z + b2``."""
+
+    def linear(v: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        out = v @ _matrix(w).to(v.dtype).t()
+        return out if b is None else out + b.to(v.dtype)
+
+    h = z if w1 is None else POINTWISE[activation].fn(linear(z, w1, b1))
+    return linear(h, w2, b2)
+
+
+def _apply_scale(
+    x: Tensor,
+    u: Tensor,
+    gate: str,
+    before: str,
+    before_affine: tuple[Tensor, Tensor] | None,
+    after: str,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+) -> Tensor:
+    p = _prologue(x, before, before_affine)
+    channels = x.shape[1]
+    u = u.to(p.dtype)
+    scale = POINTWISE[gate].fn(u[:, :channels])
+    if beta is not None:
+        scale = beta.to(p.dtype) * scale
+    if alpha is not None:
+        scale = alpha.to(p.dtype) + scale
+    y = p * _per_channel(scale, x.dim())
+    if u.shape[1] == 2 * channels:
+        y = y + _per_channel(u[:, channels:], x.dim())
+    if residual is not None:
+        y = y + residual.to(p.dtype)
+    return POINTWISE[after].fn(y).to(x.dtype)
+
+
+def squeeze(
+    x: Tensor,
+    *,
+    before: str = "identity",
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Mean over space of ``before(a_c x + b_c)``: ``[B, C, *spatial] -> [B, C]``."""
+    return _mean_over_space(_prologue(x, before, before_affine), lengths).to(x.dtype)
+
+
+def channel_scale(
+    x: Tensor,
+    u: Tensor,
+    *,
+    gate: str = "identity",
+    before: str = "identity",
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    after: str = "identity",
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """``after(p (alpha + beta gate(u)) + shift + residual)`` with ``u`` ``[B, C]`` or ``[B, 2C]``."""
+    return _apply_scale(x, u, gate, before, before_affine, after, residual, alpha, beta)
+
+
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    before: str = "identity",
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    after: str = "identity",
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The whole operation; see :func:`senet_kernels.squeeze_excite` for shapes and meaning.
+
+    Arguments are taken as already validated; ``"identity"`` stands for None.
+    """
+    z = _mean_over_space(_prologue(x, before, before_affine), lengths)
+    u = _excite(z, w1, b1, w2, b2, activation)
+    return _apply_scale(x, u, gate, before, before_affine, after, residual, alpha, beta)

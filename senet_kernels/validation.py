@@ -1,0 +1,156 @@
+"""Argument checks of the public functions: each error names the argument, what was expected and
+what came. Nothing here reads a tensor's values, except ``lengths`` on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def check_tensor(name: str, t: Any) -> None:
+    """``t`` must be a dense tensor of a supported floating dtype."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {t.layout}")
+    if t.dtype not in DTYPES:
+        expected = ", ".join(str(d) for d in DTYPES)
+        raise TypeError(f"{name}: expected a dtype among {expected}, got {t.dtype}")
+
+
+def check_input(x: Any) -> None:
+    """``x`` must be ``[B, C, *spatial]`` with at least one spatial dimension."""
+    check_tensor("x", x)
+    if x.dim() < 3:
+        raise ValueError(
+            "x: expected [B, C, *spatial] with at least 3 dimensions, got shape "
+            f"{_shape(x)}; an unbatched input needs x.unsqueeze(0)"
+        )
+
+
+def check_like_x(name: str, t: Any, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """``t`` must have this shape, on the device of ``x``."""
+    check_tensor(name, t)
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)} ({meaning}), got {_shape(t)}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} (that of x), got {t.device}")
+
+
+def check_weight(name: str, w: Any, x: Tensor, meaning: str) -> None:
+    """``w`` must be a matrix, up to trailing extents of 1, on the device of ``x``."""
+    check_tensor(name, w)
+    if w.dim() < 2 or any(n != 1 for n in w.shape[2:]):
+        raise ValueError(
+            f"{name}: expected shape {meaning} with optional trailing extents of 1, "
+            f"got {_shape(w)}"
+        )
+    if w.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} (that of x), got {w.device}")
+
+
+def check_mlp(x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any) -> None:
+    """The weights and biases of the excitation, against the channels of ``x``."""
+    channels = x.shape[1]
+    check_weight("w2", w2, x, "[C, R] or [2C, R]")
+    if w2.shape[0] not in (channels, 2 * channels):
+        raise ValueError(
+            f"w2: expected {channels} rows (C of x), or {2 * channels} for scale-and-shift, "
+            f"got shape {_shape(w2)}"
+        )
+    if w1 is None:
+        if b1 is not None:
+            raise ValueError("b1: expected None when w1 is None (single layer), got a tensor")
+        if w2.shape[1] != channels:
+            raise ValueError(
+                f"w2: expected {channels} columns (C of x) when w1 is None, got shape {_shape(w2)}"
+            )
+    else:
+        check_weight("w1", w1, x, "[R, C]")
+        if w1.shape[1] != channels:
+            raise ValueError(
+                f"w1: expected {channels} columns (C of x), got shape {_shape(w1)}"
+            )
+        if w1.shape[0] != w2.shape[1]:
+            raise ValueError(
+                f"w1: expected {w2.shape[1]} rows (R, the columns of w2), got shape {_shape(w1)}"
+            )
+        if b1 is not None:
+            check_like_x("b1", b1, x, (w1.shape[0],), "R")
+    if b2 is not None:
+        check_like_x("b2", b2, x, (w2.shape[0],), "rows of w2")
+
+
+def check_affine(x: Tensor, before_affine: Any) -> None:
+    """``before_affine`` must be a pair of ``[C]`` tensors."""
+    if not isinstance(before_affine, (tuple, list)) or len(before_affine) != 2:
+        raise TypeError(
+            f"before_affine: expected a pair (a, b) of [C] tensors, got "
+            f"{type(before_affine).__name__}"
+        )
+    for name, v in zip(("before_affine[0]", "before_affine[1]"), before_affine, strict=True):
+        check_like_x(name, v, x, (x.shape[1],), "C of x")
+
+
+def check_lengths(x: Tensor, lengths: Any) -> None:
+    """``lengths`` must be int64 ``[B]``; its values are checked where that needs no transfer."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected a tensor, got {type(lengths).__name__}")
+    if lengths.dtype != torch.int64:
+        raise TypeError(f"lengths: expected dtype torch.int64, got {lengths.dtype}")
+    if tuple(lengths.shape) != (x.shape[0],):
+        raise ValueError(f"lengths: expected shape {[x.shape[0]]} (B), got {_shape(lengths)}")
+    if lengths.device != x.device:
+        raise ValueError(f"lengths: expected device {x.device} (that of x), got {lengths.device}")
+    if (
+        lengths.device.type == "cpu"
+        and lengths.numel()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        low, high = (int(v) for v in torch.aminmax(lengths))
+        positions = x.shape[2:].numel()
+        if low < 0 or high > positions:
+            raise ValueError(
+                f"lengths: expected values within 0..{positions} (positions of x), "
+                f"got {low}..{high}"
+            )
+
+
+def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
+    """Outside autocast every tensor must have the dtype of ``x``, as in eager PyTorch."""
+    for name, t in others.items():
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(
+                f"{name}: expected dtype {x.dtype} (that of x; outside autocast dtypes do not "
+                f"mix), got {t.dtype}"
+            )
+
+
+def check_inplace(x: Tensor, others: dict[str, Tensor | None]) -> None:
+    """``x`` must own each of its elements once, and share none with another argument."""
+    extents = sorted(
+        (stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1
+    )
+    reach = 1
+    for stride, size in extents:
+        if stride < reach and x.numel():
+            raise ValueError(
+                "inplace: expected an x whose elements do not overlap in memory, got shape "
+                f"{_shape(x)} with strides {list(x.stride())}"
+            )
+        reach = stride * (size - 1) + reach
+    storage = x.untyped_storage().data_ptr()
+    for name, t in others.items():
+        if t is not None and t.numel() and t.untyped_storage().data_ptr() == storage:
+            raise ValueError(
+                f"inplace: expected {name} not to share memory with x, which is overwritten"
+            )

@@ -1,0 +1,160 @@
+"""What the results must be: the operation written out from its definition, and error budgets.
+
+``block`` is the definition. In float64 it is the oracle; in the dtype under test, with 1x1
+convolutions for the two layers, it is the eager block people have in their models, whose error
+is the yardstick for ours. Nothing here comes from the package under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda t: t,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "leaky_relu": lambda t: F.leaky_relu(t, 0.01),
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    # F.hardsigmoid's derivative is a float32 1/6, in float64 too; the kinks are the same.
+    "hardsigmoid": lambda t: F.relu6(t + 3) / 6,
+    "hardsigmoid_02": lambda t: (0.2 * t + 0.5).clamp(0, 1),
+    "tanh": torch.tanh,
+}
+
+#: Where the derivative jumps.
+KINKS: dict[str, tuple[float, ...]] = {
+    "relu": (0.0,),
+    "relu6": (0.0, 6.0),
+    "hardswish": (-3.0, 3.0),
+    "leaky_relu": (0.0,),
+    "hardsigmoid": (-3.0, 3.0),
+    "hardsigmoid_02": (-2.5, 2.5),
+}
+
+Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def matmul_linear(v: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """``[B, K] -> [B, M]`` by a matrix product."""
+    out = v @ w.flatten(1).T
+    return out if b is None else out + b
+
+
+def conv_linear(v: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """``[B, K] -> [B, M]`` by a 1x1 convolution, as timm and torchvision do it."""
+    return F.conv2d(v[:, :, None, None], w.reshape(*w.shape[:2], 1, 1), b).flatten(1)
+
+
+def block(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    before: str = "identity",
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    after: str = "identity",
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    lengths: Tensor | None = None,
+    linear: Linear = matmul_linear,
+) -> Tensor:
+    """Squeeze-and-excitation by its definition, in the dtype of its inputs."""
+
+    def spread(v: Tensor) -> Tensor:
+        return v.reshape(*v.shape, *[1] * (x.dim() - 2))
+
+    channels = x.shape[1]
+    q = x
+    if before_affine is not None:
+        a, b = before_affine
+        q = spread(a) * x + spread(b)
+    p = FUNCTIONS[before](q)
+    if lengths is None:
+        z = p.flatten(2).mean(2)
+    else:
+        rows = p.flatten(2)
+        z = torch.stack([row[:, :n].mean(1) for row, n in zip(rows, lengths, strict=True)])
+    h = z if w1 is None else FUNCTIONS[activation](linear(z, w1, b1))
+    u = linear(h, w2, b2)
+    scale = FUNCTIONS[gate](u[:, :channels])
+    if beta is not None:
+        scale = beta * scale
+    if alpha is not None:
+        scale = alpha + scale
+    y = p * spread(scale)
+    if w2.shape[0] == 2 * channels:
+        y = y + spread(u[:, channels:])
+    if residual is not None:
+        y = y + residual
+    return FUNCTIONS[after](y)
+
+
+def eager_block(*args: Any, **kwargs: Any) -> Tensor:
+    """The block as models have it."""
+    return block(*args, **kwargs, linear=conv_linear)
+
+
+def ulp(dtype: torch.dtype) -> float:
+    """Spacing of numbers just above 1."""
+    return torch.finfo(dtype).eps
+
+
+def mean_error(actual: Tensor, expected: Tensor) -> float:
+    return (actual.double() - expected).abs().mean().item()
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    return (actual.double() - expected).abs().max().item()
+
+
+def largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def assert_like_oracle(
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    magnitudes: dict[str, float],
+    dtype: torch.dtype,
+) -> None:
+    """Every tensor is the oracle's up to the rounding a float32 accumulation may leave.
+
+    bfloat16 and float16 results may be one ulp of themselves off (computed in float32, rounded
+    once); on top come a few float32 ulps of ``magnitudes``: the sum of the absolute values of the
+    terms, which is what cancellation is measured against. One wrong or missing element of a sum
+    is orders of magnitude more.
+    """
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, right in expected.items():
+        got = actual[name]
+        assert got.dtype == dtype, f"{name}: dtype {got.dtype}"
+        assert got.shape == right.shape, f"{name}: shape {tuple(got.shape)}"
+        if not right.numel():
+            continue
+        own = ulp(dtype) if dtype in (torch.bfloat16, torch.float16) else 8 * ulp(dtype)
+        smallest = torch.finfo(dtype).smallest_normal * ulp(dtype)  # of the subnormals
+        allowed = own * right.abs() + 8 * ulp(accumulated) * magnitudes[name] + smallest
+        off = (got.double() - right).abs()
+        wrong = ~(off <= allowed)  # NaN is wrong
+        if wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{name}: {int(wrong.sum())} of {right.numel()} elements are wrong, first at {at}: "
+                f"got {got[at].item()!r}, expected {right[at].item()!r} "
+                f"(allowed error {allowed[at].item():.3g})"
+            )

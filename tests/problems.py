@@ -1,0 +1,342 @@
+"""Inputs of one call: shapes, layouts, values, and how to run it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import oracle
+from backend_cases import BackendCase, dtype_row
+
+TENSORS = (
+    "x", "w1", "b1", "w2", "b2", "residual", "alpha", "beta", "affine_scale", "affine_shift",
+)  # fmt: skip
+LAYOUTS = (
+    "contiguous", "channels_last", "permuted", "sliced_space", "sliced_channels", "strided",
+    "expanded_batch", "expanded_space", "misaligned", "misaligned_channels_last",
+)  # fmt: skip
+DENSE_LAYOUTS = ("contiguous", "channels_last", "permuted")
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """A copy with channels innermost, for any number of spatial dimensions."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _shifted(t: Tensor) -> Tensor:
+    """A copy of a contiguous tensor one element into its storage."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t)
+
+
+def lay_out(t: Tensor, layout: str) -> Tensor:
+    """A copy of ``t`` laid out so; the expanded layouts repeat its first slice."""
+    t = t.contiguous()
+    if layout == "contiguous":
+        return t.clone()
+    if layout == "channels_last":
+        return channels_last(t)
+    if layout == "permuted":  # dense, with every stride the other way round
+        back = tuple(reversed(range(t.dim())))
+        return t.permute(back).contiguous().permute(back)
+    if layout == "sliced_space":
+        return torch.cat([t[..., :1], t, t[..., :1]], -1)[..., 1:-1]
+    if layout == "sliced_channels":  # what split() and chunk() leave
+        return torch.cat([t[:, :1], t, t], 1)[:, 1 : 1 + t.shape[1]]
+    if layout == "strided":
+        return t.repeat_interleave(2, dim=-1)[..., ::2]
+    if layout == "expanded_batch":
+        return t[:1].clone().expand_as(t)
+    if layout == "expanded_space":
+        return t[..., :1].clone().expand_as(t)
+    if layout == "misaligned":
+        return _shifted(t)
+    if layout == "misaligned_channels_last":
+        return _shifted(t.movedim(1, -1).contiguous()).movedim(-1, 1)
+    raise ValueError(layout)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one call looks like; ``build`` makes its tensors."""
+
+    shape: tuple[int, ...] = (3, 16, 5, 7)  # B, C, *spatial
+    hidden: int | None = 4  # None: a single layer
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    activation: str = "relu"
+    gate: str = "sigmoid"
+    before: str = "identity"
+    after: str = "identity"
+    residual: str | None = None  # its layout
+    dy_layout: str = "contiguous"
+    bias: bool = True
+    weights: str = "matrix"  # conv: [R, C, 1, 1]; transposed: non-contiguous; nhwc: channels-last
+    shift: bool = False
+    weighted: bool = False
+    affine: bool = False
+    lengths: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        def show(value: Any) -> str:
+            if isinstance(value, tuple):
+                return "x".join(map(str, value))
+            return str(value).removeprefix("torch.")
+
+        changed = [
+            f"{f.name}={show(getattr(self, f.name))}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return ",".join(changed) or "default"
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {n: getattr(self, n) for n in ("activation", "gate", "before", "after")}
+
+    def rows(self) -> list[str]:
+        """The rows of the feature table this call needs."""
+        optional = (
+            (self.hidden is None, "single layer (w1=None)"),
+            (self.hidden is not None, "two layers"),
+            (self.shift, "scale-and-shift (w2 with 2C rows)"),
+            (self.weighted, "alpha, beta"),
+            (self.affine, "before_affine"),
+            (self.lengths, "lengths"),
+            (self.residual is not None, "residual"),
+        )
+        named = [f"{argument} {name}" for argument, name in self.options.items()]
+        return [dtype_row(self.dtype), *named, *(row for wanted, row in optional if wanted)]
+
+    def fits(self, backend: BackendCase) -> bool:
+        return backend.takes(*self.rows())
+
+
+@dataclass
+class Problem:
+    """The tensors of one call. Absent ones are None."""
+
+    tensors: dict[str, Tensor | None]
+    lengths: Tensor | None
+    options: dict[str, str]
+    dy: Tensor
+    dtype: torch.dtype = field(default=torch.float32)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the differentiable inputs that are there."""
+        return tuple(n for n in TENSORS if self.tensors[n] is not None)
+
+    def double(self) -> Problem:
+        """The same values in float64."""
+        tensors = {n: None if t is None else t.double() for n, t in self.tensors.items()}
+        return replace(self, tensors=tensors, dy=self.dy.double(), dtype=torch.float64)
+
+    def call(
+        self, fn: Callable[..., Tensor], tensors: dict[str, Any] | None = None, **extra: Any
+    ) -> Tensor:
+        """``fn`` with the signature of ``squeeze_excite`` on these inputs (or ``tensors``)."""
+        given = dict(self.tensors if tensors is None else tensors)
+        scale, shift = given.pop("affine_scale"), given.pop("affine_shift")
+        positional = [given.pop(n) for n in ("x", "w1", "b1", "w2", "b2")]
+        affine = None if scale is None else (scale, shift)
+        return fn(
+            *positional, **given, before_affine=affine, lengths=self.lengths, **self.options, **extra
+        )
+
+    def positional(self, options: int, tensors: dict[str, Any] | None = None) -> list[Any]:
+        """The arguments of ``NativeSEFunction.apply``."""
+        given = self.tensors if tensors is None else tensors
+        values = [given[n] for n in TENSORS]
+        return [*values[:5], options, *values[5:], self.lengths]
+
+    def leaves(self, names: Iterable[str] | None = None) -> dict[str, Tensor | None]:
+        """The tensors as fresh leaves; those in ``names`` (default: all) require grad."""
+        wanted = self.given if names is None else tuple(names)
+        return {
+            n: None if t is None else t.detach().requires_grad_(n in wanted)
+            for n, t in self.tensors.items()
+        }
+
+    def run(
+        self, fn: Callable[..., Tensor], names: Iterable[str] | None = None, **extra: Any
+    ) -> dict[str, Tensor]:
+        """``y`` and the gradients ``dx``, ``dw1``, ... of the inputs in ``names``."""
+        wanted = self.given if names is None else tuple(names)
+        leaves = self.leaves(wanted)
+        y = self.call(fn, leaves, **extra)
+        results = {"y": y.detach()}
+        if wanted:
+            gradients = torch.autograd.grad(y, [leaves[n] for n in wanted], self.dy)
+            results |= {f"d{n}": g for n, g in zip(wanted, gradients, strict=True)}
+        return results
+
+    def expected(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The oracle's results."""
+        return self.double().run(oracle.block, names)
+
+
+def _weight(rows: int, columns: int, form: str, generator: torch.Generator) -> Tensor:
+    w = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    w = 1.5 * w / math.sqrt(max(columns, 1))
+    if form == "matrix":
+        return w
+    if form == "conv":
+        return w[:, :, None, None]
+    if form == "transposed":
+        return w.T.contiguous().T
+    if form == "nhwc":
+        return w[:, :, None, None].to(memory_format=torch.channels_last)
+    raise ValueError(form)
+
+
+def build(spec: Spec) -> Problem:
+    """The tensors of ``spec``. Channels have means of their own, so that gates differ."""
+    rng = torch.Generator().manual_seed(spec.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    batch, channels, *space = spec.shape
+    rows = 2 * channels if spec.shift else channels
+    hidden = channels if spec.hidden is None else spec.hidden
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(spec.device, spec.dtype)
+
+    values: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
+    values["x"] = normal(*spec.shape) + normal(channels, *[1] * len(space))
+    values["w2"] = _weight(rows, hidden, spec.weights, rng)
+    if spec.hidden is not None:
+        values["w1"] = _weight(hidden, channels, spec.weights, rng)
+    if spec.bias:
+        values["b1"] = 0.5 * normal(hidden) if spec.hidden is not None else None
+        values["b2"] = 0.5 * normal(rows)
+    if spec.residual is not None:
+        values["residual"] = normal(*spec.shape)
+    if spec.weighted:
+        values["alpha"], values["beta"] = normal(channels), 1 + 0.5 * normal(channels)
+    if spec.affine:
+        values["affine_scale"] = 1 + 0.5 * normal(channels)
+        values["affine_shift"] = 0.5 * normal(channels)
+    tensors = {n: cast(t) for n, t in values.items()}
+    x, residual = tensors["x"], tensors["residual"]
+    assert x is not None
+    tensors["x"] = lay_out(x, spec.layout)
+    if residual is not None and spec.residual is not None:
+        tensors["residual"] = lay_out(residual, spec.residual)
+    lengths = None
+    if spec.lengths:
+        positions = math.prod(space)
+        lengths = torch.randint(1, positions + 1, (batch,), generator=rng).to(spec.device)
+    dy = normal(*spec.shape).to(spec.device, spec.dtype)
+    problem = Problem(tensors, lengths, spec.options, dy, spec.dtype)
+    problem.dy = lay_out(_off_the_kinks(problem), spec.dy_layout)
+    return problem
+
+
+def _off_the_kinks(problem: Problem) -> Tensor:
+    """dy, zero where rounding could decide on which side of a kink of ``after`` an element is."""
+    kinks = oracle.KINKS.get(problem.options["after"], ())
+    if not kinks or not problem.dy.numel():
+        return problem.dy
+    plain = replace(problem.double(), options={**problem.options, "after": "identity"})
+    pre = plain.call(oracle.block)
+    near = torch.stack([(pre - kink).abs() < 1e-4 for kink in kinks]).any(0)
+    return problem.dy.masked_fill(near, 0.0)
+
+
+def magnitudes(problem: Problem) -> dict[str, float]:
+    """For each result, the largest sum of the absolute values of its terms.
+
+    Rounding errors of a sum are proportional to this, whatever cancels. Derivatives of pointwise
+    functions are at most 1.5, and a gate moves by at most the change of its argument.
+    """
+    t = {n: None if v is None else v.abs() for n, v in problem.double().tensors.items()}
+    dy, x, w2 = problem.dy.double().abs().flatten(2), t["x"], t["w2"]
+    assert x is not None
+    assert w2 is not None
+    q = x.flatten(2)
+    slope = 1.5 if problem.options["before"] != "identity" else 1.0
+    raw = q
+    if t["affine_scale"] is not None and t["affine_shift"] is not None:
+        q = t["affine_scale"][:, None] * q + t["affine_shift"][:, None]
+    positions = q.shape[2]
+    counted = torch.full((q.shape[0],), positions) if problem.lengths is None else problem.lengths
+    z = q.mean(2) if problem.lengths is None else q.sum(2) / counted.cpu()[:, None].to(q.device)
+    w1, w2 = (None if w is None else w.flatten(1) for w in (t["w1"], w2))
+    beta = 1.0 if t["beta"] is None else t["beta"]
+    alpha = 0.0 if t["alpha"] is None else t["alpha"]
+    h = z if w1 is None else z @ w1.T + (0 if t["b1"] is None else t["b1"])
+    u = h @ w2.T + (0 if t["b2"] is None else t["b2"])
+    channels = x.shape[1]
+    g = 1 + u[:, :channels]
+    scale = alpha + beta * g
+    y = q * scale[:, :, None] + (u[:, channels:, None] if u.shape[1] > channels else 0)
+    if t["residual"] is not None:
+        y = y + t["residual"].flatten(2)
+    m = 1.5 * dy * (1 + y * (problem.options["after"] not in ("identity", "relu")))
+    ds = (m * q).sum(2)
+    du = beta * ds * g
+    if u.shape[1] > channels:
+        du = torch.cat([du, m.sum(2)], 1)
+    dh = (du @ w2) * (1.5 * (1 + h))
+    dz = dh if w1 is None else dh @ w1
+    dq = slope * (1 + q * (slope > 1)) * (
+        m * scale[:, :, None] + (dz / counted.to(dz)[:, None])[:, :, None]
+    )
+    a = 1.0 if t["affine_scale"] is None else t["affine_scale"][:, None]
+    dw1 = None if w1 is None else dh.T @ z
+    found: dict[str, Tensor | None] = {
+        "y": y, "dx": a * dq, "dw1": dw1, "db1": dh.sum(0), "dw2": du.T @ (1 + h),
+        "db2": du.sum(0), "dresidual": m, "dalpha": ds.sum(0), "dbeta": (ds * g).sum(0),
+        "daffine_scale": (dq * raw).sum((0, 2)), "daffine_shift": dq.sum((0, 2)),
+    }  # fmt: skip
+    return {n: oracle.largest(v) for n, v in found.items() if v is not None}
+
+
+def check(problem: Problem, fn: Callable[..., Tensor], **extra: Any) -> dict[str, Tensor]:
+    """Run ``fn`` on ``problem`` and hold every result to the oracle. Returns the results."""
+    results = problem.run(fn, **extra)
+    oracle.assert_like_oracle(
+        results, problem.expected(), magnitudes(problem), problem.dtype
+    )
+    return results
+
+
+def pairwise(factors: dict[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """Rows such that every pair of values of two factors occurs in one; deterministic, greedy."""
+    names = list(factors)
+    values = {n: list(v) for n, v in factors.items()}
+    missing = {
+        (a, i, b, j)
+        for ai, a in enumerate(names)
+        for b in names[ai + 1 :]
+        for i in range(len(values[a]))
+        for j in range(len(values[b]))
+    }
+    rows = []
+    while missing:
+        a, i, b, j = min(missing)
+        row = {a: i, b: j}
+        for name in names:
+            if name in row:
+                continue
+
+            def gain(k: int, name: str = name, row: dict[str, int] = row) -> tuple[int, int]:
+                pairs = ((n, v, name, k) for n, v in row.items())
+                new = sum(p in missing or (*p[2:], *p[:2]) in missing for p in pairs)
+                return new, -((k + len(rows)) % len(values[name]))
+
+            row[name] = max(range(len(values[name])), key=gain)
+        for ai, a in enumerate(names):
+            for b in names[ai + 1 :]:
+                missing.discard((a, row[a], b, row[b]))
+        rows.append({n: values[n][k] for n, k in row.items()})
+    return rows

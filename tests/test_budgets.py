@@ -1,0 +1,100 @@
+"""The error budgets: ours against the eager block's, both against float64 on the same inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+from backend_cases import BACKENDS, BackendCase
+from problems import Spec, build
+from senet_kernels import squeeze_excite
+
+SEEDS = 8
+HALF = (torch.bfloat16, torch.float16)
+
+# Mean error over eager's at most, by dtype: for the activations' and for the parameters' results.
+MEAN_BUDGET = {torch.bfloat16: (1.02, 1.02), torch.float16: (1.02, 1.02), torch.float32: (1.25, 2)}
+# Largest error over eager's at most; one ulp of the largest value on top.
+MAX_BUDGET = {torch.bfloat16: 2.0, torch.float16: 2.0, torch.float32: 4.0}
+
+_SPECS = (
+    Spec((4, 64, 14, 14), 16),
+    Spec((4, 64, 14, 14), 16, layout="channels_last"),
+    Spec((1, 48, 56, 56), 12),
+    Spec((8, 96, 7, 7), 24, activation="silu", before="silu"),
+    Spec((8, 96, 7, 7), 24, layout="channels_last", before="hardswish", gate="hardsigmoid"),
+    Spec((4, 64, 14, 14), 16, before="relu", bias=False),
+    Spec((4, 64, 14, 14), 16, residual="contiguous", after="relu"),
+    Spec((4, 64, 14, 14), 16, layout="channels_last", residual="channels_last", after="relu"),
+    Spec((4, 64, 11, 13), 16, residual="contiguous", after="silu"),
+    Spec((2, 512, 2, 2), 128),
+    Spec((4, 32, 300), 8, activation="gelu", gate="tanh"),
+    Spec((4, 64, 14, 14), 16, shift=True),
+    Spec((4, 64, 14, 14), 16, weighted=True),
+    Spec((4, 64, 14, 14), 16, affine=True, before="silu"),
+    Spec((4, 64, 14, 14), None),
+    Spec((4, 64, 14, 14), 16, lengths=True),
+)
+
+
+def _cases(dtypes: Iterable[torch.dtype]) -> list[Any]:
+    return [
+        pytest.param(backend, spec, id=f"{backend}-{spec}")
+        for backend in BACKENDS
+        for spec in (replace(s, dtype=dtype) for dtype in dtypes for s in _SPECS)
+        if spec.fits(backend)
+    ]
+
+
+def _is_activation(name: str) -> bool:
+    return name in ("y", "dx", "dresidual")
+
+
+@pytest.mark.parametrize(("backend", "spec"), _cases(MEAN_BUDGET), indirect=["backend"])
+def test_error_against_eager(backend: BackendCase, spec: Spec) -> None:
+    log_ratios: dict[str, list[float]] = {}
+    sums: dict[str, list[float]] = {}
+    for seed in range(SEEDS):
+        problem = build(replace(spec, seed=seed, device=backend.device))
+        expected = problem.expected()
+        ours = problem.run(squeeze_excite, backend=backend.name)
+        eager = problem.run(oracle.eager_block)
+        for name, right in expected.items():
+            _check_max(name, ours[name], eager[name], right, spec.dtype)
+            # An error below a hundredth of an ulp is luck (a short vector), not accuracy.
+            floor = 0.01 * oracle.ulp(spec.dtype) * right.abs().mean().item()
+            errors = [oracle.mean_error(t[name], right) + floor for t in (ours, eager)]
+            log_ratios.setdefault(name, []).append(math.log(errors[0] / errors[1]))
+            totals = sums.setdefault(name, [0.0, 0.0])
+            totals[:] = [total + e for total, e in zip(totals, errors, strict=True)]
+    for name, logs in log_ratios.items():
+        if spec.dtype in HALF:
+            ratio = sums[name][0] / sums[name][1]
+        else:
+            ratio = math.exp(math.fsum(logs) / len(logs))
+        budget = MEAN_BUDGET[spec.dtype][0 if _is_activation(name) else 1]
+        assert ratio <= budget, f"{name}: mean error is {ratio:.3f} of eager's, budget {budget}"
+
+
+def _check_max(name: str, ours: Tensor, eager: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    allowed = MAX_BUDGET[dtype] * oracle.max_error(eager, right)
+    allowed += oracle.ulp(dtype) * oracle.largest(right)
+    error = oracle.max_error(ours, right)
+    assert error <= allowed, f"{name}: largest error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize(("backend", "spec"), _cases((torch.float64,)), indirect=["backend"])
+def test_double_precision(backend: BackendCase, spec: Spec) -> None:
+    problem = build(replace(spec, device=backend.device))
+    actual = problem.run(squeeze_excite, backend=backend.name)
+    for name, right in problem.expected().items():
+        error = (actual[name] - right).abs()
+        allowed = 1e-12 * (right.abs() + oracle.largest(right))
+        assert (error <= allowed).all(), f"{name}: largest error {error.max().item():.3g}"

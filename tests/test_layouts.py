@@ -1,0 +1,175 @@
+"""Empty extents, unusual gradients, and the strides of results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import oracle
+from backend_cases import BACKENDS, BackendCase
+from problems import LAYOUTS, Spec, build, check, lay_out
+from senet_kernels import squeeze_excite
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+
+_EMPTY = {
+    "B=0": Spec((0, 6, 4, 5), 3),
+    "C=0": Spec((2, 0, 4, 5), 3),
+    "S=0": Spec((2, 6, 0, 5), 3),
+    "S=0, 1-D": Spec((2, 6, 0), 3),
+    "R=0": Spec((2, 6, 4, 5), 0),
+    "B=S=0": Spec((0, 6, 0, 0), 3),
+    "all": Spec((0, 0, 0), 0),
+}
+_EMPTY_OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"bias": False, "activation": "silu"},
+    {"residual": "contiguous", "after": "relu"},
+    {"before": "silu", "gate": "hardsigmoid"},
+)
+
+
+@pytest.mark.parametrize("options", _EMPTY_OPTIONS, ids=str)
+@pytest.mark.parametrize("spec", _EMPTY.values(), ids=_EMPTY)
+@each_backend
+def test_empty_extents(backend: BackendCase, spec: Spec, options: dict[str, Any]) -> None:
+    """As eager, gradients included: NaN where the mean over nothing is NaN, zeros elsewhere."""
+    problem = build(replace(spec, device=backend.device, **options))
+    actual = problem.run(squeeze_excite, backend=backend.name)
+    for name, right in problem.expected().items():
+        torch.testing.assert_close(actual[name], right.float(), equal_nan=True)
+    # And the next call is healthy.
+    check(build(Spec(device=backend.device)), squeeze_excite, backend=backend.name)
+
+
+def _leaves_after_backward(
+    fn: Callable[..., Tensor], spec: Spec, reduce: Callable[[Tensor], Tensor], **extra: Any
+) -> dict[str, Tensor]:
+    problem = build(spec)
+    leaves = problem.leaves()
+    y = problem.call(fn, leaves, **extra)
+    reduce(y).backward()
+    grads = {n: leaf.grad for n in problem.given if (leaf := leaves[n]) is not None}
+    return {"y": y.detach()} | {n: g for n, g in grads.items() if g is not None}
+
+
+_CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda y: y.sum(),  # every stride of dy is 0
+    "mean over space": lambda y: y.flatten(2).mean(2).square().sum(),
+    "split": lambda y: y.split(y.shape[1] // 2, 1)[1].square().sum(),
+    "cat": lambda y: torch.cat([y, y], 1).square().sum(),
+    "transposed": lambda y: (y.transpose(1, -1) * torch.arange(y.shape[1])).sum(),
+    "sliced": lambda y: y[..., 1::2].square().sum(),
+}
+
+
+@pytest.mark.parametrize("consumer", _CONSUMERS.values(), ids=_CONSUMERS)
+@pytest.mark.parametrize("options", [{}, {"before": "relu"}, _EMPTY_OPTIONS[2]], ids=str)
+@each_backend
+def test_gradients_of_usual_consumers(
+    backend: BackendCase, options: dict[str, Any], consumer: Callable[[Tensor], Tensor]
+) -> None:
+    for layout in ("contiguous", "channels_last"):
+        # Offset so that the quadratic consumers meet no kink of relu.
+        spec = Spec(shape=(2, 8, 5, 6), layout=layout, seed=3, device=backend.device, **options)
+        ours = _leaves_after_backward(squeeze_excite, spec, consumer, backend=backend.name)
+        eager = _leaves_after_backward(oracle.eager_block, spec, consumer)
+        for name, right in eager.items():
+            torch.testing.assert_close(ours[name], right, rtol=1e-4, atol=1e-5)
+
+
+_WEIGHTS = ("matrix", "conv", "transposed", "nhwc")
+
+
+@pytest.mark.parametrize("weights", _WEIGHTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_backend
+def test_strides_equal_eager(backend: BackendCase, layout: str, weights: str) -> None:
+    """y and ``.grad`` have eager's strides; for parameters extents of 1 count too (DDP compares)."""
+    for shape in ((2, 8, 3, 5), (2, 8, 15), (2, 8, 1, 1), (1, 8, 3, 5), (2, 1, 3, 5)):
+        spec = Spec(shape, 4, layout=layout, weights=weights, device=backend.device)
+        ours = _leaves_after_backward(squeeze_excite, spec, torch.sum, backend=backend.name)
+        eager = _leaves_after_backward(_timm_like(weights), spec, torch.sum)
+        for name, right in eager.items():
+            where = f"{name} of {tuple(right.shape)}"
+            if name in ("x", "y"):
+                assert _dense_strides(ours[name]) == _dense_strides(right), where
+            else:
+                assert ours[name].stride() == right.stride(), where
+
+
+def _dense_strides(t: Tensor) -> list[int]:
+    """Strides of the extents that have more than one element."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
+
+
+def _timm_like(weights: str) -> Callable[..., Tensor]:
+    """Eager with the layer that keeps such weights: a convolution, or for matrices a linear."""
+    linear = oracle.conv_linear if weights in ("conv", "nhwc") else nn.functional.linear
+
+    def fn(*args: Any, **kwargs: Any) -> Tensor:
+        if weights == "nhwc":
+            kwargs["linear"] = lambda v, w, b: nn.functional.conv2d(
+                v[:, :, None, None], w, b
+            ).flatten(1)
+        else:
+            kwargs["linear"] = linear
+        return oracle.block(*args, **kwargs)
+
+    return fn
+
+
+@each_backend
+def test_parameter_gradients_have_the_parameters_strides(backend: BackendCase) -> None:
+    """Before autograd's own layout contract: a mismatch costs DDP a copy and a warning."""
+    for weights, channels in itertools.product(_WEIGHTS, (1, 8)):
+        problem = build(Spec((2, channels, 3, 5), 4, weights=weights, device=backend.device))
+        gradients = problem.run(squeeze_excite, backend=backend.name)
+        for name in ("w1", "b1", "w2", "b2"):
+            parameter = problem.tensors[name]
+            assert parameter is not None
+            assert gradients[f"d{name}"].shape == parameter.shape
+            assert gradients[f"d{name}"].stride() == parameter.stride(), (name, weights, channels)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_backend
+def test_results_own_their_memory(backend: BackendCase, layout: str) -> None:
+    """No result aliases an input or another result (d_residual through identity may be dy)."""
+    spec = Spec(layout=layout, residual="contiguous", after="relu", device=backend.device)
+    problem = build(spec)
+    before = {n: t.clone() for n, t in problem.tensors.items() if t is not None}
+    results = problem.run(squeeze_excite, backend=backend.name)
+    storages = [t.untyped_storage().data_ptr() for t in (*problem.tensors.values(), problem.dy)
+                if t is not None]
+    storages += [t.untyped_storage().data_ptr() for t in results.values()]
+    assert len(set(storages)) == len(storages)
+    for name, value in before.items():
+        given = problem.tensors[name]
+        assert given is not None
+        assert torch.equal(given, value), f"{name} was written to"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_backend
+def test_layout_does_not_change_the_result(backend: BackendCase, layout: str) -> None:
+    """dy and the residual in any layout next to an x in any other."""
+    spec = Spec(residual="contiguous", after="relu", layout="channels_last", device=backend.device)
+    problem = build(spec)
+    straight = problem.run(squeeze_excite, backend=backend.name)
+    if not layout.startswith("expanded"):
+        residual = problem.tensors["residual"]
+        assert residual is not None
+        problem.tensors["residual"] = lay_out(residual, layout)
+        problem.dy = lay_out(problem.dy, layout)
+        turned = problem.run(squeeze_excite, backend=backend.name)
+        for name, right in straight.items():
+            assert torch.equal(turned[name], right), name

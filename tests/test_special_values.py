@@ -1,0 +1,243 @@
+"""NaN, infinities, overflow, large values: non-finite results where float32 arithmetic has them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+from backend_cases import BACKENDS, BackendCase, dtype_cases
+from problems import Problem, Spec, build
+from senet_kernels import channel_scale, squeeze, squeeze_excite
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+_SPECS: tuple[dict[str, Any], ...] = (
+    {},
+    {"layout": "channels_last"},
+    {"activation": "silu", "before": "silu", "layout": "channels_last"},
+    {"activation": "relu6", "gate": "hardsigmoid", "before": "relu"},
+    {"activation": "hardswish", "gate": "tanh", "before": "hardswish"},
+    {"residual": "contiguous", "after": "relu"},
+    {"residual": "channels_last", "after": "relu", "layout": "channels_last", "before": "relu"},
+    {"residual": "contiguous", "after": "silu", "activation": "leaky_relu", "gate": "relu"},
+    {"after": "relu6", "activation": "gelu", "gate": "hardsigmoid_02"},
+    {"after": "mish", "activation": "mish", "gate": "identity"},
+)
+_VALUES = (math.nan, math.inf, -math.inf)
+
+
+def _kinds(t: Tensor) -> Tensor:
+    """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
+    return t.isnan() * 1 + t.isposinf() * 2 + t.isneginf() * 3
+
+
+def _in_float32(problem: Problem) -> Problem:
+    tensors = {n: None if t is None else t.float() for n, t in problem.tensors.items()}
+    return replace(problem, tensors=tensors, dy=problem.dy.float(), dtype=torch.float32)
+
+
+Function = Callable[[Tensor], Tensor]
+
+# At NaN and Inf torch's vectorised and scalar loops do not always agree: relu6'(NaN) is 0 or 1,
+# hardswish'(NaN) NaN or 1, gelu(Inf) NaN or Inf. Either will do, and so will a derivative of NaN
+# at NaN.
+
+
+def _vectorised(fn: Function) -> Function:
+    return lambda t: fn(t.contiguous())
+
+
+def _scalar(fn: Function) -> Function:
+    return lambda t: fn(t.repeat_interleave(2, dim=-1)[..., ::2])
+
+
+def _nan_derivative(fn: Function) -> Function:
+    return lambda t: torch.where(t.isnan(), t * math.nan, fn(t))
+
+
+def _by_rule(rule: Callable[[Function], Function], monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = {name: rule(fn) for name, fn in _FUNCTIONS.items()}
+    functions["identity"] = _FUNCTIONS["identity"]
+    monkeypatch.setattr(oracle, "FUNCTIONS", functions)
+
+
+_FUNCTIONS = oracle.FUNCTIONS
+
+
+def _cases() -> list[Any]:
+    return [
+        pytest.param(backend, spec, id=f"{backend}-{spec}")
+        for backend in BACKENDS
+        for dtype in backend.dtypes
+        if dtype != torch.float64
+        for options in _SPECS
+        if (spec := Spec((3, 24, 5, 7), 6, dtype, device=backend.device, **options)).fits(backend)
+    ]
+
+
+def _build(spec: Spec) -> Problem:
+    """Without the point where hardswish' is exactly 0: eager's 0 * NaN there is no one's aim."""
+    problem = build(spec)
+    x = problem.tensors["x"]
+    assert x is not None
+    x[x == -1.5] = -1.25
+    return problem
+
+
+def _plant(t: Tensor, value: float) -> None:
+    """``value`` into one element, off the vector boundaries."""
+    t[tuple(min(1, n - 1) if i else 0 for i, n in enumerate(t.shape))] = value
+
+
+@pytest.mark.parametrize(("backend", "spec"), _cases(), indirect=["backend"])
+def test_forward_is_non_finite_where_float32_is(
+    backend: BackendCase, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in itertools.product(build(spec).given, _VALUES):
+        problem = _build(spec)
+        planted = problem.tensors[name]
+        assert planted is not None
+        _plant(planted, value)
+        right = []
+        for rule in (_vectorised, _scalar):
+            _by_rule(rule, monkeypatch)
+            right.append(_kinds(_in_float32(problem).call(oracle.block).to(spec.dtype)))
+        y = _kinds(problem.call(squeeze_excite, backend=backend.name))
+        taught = _kinds(problem.call(squeeze_excite, problem.leaves(), backend=backend.name))
+        assert any(torch.equal(y, kinds) for kinds in right), f"{value} in {name}"
+        assert torch.equal(taught, y), f"{value} in {name}, with gradients"
+
+
+@pytest.mark.parametrize(("backend", "spec"), _cases(), indirect=["backend"])
+def test_gradients_do_not_hide_non_finite_values(
+    backend: BackendCase, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where float32 eager has a non-finite gradient so have we; where it has none, we invent
+    none."""
+    for name, value in itertools.product((*build(spec).given, "dy"), _VALUES):
+        problem = _build(spec)
+        planted = problem.dy if name == "dy" else problem.tensors[name]
+        assert planted is not None
+        _plant(planted, value)
+        finite: dict[str, list[Tensor]] = {}
+        for rule in (_vectorised, _scalar, _nan_derivative):
+            _by_rule(rule, monkeypatch)
+            for result, expected in _in_float32(problem).run(oracle.block).items():
+                finite.setdefault(result, []).append(expected.to(spec.dtype).isfinite())
+        actual = problem.run(squeeze_excite, backend=backend.name)
+        for result, (vectorised, scalar, strict) in finite.items():
+            got = actual[result].isfinite()
+            lost = got & ~vectorised & ~scalar
+            invented = ~got & vectorised & scalar & strict
+            at = f"{value} in {name}: {result}"
+            assert not lost.any(), f"{at} is finite at {lost.nonzero()[0].tolist()}"
+            assert not invented.any(), f"{at} is not finite at {invented.nonzero()[0].tolist()}"
+
+
+@pytest.mark.parametrize(("backend", "dtype"), dtype_cases(), indirect=["backend"])
+@pytest.mark.parametrize("size", [64, 512])
+@pytest.mark.parametrize("value", [1.0, 1000.0, 4096.0])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_means_of_large_maps(
+    backend: BackendCase, dtype: torch.dtype, size: int, value: float, layout: str
+) -> None:
+    """A sum kept in half precision would stall at 2048 or overflow at 65504."""
+    channels = 3
+    x = torch.full((1, channels, size, size), value, dtype=dtype, device=backend.device)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    assert torch.equal(squeeze(x), torch.full_like(x[:, :, 0, 0], value))
+    # y = x * mean(x) / value, all powers of two but value itself.
+    eye = torch.eye(channels, dtype=dtype, device=backend.device)
+    down = 2.0**-10
+    y = squeeze_excite(
+        x, eye * down, None, eye, None, activation="identity", gate="identity",
+        backend=backend.name,
+    )  # fmt: skip
+    expected = torch.tensor(value * (value * down), dtype=torch.float64).to(dtype)
+    assert torch.equal(y, torch.full_like(x, expected.item()))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), dtype_cases(), indirect=["backend"])
+def test_exact_sums(backend: BackendCase, dtype: torch.dtype) -> None:
+    """Small integers and a power of two of positions: no rounding anywhere, so equal bits."""
+    for shape in ((2, 8, 16, 16), (3, 5, 64), (1, 33, 4, 4, 2)):
+        integers = torch.randint(-2, 3, shape, dtype=torch.float64)
+        weight = torch.randint(-1, 2, (4, shape[1]), dtype=torch.float64)
+        bias = torch.randint(-2, 3, (4,), dtype=torch.float64)
+        args = (integers, weight, bias, weight.T.contiguous(), None)
+        right = oracle.block(*args, gate="identity").to(dtype)
+        ours = squeeze_excite(
+            *(None if t is None else t.to(backend.device, dtype) for t in args),
+            gate="identity", backend=backend.name,
+        )  # fmt: skip
+        assert torch.equal(ours, right.to(backend.device))
+
+
+@pytest.mark.parametrize("size", [1e4, 1e30])
+@pytest.mark.parametrize(("backend", "dtype"), dtype_cases(), indirect=["backend"])
+def test_large_logits(backend: BackendCase, dtype: torch.dtype, size: float) -> None:
+    """Saturated gates are exactly 0 or 1, and their gradients 0, never NaN."""
+    if dtype == torch.float16 and size > torch.finfo(dtype).max:
+        size = 6e4
+    for gate, activation in itertools.product(
+        ("sigmoid", "hardsigmoid", "tanh"), ("relu", "silu", "gelu", "gelu_tanh", "mish")
+    ):
+        if size > 1e10 and activation == "gelu_tanh":
+            continue  # eager's own derivative, 0 * Inf, is NaN there
+        problem = build(
+            Spec((2, 4, 3, 3), 2, dtype, gate=gate, activation=activation, device=backend.device)
+        )
+        b1, b2 = problem.tensors["b1"], problem.tensors["b2"]
+        x, w1 = problem.tensors["x"], problem.tensors["w1"]
+        assert b1 is not None
+        assert b2 is not None
+        assert x is not None
+        assert w1 is not None
+        w1.fill_(0)
+        b1.copy_(torch.tensor([-size, -1.0]))  # silu(-size) is 0, not NaN
+        b2.copy_(torch.tensor([size, -size, size, -size]))
+        results = problem.run(squeeze_excite, backend=backend.name)
+        low = -1.0 if gate == "tanh" else 0.0
+        scale = torch.tensor([1.0, low, 1.0, low], device=x.device).to(dtype)[:, None, None]
+        assert torch.equal(results["y"], x * scale)
+        for name in ("dw1", "db1", "dw2", "db2"):
+            assert torch.equal(results[name], torch.zeros_like(results[name])), (gate, name)
+        assert torch.equal(results["dx"], problem.dy * scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+def test_half_overflows_only_when_stored(backend: BackendCase) -> None:
+    """p * scale + residual may pass 65504 on the way; the result may not be infinite for it."""
+    if torch.float16 not in backend.dtypes:
+        pytest.skip("the feature table leaves float16 to the reference")
+    x = torch.full((1, 2, 4, 4), 40000.0, dtype=torch.float16, device=backend.device)
+    zero = torch.zeros(2, 2, dtype=torch.float16, device=backend.device)
+    three = torch.full((2,), 3.0, dtype=torch.float16, device=backend.device)
+
+    def run(residual: Tensor) -> Tensor:
+        return squeeze_excite(
+            x, zero, None, zero, three, gate="identity", residual=residual, backend=backend.name
+        )
+
+    assert torch.equal(run(torch.full_like(x, -60000.0)), torch.full_like(x, 60000.0))
+    assert run(torch.full_like(x, 1.0)).isposinf().all()
+    assert torch.equal(squeeze(x), torch.full_like(x[:, :, 0, 0], 40000.0))
+
+
+def test_halves_of_the_block_pass_nan_on() -> None:
+    x = torch.ones(2, 3, 4)
+    x[1, 2, 3] = math.nan
+    assert _kinds(squeeze(x)).tolist() == [[0, 0, 0], [0, 0, 1]]
+    u = torch.zeros(2, 3)
+    u[0, 1] = math.inf
+    assert channel_scale(x, u, gate="sigmoid")[0].isfinite().all()
+    assert _kinds(channel_scale(x, u, gate="identity"))[0].tolist() == [[0] * 4, [2] * 4, [0] * 4]
