@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     console = Console(soft_wrap=False)
     if not console.is_terminal:
-        console.width = 120  # a log has no width of its own
+        console.width = 132  # a log has no width of its own
     bars: list[tqdm] = []
 
     def progress(cases: list[Case]) -> tqdm:

@@ -45,8 +45,8 @@ def _table(record: Record, mode: str, rows: list[Row]) -> Table:
     if many:
         table.add_column("provider, type")
     table.add_column("network", no_wrap=True)
-    table.add_column("layout")
-    table.add_column("layers", justify="right")
+    table.add_column("layout", no_wrap=True, min_width=6)
+    table.add_column("layers", justify="right", no_wrap=True, min_width=6)
     for name in baselines:
         table.add_column(f"vs\n{name}", justify="right", no_wrap=True)
     table.add_column(f"time /\n{limit_name}", justify="right", no_wrap=True)

@@ -55,6 +55,7 @@ SCHEMA = "senet_kernels.benchmark/1"
 SMALL = Case(Layer(64, 4, 4, 4, "relu", "sigmoid"), "fp32", "contiguous", 2)
 OVERRUN = 1.15  # of the budget; past it only the first networks, always complete, go on
 ALWAYS_COMPLETE = 2  # networks
+LEAST_SECONDS = 0.5  # for the rounds of a case while the budget lasts: enough for a small layer
 Status = dict[str, Any]
 
 
@@ -210,7 +211,9 @@ class Run:
         entries = []
         for mode in modes:
             part = seconds * (0.3 if mode != TRAINING and len(modes) > 1 else 0.7)
-            rounds = Rounds(least=5 if self._spent() < 1 else 3, most=most, seconds=part)
+            late = self._spent() > 1
+            part = part if late else max(part, LEAST_SECONDS)
+            rounds = Rounds(least=3 if late else 5, most=most, seconds=part)
             entry = {**shared, "mode": mode}
             entry |= self._time(problem, mode, checked, rounds)
             entries.append(entry)

@@ -79,8 +79,8 @@ void* scratch(size_t bytes) {
 }
 
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(
-      0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+  torch::stable::parallel_for(0, n, 1,
+                              [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 senet::Runtime runtime() {
@@ -133,8 +133,7 @@ bool image_is_dense(const Tensor& t, bool channels_last) {
 // The layout the kernels use for x: channels-last only where it differs from rows.
 // senet_kernels/ops.py, inner_is_channels, says the same to Python.
 bool is_channels_last(const Tensor& like_x, int64_t channels, int64_t positions) {
-  return channels > 1 && positions > 1 && like_x.strides()[1] == 1 &&
-         image_is_dense(like_x, true);
+  return channels > 1 && positions > 1 && like_x.strides()[1] == 1 && image_is_dense(like_x, true);
 }
 
 bool is_matrix_dense(const Tensor& t) {  // row-major, whatever the strides of extents of 1
@@ -183,20 +182,19 @@ struct Call {
   senet::DType dtype;
   senet::Parameters parameters;
   senet::Options options;
-  Tensor like;     // empty, with the strides of y and dx
-  bool direct;     // whether y and dx are in a layout of the kernels
+  Tensor like;                 // empty, with the strides of y and dx
+  bool direct;                 // whether y and dx are in a layout of the kernels
   std::vector<Tensor> copies;  // keeps alive what had to be copied
 
   // t in the kernels' layout.
   senet::Images images(const char* name, const Tensor& t) {
     STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
     STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
-    STD_TORCH_CHECK(t.dim() == x.dim() && std::equal(t.sizes().begin(), t.sizes().end(),
-                                                     x.sizes().begin()),
-                    name, ": expected the shape of x");
+    STD_TORCH_CHECK(
+        t.dim() == x.dim() && std::equal(t.sizes().begin(), t.sizes().end(), x.sizes().begin()),
+        name, ": expected the shape of x");
     if (image_is_dense(t, shape.channels_last)) return {t.data_ptr(), t.stride(0)};
-    Tensor copy = direct ? torch::stable::empty_like(like)
-                         : torch::stable::new_empty(x, x.sizes());
+    Tensor copy = direct ? torch::stable::empty_like(like) : torch::stable::new_empty(x, x.sizes());
     torch::stable::copy_(copy, t);
     copies.push_back(copy);
     return {copy.data_ptr(), copy.stride(0)};
@@ -234,8 +232,8 @@ Call make_call(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, Option
                       legal(c.options.gate) && legal(c.options.before) && legal(c.options.after),
                   "options: ", options, " is no packing of known functions");
   const int64_t channels = x.size(1), hidden = w1->size(0), outputs = w2.size(0);
-  STD_TORCH_CHECK(outputs == channels || outputs == 2 * channels, "w2: expected ", channels,
-                  " or ", 2 * channels, " rows, got ", outputs);
+  STD_TORCH_CHECK(outputs == channels || outputs == 2 * channels, "w2: expected ", channels, " or ",
+                  2 * channels, " rows, got ", outputs);
   c.shape = {x.size(0), channels, positions_of(x), hidden, outputs, false};
   // empty_like keeps the strides of a dense tensor, so x itself tells the layout of y and dx.
   const bool x_is_dense = x.size(0) <= 1 || x.stride(0) == c.shape.image();
@@ -252,9 +250,9 @@ Call make_call(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, Option
   c.shape.channels_last = last;
 
   const senet::DType param_dtype = dtype_of("w2", w2);
-  STD_TORCH_CHECK(param_dtype == c.dtype || (param_dtype == senet::DType::f32 &&
-                                             c.dtype != senet::DType::f64),
-                  "w2: expected the dtype of x or float32");
+  STD_TORCH_CHECK(
+      param_dtype == c.dtype || (param_dtype == senet::DType::f32 && c.dtype != senet::DType::f64),
+      "w2: expected the dtype of x or float32");
   c.parameters.dtype = param_dtype;
   c.parameters.w1 = c.parameter("w1", w1, hidden, channels);
   c.parameters.b1 = c.parameter("b1", b1, hidden, 1);
@@ -278,26 +276,23 @@ void point_into_saved(Args& args, void* base) {
   args.u = p + size * static_cast<size_t>(s.batch * (s.channels + s.hidden));
 }
 
-int64_t saved_numel(const senet::Shape& s) {
-  return s.batch * (s.channels + s.hidden + s.outputs);
-}
+int64_t saved_numel(const senet::Shape& s) { return s.batch * (s.channels + s.hidden + s.outputs); }
 int64_t mask_numel(const senet::Shape& s) {
   return s.batch * ((s.channels + 7) / 8) * ((s.positions + 7) / 8) * 8;
 }
 
 // ---- the ops ----
 
-std::tuple<Tensor, Tensor, Tensor> forward(
-    Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
-    OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta,
-    OptionalTensor affine_scale, OptionalTensor affine_shift, OptionalTensor lengths,
-    int64_t options, bool save) {
-  Call c = make_call(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift,
-                     lengths, options);
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor w1, OptionalTensor b1,
+                                           Tensor w2, OptionalTensor b2, OptionalTensor residual,
+                                           OptionalTensor alpha, OptionalTensor beta,
+                                           OptionalTensor affine_scale, OptionalTensor affine_shift,
+                                           OptionalTensor lengths, int64_t options, bool save) {
+  Call c = make_call(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
+                     options);
   Result y(c.like, c.direct);
   const bool keep_mask = save && c.options.after == senet::Fn::relu;
-  Tensor saved =
-      torch::stable::new_empty(x, {save ? saved_numel(c.shape) : 0}, accumulation(x));
+  Tensor saved = torch::stable::new_empty(x, {save ? saved_numel(c.shape) : 0}, accumulation(x));
   Tensor mask =
       torch::stable::new_empty(x, {keep_mask ? mask_numel(c.shape) : 0}, ScalarType::Byte);
 
@@ -311,22 +306,21 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   args.y = y.data();
   if (keep_mask) args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   // Without a backward pass z, h and u live in memory of our own.
-  Tensor own = save ? saved
-                    : torch::stable::new_empty(x, {saved_numel(c.shape)}, accumulation(x));
+  Tensor own = save ? saved : torch::stable::new_empty(x, {saved_numel(c.shape)}, accumulation(x));
   point_into_saved(args, own.mutable_data_ptr());
   kernels().forward(args, runtime());
   return {y.finish(x), saved, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-backward(Tensor dy, Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
-         OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta,
-         OptionalTensor affine_scale, OptionalTensor affine_shift, OptionalTensor lengths,
-         Tensor saved, Tensor mask, int64_t options, int64_t needs) {
-  Call c = make_call(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift,
-                     lengths, options);
-  STD_TORCH_CHECK(saved.numel() == saved_numel(c.shape) &&
-                      saved.scalar_type() == accumulation(x) && is_matrix_dense(saved),
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor dy, Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
+    OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta, OptionalTensor affine_scale,
+    OptionalTensor affine_shift, OptionalTensor lengths, Tensor saved, Tensor mask, int64_t options,
+    int64_t needs) {
+  Call c = make_call(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
+                     options);
+  STD_TORCH_CHECK(saved.numel() == saved_numel(c.shape) && saved.scalar_type() == accumulation(x) &&
+                      is_matrix_dense(saved),
                   "saved: expected what the forward op returned for these arguments");
   const senet::Fn after = c.options.after;
   STD_TORCH_CHECK(after != senet::Fn::relu || mask.numel() == mask_numel(c.shape),

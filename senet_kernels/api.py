@@ -105,7 +105,9 @@ def _autocast(
     fp32); parameters in float32 are used as they are rather than rounded. float64 is left alone,
     as autocast leaves it.
     """
-    if x.dtype == torch.float64:
+    everything = {**parameters, "residual": residual}
+    if any(t is not None and t.dtype == torch.float64 for t in (x, *everything.values())):
+        validation.check_same_dtype(x, everything)
         return x, parameters, residual
     dtype = torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type))
     if residual is not None:
@@ -119,6 +121,80 @@ def _autocast(
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _prepare(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    names: tuple[str | None, str | None, str | None, str | None],
+    before_affine: tuple[Tensor, Tensor] | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    lengths: Tensor | None,
+    inplace: bool,
+    backend: str | None,
+) -> tuple[_Plan, tuple[Any, ...]]:
+    """Check everything, promote under autocast, choose a backend.
+
+    Returns the plan and the arguments of a Function's ``apply``.
+    """
+    validation.check_input(x)
+    validation.check_mlp(x, w1, b1, w2, b2)
+    if residual is not None:
+        validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
+    parameters = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    affine_scale = affine_shift = None
+    if alpha is not None or beta is not None or before_affine is not None:
+        for name, v in (("alpha", alpha), ("beta", beta)):
+            if v is not None:
+                validation.check_like_x(name, v, x, (x.shape[1],), "C of x")
+        if before_affine is not None:
+            validation.check_affine(x, before_affine)
+            affine_scale, affine_shift = before_affine
+        parameters |= {
+            "alpha": alpha,
+            "beta": beta,
+            "before_affine[0]": affine_scale,
+            "before_affine[1]": affine_shift,
+        }
+    if lengths is not None:
+        validation.check_lengths(x, lengths)
+
+    given = x
+    if reference.autocast_is_on(x.device.type):
+        x, parameters, residual = _autocast(x, parameters, residual)
+        w1, b1, w2, b2, *rest = parameters.values()  # type: ignore[assignment]
+        if rest:
+            alpha, beta, affine_scale, affine_shift = rest
+    else:
+        validation.check_same_dtype(x, parameters)
+        if residual is not None:
+            validation.check_same_dtype(x, {"residual": residual})
+    if inplace:
+        others = {**parameters, "residual": residual}
+        if _requires_grad(given, *others.values()):
+            raise ValueError(
+                "inplace: expected a call that needs no gradient (torch.no_grad() or inputs that "
+                "do not require grad), got one that does"
+            )
+        if x.dtype != given.dtype:
+            raise TypeError(
+                f"inplace: expected x in the dtype of the result, {x.dtype} under this autocast, "
+                f"got {given.dtype}"
+            )
+        validation.check_inplace(given, others)
+
+    plan = _resolve(
+        x, w1, w2, names, before_affine, residual, alpha, beta, lengths, inplace, backend
+    )
+    arguments = (
+        x, w1, b1, w2, b2, plan.code, residual, alpha, beta, affine_scale, affine_shift, lengths,
+    )  # fmt: skip
+    return plan, arguments
 
 
 def squeeze_excite(
@@ -190,83 +266,22 @@ def squeeze_excite(
         ValueError: a shape, name, device or value is wrong; the message names the argument.
         BackendUnavailableError: ``backend`` was chosen explicitly and cannot run this call.
     """
-    validation.check_input(x)
-    validation.check_mlp(x, w1, b1, w2, b2)
-    if residual is not None:
-        validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
-    parameters = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    affine_scale = affine_shift = None
-    if alpha is not None or beta is not None or before_affine is not None:
-        for name, v in (("alpha", alpha), ("beta", beta)):
-            if v is not None:
-                validation.check_like_x(name, v, x, (x.shape[1],), "C of x")
-        if before_affine is not None:
-            validation.check_affine(x, before_affine)
-            affine_scale, affine_shift = before_affine
-        parameters |= {
-            "alpha": alpha,
-            "beta": beta,
-            "before_affine[0]": affine_scale,
-            "before_affine[1]": affine_shift,
-        }
-    if lengths is not None:
-        validation.check_lengths(x, lengths)
-
-    target = x
-    if torch.is_autocast_enabled(x.device.type):
-        x, parameters, residual = _autocast(x, parameters, residual)
-        w1, b1, w2, b2, *rest = parameters.values()
-        assert w2 is not None
-        if rest:
-            alpha, beta, affine_scale, affine_shift = rest
-    else:
-        validation.check_same_dtype(x, parameters)
-        if residual is not None:
-            validation.check_same_dtype(x, {"residual": residual})
-
-    plan = _resolve(
-        x, w1, w2, (activation, gate, before, after), before_affine, residual, alpha, beta,
-        lengths, inplace, backend,
+    plan, arguments = _prepare(
+        x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
+        beta, lengths, inplace, backend,
     )  # fmt: skip
     chosen = plan.choice.backend
-    if inplace:
-        others = {**parameters, "residual": residual}
-        if _requires_grad(target, *others.values()):
-            raise ValueError(
-                "inplace: expected a call that needs no gradient (torch.no_grad() or inputs that "
-                "do not require grad), got one that does"
-            )
-        if x.dtype != target.dtype:
-            raise TypeError(
-                f"inplace: expected x in the dtype of the result, {x.dtype} under this autocast, "
-                f"got {target.dtype}"
-            )
-        validation.check_inplace(target, others)
-
     # Forward-mode AD: a raw op would drop the tangents silently, the reference carries them.
     if chosen == "reference" or fwAD._current_level >= 0:
-        y = reference.squeeze_excite(
-            x, w1, b1, w2, b2,
-            **plan.options._asdict(),
-            before_affine=(
-                None if affine_scale is None or affine_shift is None
-                else (affine_scale, affine_shift)
-            ),
-            residual=residual, alpha=alpha, beta=beta, lengths=lengths,
-        )  # fmt: skip
-        return target.copy_(y) if inplace else y
-
+        y = reference.squeeze_excite_flat(plan.options, *arguments[:5], *arguments[6:])
+        return x.copy_(y) if inplace else y
     if torch._C._are_functorch_transforms_active() or _requires_grad(
-        x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift
+        *arguments[:5], *arguments[6:11]
     ):
-        return autograd.apply(
-            chosen, x, w1, b1, w2, b2, plan.code, residual, alpha, beta,
-            affine_scale, affine_shift, lengths,
-        )  # fmt: skip
-    result: Tensor = autograd.forward_op(chosen)(
-        x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
-        plan.code, False,
-    )[0]  # fmt: skip
+        return autograd.apply(chosen, *arguments)
+    result: Tensor = autograd.forward_op(chosen)(*arguments[:5], *arguments[6:], plan.code, False)[
+        0
+    ]
     return result
 
 
@@ -293,11 +308,9 @@ def explain(
 
     Computes nothing. Same arguments and errors as ``squeeze_excite``.
     """
-    validation.check_input(x)
-    validation.check_mlp(x, w1, b1, w2, b2)
-    plan = _resolve(
-        x, w1, w2, (activation, gate, before, after), before_affine, residual, alpha, beta,
-        lengths, inplace, backend,
+    plan, _ = _prepare(
+        x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
+        beta, lengths, inplace, backend,
     )  # fmt: skip
     return Explanation(plan.choice.backend, plan.choice.passed_over, plan.call)
 
@@ -328,7 +341,7 @@ def squeeze(
     name = check_name("before", before)
     if before_affine is not None:
         validation.check_affine(x, before_affine)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not reference.autocast_is_on(x.device.type):
             a, b = before_affine
             validation.check_same_dtype(x, {"before_affine[0]": a, "before_affine[1]": b})
     if lengths is not None:
@@ -366,8 +379,7 @@ def channel_scale(
     batch, channels = x.shape[:2]
     if tuple(u.shape) not in ((batch, channels), (batch, 2 * channels)):
         raise ValueError(
-            f"u: expected shape {[batch, channels]} or {[batch, 2 * channels]}, "
-            f"got {list(u.shape)}"
+            f"u: expected shape {[batch, channels]} or {[batch, 2 * channels]}, got {list(u.shape)}"
         )
     if u.device != x.device:
         raise ValueError(f"u: expected device {x.device} (that of x), got {u.device}")
@@ -384,7 +396,7 @@ def channel_scale(
         tensors["before_affine[0]"], tensors["before_affine[1]"] = before_affine
     if residual is not None:
         validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
-    if torch.is_autocast_enabled(x.device.type):
+    if reference.autocast_is_on(x.device.type):
         x, _, residual = _autocast(x, {"u": u}, residual)
     else:
         validation.check_same_dtype(x, {**tensors, "residual": residual})

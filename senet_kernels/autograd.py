@@ -63,13 +63,13 @@ def _first_order(
 
     ``inputs`` are the ten differentiable inputs in the order of Needs.
     """
-    activation, gate, before, after = unpack(options)
+    chosen = unpack(options)
     x = inputs[0]
     assert x is not None
-    if after == "relu" and mask.numel():
+    if chosen.after == "relu" and mask.numel():
         dy = torch.where(ops.unpack_mask(mask, x), dy, 0.0)
-        after = "identity"
-    through_residual = after == "identity"  # then the residual's gradient is dy itself
+        chosen = chosen._replace(after="identity")
+    through_residual = chosen.after == "identity"  # then the residual's gradient is dy itself
     wanted = [
         i
         for i in range(ops.GRADIENTS)
@@ -78,25 +78,16 @@ def _first_order(
     varied = [i for i in wanted if not (through_residual and i == _RESIDUAL)]
 
     def forward(*values: Tensor) -> Tensor:
-        full = list(inputs)
+        full: list[Any] = list(inputs)
         for i, value in zip(varied, values, strict=True):
             full[i] = value
-        x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift = full
-        assert x is not None
-        assert w2 is not None
-        affine = None
-        if affine_scale is not None and affine_shift is not None:
-            affine = (affine_scale, affine_shift)
-        return reference.squeeze_excite(
-            x, w1, b1, w2, b2,
-            activation=activation, gate=gate, before=before, before_affine=affine, after=after,
-            residual=None if through_residual else residual,
-            alpha=alpha, beta=beta, lengths=lengths,
-        )  # fmt: skip
+        if through_residual:
+            full[_RESIDUAL] = None
+        return reference.squeeze_excite_flat(chosen, *[*full, lengths])
 
     gradients: list[Tensor | None] = [None] * ops.GRADIENTS
     if varied:
-        _, vjp = torch.func.vjp(forward, *(inputs[i] for i in varied))
+        vjp = torch.func.vjp(forward, *(inputs[i] for i in varied))[1]
         for i, gradient in zip(varied, vjp(dy), strict=True):
             gradients[i] = gradient
     if through_residual and _RESIDUAL in wanted:
@@ -146,7 +137,7 @@ class _SEBackward(torch.autograd.Function):
 
         result: list[Tensor | None] = [None] * len(values)
         if varied and given:
-            _, vjp = torch.func.vjp(gradients, *(values[i] for i in varied))
+            vjp = torch.func.vjp(gradients, *(values[i] for i in varied))[1]
             for i, g in zip(varied, vjp(tuple(second[i] for i in given)), strict=True):
                 result[i] = g
         return (None, None, None, None, None, None, *result)
@@ -191,13 +182,9 @@ def _backward(
     gradients: list[Tensor | None] = [None] * ops.GRADIENTS
     if asked:
         if differentiable:
-            computed = _SEBackward.apply(
-                backend, options, asked, saved, mask, lengths, dy, *inputs
-            )
+            computed = _SEBackward.apply(backend, options, asked, saved, mask, lengths, dy, *inputs)
         else:
-            computed = backward_op(backend)(
-                dy, *inputs, lengths, saved, mask, options, asked
-            )
+            computed = backward_op(backend)(dy, *inputs, lengths, saved, mask, options, asked)
         for i in range(ops.GRADIENTS):
             if asked & (1 << i):
                 gradients[i] = computed[i]
@@ -227,7 +214,7 @@ class NativeSEFunction(torch.autograd.Function):
     backend = "native"
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         w1: Tensor | None,
@@ -258,7 +245,7 @@ class NativeSEFunction(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         # Grad mode is on in here only under create_graph=True.
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         gradients = _backward(
@@ -291,7 +278,7 @@ class _TransformableSE(torch.autograd.Function):
         ctx.save_for_backward(x, w1, b1, w2, b2, kept, *rest, saved, mask)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         needs = _needs(ctx.needs_input_grad[1:])
         gradients = _backward(
             ctx.backend, ctx.options, needs, ctx.saved_tensors, dy, differentiable=True
@@ -302,14 +289,14 @@ class _TransformableSE(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], backend: str, *args: Any
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, None, None]]:
-        x, w1, b1, w2, b2, options, residual, alpha, beta, affine_scale, affine_shift, lengths = (
-            args
-        )
+        options = args[_OPTIONS]
         per_image = (0, 6, 11)  # x, residual, lengths have a batch axis to fold into
         dims = in_dims[1:]
         folds = all(
-            (dims[i] is not None) == (i in per_image) for i, t in enumerate(args) if t is not None
-        ) and isinstance(options, int)
+            (dims[i] is not None) == (i in per_image)
+            for i, t in enumerate(args)
+            if isinstance(t, Tensor)
+        )
         if folds:
             folded = list(args)
             for i in per_image:
@@ -326,19 +313,13 @@ class _TransformableSE(torch.autograd.Function):
 def _mapped_reference(options: int, args: tuple[Any, ...], dims: tuple[Any, ...]) -> Tensor:
     """``torch.vmap`` of the reference over the tensors among a Function's arguments."""
     positions = [i for i, t in enumerate(args) if isinstance(t, Tensor)]
-    activation, gate, before, after = unpack(options)
 
     def one(*values: Tensor) -> Tensor:
         full: list[Any] = [None] * len(args)
         for i, value in zip(positions, values, strict=True):
             full[i] = value
-        x, w1, b1, w2, b2, _, residual, alpha, beta, scale, shift, lengths = full
-        return reference.squeeze_excite(
-            x, w1, b1, w2, b2,
-            activation=activation, gate=gate, before=before, after=after,
-            before_affine=None if scale is None else (scale, shift),
-            residual=residual, alpha=alpha, beta=beta, lengths=lengths,
-        )  # fmt: skip
+        del full[_OPTIONS]
+        return reference.squeeze_excite_flat(unpack(options), *full)
 
     mapped: Tensor = torch.vmap(one, tuple(dims[i] for i in positions))(
         *(args[i] for i in positions)

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
-
 from . import features
 from .backends import native
 from .features import Call
@@ -60,7 +58,7 @@ def why_not(backend: str, call: Call) -> str | None:
     """Why ``backend`` cannot run ``call``; None when it can."""
     if backend == "reference":
         return None
-    return features.missing_feature(backend, call) or _MODULES[backend].unavailable()
+    return features.missing_feature(backend, call) or _MODULES[backend].UNAVAILABLE
 
 
 def choose(call: Call, requested: str) -> Choice:
@@ -73,9 +71,7 @@ def choose(call: Call, requested: str) -> Choice:
         reason = why_not(requested, call)
         if reason is not None:
             raise BackendUnavailableError(
-                f"backend={requested!r} was asked for and cannot run this call: it {reason}"
-                if not reason.startswith("the ")
-                else f"backend={requested!r} was asked for and cannot run: {reason}"
+                f"backend={requested!r} was asked for and cannot run this call: {reason}"
             )
         return Choice(requested, ())
     passed_over: tuple[tuple[str, str], ...] = ()
@@ -118,7 +114,7 @@ class Backends:
         self.reasons: dict[str, str] = {}
         self.details: dict[str, str] = {"reference": "plain PyTorch, every device and dtype"}
         for name, module in _MODULES.items():
-            reason = module.unavailable()
+            reason = module.UNAVAILABLE
             if reason is None:
                 self.details[name] = module.describe()
             else:
@@ -148,8 +144,3 @@ def backends() -> Backends:
     Print the result to read it; ``backends().available["native"]`` to ask.
     """
     return Backends()
-
-
-def describe_versions() -> str:
-    """One line on the versions in use, for bug reports."""
-    return f"torch {torch.__version__}"

@@ -87,13 +87,13 @@ def required_features(call: Call) -> list[str]:
 def missing_feature(backend: str, call: Call) -> str | None:
     """Why the table says ``backend`` does not take this call; None when it does."""
     if (backend, call.device) not in COLUMNS:
-        return f"has no kernels for device type {call.device!r}"
+        return f"it has no kernels for device type {call.device!r}"
     column = COLUMNS.index((backend, call.device))
     for name in required_features(call):
         if name not in FEATURES:
-            return f"does not support {name}"
+            return f"it does not support {name}"
         if FEATURES[name][column] != FUSED:
-            return f"has no fused kernel for: {name}"
+            return f"it has no fused kernel for: {name}"
     return None
 
 

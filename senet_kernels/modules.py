@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from . import api
+from . import api, dispatch
 from .pointwise import POINTWISE, check_name
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a child is what the fused op computes: a 1x1 convolution nobody watches or wraps."""
-    return type(layer) is nn.Conv2d and not (
+def _not_plain(layer: nn.Module) -> str | None:
+    """Why a child must really be called rather than computed by the fused op; None if it need not.
+
+    The fused op computes what an unwatched 1x1 convolution computes.
+    """
+    if type(layer) is not nn.Conv2d or "forward" in layer.__dict__:
+        return f"is a {type(layer).__name__} or has its own forward"
+    if layer.weight.shape[2:] != (1, 1) or layer.groups != 1 or layer.padding not in _NO_PADDING:
+        return "is not a plain 1x1 convolution"
+    if (
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-    )
+        or _has_any_global_hook()
+    ):
+        return "has hooks"
+    return None
+
+
+_NO_PADDING = ((0, 0), "valid", "same")
 
 
 class FusedSEBlock(nn.Module):
@@ -25,7 +39,8 @@ class FusedSEBlock(nn.Module):
     The children ``fc1`` and ``fc2`` are 1x1 ``nn.Conv2d``, with the keys timm's ``SEModule`` and
     torchvision's ``SqueezeExcitation`` use; ``nn.Linear`` and ``nn.Conv1d``/``Conv3d`` weights
     load too. Where a child is hooked, parametrised or replaced, the block runs layer by layer so
-    that the child is really called.
+    that the child is really called (and raises ``BackendUnavailableError`` where a backend was
+    asked for by name).
 
     Args:
         channels: C, the channels of the input.
@@ -91,8 +106,16 @@ class FusedSEBlock(nn.Module):
     ) -> Tensor:
         """``[B, C, *spatial] -> [B, C, *spatial]``; see :func:`senet_kernels.squeeze_excite`."""
         fc1, fc2 = self.fc1, self.fc2
-        if not (_is_plain(fc1) and _is_plain(fc2)):
-            return self._layer_by_layer(x, residual, lengths)
+        for name, layer in (("fc1", fc1), ("fc2", fc2)):
+            reason = _not_plain(layer)
+            if reason is not None:
+                requested = dispatch.requested_backend(self.backend)
+                if requested not in ("auto", "reference"):
+                    raise dispatch.BackendUnavailableError(
+                        f"backend={requested!r} was asked for and cannot run this block: "
+                        f"its child {name} {reason}"
+                    )
+                return self._layer_by_layer(x, residual, lengths)
         return api.squeeze_excite(
             x, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
             activation=self.activation, gate=self.gate, before=self.before, after=self.after,
@@ -100,9 +123,7 @@ class FusedSEBlock(nn.Module):
             backend=self.backend,
         )  # fmt: skip
 
-    def _layer_by_layer(
-        self, x: Tensor, residual: Tensor | None, lengths: Tensor | None
-    ) -> Tensor:
+    def _layer_by_layer(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Tensor:
         z = api.squeeze(x, before=self.before, lengths=lengths)
         h = POINTWISE[self.activation].fn(self.fc1(z[:, :, None, None]))
         u = self.fc2(h).flatten(1)
@@ -122,7 +143,7 @@ class FusedSEBlock(nn.Module):
                 matrix = weight.shape[:2]
                 if weight.numel() == matrix.numel():
                     state_dict[key] = weight.reshape(*matrix, 1, 1)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""

@@ -72,6 +72,13 @@ def _mask_numel(x: Tensor) -> int:
     return x.shape[0] * ((x.shape[1] + 7) // 8) * ((positions + 7) // 8) * 8
 
 
+def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+    # One meta tensor among real ones ends up here and would return uninitialised memory.
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"expected every tensor on {x.device} (that of x), got {t.device}")
+
+
 def _forward_fake(
     x: Tensor,
     w1: Tensor | None,
@@ -87,10 +94,9 @@ def _forward_fake(
     options: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths)
     keep_mask = save and after_code(options) == _RELU
-    saved = x.new_empty(
-        (_saved_numel(x, w1, w2) if save else 0,), dtype=accumulate_dtype(x.dtype)
-    )
+    saved = x.new_empty((_saved_numel(x, w1, w2) if save else 0,), dtype=accumulate_dtype(x.dtype))
     mask = x.new_empty((_mask_numel(x) if keep_mask else 0,), dtype=torch.uint8)
     return torch.empty_like(x), saved, mask
 
@@ -113,6 +119,10 @@ def _backward_fake(
     options: int,
     needs: int,
 ) -> tuple[Tensor, ...]:
+    _check_devices(
+        x, dy, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
+        saved, mask,
+    )  # fmt: skip
     # In the order of Needs. The residual is not passed where backward does not read it; its
     # gradient is laid out like x.
     of = (x, w1, b1, w2, b2, x, alpha, beta, affine_scale, affine_shift)
@@ -127,7 +137,9 @@ def inner_is_channels(x: Tensor) -> bool:
 
     Anything else is walked as rows of positions (and copied first where it is not contiguous).
     """
-    x = torch.empty_like(x, device="meta")  # the strides of y and dx, also where x is no dense tensor
+    x = torch.empty_like(
+        x, device="meta"
+    )  # the strides of y and dx, also where x is no dense tensor
     channels, positions = x.shape[1], x.shape[2:].numel()
     if channels == 1 or positions == 1 or x.stride(1) != 1:
         return False
@@ -151,17 +163,13 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     return (bits.transpose(1, 2) if last else bits).reshape(x.shape)
 
 
-_library = torch.library.Library("senet_kernels", "DEF")
+library = torch.library.Library("senet_kernels", "DEF")
 # flexible_layout: kernels read every layout themselves; without the tag Inductor inserts copies.
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 # The instruction set the CPU kernels run on; takes no tensors.
-_library.define("native_isa() -> str")
+library.define("native_isa() -> str")
 for _backend in BACKENDS_WITH_OPS:
-    _library.define(f"{_backend}_forward{FORWARD_SCHEMA}", tags=_TAGS)
-    _library.define(f"{_backend}_backward{BACKWARD_SCHEMA}", tags=_TAGS)
-    torch.library.register_fake(
-        f"senet_kernels::{_backend}_forward", _forward_fake, lib=_library
-    )
-    torch.library.register_fake(
-        f"senet_kernels::{_backend}_backward", _backward_fake, lib=_library
-    )
+    library.define(f"{_backend}_forward{FORWARD_SCHEMA}", tags=_TAGS)
+    library.define(f"{_backend}_backward{BACKWARD_SCHEMA}", tags=_TAGS)
+    torch.library.register_fake(f"senet_kernels::{_backend}_forward", _forward_fake, lib=library)
+    torch.library.register_fake(f"senet_kernels::{_backend}_backward", _backward_fake, lib=library)

@@ -9,15 +9,42 @@ Hu, Shen, Albanie, Sun, Wu: Squeeze-and-Excitation Networks, arXiv:1709.01507.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
+
 import torch
 from torch import Tensor
 
-from .pointwise import POINTWISE
+from .pointwise import POINTWISE, Options
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums and the MLP are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is enabled for a device type; False for types it does not know."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+_P = ParamSpec("_P")
+
+
+def _outside_autocast(
+    function: Callable[Concatenate[Tensor, _P], Tensor],
+) -> Callable[Concatenate[Tensor, _P], Tensor]:
+    """Autocast would round the MLP to bfloat16 or float16: the dtypes given are those meant."""
+
+    @functools.wraps(function)
+    def wrapper(x: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        if not autocast_is_on(x.device.type):
+            return function(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapper
 
 
 def _per_channel(v: Tensor, ndim: int) -> Tensor:
@@ -104,6 +131,7 @@ def _apply_scale(
     return POINTWISE[after].fn(y).to(x.dtype)
 
 
+@_outside_autocast
 def squeeze(
     x: Tensor,
     *,
@@ -115,6 +143,7 @@ def squeeze(
     return _mean_over_space(_prologue(x, before, before_affine), lengths).to(x.dtype)
 
 
+@_outside_autocast
 def channel_scale(
     x: Tensor,
     u: Tensor,
@@ -127,10 +156,11 @@ def channel_scale(
     alpha: Tensor | None = None,
     beta: Tensor | None = None,
 ) -> Tensor:
-    """``after(p (alpha + beta gate(u)) + shift + residual)`` with ``u`` ``[B, C]`` or ``[B, 2C]``."""
+    """``after(p (alpha + beta gate(u)) + shift + residual)``; u is ``[B, C]`` or ``[B, 2C]``."""
     return _apply_scale(x, u, gate, before, before_affine, after, residual, alpha, beta)
 
 
+@_outside_autocast
 def squeeze_excite(
     x: Tensor,
     w1: Tensor | None,
@@ -155,3 +185,27 @@ def squeeze_excite(
     z = _mean_over_space(_prologue(x, before, before_affine), lengths)
     u = _excite(z, w1, b1, w2, b2, activation)
     return _apply_scale(x, u, gate, before, before_affine, after, residual, alpha, beta)
+
+
+def squeeze_excite_flat(
+    options: Options,
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    lengths: Tensor | None,
+) -> Tensor:
+    """:func:`squeeze_excite` with its tensors by position, in the order of the raw ops."""
+    affine = None
+    if affine_scale is not None and affine_shift is not None:
+        affine = (affine_scale, affine_shift)
+    return squeeze_excite(
+        x, w1, b1, w2, b2, **options._asdict(),
+        before_affine=affine, residual=residual, alpha=alpha, beta=beta, lengths=lengths,
+    )  # fmt: skip

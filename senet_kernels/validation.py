@@ -50,8 +50,7 @@ def check_weight(name: str, w: Any, x: Tensor, meaning: str) -> None:
     check_tensor(name, w)
     if w.dim() < 2 or any(n != 1 for n in w.shape[2:]):
         raise ValueError(
-            f"{name}: expected shape {meaning} with optional trailing extents of 1, "
-            f"got {_shape(w)}"
+            f"{name}: expected shape {meaning} with optional trailing extents of 1, got {_shape(w)}"
         )
     if w.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} (that of x), got {w.device}")
@@ -76,9 +75,7 @@ def check_mlp(x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any) -> None:
     else:
         check_weight("w1", w1, x, "[R, C]")
         if w1.shape[1] != channels:
-            raise ValueError(
-                f"w1: expected {channels} columns (C of x), got shape {_shape(w1)}"
-            )
+            raise ValueError(f"w1: expected {channels} columns (C of x), got shape {_shape(w1)}")
         if w1.shape[0] != w2.shape[1]:
             raise ValueError(
                 f"w1: expected {w2.shape[1]} rows (R, the columns of w2), got shape {_shape(w1)}"

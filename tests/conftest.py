@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,11 @@ import pytest
 # something else uses the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import senet_kernels  # noqa: E402
-from backend_cases import BackendCase, require  # noqa: E402
+import senet_kernels
+from backend_cases import BackendCase, require
 
 THREADS = 2
 
@@ -62,3 +64,31 @@ def poisoned_empty() -> Iterator[None]:
 def set_threads() -> Callable[[int], None]:
     """``torch.set_num_threads`` for one test; put back by ``_clean_slate``."""
     return torch.set_num_threads
+
+
+class _RecordOps(TorchDispatchMode):
+    """Collects the names of the raw ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "senet_kernels":
+            self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def record_ops() -> Iterator[Callable[[], set[str]]]:
+    """Calling it gives the names of the raw ops that ran since the last call."""
+    mode = _RecordOps()
+
+    def take() -> set[str]:
+        names, mode.names = mode.names, set()
+        return names
+
+    with mode:
+        yield take

@@ -147,7 +147,12 @@ class Problem:
         positional = [given.pop(n) for n in ("x", "w1", "b1", "w2", "b2")]
         affine = None if scale is None else (scale, shift)
         return fn(
-            *positional, **given, before_affine=affine, lengths=self.lengths, **self.options, **extra
+            *positional,
+            **given,
+            before_affine=affine,
+            lengths=self.lengths,
+            **self.options,
+            **extra,
         )
 
     def positional(self, options: int, tensors: dict[str, Any] | None = None) -> list[Any]:
@@ -288,8 +293,10 @@ def magnitudes(problem: Problem) -> dict[str, float]:
         du = torch.cat([du, m.sum(2)], 1)
     dh = (du @ w2) * (1.5 * (1 + h))
     dz = dh if w1 is None else dh @ w1
-    dq = slope * (1 + q * (slope > 1)) * (
-        m * scale[:, :, None] + (dz / counted.to(dz)[:, None])[:, :, None]
+    dq = (
+        slope
+        * (1 + q * (slope > 1))
+        * (m * scale[:, :, None] + (dz / counted.to(dz)[:, None])[:, :, None])
     )
     a = 1.0 if t["affine_scale"] is None else t["affine_scale"][:, None]
     dw1 = None if w1 is None else dh.T @ z
@@ -304,9 +311,7 @@ def magnitudes(problem: Problem) -> dict[str, float]:
 def check(problem: Problem, fn: Callable[..., Tensor], **extra: Any) -> dict[str, Tensor]:
     """Run ``fn`` on ``problem`` and hold every result to the oracle. Returns the results."""
     results = problem.run(fn, **extra)
-    oracle.assert_like_oracle(
-        results, problem.expected(), magnitudes(problem), problem.dtype
-    )
+    oracle.assert_like_oracle(results, problem.expected(), magnitudes(problem), problem.dtype)
     return results
 
 

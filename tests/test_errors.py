@@ -151,7 +151,7 @@ def _inplace_bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     ring = torch.randn(241)
     weights = torch.randn(_C * _R)
     shared = torch.randn(_B * _C * 15 + _C * _R)
-    half_x, w_inside = shared[: x.numel()].view_as(x), shared[-weights.numel():].view(_R, _C)
+    half_x, w_inside = shared[: x.numel()].view_as(x), shared[-weights.numel() :].view(_R, _C)
     return {
         "x needs grad": ({"x": x.clone().requires_grad_()}, ValueError, "gradient"),
         "w1 needs grad": ({"w1": torch.randn(_R, _C, requires_grad=True)}, ValueError, "gradient"),
@@ -191,7 +191,8 @@ def test_inplace_wants_the_dtype_of_the_result() -> None:
         (lambda: squeeze(torch.randn(2, 8, 3), before="swish"), ValueError, ("before", "swish")),
         (lambda: squeeze(torch.randn(2, 8, 3), lengths=torch.tensor([0, 4])), ValueError,
          ("lengths", "0..3", "4")),
-        (lambda: squeeze(torch.randn(2, 8, 3), before_affine=3), TypeError, ("before_affine", "int")),
+        (lambda: squeeze(torch.randn(2, 8, 3), before_affine=3), TypeError,
+         ("before_affine", "int")),
         (lambda: channel_scale(torch.randn(2, 8, 3), torch.randn(2, 9)), ValueError,
          ("u", "[2, 8]", "[2, 9]")),
         (lambda: channel_scale(torch.randn(2, 8, 3), torch.randn(8)), ValueError, ("u", "[8]")),
@@ -205,7 +206,8 @@ def test_inplace_wants_the_dtype_of_the_result() -> None:
         (lambda: FusedSEBlock(8, reduction=-2), ValueError, ("reduction", "-2")),
         (lambda: FusedSEBlock(8, hidden=-1), ValueError, ("hidden", "-1")),
         (lambda: FusedSEBlock(8, hidden=0), ValueError, ("hidden", "0")),
-        (lambda: FusedSEBlock(8, hidden=2.0), ValueError, ("hidden", "2.0")),  # type: ignore[arg-type]
+        (lambda: FusedSEBlock(8, hidden=2.0),  # type: ignore[arg-type]
+         ValueError, ("hidden", "2.0")),
         (lambda: FusedSEBlock(True), ValueError, ("channels", "True")),
         (lambda: FusedSEBlock(8, activation="swish"), ValueError, ("activation", "swish")),
         (lambda: FusedSEBlock(8, gate=1), TypeError, ("gate", "int")),  # type: ignore[arg-type]
@@ -243,7 +245,8 @@ def attempt(*args):
     except Exception as error:
         raise SystemExit(f"{type(error).__name__}, not RuntimeError: {error}")
     raise SystemExit(f"no error, but {tuple(y.shape)}")
-a = legal()
+assert sk.backends()["native"]
+sk.NativeSEFunction.apply(*legal())
 """
 _RAW: dict[str, str] = {
     "x rank 2": "a[0] = torch.randn(2, 8)",
@@ -332,7 +335,7 @@ def test_bad_arguments_to_the_function_itself(backend: BackendCase) -> None:
         "        print('bad', i, verdict, flush=True)\n"
         "print('done')\n"
     )
-    script = "\n".join([_RAW_PRELUDE, _ATTEMPT_OP, cases, driver])
+    script = f"{_RAW_PRELUDE}{_ATTEMPT_OP}{cases}\n{driver}"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
     )

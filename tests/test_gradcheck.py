@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import oracle
 from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase
 from problems import TENSORS, Problem, Spec, build, magnitudes
 from senet_kernels import NativeSEFunction, pack_options, squeeze_excite
 from senet_kernels.ops import Needs
-
-import oracle  # isort: skip
 
 _SMALL = Spec((2, 3, 2, 3), 2, torch.float64, activation="silu")
 

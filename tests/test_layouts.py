@@ -93,7 +93,7 @@ _WEIGHTS = ("matrix", "conv", "transposed", "nhwc")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_backend
 def test_strides_equal_eager(backend: BackendCase, layout: str, weights: str) -> None:
-    """y and ``.grad`` have eager's strides; for parameters extents of 1 count too (DDP compares)."""
+    """y and ``.grad`` have eager's strides; for parameters, which DDP compares, all of them."""
     for shape in ((2, 8, 3, 5), (2, 8, 15), (2, 8, 1, 1), (1, 8, 3, 5), (2, 1, 3, 5)):
         spec = Spec(shape, 4, layout=layout, weights=weights, device=backend.device)
         ours = _leaves_after_backward(squeeze_excite, spec, torch.sum, backend=backend.name)
@@ -148,8 +148,11 @@ def test_results_own_their_memory(backend: BackendCase, layout: str) -> None:
     problem = build(spec)
     before = {n: t.clone() for n, t in problem.tensors.items() if t is not None}
     results = problem.run(squeeze_excite, backend=backend.name)
-    storages = [t.untyped_storage().data_ptr() for t in (*problem.tensors.values(), problem.dy)
-                if t is not None]
+    storages = [
+        t.untyped_storage().data_ptr()
+        for t in (*problem.tensors.values(), problem.dy)
+        if t is not None
+    ]
     storages += [t.untyped_storage().data_ptr() for t in results.values()]
     assert len(set(storages)) == len(storages)
     for name, value in before.items():

@@ -17,10 +17,13 @@ class BackwardPass {
 
  public:
   BackwardPass(const BackwardArgs& args, const Runtime& runtime)
-      : a_(args), s_(args.shape), runtime_(runtime),
+      : a_(args),
+        s_(args.shape),
+        runtime_(runtime),
         plan_(make_plan(s_, 2 * sizeof(T), args.parameters.dtype == DType::f32 ? 4 : sizeof(T),
                         runtime.threads)),
-        has_shift_(s_.outputs > s_.channels), width_(has_shift_ ? 2 * s_.channels : s_.channels) {
+        has_shift_(s_.outputs > s_.channels),
+        width_(has_shift_ ? 2 * s_.channels : s_.channels) {
     const int64_t images = std::max<int64_t>(plan_.threads, plan_.group);
     const int64_t slices = images * plan_.threads;
     Carver<A> carver;
@@ -141,10 +144,10 @@ class BackwardPass {
     const Fn before = a_.options.before, after = a_.options.after;
     if (s_.channels_last) {
       const Range range = slice(s_.positions, i, slices);
-      dot_columns<T, kBefore, kPlain>(
-          [&](int64_t r) { return runs(range.begin + r); }, range.end - range.begin, s_.channels,
-          PerElement<A>{scale}, PerElement<A>{shift}, has_shift_, before, after, sums,
-          chained_ + slot * width_);
+      dot_columns<T, kBefore, kPlain>([&](int64_t r) { return runs(range.begin + r); },
+                                      range.end - range.begin, s_.channels, PerElement<A>{scale},
+                                      PerElement<A>{shift}, has_shift_, before, after, sums,
+                                      chained_ + slot * width_);
       return;
     }
     const Range range = slice(s_.channels, i, slices);
@@ -189,7 +192,8 @@ class BackwardPass {
   }
 
   // dz / S, the part of dx that comes through the mean.
-  SENET_OUTLINE void through_hidden_layer(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
+  SENET_OUTLINE void through_hidden_layer(int64_t b, int64_t images, int64_t at, int64_t i,
+                                          int64_t parts) {
     const Range r = slice(s_.channels, i, parts);
     A* dmean = dmean_ + at * s_.channels;
     linear_transposed<A>(a_.parameters.dtype, a_.parameters.w1, s_.hidden, s_.channels, r.begin,
@@ -210,7 +214,7 @@ class BackwardPass {
     T* dx = a_.dx ? static_cast<T*>(a_.dx) + b * s_.image() : nullptr;
     T* dresidual = a_.dresidual ? static_cast<T*>(a_.dresidual) + b * s_.image() : nullptr;
     const Range range = slice(s_.channels_last ? s_.positions : s_.channels, i, slices);
-    for (int64_t r = range.begin; r < range.end; ++r) {
+    backwards(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
       T* dx_row = dx ? dx + r * runs.n : nullptr;
       T* dresidual_row = dresidual ? dresidual + r * runs.n : nullptr;
       if (s_.channels_last) {
@@ -218,13 +222,12 @@ class BackwardPass {
                                    PerElement<A>{shift}, has_shift_, PerElement<A>{dmean},
                                    a_.options.before, a_.options.after);
       } else {
-        dx_run<T, kBefore, kPlain>(runs(r), dx_row, dresidual_row, runs.n,
-                                   Uniform<A>{broadcast<A>(scale[r])},
-                                   Uniform<A>{broadcast<A>(shift[r])}, has_shift_,
-                                   Uniform<A>{broadcast<A>(dmean[r])}, a_.options.before,
-                                   a_.options.after);
+        dx_run<T, kBefore, kPlain>(
+            runs(r), dx_row, dresidual_row, runs.n, Uniform<A>{broadcast<A>(scale[r])},
+            Uniform<A>{broadcast<A>(shift[r])}, has_shift_, Uniform<A>{broadcast<A>(dmean[r])},
+            a_.options.before, a_.options.after);
       }
-    }
+    });
   }
 
   SENET_OUTLINE void parameter_gradients() {

@@ -13,7 +13,9 @@ class ForwardPass {
 
  public:
   ForwardPass(const ForwardArgs& args, const Runtime& runtime)
-      : a_(args), s_(args.shape), runtime_(runtime),
+      : a_(args),
+        s_(args.shape),
+        runtime_(runtime),
         plan_(make_plan(s_, sizeof(T), args.parameters.dtype == DType::f32 ? 4 : sizeof(T),
                         runtime.threads)) {
     // Per image of the largest group or per thread, whichever holds an image at a time.
@@ -74,8 +76,7 @@ class ForwardPass {
       });
     }
     for (int64_t g = 0; g < images; ++g) {
-      make_scale(a_.parameters, a_.options.gate, s_.channels, u(b0 + g),
-                 scale_ + g * s_.channels);
+      make_scale(a_.parameters, a_.options.gate, s_.channels, u(b0 + g), scale_ + g * s_.channels);
     }
     share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
@@ -91,8 +92,8 @@ class ForwardPass {
     const Fn before = a_.options.before;
     if (s_.channels_last) {
       const Range r = slice(s_.positions, i, slices);
-      sum_columns<T, kBefore>(x + r.begin * s_.channels, r.end - r.begin, s_.channels, before,
-                              sums, chain_ + slot * s_.channels);
+      sum_columns<T, kBefore>(x + r.begin * s_.channels, r.end - r.begin, s_.channels, before, sums,
+                              chain_ + slot * s_.channels);
     } else {
       const Range r = slice(s_.channels, i, slices);
       const A positions = static_cast<A>(s_.positions);
@@ -112,8 +113,8 @@ class ForwardPass {
 
   SENET_OUTLINE void hidden_layer(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
     const Range r = slice(s_.hidden, i, parts);
-    linear<A>(a_.parameters.dtype, a_.parameters.w1, a_.parameters.b1, r.begin, r.end,
-              s_.channels, z(b), s_.channels, h(b), s_.hidden, images);
+    linear<A>(a_.parameters.dtype, a_.parameters.w1, a_.parameters.b1, r.begin, r.end, s_.channels,
+              z(b), s_.channels, h(b), s_.hidden, images);
     for (int64_t g = 0; g < images; ++g) {
       map(h(b + g) + r.begin, hidden_ + (at + g) * s_.hidden + r.begin, r.end - r.begin,
           a_.options.activation);
@@ -146,7 +147,7 @@ class ForwardPass {
     const int64_t bit_row = (n + 7) / 8;
     uint8_t* bits = a_.mask ? a_.mask + b * runs * bit_row : nullptr;
     const Range range = slice(runs, i, slices);
-    for (int64_t r = range.begin; r < range.end; ++r) {
+    backwards(range, n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
       const T* from = x + r * n;
       const T* add = residual ? residual + r * n : nullptr;
       uint8_t* row_bits = bits ? bits + r * bit_row : nullptr;
@@ -155,12 +156,11 @@ class ForwardPass {
                                       PerElement<A>{shifts}, has_shift, a_.options.before,
                                       a_.options.after);
       } else {
-        scale_run<T, kBefore, kPlain>(from, add, y + r * n, row_bits, n,
-                                      Uniform<A>{broadcast<A>(factors[r])},
-                                      Uniform<A>{broadcast<A>(shifts[r])}, has_shift,
-                                      a_.options.before, a_.options.after);
+        scale_run<T, kBefore, kPlain>(
+            from, add, y + r * n, row_bits, n, Uniform<A>{broadcast<A>(factors[r])},
+            Uniform<A>{broadcast<A>(shifts[r])}, has_shift, a_.options.before, a_.options.after);
       }
-    }
+    });
   }
 
   const ForwardArgs& a_;

@@ -147,10 +147,8 @@ SENET_INLINE Vec<A> derivative(Fn f, Vec<A> x) {
     }
     case Fn::hardsigmoid:
       return x > A(-3) ? (x < A(3) ? broadcast<A>(A(1) / A(6)) : V{}) : V{};
-    case Fn::hardsigmoid_02: {
-      const V inner = x * A(0.2) + A(0.5);
-      return inner < A(0) ? V{} : (inner > A(1) ? V{} : broadcast<A>(A(0.2)));
-    }
+    case Fn::hardsigmoid_02:  // the ends count, as in clamp's derivative
+      return x < A(-2.5) ? V{} : (x > A(2.5) ? V{} : broadcast<A>(A(0.2)));
     case Fn::tanh: {
       const V t = tanh(x);
       return A(1) - t * t;

@@ -106,7 +106,8 @@ SENET_OUTLINE Acc<T> sum_run(const T* x, int64_t n, Fn before) {
 
 // total[c] = sum of before(x) over `rows` runs of n elements; `chain` is scratch of n.
 template <class T, Fn kBefore>
-SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, Acc<T>* total, Acc<T>* chain) {
+SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, Acc<T>* total,
+                               Acc<T>* chain) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t i, auto lanes) { put(total + i, Vec<A>{}, lanes); });
   for (int64_t r0 = 0; r0 < rows; r0 += 4 * kChain) {
@@ -116,15 +117,18 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, A
     for (; r + 4 <= r1; r += 4) {
       const T* p = x + r * n;
       for_vectors<A>(n, [&](int64_t i, auto lanes) {
-        const Vec<A> a = before_value<kBefore, A>(before, get(p + i, lanes)) + before_value<kBefore, A>(before, get(p + n + i, lanes));
-        const Vec<A> b =
-            before_value<kBefore, A>(before, get(p + 2 * n + i, lanes)) + before_value<kBefore, A>(before, get(p + 3 * n + i, lanes));
+        const Vec<A> a = before_value<kBefore, A>(before, get(p + i, lanes)) +
+                         before_value<kBefore, A>(before, get(p + n + i, lanes));
+        const Vec<A> b = before_value<kBefore, A>(before, get(p + 2 * n + i, lanes)) +
+                         before_value<kBefore, A>(before, get(p + 3 * n + i, lanes));
         put(chain + i, get(chain + i, lanes) + (a + b), lanes);
       });
     }
     for (; r < r1; ++r) {
       for_vectors<A>(n, [&](int64_t i, auto lanes) {
-        put(chain + i, get(chain + i, lanes) + before_value<kBefore, A>(before, get(x + r * n + i, lanes)), lanes);
+        put(chain + i,
+            get(chain + i, lanes) + before_value<kBefore, A>(before, get(x + r * n + i, lanes)),
+            lanes);
       });
     }
     for_vectors<A>(n, [&](int64_t i, auto lanes) {
@@ -184,16 +188,15 @@ SENET_INLINE Vec<Acc<T>> through_after(const BackRun<T>& in, int64_t i, N lanes,
 
 // Over one run: sum of m p, and of m.
 template <class T, Fn kBefore, bool kPlain, class P>
-SENET_OUTLINE void dot_run(const BackRun<T>& in, int64_t n, P scale, P shift, bool has_shift, Fn before, Fn after,
-             Acc<T>* ds, Acc<T>* dm) {
+SENET_OUTLINE void dot_run(const BackRun<T>& in, int64_t n, P scale, P shift, bool has_shift,
+                           Fn before, Fn after, Acc<T>* ds, Acc<T>* dm) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   Vec<A> total{}, total_m{};
   int64_t i = 0;
   const auto step = [&](int64_t j, auto lanes, Vec<A>& s, Vec<A>& sm) SENET_LAMBDA {
     const Vec<A> p = before_value<kBefore, A>(before, get(in.x + j, lanes));
-    const Vec<A> m =
-        through_after<T, kPlain>(in, j, lanes, p, scale, shift, has_shift, after);
+    const Vec<A> m = through_after<T, kPlain>(in, j, lanes, p, scale, shift, has_shift, after);
     s += keep<A>(m * p, lanes);
     if (has_shift) sm += keep<A>(m, lanes);
   };
@@ -219,8 +222,8 @@ SENET_OUTLINE void dot_run(const BackRun<T>& in, int64_t n, P scale, P shift, bo
 // `row(r)` gives run r; `chained` is scratch of 2n.
 template <class T, Fn kBefore, bool kPlain, class Row>
 SENET_OUTLINE void dot_columns(Row row, int64_t rows, int64_t n, PerElement<Acc<T>> scale,
-                 PerElement<Acc<T>> shift, bool has_shift, Fn before, Fn after, Acc<T>* total,
-                 Acc<T>* chained) {
+                               PerElement<Acc<T>> shift, bool has_shift, Fn before, Fn after,
+                               Acc<T>* total, Acc<T>* chained) {
   using A = Acc<T>;
   const int64_t width = has_shift ? 2 * n : n;
   for_vectors<A>(width, [&](int64_t i, auto lanes) { put(total + i, Vec<A>{}, lanes); });
@@ -232,8 +235,7 @@ SENET_OUTLINE void dot_columns(Row row, int64_t rows, int64_t n, PerElement<Acc<
       const bool pair = r + 1 < r1;
       for_vectors<A>(n, [&](int64_t i, auto lanes) {
         const Vec<A> pa = before_value<kBefore, A>(before, get(a.x + i, lanes));
-        const Vec<A> ma =
-            through_after<T, kPlain>(a, i, lanes, pa, scale, shift, has_shift, after);
+        const Vec<A> ma = through_after<T, kPlain>(a, i, lanes, pa, scale, shift, has_shift, after);
         Vec<A> s = ma * pa, sm = ma;
         if (pair) {
           const Vec<A> pb = before_value<kBefore, A>(before, get(b.x + i, lanes));

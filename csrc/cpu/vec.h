@@ -286,6 +286,27 @@ SENET_INLINE double sum(VecD v) {
   return s;
 }
 
+// The horizontal sums of four vectors at once: a quarter of the shuffles.
+SENET_INLINE void sum4(VecF a, VecF b, VecF c, VecF d, float* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const auto halve = [](VecF v) {
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  };
+#else
+  const auto halve = [](VecF v) { return (__m256)v; };
+#endif
+  const __m256 pairs =
+      _mm256_hadd_ps(_mm256_hadd_ps(halve(a), halve(b)), _mm256_hadd_ps(halve(c), halve(d)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+#endif
+}
+SENET_INLINE void sum4(VecD a, VecD b, VecD c, VecD d, double* out) {
+  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
+
 // Bit i says not(v[i] <= 0): true for NaN, as eager's relu passes NaN on.
 SENET_INLINE uint32_t positive_bits(VecF v) {
 #if defined(__AVX512F__)
@@ -310,7 +331,8 @@ template <class A>
 SENET_INLINE void store_bits(uint8_t* row, int64_t i, uint32_t bits, int n) {
   if (n < 32) bits &= (1u << n) - 1;
   if (kLanes<A> >= 8) {
-    for (int byte = 0; byte * 8 < n; ++byte) row[i / 8 + byte] = static_cast<uint8_t>(bits >> (8 * byte));
+    for (int byte = 0; byte * 8 < n; ++byte)
+      row[i / 8 + byte] = static_cast<uint8_t>(bits >> (8 * byte));
   } else if (i % 8 == 0) {
     row[i / 8] = static_cast<uint8_t>(bits);
   } else {
@@ -320,7 +342,8 @@ SENET_INLINE void store_bits(uint8_t* row, int64_t i, uint32_t bits, int n) {
 template <class A>
 SENET_INLINE uint32_t load_bits(const uint8_t* row, int64_t i, int n) {
   uint32_t bits = 0;
-  for (int byte = 0; byte * 8 < n; ++byte) bits |= static_cast<uint32_t>(row[i / 8 + byte]) << (8 * byte);
+  for (int byte = 0; byte * 8 < n; ++byte)
+    bits |= static_cast<uint32_t>(row[i / 8 + byte]) << (8 * byte);
   return kLanes<A> >= 8 ? bits : bits >> (i % 8);
 }
 // v where the bit is set, zero elsewhere: selects, so that Inf and NaN do not leak.

@@ -1,1 +1,1 @@
-"""Backends. None imports another; each has ``unavailable()``: why it cannot run here, or None."""
+"""Backends. None imports another; each has ``UNAVAILABLE``: why it cannot run here, or None."""

@@ -1,17 +1,19 @@
 """The C++ backend: loads the compiled library, which implements the ``native_*`` ops.
 
-The library is looked for beside the package and loaded on first use, not at import. Where it is
-missing the reason is kept: the build record says why nothing was built.
+The library is beside the package and is loaded at import: it takes milliseconds, touches no
+device, and whoever calls a raw op (an exported program, say) finds it there. Where it is missing
+or does not load, the reason is kept and importing goes on.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+
+from senet_kernels import ops
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 NAME = "native"
@@ -26,8 +28,8 @@ def build_record() -> dict[str, Any]:
     return record
 
 
-@functools.cache
 def _load() -> str | None:
+    """Load the library; why that is not possible, or None."""
     libraries = sorted(_PACKAGE.glob("_native*.so"))
     if not libraries:
         reason = build_record().get("reason", "this is a source tree that was never built")
@@ -42,9 +44,18 @@ def _load() -> str | None:
     return None
 
 
-def unavailable() -> str | None:
-    """Why the native backend cannot be used in this process; None when it can."""
-    return _load()
+#: Why the native backend cannot be used in this process; None when it can.
+UNAVAILABLE: str | None = _load()
+
+
+def _raise_unavailable(*args: Any) -> NoReturn:
+    raise RuntimeError(f"backend 'native' is not available: {UNAVAILABLE}")
+
+
+if UNAVAILABLE is not None:
+    # A raw op called all the same says why instead of "could not run".
+    for _op in ("native_forward", "native_backward"):
+        ops.library.impl(_op, _raise_unavailable, "CompositeExplicitAutograd")
 
 
 def describe() -> str:

@@ -1,0 +1,289 @@
+"""torch.compile and torch.export: one graph, the same numbers, no needless recompiles or copies."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+
+import oracle
+import senet_kernels
+from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase
+from problems import Problem, Spec, build, magnitudes
+from senet_kernels import FusedSEBlock, squeeze_excite, use_backend
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+each_fused = pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
+
+_SPECS = (
+    Spec((2, 8, 3, 5), 4),
+    Spec((2, 8, 3, 5), 4, layout="channels_last", residual="channels_last", after="relu"),
+    Spec((2, 8, 3, 5), 4, layout="channels_last", residual="contiguous", after="silu"),
+    Spec((2, 8, 15), 4, torch.bfloat16, before="silu", weights="transposed", bias=False),
+    Spec((2, 8, 3, 5), 4, layout="sliced_space", weights="conv", dy_layout="channels_last"),
+)
+each_spec = pytest.mark.parametrize("spec", _SPECS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _compiled(name: str, **how: Any) -> Callable[..., Tensor]:
+    def fn(*args: Any, **kwargs: Any) -> Tensor:
+        return squeeze_excite(*args, **kwargs, backend=name)
+
+    return torch.compile(fn, fullgraph=True, **how)
+
+
+def _check(problem: Problem, fn: Callable[..., Tensor], backend: str) -> None:
+    """Forward without gradients, and forward and backward, against the oracle."""
+    right, scale = problem.expected(), magnitudes(problem)
+    results = problem.run(fn)
+    oracle.assert_like_oracle(results, right, scale, problem.dtype)
+    with torch.no_grad():
+        y = problem.call(fn)
+    oracle.assert_like_oracle({"y": y}, {"y": right["y"]}, scale, problem.dtype)
+    eager = problem.run(squeeze_excite, backend=backend)
+    assert results["y"].stride() == eager["y"].stride()
+    if backend != "reference":  # an opaque op: the same bits
+        for name, value in results.items():
+            assert value.stride() == eager[name].stride(), name
+            assert torch.equal(value, eager[name]), name
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@each_spec
+@each_backend
+def test_one_graph_with_gradients(backend: BackendCase, spec: Spec, dynamic: bool) -> None:
+    problem = build(replace(spec, device=backend.device))
+    _check(problem, _compiled(backend.name, backend="aot_eager", dynamic=dynamic), backend.name)
+
+
+def _inductor(spec: Spec, backend: BackendCase, dynamic: bool) -> None:
+    problem = build(replace(spec, device=backend.device))
+    _check(problem, _compiled(backend.name, dynamic=dynamic), backend.name)
+
+
+@each_spec
+@each_fused
+def test_inductor(backend: BackendCase, spec: Spec) -> None:
+    _inductor(spec, backend, dynamic=False)
+
+
+@pytest.mark.slow
+@each_spec
+@each_backend
+def test_inductor_dynamic(backend: BackendCase, spec: Spec) -> None:
+    _inductor(spec, backend, dynamic=True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_fused
+def test_no_layout_copies_in_generated_code(backend: BackendCase, layout: str, grad: bool) -> None:
+    """Kernels read every layout themselves: generated code calls the op and computes nothing."""
+    spec = Spec((2, 16, 6, 6), 4, layout=layout, residual=layout, after="relu",
+                dy_layout=layout, weights="conv", device=backend.device)  # fmt: skip
+    problem = build(spec)
+    fn = _compiled(backend.name)
+
+    def step() -> None:
+        if grad:
+            problem.run(fn)
+        else:
+            with torch.no_grad():
+                problem.call(fn)
+
+    _, sources = run_and_get_code(step)
+    code = "\n".join(sources)
+    calls = code.count(f"torch.ops.senet_kernels.{backend.name}_")
+    assert calls >= (2 if grad else 1), code
+    for kernel in ("async_compile.cpp", "async_compile.triton", "aten.clone", ".copy_("):
+        assert kernel not in code, code
+
+
+def _count(fn: Callable[..., Tensor], batches: tuple[int, ...], dynamic: bool | None) -> int:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fn, fullgraph=True, backend=counter, dynamic=dynamic)
+    for batch in batches:
+        problem = build(Spec((batch, 8, 3, 5), 4, seed=batch))
+        results = problem.run(compiled)
+        oracle.assert_like_oracle(results, problem.expected(), magnitudes(problem), problem.dtype)
+    return counter.frame_count
+
+
+@each_backend
+def test_recompiles(backend: BackendCase) -> None:
+    def fn(*args: Any, **kwargs: Any) -> Tensor:
+        return squeeze_excite(*args, **kwargs, backend=backend.name)
+
+    assert _count(fn, (2, 3, 16, 17, 2), dynamic=True) == 1
+    torch._dynamo.reset()
+    # A static graph, then one that takes any batch but 1, which torch always specialises.
+    assert _count(fn, (2, 3, 16, 17, 64), dynamic=None) == 2
+    torch._dynamo.reset()
+    assert _count(fn, (4, 4, 4), dynamic=None) == 1
+
+
+@each_fused
+def test_changing_the_backend_recompiles(backend: BackendCase) -> None:
+    graphs: list[str] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm.print_readable(print_output=False))
+        return gm
+
+    problem = build(Spec((2, 8, 3, 5), 4, device=backend.device))
+    compiled = torch.compile(squeeze_excite, fullgraph=True, backend=keep)
+
+    def call() -> None:
+        with torch.no_grad():
+            problem.call(compiled)
+
+    call()
+    with use_backend("reference"):
+        call()
+        call()
+    call()
+    assert len(graphs) == 2
+    op = f"senet_kernels.{backend.name}_forward"
+    assert [op in graph for graph in graphs] == [True, False]
+
+
+class _Net(nn.Module):
+    """A residual block with a BatchNorm, as SE blocks are used."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.se = FusedSEBlock(8, hidden=4, after="relu", backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        out: Tensor = self.se(self.norm(x), residual=x)
+        return out.mean((2, 3))
+
+
+def _train(net: nn.Module, step: Callable[[Tensor], Tensor], x: Tensor) -> list[float]:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = step(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@each_backend
+def test_training_a_module(backend: BackendCase) -> None:
+    x = torch.randn(4, 3, 6, 6)
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = _Net(backend.name)
+        step = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+        losses.append(_train(net, step, x))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+@each_backend
+def test_autocast_inside(backend: BackendCase) -> None:
+    problem = build(Spec((2, 8, 3, 5), 4))
+
+    def fn(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(backend.device, torch.bfloat16):
+            return squeeze_excite(*args, **kwargs, backend=backend.name)
+
+    x = problem.tensors["x"]
+    assert x is not None
+    problem.tensors["x"], problem.dy = x.bfloat16(), problem.dy.bfloat16()
+    eager = problem.run(fn)
+    compiled = problem.run(torch.compile(fn, fullgraph=True, backend="aot_eager"))
+    for name, value in eager.items():
+        assert compiled[name].dtype == value.dtype
+        torch.testing.assert_close(compiled[name], value, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@each_backend
+def test_export(backend: BackendCase, strict: bool, dynamic: bool) -> None:
+    torch.manual_seed(0)
+    net = _Net(backend.name).eval()
+    x = torch.randn(2, 3, 6, 6)
+    shapes = {"x": {0: torch.export.Dim("batch")}} if dynamic else None
+    program = torch.export.export(net, (x,), dynamic_shapes=shapes, strict=strict)
+    if backend in FUSED_BACKENDS:
+        graph = program.graph_module.print_readable(print_output=False)
+        assert f"senet_kernels.{backend.name}_forward" in graph
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch in (2, 5) if dynamic else (2,):
+        images = torch.randn(batch, 3, 6, 6)
+        torch.testing.assert_close(loaded(images), net(images), rtol=1e-5, atol=1e-6)
+
+
+@each_backend
+def test_bad_calls_raise_the_same_error_under_compile(backend: BackendCase) -> None:
+    problem = build(Spec((2, 8, 3, 5), 4))
+    problem.tensors["b1"] = torch.randn(5)
+    compiled = torch.compile(
+        lambda *a, **k: squeeze_excite(*a, **k, backend=backend.name), backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match=r"b1: expected shape \[4\].*got \[5\]"):
+        problem.call(compiled)
+
+
+@each_backend
+def test_storage_offsets(backend: BackendCase) -> None:
+    """Inputs that are views at an offset, changing between calls of one graph."""
+    compiled = _compiled(backend.name, backend="aot_eager")
+    buffer = torch.randn(1000)
+    for offset in (0, 1, 7):
+        problem = build(Spec((2, 8, 3, 5), 4))
+        problem.tensors["x"] = buffer[offset : offset + 240].view(2, 8, 3, 5)
+        right = problem.double().call(oracle.block)
+        got = problem.call(compiled)
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@each_fused
+def test_exported_program_runs_in_a_fresh_process(backend: BackendCase, tmp_path: Path) -> None:
+    """Importing the package is all that it takes."""
+    x = torch.randn(2, 3, 6, 6)
+    net = _Net(backend.name).eval()
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
+    torch.save((x, net(x)), tmp_path / "pair.pt")
+    script = (
+        "import torch, senet_kernels\n"
+        "x, y = torch.load('pair.pt')\n"
+        "net = torch.export.load('net.pt2').module()\n"
+        "torch.testing.assert_close(net(x), y)\n"
+    )
+    path = str(Path(senet_kernels.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]

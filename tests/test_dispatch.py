@@ -1,0 +1,132 @@
+"""Choosing a backend: argument, context manager, environment, automatic; never a silent change."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from backend_cases import FUSED_BACKENDS, BackendCase
+from problems import Spec, build
+from senet_kernels import BackendUnavailableError, backends, explain, squeeze_excite, use_backend
+from senet_kernels.backends import native
+from senet_kernels.dispatch import ENVIRONMENT_VARIABLE, ORDER
+
+each_fused = pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
+
+
+def _chosen(**extra: Any) -> str:
+    name: str = build(Spec()).call(explain, **extra).backend
+    return name
+
+
+@each_fused
+def test_precedence(backend: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _chosen() == backend.name
+    with use_backend("reference"):
+        assert _chosen() == "reference"
+        assert _chosen(backend=backend.name) == backend.name
+        assert _chosen(backend="auto") == backend.name
+        with use_backend(backend.name):
+            assert _chosen() == backend.name
+        assert _chosen() == "reference"
+        with use_backend(None):
+            assert _chosen() == backend.name
+        with use_backend("auto"):
+            assert _chosen() == backend.name
+        assert _chosen() == "reference"
+    assert _chosen() == backend.name
+    assert _chosen(backend="reference") == "reference"
+
+
+def test_context_manager_restores_after_an_error() -> None:
+    before = _chosen()
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert _chosen() == before
+
+
+_SCRIPT = (
+    "import torch, senet_kernels as sk\n"
+    "x, w = torch.randn(2, 8, 3), torch.randn(4, 8)\n"
+    "def chosen(**k): return sk.explain(x, w, None, w.T, None, **k).backend\n"
+    "print(chosen(), chosen(backend='reference'))\n"
+    "with sk.use_backend('reference'): print(chosen())\n"
+)
+
+
+def _with_environment(value: str | None) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != ENVIRONMENT_VARIABLE}
+    if value is not None:
+        env[ENVIRONMENT_VARIABLE] = value
+    return subprocess.run(
+        [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, env=env, check=False
+    )
+
+
+@pytest.mark.parametrize("value", ["reference", "", "auto", None])
+def test_environment_variable(value: str | None) -> None:
+    done = _with_environment(value)
+    assert done.returncode == 0, done.stderr
+    automatic = next(name for name in ORDER if backends()[name])
+    expected = "reference" if value == "reference" else automatic
+    assert done.stdout.split() == [expected, "reference", "reference"]
+
+
+def test_environment_variable_is_checked() -> None:
+    done = _with_environment("gpu")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ValueError: {ENVIRONMENT_VARIABLE}: expected one of auto, native")
+    assert "'gpu'" in last
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> str:
+    """As on an installation without the compiled library."""
+    reason = "the compiled library is not installed: no compiler was found"
+    monkeypatch.setattr(native, "UNAVAILABLE", reason)
+    monkeypatch.setattr("senet_kernels.api._PLANS", {})
+    return reason
+
+
+def test_unavailable_backend_is_refused_with_the_reason(no_native: str) -> None:
+    problem = build(Spec())
+    with pytest.raises(BackendUnavailableError, match=no_native):
+        problem.call(squeeze_excite, backend="native")
+    with use_backend("native"), pytest.raises(BackendUnavailableError, match=no_native):
+        problem.call(squeeze_excite)
+    answer = problem.call(explain)
+    assert answer.backend == "reference"
+    assert dict(answer.passed_over) == {"native": no_native}
+    assert not backends()["native"]
+    assert backends().reasons["native"] == no_native
+    assert f"native: not available: {no_native}" in repr(backends())
+
+
+def test_automatic_falls_back_to_the_same_result(no_native: str) -> None:
+    problem = build(Spec(residual="contiguous", after="relu"))
+    results = [problem.run(squeeze_excite, backend=b) for b in (None, "auto", "reference")]
+    for result in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, result[name])
+
+
+@each_fused
+def test_context_manager_forces_what_runs(
+    backend: BackendCase, record_ops: Callable[[], set[str]]
+) -> None:
+    problem = build(Spec(device=backend.device))
+    with use_backend("reference"):
+        problem.run(squeeze_excite)
+    assert not record_ops()
+    with use_backend(backend.name):
+        problem.run(squeeze_excite)
+    assert record_ops() == {
+        f"senet_kernels::{backend.name}_{part}" for part in ("forward", "backward")
+    }
