@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -60,7 +61,20 @@ std::string isa() { return kernels().name; }
 
 // ---- threads and scratch memory ----
 
-// One growing buffer per calling thread: no allocation per call once warm.
+// SENET_KERNELS_POISON=1, for tests: all memory starts as NaN, scratch memory anew in each call,
+// so that whatever a kernel reads or returns without having written it shows.
+bool poisons() {
+  static const bool on = [] {
+    const char* value = std::getenv("SENET_KERNELS_POISON");
+    return value && *value == '1';
+  }();
+  return on;
+}
+
+// A growing buffer per calling thread: no allocation per call once warm. kFor tells one use from
+// another, whose memory must live at the same time.
+enum class For { kernels, saved };
+template <For kFor>
 void* scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -75,6 +89,7 @@ void* scratch(size_t bytes) {
     STD_TORCH_CHECK(buffer != nullptr, "out of memory: ", rounded, " bytes of scratch memory");
     size = rounded;
   }
+  if (poisons()) std::memset(buffer.get(), 0xff, bytes);
   return buffer.get();
 }
 
@@ -84,7 +99,7 @@ void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* contex
 }
 
 senet::Runtime runtime() {
-  return {static_cast<int>(torch::stable::get_num_threads()), parallel_for, scratch};
+  return {static_cast<int>(torch::stable::get_num_threads()), parallel_for, scratch<For::kernels>};
 }
 
 // ---- dtypes and layouts ----
@@ -147,23 +162,42 @@ bool is_matrix_dense(const Tensor& t) {  // row-major, whatever the strides of e
   return true;
 }
 
+// An uninitialised dense CPU tensor; the dispatcher is left out, which a small call notices.
+Tensor new_dense(ScalarType dtype, const int64_t* sizes, const int64_t* strides, int64_t dims) {
+  AtenTensorHandle handle = nullptr;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  if (poisons() && t.numel()) {
+    std::memset(t.mutable_data_ptr(), 0xff, static_cast<size_t>(t.numel()) * t.element_size());
+  }
+  return t;
+}
+Tensor new_vector(ScalarType dtype, int64_t n) {
+  const int64_t stride = 1;
+  return new_dense(dtype, &n, &stride, 1);
+}
+
 // A result shaped like `like`, written by the kernels in their own layout: into itself where that
 // is one of theirs, else into a dense twin that is copied over at the end.
 class Result {
  public:
   Result() = default;
-  Result(const Tensor& like, bool direct) : result_(torch::stable::empty_like(like)) {
+  // direct: `like` is dense and in one of the kernels' layouts.
+  Result(const Tensor& like, bool direct) : direct_(direct) {
     if (direct) {
-      written_ = result_;
+      written_ = result_ =
+          new_dense(like.scalar_type(), like.sizes().data(), like.strides().data(), like.dim());
     } else {
+      result_ = torch::stable::empty_like(like);
       written_ = torch::stable::new_empty(like, like.sizes());
     }
-    direct_ = direct;
   }
   void* data() const { return written_ ? written_->mutable_data_ptr() : nullptr; }
   // The finished result; an empty tensor where none was asked for.
   Tensor finish(const Tensor& like) {
-    if (!result_) return torch::stable::new_empty(like, {0});
+    if (!result_) return new_vector(like.scalar_type(), 0);
     if (!direct_) torch::stable::copy_(*result_, *written_);
     return *result_;
   }
@@ -292,9 +326,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor w1, Optional
                      options);
   Result y(c.like, c.direct);
   const bool keep_mask = save && c.options.after == senet::Fn::relu;
-  Tensor saved = torch::stable::new_empty(x, {save ? saved_numel(c.shape) : 0}, accumulation(x));
-  Tensor mask =
-      torch::stable::new_empty(x, {keep_mask ? mask_numel(c.shape) : 0}, ScalarType::Byte);
+  Tensor saved = new_vector(accumulation(x), save ? saved_numel(c.shape) : 0);
+  Tensor mask = new_vector(ScalarType::Byte, keep_mask ? mask_numel(c.shape) : 0);
 
   senet::ForwardArgs args{};
   args.shape = c.shape;
@@ -306,8 +339,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor w1, Optional
   args.y = y.data();
   if (keep_mask) args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   // Without a backward pass z, h and u live in memory of our own.
-  Tensor own = save ? saved : torch::stable::new_empty(x, {saved_numel(c.shape)}, accumulation(x));
-  point_into_saved(args, own.mutable_data_ptr());
+  point_into_saved(args, save ? saved.mutable_data_ptr()
+                              : scratch<For::saved>(element_size(c.dtype) *
+                                                    static_cast<size_t>(saved_numel(c.shape))));
   kernels().forward(args, runtime());
   return {y.finish(x), saved, mask};
 }

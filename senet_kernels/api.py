@@ -59,10 +59,10 @@ def _resolve(
     w1: Tensor | None,
     w2: Tensor,
     names: tuple[str | None, str | None, str | None, str | None],
-    affine: Any,
     residual: Tensor | None,
     alpha: Tensor | None,
     beta: Tensor | None,
+    affine: Any,
     lengths: Tensor | None,
     inplace: bool,
     backend: str | None,
@@ -142,6 +142,19 @@ def _prepare(
 
     Returns the plan and the arguments of a Function's ``apply``.
     """
+    if (
+        residual is None
+        and alpha is None
+        and beta is None
+        and before_affine is None
+        and lengths is None
+        and not inplace
+        and validation.is_ordinary(x, w1, b1, w2, b2)
+        and not reference.autocast_is_on(x.device.type)
+    ):
+        plan = _resolve(x, w1, w2, names, None, None, None, None, None, False, backend)
+        return plan, (x, w1, b1, w2, b2, plan.code, None, None, None, None, None, None)
+
     validation.check_input(x)
     validation.check_mlp(x, w1, b1, w2, b2)
     if residual is not None:
@@ -189,7 +202,7 @@ def _prepare(
         validation.check_inplace(given, others)
 
     plan = _resolve(
-        x, w1, w2, names, before_affine, residual, alpha, beta, lengths, inplace, backend
+        x, w1, w2, names, residual, alpha, beta, before_affine, lengths, inplace, backend
     )
     arguments = (
         x, w1, b1, w2, b2, plan.code, residual, alpha, beta, affine_scale, affine_shift, lengths,

@@ -86,6 +86,30 @@ def check_mlp(x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any) -> None:
         check_like_x("b2", b2, x, (w2.shape[0],), "rows of w2")
 
 
+def is_ordinary(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> bool:
+    """Whether these are plainly legal: two layers with biases, one dtype, one device, 4-D x.
+
+    A quick yes for what ``check_input``, ``check_mlp`` and ``check_same_dtype`` accept: on a small
+    call they cost as much as the kernel.
+    """
+    try:
+        dtype, device, strided = x.dtype, x.device, torch.strided
+        batch, channels, _, _ = x.shape
+        hidden = w2.shape[1]
+        return (
+            dtype in DTYPES
+            and w1.shape in ((hidden, channels), (hidden, channels, 1, 1))
+            and w2.shape in ((channels, hidden), (channels, hidden, 1, 1))
+            and b1.shape == (hidden,)
+            and b2.shape == (channels,)
+            and w1.dtype is w2.dtype is b1.dtype is b2.dtype is dtype
+            and x.layout is w1.layout is w2.layout is b1.layout is b2.layout is strided
+            and device == w1.device == w2.device == b1.device == b2.device
+        )
+    except (AttributeError, IndexError, ValueError):
+        return False
+
+
 def check_affine(x: Tensor, before_affine: Any) -> None:
     """``before_affine`` must be a pair of ``[C]`` tensors."""
     if not isinstance(before_affine, (tuple, list)) or len(before_affine) != 2:

@@ -53,10 +53,7 @@ class BackwardPass {
   void run() {
     share(runtime_, plan_, plan_.alone, [&](int64_t begin, int64_t end, int slot) {
       for (int64_t b = begin; b < end; ++b) {
-        prepare(b, slot);
-        dots(b, 0, 1, slot, sums_ + slot * plan_.threads * width_, slot);
-        if (s_.channels_last) add_slices(b, sums_ + slot * plan_.threads * width_, 1);
-        through_gate(b);
+        through_scale(b, slot, slot);
         through_output_layer(b, 1, 0, 1);
         if (a_.dx) through_hidden_layer(b, 1, slot, 0, 1);
         write_dx(b, 0, 1, slot);
@@ -74,17 +71,23 @@ class BackwardPass {
   const A* u(int64_t b) const { return static_cast<const A*>(a_.u) + b * s_.outputs; }
 
   SENET_OUTLINE void team(int64_t b0, int64_t images) {
-    const int64_t slices = plan_.threads;
-    for (int64_t g = 0; g < images; ++g) prepare(b0 + g, g);
-    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t g = task / slices, i = task % slices;
-        dots(b0 + g, i, slices, g, sums_ + task * width_, slot);
+    const int64_t slices = plan_.slices(images);
+    if (slices == 1) {
+      share(runtime_, plan_, images, [&](int64_t begin, int64_t end, int slot) {
+        for (int64_t g = begin; g < end; ++g) through_scale(b0 + g, g, slot);
+      });
+    } else {
+      for (int64_t g = 0; g < images; ++g) prepare(b0 + g, g);
+      share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t g = task / slices;
+          dots(b0 + g, task % slices, slices, g, sums_ + task * width_, slot);
+        }
+      });
+      for (int64_t g = 0; g < images; ++g) {
+        if (s_.channels_last) add_slices(b0 + g, sums_ + g * slices * width_, slices);
+        through_gate(b0 + g);
       }
-    });
-    for (int64_t g = 0; g < images; ++g) {
-      if (s_.channels_last) add_slices(b0 + g, sums_ + g * slices * width_, slices);
-      through_gate(b0 + g);
     }
     const bool worth = s_.hidden * (s_.channels + s_.outputs) * images >= kSerialElements;
     const int64_t parts = worth ? plan_.threads : 1;
@@ -103,11 +106,21 @@ class BackwardPass {
     });
   }
 
+  // From dy to du for one whole image, on one thread.
+  SENET_OUTLINE void through_scale(int64_t b, int64_t at, int slot) {
+    prepare(b, at);
+    dots(b, 0, 1, at, sums_ + at * width_, slot);
+    if (s_.channels_last) add_slices(b, sums_ + at * width_, 1);
+    through_gate(b);
+  }
+
   // What the forward pass did not save: activations, gates, and scale at place `at`.
   SENET_OUTLINE void prepare(int64_t b, int64_t at) {
     map(h(b), hidden_ + b * s_.hidden, s_.hidden, a_.options.activation);
     map(u(b), gates_ + b * s_.channels, s_.channels, a_.options.gate);
-    make_scale(a_.parameters, a_.options.gate, s_.channels, u(b), scale_ + at * s_.channels);
+    A* scale = scale_ + at * s_.channels;
+    std::copy(gates_ + b * s_.channels, gates_ + (b + 1) * s_.channels, scale);
+    gates_to_scale(a_.parameters, 0, s_.channels, scale);
   }
 
   // Where image b's runs lie. Run r of n elements is position r (channels-last) or channel r.
@@ -161,10 +174,13 @@ class BackwardPass {
   }
 
   SENET_OUTLINE void add_slices(int64_t b, const A* sums, int64_t slices) {
-    for (int64_t c = 0; c < width_; ++c) {
-      A total = 0;
-      for (int64_t i = 0; i < slices; ++i) total += sums[i * width_ + c];
-      (c < s_.channels ? ds_[b * s_.channels + c] : du_[b * s_.outputs + c]) = total;
+    for (int64_t half = 0; half < width_; half += s_.channels) {
+      A* to = half == 0 ? ds_ + b * s_.channels : du_ + b * s_.outputs + s_.channels;
+      for_vectors<A>(s_.channels, [&](int64_t c, auto lanes) {
+        Vec<A> total = get(sums + half + c, lanes);
+        for (int64_t i = 1; i < slices; ++i) total += get(sums + i * width_ + half + c, lanes);
+        put(to + c, total, lanes);
+      });
     }
   }
 
@@ -200,8 +216,10 @@ class BackwardPass {
                          r.end, dh_ + b * s_.hidden, s_.hidden, dmean, s_.channels, images);
     const A positions = static_cast<A>(s_.positions);
     for (int64_t g = 0; g < images; ++g) {
-      A* of_image = dmean + g * s_.channels;
-      for (int64_t c = r.begin; c < r.end; ++c) of_image[c] /= positions;
+      A* of_image = dmean + g * s_.channels + r.begin;
+      for_vectors<A>(r.end - r.begin, [&](int64_t c, auto lanes) {
+        put(of_image + c, get(of_image + c, lanes) / positions, lanes);
+      });
     }
   }
 

@@ -37,8 +37,8 @@ class ForwardPass {
     share(runtime_, plan_, plan_.alone, [&](int64_t begin, int64_t end, int slot) {
       for (int64_t b = begin; b < end; ++b) {
         squeeze(b, 0, 1, slot, sums_ + slot * s_.channels);
-        if (s_.channels_last) add_slices(sums_ + slot * s_.channels, 1, z(b));
-        excite(b, 1, slot, 0, 1);
+        hidden_layer(b, 1, slot, 0, 1);
+        gate_layer(b, 1, slot, 0, 1);
         scale(b, 0, 1, slot);
       }
     });
@@ -53,19 +53,18 @@ class ForwardPass {
   A* u(int64_t b) const { return static_cast<A*>(a_.u) + b * s_.outputs; }
 
   SENET_OUTLINE void team(int64_t b0, int64_t images) {
-    const int64_t slices = plan_.threads;
+    const int64_t slices = plan_.slices(images);
     share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t g = task / slices, i = task % slices;
-        squeeze(b0 + g, i, slices, slot, sums_ + task * s_.channels);
+        squeeze(b0 + task / slices, task % slices, slices, slot, sums_ + task * s_.channels);
       }
     });
-    if (s_.channels_last) {
+    if (s_.channels_last && slices > 1) {
       for (int64_t g = 0; g < images; ++g) {
-        add_slices(sums_ + g * slices * s_.channels, slices, z(b0 + g));
+        finish_mean(sums_ + g * slices * s_.channels, slices, z(b0 + g), s_.channels);
       }
     }
-    // Both layers in one region each: the second needs all of the first.
+    // A region each: the second layer needs all of the first.
     const bool worth = s_.hidden * (s_.channels + s_.outputs) * images >= kSerialElements;
     const int64_t parts = worth ? plan_.threads : 1;
     for (int layer = 0; layer < 2; ++layer) {
@@ -75,9 +74,6 @@ class ForwardPass {
         }
       });
     }
-    for (int64_t g = 0; g < images; ++g) {
-      make_scale(a_.parameters, a_.options.gate, s_.channels, u(b0 + g), scale_ + g * s_.channels);
-    }
     share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
         scale(b0 + task / slices, task % slices, slices, task / slices);
@@ -85,8 +81,8 @@ class ForwardPass {
     });
   }
 
-  // Slice i of image b. Rows: a range of channels, straight into z. Channels-last: a range of
-  // positions, into `sums` for add_slices.
+  // The mean of slice i of image b. Rows: a range of channels. Channels-last: a range of
+  // positions, whose sums stay in `sums` for finish_mean unless the slice is the whole image.
   SENET_OUTLINE void squeeze(int64_t b, int64_t i, int64_t slices, int slot, A* sums) {
     const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride;
     const Fn before = a_.options.before;
@@ -94,21 +90,23 @@ class ForwardPass {
       const Range r = slice(s_.positions, i, slices);
       sum_columns<T, kBefore>(x + r.begin * s_.channels, r.end - r.begin, s_.channels, before, sums,
                               chain_ + slot * s_.channels);
+      if (slices == 1) finish_mean(sums, 1, z(b), s_.channels);
     } else {
       const Range r = slice(s_.channels, i, slices);
-      const A positions = static_cast<A>(s_.positions);
-      for (int64_t c = r.begin; c < r.end; ++c) {
-        z(b)[c] = sum_run<T, kBefore>(x + c * s_.positions, s_.positions, before) / positions;
-      }
+      A* to = z(b) + r.begin;
+      sum_rows<T, kBefore>(x + r.begin * s_.positions, r.end - r.begin, s_.positions, before, to);
+      finish_mean(to, 1, to, r.end - r.begin);
     }
   }
 
-  SENET_OUTLINE void add_slices(const A* sums, int64_t slices, A* z) {
-    for (int64_t c = 0; c < s_.channels; ++c) {
-      A total = 0;
-      for (int64_t i = 0; i < slices; ++i) total += sums[i * s_.channels + c];
-      z[c] = total / static_cast<A>(s_.positions);
-    }
+  // z = the slices' sums together, over S.
+  SENET_OUTLINE void finish_mean(const A* sums, int64_t slices, A* z, int64_t channels) {
+    const A positions = static_cast<A>(s_.positions);
+    for_vectors<A>(channels, [&](int64_t c, auto lanes) {
+      Vec<A> total = get(sums + c, lanes);
+      for (int64_t i = 1; i < slices; ++i) total += get(sums + i * s_.channels + c, lanes);
+      put(z + c, total / positions, lanes);
+    });
   }
 
   SENET_OUTLINE void hidden_layer(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
@@ -125,12 +123,12 @@ class ForwardPass {
     const Range r = slice(s_.outputs, i, parts);
     linear<A>(a_.parameters.dtype, a_.parameters.w2, a_.parameters.b2, r.begin, r.end, s_.hidden,
               hidden_ + at * s_.hidden, s_.hidden, u(b), s_.outputs, images);
-  }
-
-  SENET_OUTLINE void excite(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
-    hidden_layer(b, images, at, i, parts);
-    gate_layer(b, images, at, i, parts);
-    make_scale(a_.parameters, a_.options.gate, s_.channels, u(b), scale_ + at * s_.channels);
+    const int64_t end = std::min(r.end, s_.channels);  // the rest is the shift
+    for (int64_t g = 0; g < images && r.begin < end; ++g) {
+      A* scale = scale_ + (at + g) * s_.channels;
+      map(u(b + g) + r.begin, scale + r.begin, end - r.begin, a_.options.gate);
+      gates_to_scale(a_.parameters, r.begin, end, scale);
+    }
   }
 
   // Slice i of image b, whose factors are at place `at` of scale_.

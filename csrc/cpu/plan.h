@@ -23,6 +23,9 @@ struct Plan {
   // group's images in slices, computes their MLP reading the weights once, then scales.
   int64_t alone;
   int64_t group;
+  // Into how many slices each image of a group of this many is cut: none where whole images
+  // share out evenly.
+  int64_t slices(int64_t images) const { return images % threads == 0 ? 1 : threads; }
 };
 
 inline Plan make_plan(const Shape& s, size_t element, size_t parameter, int max_threads) {
@@ -111,16 +114,12 @@ SENET_OUTLINE void chain_map(Fn f, const A* at, A* values, int64_t n) {
   });
 }
 
-// The per-channel factors of the scaling step for some images: scale = alpha + beta gate(u).
+// Turns gates of channels [c0, c1) into the factors of the scaling step: alpha + beta gate.
 template <class A>
-SENET_OUTLINE void make_scale(const Parameters& p, Fn gate, int64_t channels, const A* u,
-                              A* scale) {
-  map(u, scale, channels, gate);
-  if (p.beta || p.alpha) {
-    for (int64_t c = 0; c < channels; ++c) {
-      if (p.beta) scale[c] *= parameter_at<A>(p.dtype, p.beta, c);
-      if (p.alpha) scale[c] += parameter_at<A>(p.dtype, p.alpha, c);
-    }
+SENET_OUTLINE void gates_to_scale(const Parameters& p, int64_t c0, int64_t c1, A* scale) {
+  for (int64_t c = c0; (p.beta || p.alpha) && c < c1; ++c) {
+    if (p.beta) scale[c] *= parameter_at<A>(p.dtype, p.beta, c);
+    if (p.alpha) scale[c] += parameter_at<A>(p.dtype, p.alpha, c);
   }
 }
 

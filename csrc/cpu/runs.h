@@ -104,6 +104,28 @@ SENET_OUTLINE Acc<T> sum_run(const T* x, int64_t n, Fn before) {
   return sum(total);
 }
 
+// out[r] = sum of before(x) over run r of n elements. Short runs go four at a time: their cost is
+// in adding up the lanes.
+template <class T, Fn kBefore>
+SENET_OUTLINE void sum_rows(const T* x, int64_t rows, int64_t n, Fn before, Acc<T>* out) {
+  using A = Acc<T>;
+  int64_t r = 0;
+  if (n <= kChain * kLanes<A>) {
+    for (; r + 4 <= rows; r += 4) {
+      const T* p = x + r * n;
+      Vec<A> s0{}, s1{}, s2{}, s3{};
+      for_vectors<A>(n, [&](int64_t i, auto lanes) SENET_LAMBDA {
+        s0 += keep<A>(before_value<kBefore, A>(before, get(p + i, lanes)), lanes);
+        s1 += keep<A>(before_value<kBefore, A>(before, get(p + n + i, lanes)), lanes);
+        s2 += keep<A>(before_value<kBefore, A>(before, get(p + 2 * n + i, lanes)), lanes);
+        s3 += keep<A>(before_value<kBefore, A>(before, get(p + 3 * n + i, lanes)), lanes);
+      });
+      sum4(s0, s1, s2, s3, out + r);
+    }
+  }
+  for (; r < rows; ++r) out[r] = sum_run<T, kBefore>(x + r * n, n, before);
+}
+
 // total[c] = sum of before(x) over `rows` runs of n elements; `chain` is scratch of n.
 template <class T, Fn kBefore>
 SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, Acc<T>* total,
