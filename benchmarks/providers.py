@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from senet_kernels import backends
+
 from .problem import DTYPES, FORWARD, TRAINING, Problem
 from .workloads import Layer
 
 Call = Callable[[int], Any]  # argument: which copy of the buffers to use
 
 BASELINES = ("eager-conv", "eager-linear", "compile")
-FUSED = ("native", "triton")
+FUSED = tuple(name for name in backends() if name != "reference")
 LIMIT = "clone"
 
 # In place where the networks themselves do it (activation after fc1, the step after the block).

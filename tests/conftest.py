@@ -11,6 +11,9 @@ import pytest
 # Read when torch loads OpenMP. Spinning at barriers makes the suite many times slower wherever
 # something else uses the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by the compiled library at first use: every output and scratch buffer starts as NaN, so that
+# an element nobody wrote cannot pass for a right one.
+os.environ.setdefault("SENET_KERNELS_POISON", "1")
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,8 +52,8 @@ def _clean_slate() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
-    """Every ``torch.empty``, those made in C++ too, comes filled with NaN (integers: their
-    maximum), so that an element nobody wrote cannot pass for a right one."""
+    """Every ``torch.empty`` comes filled with NaN (integers: their maximum). The compiled library
+    has allocations of its own: SENET_KERNELS_POISON, above."""
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

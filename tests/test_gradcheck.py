@@ -159,6 +159,34 @@ def test_needs_names_the_inputs_in_order() -> None:
     assert [bit.value for bit in Needs] == [1 << i for i in range(len(TENSORS))]
 
 
+@pytest.mark.parametrize(
+    "backend", [b for b in FUSED_BACKENDS if b.name == "native"], indirect=True, ids=str
+)
+def test_trailing_arguments_of_the_function_may_be_left_out(backend: BackendCase) -> None:
+    """The defaults are the plain block; each number of arguments gets as many gradients."""
+    problem = build(Spec(residual="contiguous", after="relu", weighted=True))
+    code = pack_options(**problem.options)
+    whole = problem.positional(code)
+    for count in range(5, len(whole) + 1):
+        leaves = [
+            t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in whole[:count]
+        ]
+        y = NativeSEFunction.apply(*leaves)
+        y.backward(problem.dy)
+        tensors = dict.fromkeys(TENSORS)
+        names = (*TENSORS[:5], "", *TENSORS[5:])
+        tensors |= {n: t for n, t in zip(names, whole[:count], strict=False) if n}
+        options = problem.options if count > 5 else {}
+        right = replace(problem, tensors=tensors, options=options).expected()
+        for name, leaf in zip(names, leaves, strict=False):
+            if isinstance(leaf, Tensor):
+                assert leaf.grad is not None
+                torch.testing.assert_close(
+                    leaf.grad.double(), right[f"d{name}"], rtol=1e-4, atol=1e-4
+                )
+        torch.testing.assert_close(y.double(), right["y"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
 def test_backward_twice(backend: BackendCase) -> None:
     """``retain_graph`` gives the same gradients again; without it torch's own error comes."""
