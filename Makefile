@@ -51,9 +51,13 @@ test: $(READY_TEST)  ## lint, and the tests that need no GPU and no patience
 	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \
 	else echo '==> lint: left out, see above'; fi
 	@echo '==> tests'; time $(PY) -m pytest -m 'not slow and not gpu' $(ARGS)
+	@if $(call missing,triton); then echo "==> tests in Triton's interpreter"; \
+	  time TRITON_INTERPRET=1 $(PY) -m pytest -m 'not slow and not gpu' $(ARGS); fi
 
 test-all: $(READY_TEST)  ## all tests, the slow ones and those for a GPU too
 	@echo '==> all tests'; time $(PY) -m pytest $(ARGS)
+	@if $(call missing,triton); then echo "==> all tests in Triton's interpreter"; \
+	  time TRITON_INTERPRET=1 $(PY) -m pytest -m 'not gpu' $(ARGS); fi
 
 lint: $(READY_TEST)  ## style and types
 	@echo '==> lint'; time { \

@@ -6,7 +6,7 @@ runs here, ``explain(...)`` why a call runs where it does.
 
 from ._version import __version__
 from .api import Explanation, channel_scale, explain, pack_options, squeeze, squeeze_excite
-from .autograd import NativeSEFunction
+from .autograd import NativeSEFunction, TritonSEFunction
 from .dispatch import Backends, BackendUnavailableError, backends, use_backend
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
@@ -19,6 +19,7 @@ __all__ = [
     "Explanation",
     "FusedSEBlock",
     "NativeSEFunction",
+    "TritonSEFunction",
     "__version__",
     "backends",
     "channel_scale",

@@ -268,8 +268,9 @@ def squeeze_excite(
         lengths: int64 ``[B]``: the mean covers the first ``lengths[b]`` positions only; 0 gives
             NaN, as an empty mean does. Every position is scaled.
         inplace: overwrite x with the result and return x; only where no gradient is needed.
-        backend: ``"native"``, ``"reference"``, or None for :func:`use_backend`'s choice, else
-            the best that takes the call.
+        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for :func:`use_backend`'s
+            choice, else the best that takes the call. Forward-mode AD (``jvp``) always runs on
+            the reference, whatever was chosen: no kernel carries tangents.
 
     Returns:
         y, with the shape, dtype and strides eager PyTorch gives: those of x.
@@ -426,7 +427,7 @@ def pack_options(
     before: str | None = None,
     after: str | None = None,
 ) -> int:
-    """The ``options`` integer that ``NativeSEFunction.apply`` takes.
+    """The ``options`` integer that ``NativeSEFunction`` and ``TritonSEFunction`` take.
 
     Raises:
         TypeError, ValueError: not a function of the table.

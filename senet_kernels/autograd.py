@@ -2,8 +2,9 @@
 
 Three Functions, because torch asks for three things that exclude each other:
 
-* :class:`NativeSEFunction`: the plain one, the short way in eager mode. A Function with
-  ``setup_context`` costs 50 µs and more per call (it inspects its own signature), this one 6.
+* :class:`NativeSEFunction` and :class:`TritonSEFunction`: the plain ones, the short way in eager
+  mode. A Function with ``setup_context`` costs 50 µs and more per call (it inspects its own
+  signature), these 6.
 * ``_TransformableSE``: with ``setup_context`` and ``vmap``, used under ``torch.func`` transforms.
 * ``_SEBackward``: the backward op as a Function of its own, for double backward. First-order
   gradients come from the kernel even then; second-order ones from the reference. Without it a
@@ -199,6 +200,46 @@ def _in_argument_order(gradients: list[Tensor | None], arguments: int) -> tuple[
     return full[:arguments]
 
 
+def _forward(
+    op: Any,
+    ctx: Any,
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    options: int = DEFAULT_OPTIONS,
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    affine_scale: Tensor | None = None,
+    affine_shift: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The forward op of one of the plain Functions, keeping what its backward needs."""
+    needs = _needs(ctx.needs_input_grad)
+    y, saved, mask = op(
+        x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
+        options, needs != 0,
+    )  # fmt: skip
+    ctx.options = options
+    ctx.needs = needs
+    ctx.arguments = len(ctx.needs_input_grad)
+    ctx.save_for_backward(
+        x, w1, b1, w2, b2, residual if _keeps_residual(options) else None, alpha, beta,
+        affine_scale, affine_shift, lengths, saved, mask,
+    )  # fmt: skip
+    result: Tensor = y
+    return result
+
+
+def _plain_backward(backend: str, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    # Grad mode is on in here only under create_graph=True.
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    gradients = _backward(backend, ctx.options, ctx.needs, ctx.saved_tensors, dy, differentiable)
+    return _in_argument_order(gradients, ctx.arguments)
+
+
 class NativeSEFunction(torch.autograd.Function):
     """Squeeze-and-excitation by the C++ kernels, as a ``torch.autograd.Function``.
 
@@ -214,47 +255,30 @@ class NativeSEFunction(torch.autograd.Function):
     backend = "native"
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w1: Tensor | None,
-        b1: Tensor | None,
-        w2: Tensor,
-        b2: Tensor | None,
-        options: int = DEFAULT_OPTIONS,
-        residual: Tensor | None = None,
-        alpha: Tensor | None = None,
-        beta: Tensor | None = None,
-        affine_scale: Tensor | None = None,
-        affine_shift: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        needs = _needs(ctx.needs_input_grad)
-        y, saved, mask = _NATIVE_FORWARD(
-            x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
-            options, needs != 0,
-        )  # fmt: skip
-        ctx.options = options
-        ctx.needs = needs
-        ctx.arguments = len(ctx.needs_input_grad)
-        ctx.save_for_backward(
-            x, w1, b1, w2, b2, residual if _keeps_residual(options) else None, alpha, beta,
-            affine_scale, affine_shift, lengths, saved, mask,
-        )  # fmt: skip
-        result: Tensor = y
-        return result
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        return _forward(_NATIVE_FORWARD, ctx, *args)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        # Grad mode is on in here only under create_graph=True.
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gradients = _backward(
-            "native", ctx.options, ctx.needs, ctx.saved_tensors, dy, differentiable
-        )
-        return _in_argument_order(gradients, ctx.arguments)
+        return _plain_backward("native", ctx, dy)
+
+
+class TritonSEFunction(torch.autograd.Function):
+    """Squeeze-and-excitation by the Triton kernels; otherwise as :class:`NativeSEFunction`."""
+
+    backend = "triton"
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        return _forward(_TRITON_FORWARD, ctx, *args)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _plain_backward("triton", ctx, dy)
 
 
 _NATIVE_FORWARD = forward_op("native")
+_TRITON_FORWARD = forward_op("triton")
 
 
 class _TransformableSE(torch.autograd.Function):
@@ -337,4 +361,7 @@ def apply(backend: str, *args: Any) -> Tensor:
     return plain
 
 
-_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"native": NativeSEFunction}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
+    "native": NativeSEFunction,
+    "triton": TritonSEFunction,
+}

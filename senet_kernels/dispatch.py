@@ -1,7 +1,8 @@
 """Which backend runs a call, and why.
 
 Argument, then :func:`use_backend`, then the environment variable ``SENET_KERNELS_BACKEND``, then
-automatic: the first backend in ``ORDER`` that takes the call, the reference at last. A backend
+automatic: the first backend in ``ORDER`` that takes the call, the reference at last, passing over
+those in ``ONLY_BY_NAME``. A backend
 chosen explicitly never falls back: it runs or raises.
 """
 
@@ -10,15 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
+import torch
+
 from . import features
-from .backends import native
+from .backends import native, triton
 from .features import Call
 
 #: In order of preference. The reference takes every legal call.
-ORDER: tuple[str, ...] = ("native", "reference")
-_MODULES = {"native": native}
+ORDER: tuple[str, ...] = ("native", "triton", "reference")
+#: Backends that run only when asked for by name, and why.
+ONLY_BY_NAME = {"triton": "its kernels have not yet run on a GPU; backend='triton' tries them"}
+_MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 
 ENVIRONMENT_VARIABLE = "SENET_KERNELS_BACKEND"
 
@@ -76,7 +82,7 @@ def choose(call: Call, requested: str) -> Choice:
         return Choice(requested, ())
     passed_over: tuple[tuple[str, str], ...] = ()
     for backend in ORDER:
-        reason = why_not(backend, call)
+        reason = why_not(backend, call) or ONLY_BY_NAME.get(backend)
         if reason is None:
             return Choice(backend, passed_over)
         passed_over = (*passed_over, (backend, reason))
@@ -114,7 +120,10 @@ class Backends:
         self.reasons: dict[str, str] = {}
         self.details: dict[str, str] = {"reference": "plain PyTorch, every device and dtype"}
         for name, module in _MODULES.items():
+            devices = [device for backend, device in features.COLUMNS if backend == name]
             reason = module.UNAVAILABLE
+            if reason is None and not any(map(_is_there, devices)):
+                reason = f"no device it has kernels for is here: {', '.join(devices)}"
             if reason is None:
                 self.details[name] = module.describe()
             else:
@@ -136,6 +145,10 @@ class Backends:
         ]
         lines.append(f"chosen by default: {requested_backend(None)}")
         return "\n".join([*lines, "", features.format_table()])
+
+
+def _is_there(device: str) -> bool:
+    return device == "cpu" or torch.cuda.is_available()
 
 
 def backends() -> Backends:

@@ -10,19 +10,24 @@ from typing import NamedTuple
 
 import torch
 
+from .backends import triton
 from .pointwise import ACTIVATIONS, GATES, Options
 
 FUSED = "fused"
 FALLS_BACK = "falls back"  # auto: to the reference; asked for by name: raises, saying why
 RAISES = "raises"
 
-#: Columns: (backend, device type).
-COLUMNS: tuple[tuple[str, str], ...] = (("native", "cpu"),)
+#: Columns: (backend, device type). Triton has one for the CPU under its interpreter.
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("native", "cpu"),
+    *(("triton", device) for device in triton.DEVICES),
+)
 
 
 def _rows() -> dict[str, tuple[str, ...]]:
-    def row(native_cpu: bool) -> tuple[str, ...]:
-        return (FUSED if native_cpu else FALLS_BACK,)
+    def row(native_cpu: bool, triton_any: bool = True) -> tuple[str, ...]:
+        fused = {"native": native_cpu, "triton": triton_any}
+        return tuple(FUSED if fused[backend] else FALLS_BACK for backend, _ in COLUMNS)
 
     rows = {
         "dtype float32": row(True),
@@ -37,7 +42,7 @@ def _rows() -> dict[str, tuple[str, ...]]:
         "before_affine": row(False),
         "lengths": row(False),
         "residual": row(True),
-        "inplace": row(False),
+        "inplace": row(False, False),
     }
     rows |= {f"activation {name}": row(True) for name in ACTIVATIONS}
     rows |= {f"gate {name}": row(True) for name in GATES}

@@ -20,7 +20,7 @@ from torch import Tensor
 from .pointwise import POINTWISE
 from .reference import accumulate_dtype
 
-BACKENDS_WITH_OPS = ("native",)
+BACKENDS_WITH_OPS = ("native", "triton")
 
 FORWARD_SCHEMA = (
     "(Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual,"
@@ -61,12 +61,14 @@ def after_code(options: int) -> int:
     return (options >> 12) & 15
 
 
-def _saved_numel(x: Tensor, w1: Tensor | None, w2: Tensor) -> int:
+def saved_numel(x: Tensor, w1: Tensor | None, w2: Tensor) -> int:
+    """How many elements ``saved`` has."""
     hidden = 0 if w1 is None else w1.shape[0]
     return x.shape[0] * (x.shape[1] + hidden + w2.shape[0])
 
 
-def _mask_numel(x: Tensor) -> int:
+def mask_numel(x: Tensor) -> int:
+    """How many bytes ``mask`` has."""
     # Rows of the image padded to bytes, whichever of C and S is the inner extent.
     positions = x.shape[2:].numel()
     return x.shape[0] * ((x.shape[1] + 7) // 8) * ((positions + 7) // 8) * 8
@@ -96,8 +98,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths)
     keep_mask = save and after_code(options) == _RELU
-    saved = x.new_empty((_saved_numel(x, w1, w2) if save else 0,), dtype=accumulate_dtype(x.dtype))
-    mask = x.new_empty((_mask_numel(x) if keep_mask else 0,), dtype=torch.uint8)
+    saved = x.new_empty((saved_numel(x, w1, w2) if save else 0,), dtype=accumulate_dtype(x.dtype))
+    mask = x.new_empty((mask_numel(x) if keep_mask else 0,), dtype=torch.uint8)
     return torch.empty_like(x), saved, mask
 
 

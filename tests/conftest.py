@@ -20,17 +20,75 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import senet_kernels
 from backend_cases import BackendCase, require
+from senet_kernels.backends import triton
 
 THREADS = 2
+
+# What Triton's interpreter runs.
+KERNEL_TESTS = (
+    "test_accuracy.py", "test_budgets.py", "test_gradcheck.py", "test_layouts.py", "test_ops.py",
+    "test_pointwise.py", "test_special_values.py",
+)  # fmt: skip
+# Cases of a test function that the gate runs under Triton's interpreter, evenly spread.
+INTERPRETED_CASES = {
+    "test_pairs_of_choices": 32,
+    "test_odd_shapes": 10,
+    "test_against_torch": 12,
+    "test_blocks": 4,
+    "others": 1,
+}
 
 
 def pytest_report_header() -> list[str]:
     shown = str(senet_kernels.backends()).splitlines()
-    return [f"senet_kernels {senet_kernels.__version__}, torch {torch.__version__}", *shown[:3]]
+    return [f"senet_kernels {senet_kernels.__version__}, torch {torch.__version__}", *shown[:4]]
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(THREADS)
+    if triton.INTERPRETED:
+        import interpreter
+
+        interpreter.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what needs a GPU. Under Triton's interpreter its tests alone are left, most of them
+    marked slow: it takes a tenth of a second and more for what a device does in microseconds."""
+    for item in items:
+        case = _case_of(item)
+        if case is not None and case.device == "cuda":
+            item.add_marker(pytest.mark.gpu)
+    if not triton.INTERPRETED:
+        return
+    dropped = [item for item in items if not _is_of_triton(item)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if _is_of_triton(item)]
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if (case := _case_of(item)) is not None and case.device == "cpu":
+            functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    # test_triton.py is as small as it can be.
+    for name, cases in functions.items():
+        few = INTERPRETED_CASES.get(name.split("::")[-1], INTERPRETED_CASES["others"])
+        sample = {i * len(cases) // few for i in range(few)}
+        for i, item in enumerate(cases):
+            if i not in sample:
+                item.add_marker(pytest.mark.slow)
+
+
+def _case_of(item: pytest.Item) -> BackendCase | None:
+    case = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    return case if isinstance(case, BackendCase) else None
+
+
+def _is_of_triton(item: pytest.Item) -> bool:
+    case = _case_of(item)
+    if case is None:
+        return item.path.name == "test_triton.py"
+    # What else a backend must do is not the interpreter's business: on CPU tensors Triton is never
+    # chosen automatically, and processes and threads are not what they are on a device.
+    return case.name == "triton" and item.path.name in KERNEL_TESTS
 
 
 @pytest.fixture

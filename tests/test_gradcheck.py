@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracle
 from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase
 from problems import TENSORS, Problem, Spec, build, magnitudes
-from senet_kernels import NativeSEFunction, pack_options, squeeze_excite
+from senet_kernels import NativeSEFunction, TritonSEFunction, pack_options, squeeze_excite
 from senet_kernels.ops import Needs
 
+_FUNCTIONS = {"native": NativeSEFunction, "triton": TritonSEFunction}
 _SMALL = Spec((2, 3, 2, 3), 2, torch.float64, activation="silu")
 
 # Smooth functions, or (residual + relu, relu6) values that finite differences keep off the kinks.
@@ -55,11 +56,11 @@ def _differentiable(
 
 
 def _entry_points(problem: Problem, backend: BackendCase) -> list[Callable[..., Tensor]]:
-    """The public function and, for native, the exported Function."""
+    """The public function and, for the fused backends, the exported Function."""
     entries = [lambda t: problem.call(squeeze_excite, t, backend=backend.name)]
-    if backend.name == "native":
+    if function := _FUNCTIONS.get(backend.name):
         options = pack_options(**problem.options)  # type: ignore[arg-type]
-        entries.append(lambda t: NativeSEFunction.apply(*problem.positional(options, t)))
+        entries.append(lambda t: function.apply(*problem.positional(options, t)))
     return entries
 
 

@@ -165,8 +165,9 @@ SENET_INLINE Vec<A> chain(Fn f, Vec<A> x, Vec<A> m) {
       return m;
     case Fn::relu:
       return x <= A(0) ? Vec<A>{} : m;
+    case Fn::hardswish:  // its derivative is 0 at -1.5 too, where NaN must pass
+      return x <= A(-3) ? Vec<A>{} : m * derivative<A>(f, x);
     case Fn::relu6:
-    case Fn::hardswish:
     case Fn::hardsigmoid:
     case Fn::hardsigmoid_02: {
       const Vec<A> d = derivative<A>(f, x);

@@ -1,0 +1,143 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints what came out as JSON.
+
+``python compile_triton.py CAPABILITY`` reads option sets as JSON lines from standard input: the
+fields of ``problems.Spec`` and the device's ``multiprocessors``. It runs the ops' own host code on
+meta tensors, with every launch turned into a compilation: so these are the very kernels, constants
+and argument specialisations a call would use. A process of its own, since Triton's driver is
+replaced and a compiler that fails may abort.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from senet_kernels import ops, pack_options
+from senet_kernels.backends.triton import launch, operands
+from senet_kernels.backends.triton.plan import Device
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class _Driver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [_CUOBJDUMP, "--dump-resource-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+def _report(kernel: Any, compiled: Any) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        "hash": compiled.hash,
+        "shared": compiled.metadata.shared,
+        "loads_16": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
+        "stores_16": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
+        **_resources(compiled.asm["cubin"]),
+    }
+
+
+def _calls(given: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of the forward and backward op for one option set."""
+    dtype = getattr(torch, given["dtype"])
+    batch, channels, *space = given["shape"]
+    hidden = given.get("hidden")
+    outputs = channels * (2 if given.get("shift") else 1)
+    last = given.get("layout") == "channels_last"
+
+    def image() -> torch.Tensor:
+        t = torch.empty(batch, *space, channels, dtype=dtype, device="meta").movedim(-1, 1)
+        return t if last else torch.empty(batch, channels, *space, dtype=dtype, device="meta")
+
+    def vector(*extents: int) -> torch.Tensor:
+        return torch.empty(extents, dtype=dtype, device="meta")
+
+    def if_given(name: str) -> torch.Tensor | None:
+        return vector(channels) if given.get(name) else None
+
+    biases = given.get("bias", True)
+    w1 = None if hidden is None else vector(hidden, channels)
+    tensors = (
+        image(),
+        w1,
+        None if hidden is None or not biases else vector(hidden),
+        vector(outputs, channels if hidden is None else hidden),
+        vector(outputs) if biases else None,
+        image() if given.get("residual") else None,
+        if_given("weighted"), if_given("weighted"), if_given("affine"), if_given("affine"),
+        torch.empty(batch, dtype=torch.int64, device="meta") if given.get("lengths") else None,
+    )  # fmt: skip
+    names = ("activation", "gate", "before", "after")
+    defaults = ("relu", "sigmoid", None, None)
+    options = pack_options(**{n: given.get(n, d) for n, d in zip(names, defaults, strict=True)})
+    saved = torch.empty(
+        ops.saved_numel(tensors[0], w1, tensors[3]), device="meta",
+        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+    )  # fmt: skip
+    keeps = given.get("after") == "relu"
+    mask = torch.empty(ops.mask_numel(tensors[0]) if keeps else 0, dtype=torch.uint8, device="meta")
+    needs = sum(1 << i for i, t in enumerate(tensors[:10]) if t is not None)
+    return (*tensors, options, True), (image(), *tensors, saved, mask, options, needs)
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    triton.runtime.driver.set_active(_Driver(capability))
+    seen: list[dict[str, Any]] = []
+
+    def compile_instead(self: Any, grid: Any) -> Any:
+        def launch_nothing(*args: Any, **kwargs: Any) -> None:
+            compiled = self.warmup(*args, grid=grid, **kwargs)
+            if compiled.hash not in known:
+                known[compiled.hash] = _report(self, compiled)
+            seen.append(known[compiled.hash])
+
+        return launch_nothing
+
+    known: dict[str, dict[str, Any]] = {}
+    JITFunction.__getitem__ = compile_instead
+    for line in sys.stdin:
+        given = json.loads(line)
+        device = Device(divmod(capability, 10), given.pop("multiprocessors"))
+        operands._device = lambda _, device=device: device
+        seen.clear()
+        forward, backward = _calls(given)
+        launch.forward(*forward)
+        if given.get("backward", True):
+            launch.backward(*backward)
+        print(json.dumps(seen), flush=True)
+
+
+if __name__ == "__main__":
+    main()
