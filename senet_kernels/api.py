@@ -335,6 +335,7 @@ def squeeze(
     before: str | None = None,
     before_affine: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The squeeze half alone: mean over space of ``before(a_c x + b_c)``.
 
@@ -344,14 +345,16 @@ def squeeze(
     Args:
         x: ``[B, C, *spatial]``.
         before, before_affine, lengths: as in :func:`squeeze_excite`.
+        backend: the reference alone has this half so far; any other name raises.
 
     Returns:
         ``[B, C]`` in the dtype of x, summed in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: as in :func:`squeeze_excite`.
+        TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
     validation.check_input(x)
+    dispatch.only_reference("squeeze alone: it has no kernel for it", backend)
     name = check_name("before", before)
     if before_affine is not None:
         validation.check_affine(x, before_affine)
@@ -374,6 +377,7 @@ def channel_scale(
     residual: Tensor | None = None,
     alpha: Tensor | None = None,
     beta: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The scaling half alone: ``after(p (alpha + beta gate(u[:, :C])) + u[:, C:] + residual)``.
 
@@ -381,15 +385,17 @@ def channel_scale(
         x: ``[B, C, *spatial]``; p is ``before(a_c x + b_c)``.
         u: the pre-gate, ``[B, C]``, or ``[B, 2C]`` for scale-and-shift.
         gate, before, before_affine, after, residual, alpha, beta: as in :func:`squeeze_excite`.
+        backend: the reference alone has this half so far; any other name raises.
 
     Returns:
         y, like x.
 
     Raises:
-        TypeError, ValueError: as in :func:`squeeze_excite`.
+        TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
     validation.check_input(x)
     validation.check_tensor("u", u)
+    dispatch.only_reference("channel_scale alone: it has no kernel for it", backend)
     batch, channels = x.shape[:2]
     if tuple(u.shape) not in ((batch, channels), (batch, 2 * channels)):
         raise ValueError(

@@ -89,6 +89,17 @@ def choose(call: Call, requested: str) -> Choice:
     raise AssertionError("the reference takes every call")
 
 
+def only_reference(what: str, argument: str | None) -> None:
+    """Refuse a backend asked for by name where there is nothing but the reference.
+
+    Raises:
+        BackendUnavailableError: ``argument``, or what stands in for it, names another backend.
+    """
+    requested = requested_backend(argument)
+    if requested not in ("auto", "reference"):
+        raise BackendUnavailableError(f"backend={requested!r} was asked for and cannot run {what}")
+
+
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
     """Run the calls inside on one backend, or raise where it cannot.

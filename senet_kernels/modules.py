@@ -109,12 +109,7 @@ class FusedSEBlock(nn.Module):
         for name, layer in (("fc1", fc1), ("fc2", fc2)):
             reason = _not_plain(layer)
             if reason is not None:
-                requested = dispatch.requested_backend(self.backend)
-                if requested not in ("auto", "reference"):
-                    raise dispatch.BackendUnavailableError(
-                        f"backend={requested!r} was asked for and cannot run this block: "
-                        f"its child {name} {reason}"
-                    )
+                dispatch.only_reference(f"this block: its child {name} {reason}", self.backend)
                 return self._layer_by_layer(x, residual, lengths)
         return api.squeeze_excite(
             x, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
@@ -124,12 +119,12 @@ class FusedSEBlock(nn.Module):
         )  # fmt: skip
 
     def _layer_by_layer(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Tensor:
-        z = api.squeeze(x, before=self.before, lengths=lengths)
+        z = api.squeeze(x, before=self.before, lengths=lengths, backend="reference")
         h = POINTWISE[self.activation].fn(self.fc1(z[:, :, None, None]))
         u = self.fc2(h).flatten(1)
         return api.channel_scale(
             x, u, gate=self.gate, before=self.before, after=self.after, residual=residual,
-            alpha=self.alpha, beta=self.beta,
+            alpha=self.alpha, beta=self.beta, backend="reference",
         )  # fmt: skip
 
     def _load_from_state_dict(

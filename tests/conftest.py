@@ -35,6 +35,9 @@ INTERPRETED_CASES = {
     "test_odd_shapes": 10,
     "test_against_torch": 12,
     "test_blocks": 4,
+    # Hundreds of evaluations each.
+    "test_first_and_second_derivatives": 0,
+    "test_second_derivative_with_some_inputs_frozen": 0,
     "others": 1,
 }
 

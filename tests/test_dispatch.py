@@ -13,7 +13,15 @@ import torch
 
 from backend_cases import FUSED_BACKENDS, BackendCase
 from problems import Spec, build
-from senet_kernels import BackendUnavailableError, backends, explain, squeeze_excite, use_backend
+from senet_kernels import (
+    BackendUnavailableError,
+    backends,
+    channel_scale,
+    explain,
+    squeeze,
+    squeeze_excite,
+    use_backend,
+)
 from senet_kernels.backends import native
 from senet_kernels.dispatch import ENVIRONMENT_VARIABLE, ORDER
 
@@ -49,6 +57,21 @@ def test_context_manager_restores_after_an_error() -> None:
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert _chosen() == before
+
+
+def test_halves_alone_run_on_the_reference_or_refuse() -> None:
+    x, u = torch.randn(2, 8, 3), torch.randn(2, 8)
+    halves: list[Callable[..., torch.Tensor]] = [
+        squeeze,
+        lambda x, **backend: channel_scale(x, u, **backend),
+    ]
+    for half in halves:
+        right = half(x)
+        assert torch.equal(half(x, backend="reference"), right)
+        with use_backend("native"):
+            with pytest.raises(BackendUnavailableError, match="native.*alone"):
+                half(x)
+            assert torch.equal(half(x, backend="reference"), right)
 
 
 _SCRIPT = (

@@ -150,7 +150,9 @@ def chain(F: tl.constexpr, x, m):
         y = m
     elif F == RELU:
         y = tl.where(x <= 0, 0.0, m)
-    elif (F == RELU6) | (F == HARDSWISH) | (F == HARDSIGMOID) | (F == HARDSIGMOID_02):
+    elif F == HARDSWISH:  # its derivative is 0 at -1.5 too, where NaN must pass
+        y = tl.where(x <= -3, 0.0, m * derivative(F, x))
+    elif (F == RELU6) | (F == HARDSIGMOID) | (F == HARDSIGMOID_02):
         d = derivative(F, x)
         y = tl.where(d == 0, 0.0, m * d)
     else:
