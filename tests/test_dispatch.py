@@ -69,7 +69,7 @@ def test_halves_alone_run_on_the_reference_or_refuse() -> None:
         right = half(x)
         assert torch.equal(half(x, backend="reference"), right)
         with use_backend("native"):
-            with pytest.raises(BackendUnavailableError, match="native.*alone"):
+            with pytest.raises(BackendUnavailableError, match=r"native.*alone"):
                 half(x)
             assert torch.equal(half(x, backend="reference"), right)
 
