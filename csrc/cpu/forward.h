@@ -19,7 +19,7 @@ class ForwardPass {
         plan_(make_plan(s_, sizeof(T), args.parameters.dtype == DType::f32 ? 4 : sizeof(T),
                         runtime.threads)) {
     // Per image of the largest group or per thread, whichever holds an image at a time.
-    const int64_t images = std::max<int64_t>(plan_.threads, plan_.group);
+    const int64_t images = std::max(plan_.threads * plan_.together, plan_.group);
     const int64_t slices = images * plan_.threads;
     Carver<A> carver;
     const int64_t hidden = carver.reserve(images * s_.hidden);
@@ -35,11 +35,15 @@ class ForwardPass {
 
   void run() {
     share(runtime_, plan_, plan_.alone, [&](int64_t begin, int64_t end, int slot) {
-      for (int64_t b = begin; b < end; ++b) {
-        squeeze(b, 0, 1, slot, sums_ + slot * s_.channels);
-        hidden_layer(b, 1, slot, 0, 1);
-        gate_layer(b, 1, slot, 0, 1);
-        scale(b, 0, 1, slot);
+      const int64_t at = slot * plan_.together;
+      for (int64_t b = begin; b < end; b += plan_.together) {
+        const int64_t images = std::min(plan_.together, end - b);
+        for (int64_t g = 0; g < images; ++g) {
+          squeeze(b + g, 0, 1, slot, sums_ + at * s_.channels);
+        }
+        hidden_layer(b, images, at, 0, 1);
+        gate_layer(b, images, at, 0, 1);
+        for (int64_t g = images - 1; g >= 0; --g) scale(b + g, 0, 1, at + g);
       }
     });
     for (int64_t b = plan_.alone; b < s_.batch; b += plan_.group) {

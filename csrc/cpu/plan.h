@@ -23,6 +23,8 @@ struct Plan {
   // group's images in slices, computes their MLP reading the weights once, then scales.
   int64_t alone;
   int64_t group;
+  // How many of the images alone a thread takes at a time, so that a weight is read once for all.
+  int64_t together;
   // Into how many slices each image of a group of this many is cut: none where whole images
   // share out evenly.
   int64_t slices(int64_t images) const { return images % threads == 0 ? 1 : threads; }
@@ -39,10 +41,11 @@ inline Plan make_plan(const Shape& s, size_t element, size_t parameter, int max_
   if (weight_bytes > image_bytes && s.batch > 1) {
     // The weights are the larger part: enough images at once that reading them hardly counts.
     const int64_t enough = 4 * weight_bytes / std::max<int64_t>(1, image_bytes);
-    return {threads, 0, std::min(s.batch, std::max(fits, enough))};
+    return {threads, 0, std::min(s.batch, std::max(fits, enough)), 1};
   }
   const int64_t alone = s.batch - s.batch % threads;
-  return {threads, alone, std::max<int64_t>(1, std::min(s.batch - alone, fits))};
+  const int64_t together = std::clamp<int64_t>(fits / threads, 1, 4);
+  return {threads, alone, std::max<int64_t>(1, std::min(s.batch - alone, fits)), together};
 }
 
 // Runs body(begin, end, slot) over [0, n): on the team, or here when one thread is enough. A slot
