@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,12 +66,16 @@ def test_error_against_eager(backend: BackendCase, spec: Spec) -> None:
         problem = build(replace(spec, seed=seed, device=backend.device))
         expected = problem.expected()
         ours = problem.run(squeeze_excite, backend=backend.name)
-        eager = problem.run(oracle.eager_block)
+        # In float32 the two forms users write differ by up to a third in error, either way round,
+        # with the processor's matrix library: the budget is over the larger.
+        forms = (oracle.eager_block, oracle.block)[: 1 if spec.dtype in HALF else 2]
+        eagers = [problem.run(form) for form in forms]
         for name, right in expected.items():
-            _check_max(name, ours[name], eager[name], right, spec.dtype)
+            eager = max((e[name] for e in eagers), key=partial(oracle.mean_error, expected=right))
+            _check_max(name, ours[name], eager, right, spec.dtype)
             # An error below a hundredth of an ulp is luck (a short vector), not accuracy.
             floor = 0.01 * oracle.ulp(spec.dtype) * right.abs().mean().item()
-            errors = [oracle.mean_error(t[name], right) + floor for t in (ours, eager)]
+            errors = [oracle.mean_error(t, right) + floor for t in (ours[name], eager)]
             log_ratios.setdefault(name, []).append(math.log(errors[0] / errors[1]))
             totals = sums.setdefault(name, [0.0, 0.0])
             totals[:] = [total + e for total, e in zip(totals, errors, strict=True)]

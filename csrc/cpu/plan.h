@@ -78,10 +78,10 @@ SENET_INLINE Range slice(int64_t n, int64_t i, int64_t slices) {
 }
 
 // Calls body(r) for the runs of a range, last blocks first: what was read last is what the cache
-// still holds. Within a block of a few pages runs go forwards, as hardware prefetchers like it.
+// still holds. Within a block runs go forwards, as prefetchers like it.
 template <class Body>
 SENET_INLINE void backwards(Range range, int64_t run_bytes, Body body) {
-  const int64_t block = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, run_bytes));
+  const int64_t block = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, run_bytes));
   for (int64_t end = range.end; end > range.begin; end -= block) {
     for (int64_t r = std::max(range.begin, end - block); r < end; ++r) body(r);
   }

@@ -78,6 +78,17 @@ struct PerElement {
   }
 };
 
+// Asks for memory that a loop will come to. Hardware prefetchers stop at page ends, follow few
+// streams at once, and some do little for memory that is about to be written. The address may lie
+// beyond the end: a prefetch does not fault.
+constexpr int64_t kAhead = 2048;
+SENET_INLINE void will_read(const void* p, int64_t bytes = kAhead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0);
+}
+SENET_INLINE void will_write(const void* p, int64_t bytes = kAhead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 1);
+}
+
 // ---- squeeze ----
 
 // Sum of before(x) over one run.
@@ -139,6 +150,7 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, A
     for (; r + 4 <= r1; r += 4) {
       const T* p = x + r * n;
       for_vectors<A>(n, [&](int64_t i, auto lanes) {
+        for (int j = 0; j < 4; ++j) will_read(p + j * n + i, 4 * n * sizeof(T));
         const Vec<A> a = before_value<kBefore, A>(before, get(p + i, lanes)) +
                          before_value<kBefore, A>(before, get(p + n + i, lanes));
         const Vec<A> b = before_value<kBefore, A>(before, get(p + 2 * n + i, lanes)) +
@@ -167,6 +179,8 @@ SENET_INLINE void scale_run(const T* x, const T* residual, T* y, uint8_t* bits, 
                             P shift, bool has_shift, Fn before, Fn after) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t i, auto lanes) {
+    will_read(x + i);
+    will_write(y + i);
     Vec<A> v = before_value<kBefore, A>(before, get(x + i, lanes)) * scale.at(i, lanes);
     if constexpr (!kPlain) {
       if (has_shift) v += shift.at(i, lanes);
@@ -226,6 +240,10 @@ SENET_OUTLINE void dot_run(const BackRun<T>& in, int64_t n, P scale, P shift, bo
     const int64_t end = i + 4 * L * kChain < n ? i + 4 * L * kChain : n;
     Vec<A> s0{}, s1{}, s2{}, s3{}, m0{}, m1{};
     for (; i + 4 * L <= end; i += 4 * L) {
+      for (int j = 0; j < 4 * L; j += 64 / sizeof(T)) {
+        will_read(in.x + i + j);
+        will_read(in.dy + i + j);
+      }
       step(i, Full{}, s0, m0);
       step(i + L, Full{}, s1, m1);
       step(i + 2 * L, Full{}, s2, m0);
@@ -256,6 +274,7 @@ SENET_OUTLINE void dot_columns(Row row, int64_t rows, int64_t n, PerElement<Acc<
       const BackRun<T> a = row(r), b = row(r + 1 < r1 ? r + 1 : r);
       const bool pair = r + 1 < r1;
       for_vectors<A>(n, [&](int64_t i, auto lanes) {
+        for (const T* p : {a.x, b.x, a.dy, b.dy}) will_read(p + i, 2 * n * sizeof(T));
         const Vec<A> pa = before_value<kBefore, A>(before, get(a.x + i, lanes));
         const Vec<A> ma = through_after<T, kPlain>(a, i, lanes, pa, scale, shift, has_shift, after);
         Vec<A> s = ma * pa, sm = ma;
@@ -282,6 +301,8 @@ SENET_INLINE void dx_run(const BackRun<T>& in, T* dx, T* dresidual, int64_t n, P
                          bool has_shift, P dmean, Fn before, Fn after) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t i, auto lanes) {
+    will_read(in.dy + i);
+    if (dx) will_write(dx + i);
     Vec<A> x{}, p{};
     if (kBefore != Fn::identity || !kPlain) x = get(in.x + i, lanes);
     if (!kPlain) p = before_value<kBefore, A>(before, x);

@@ -252,18 +252,74 @@ SENET_INLINE void store_n(T* p, VecF v, int n) {
   std::memcpy(&out, &raw, sizeof out);
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), out);
 }
+#elif defined(__AVX2__)
+// Masked loads, but stores and 16-bit elements in pieces of 4, 2 and 1: masked stores are slow on
+// some processors, and a detour through memory stalls the load that follows.
+SENET_INLINE __m256i first_n(int n) {  // n 32-bit lanes of ones, then zeros
+  alignas(64) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - n));
+}
+SENET_INLINE VecF load_n(const float* p, int n) { return (VecF)_mm256_maskload_ps(p, first_n(n)); }
+SENET_INLINE VecD load_n(const double* p, int n) {
+  return (VecD)_mm256_maskload_pd(p, first_n(2 * n));
+}
+template <class T>
+SENET_INLINE VecF load_n(const T* p, int n) {
+  uint64_t four = 0, rest = 0;
+  if (n & 4) std::memcpy(&four, p, 8), p += 4;
+  if (n & 2) std::memcpy(&rest, p, 4), p += 2;
+  if (n & 1) rest |= static_cast<uint64_t>(p->bits) << (n & 2 ? 32 : 0);
+  typedef uint64_t Two __attribute__((vector_size(16)));
+  return widen((Vec16)(n & 4 ? Two{four, rest} : Two{rest, 0}), T{});
+}
+SENET_INLINE void store_n(float* p, VecF v, int n) {
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps((__m256)v, 1), p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    part = _mm_movehl_ps(part, part), p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
+}
+SENET_INLINE void store_n(double* p, VecD v, int n) {
+  __m128d part = _mm256_castpd256_pd128((__m256d)v);
+  if (n & 2) {
+    _mm_storeu_pd(p, part);
+    part = _mm256_extractf128_pd((__m256d)v, 1), p += 2;
+  }
+  if (n & 1) _mm_store_sd(p, part);
+}
+template <class T>
+SENET_INLINE void store_n(T* p, VecF v, int n) {
+  const __m128i raw = (__m128i)narrow(v, T{});
+  uint64_t part = static_cast<uint64_t>(_mm_cvtsi128_si64(raw));
+  if (n & 4) {
+    std::memcpy(p, &part, 8);
+    part = static_cast<uint64_t>(_mm_extract_epi64(raw, 1)), p += 4;
+  }
+  if (n & 2) {
+    std::memcpy(p, &part, 4);
+    part >>= 32, p += 2;
+  }
+  if (n & 1) p->bits = static_cast<uint16_t>(part);
+}
 #else
 template <class T>
 SENET_INLINE Vec<Acc<T>> load_n(const T* p, int n) {
-  T padded[kLanes<Acc<T>>] = {};
-  for (int i = 0; i < n; ++i) padded[i] = p[i];
-  return load(padded);
+  Vec<Acc<T>> v{};
+  for (int i = 0; i < kLanes<Acc<T>>; ++i) {
+    if (i < n) v[i] = to_acc(p[i]);
+  }
+  return v;
 }
 template <class T>
 SENET_INLINE void store_n(T* p, Vec<Acc<T>> v, int n) {
-  T padded[kLanes<Acc<T>>];
-  store(padded, v);
-  for (int i = 0; i < n; ++i) p[i] = padded[i];
+  for (int i = 0; i < kLanes<Acc<T>>; ++i) {
+    if (i < n) p[i] = Narrow<T>::from(v[i]);
+  }
 }
 #endif
 
