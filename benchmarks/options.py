@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         help="seconds to aim for: rounds and torch.compile adapt; 0 is no limit "
-        "(default: 240, and no limit with --full)",
+        "(default: 180, and no limit with --full)",
     )
     add("--seed", type=int, default=0, help="of the data and of the order of providers")
     add("--out", type=Path, default=LOCAL_RESULTS, metavar="DIR", help="for the JSON and the plot")
@@ -105,7 +105,7 @@ def parse(argv: Sequence[str]) -> Options:
         parser.error(f"batch: expected at least 1, got {min(args.batch)}")
     budget = args.budget
     if budget is None:
-        budget = 0.0 if args.full else 240.0
+        budget = 0.0 if args.full else 180.0
     return Options(
         device=device,
         networks=networks,

@@ -7,6 +7,7 @@ runs here, ``explain(...)`` why a call runs where it does.
 from ._version import __version__
 from .api import Explanation, channel_scale, explain, pack_options, squeeze, squeeze_excite
 from .autograd import NativeSEFunction, TritonSEFunction
+from .convert import FusionReport, fuse_se_blocks, unfuse_se_blocks
 from .dispatch import Backends, BackendUnavailableError, backends, use_backend
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
@@ -18,14 +19,17 @@ __all__ = [
     "Backends",
     "Explanation",
     "FusedSEBlock",
+    "FusionReport",
     "NativeSEFunction",
     "TritonSEFunction",
     "__version__",
     "backends",
     "channel_scale",
     "explain",
+    "fuse_se_blocks",
     "pack_options",
     "squeeze",
     "squeeze_excite",
+    "unfuse_se_blocks",
     "use_backend",
 ]

@@ -8,6 +8,14 @@ namespace senet {
 namespace SENET_ISA {
 namespace {
 
+// Each case of `before` costs seconds of compilation: none of its own for float64 and for the
+// instruction set that is there for the rare old processor, which need only be right.
+#if defined(SENET_FEW_CASES)
+constexpr bool kFewCases = true;
+#else
+constexpr bool kFewCases = false;
+#endif
+
 // Runs Pass<T, kBefore, kPlain>; plain means no shift, no residual and after = identity.
 template <template <class, Fn, bool> class Pass, class Args, class T, Fn kBefore>
 void run(const Args& args, const Runtime& runtime, bool plain) {
@@ -20,19 +28,21 @@ void run(const Args& args, const Runtime& runtime, bool plain) {
 
 template <template <class, Fn, bool> class Pass, class T, class Args>
 void with_before(const Args& args, const Runtime& runtime, bool plain) {
-  // float64 need only be right, and each case costs seconds of compilation.
-  if constexpr (std::is_same_v<T, double>) return run<Pass, Args, T, kAny>(args, runtime, plain);
-  switch (args.options.before) {
-    case Fn::identity:
-      return run<Pass, Args, T, Fn::identity>(args, runtime, plain);
-    case Fn::relu:
-      return run<Pass, Args, T, Fn::relu>(args, runtime, plain);
-    case Fn::silu:
-      return run<Pass, Args, T, Fn::silu>(args, runtime, plain);
-    case Fn::hardswish:
-      return run<Pass, Args, T, Fn::hardswish>(args, runtime, plain);
-    default:
-      return run<Pass, Args, T, kAny>(args, runtime, plain);
+  if constexpr (kFewCases || std::is_same_v<T, double>) {
+    run<Pass, Args, T, kAny>(args, runtime, plain);
+  } else {
+    switch (args.options.before) {
+      case Fn::identity:
+        return run<Pass, Args, T, Fn::identity>(args, runtime, plain);
+      case Fn::relu:
+        return run<Pass, Args, T, Fn::relu>(args, runtime, plain);
+      case Fn::silu:
+        return run<Pass, Args, T, Fn::silu>(args, runtime, plain);
+      case Fn::hardswish:
+        return run<Pass, Args, T, Fn::hardswish>(args, runtime, plain);
+      default:
+        return run<Pass, Args, T, kAny>(args, runtime, plain);
+    }
   }
 }
 

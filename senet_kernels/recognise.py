@@ -1,0 +1,499 @@
+"""What other libraries' squeeze-and-excitation modules compute, without importing those libraries.
+
+A module is recognised in one of two ways: by its exact class, named in ``KNOWN``, or by proof:
+a module that holds nothing but the two layers of an excitation is run on random numbers, and is
+recognised if exactly one form of the operation reproduces its output and its input's gradient.
+To add a class, add a line to ``KNOWN``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .pointwise import ACTIVATIONS, GATES, POINTWISE
+
+Path = tuple[str, ...]  # names of children, from a module downwards
+Foreign = Any  # a module of a class that is not known here
+
+
+class Refusal(Exception):
+    """A module cannot be fused; the message says why."""
+
+
+class Part(NamedTuple):
+    """A child whose work the fused operation does, and the class it had when recognised."""
+
+    path: Path
+    kind: type[nn.Module]
+
+
+class Mlp(NamedTuple):
+    """A block whose excitation is one or two layers: ``squeeze_excite`` computes all of it."""
+
+    fc1: Path | None  # None: a single layer
+    fc2: Path
+    activation: str
+    gate: str
+    parts: tuple[Part, ...]
+    residual: Callable[[Foreign, Tensor], Tensor] | None = None  # what is added to the product
+    ranks: tuple[int, ...] = (4,)  # numbers of dimensions of x it was recognised for
+
+
+class Halves(NamedTuple):
+    """A block with any other excitation, which runs between ``squeeze`` and ``channel_scale``."""
+
+    excite: Callable[[Foreign, Tensor], Tensor]  # (module, z [B, C]) -> pre-gate u [B, C]
+    gate: str
+    parts: tuple[Part, ...]
+    ranks: tuple[int, ...] = (4,)
+
+
+Form = Mlp | Halves
+
+
+def class_name(module: nn.Module) -> str:
+    """The qualified name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+# ---- the pieces: pointwise functions and layers ----
+
+_TORCH = "torch.nn.modules.activation."
+_TIMM = "timm.layers.activations."
+_TIMM_ME = "timm.layers.activations_me."
+_TRANSFORMERS = "transformers.activations."
+
+#: Classes of pointwise modules by the table's names. Arguments are checked in ``pointwise_name``.
+_POINTWISE_CLASSES: dict[str, tuple[str, ...]] = {
+    "identity": ("torch.nn.modules.linear.Identity",),
+    "relu": (_TORCH + "ReLU",),
+    "relu6": (_TORCH + "ReLU6",),
+    "silu": (_TORCH + "SiLU", _TIMM + "Swish", _TIMM_ME + "SwishMe"),
+    "gelu": (_TORCH + "GELU", _TIMM + "GELU", _TRANSFORMERS + "GELUActivation"),
+    "gelu_tanh": (_TIMM + "GELUTanh",),
+    "hardswish": (_TORCH + "Hardswish", _TIMM + "HardSwish", _TIMM_ME + "HardSwishMe"),
+    "leaky_relu": (_TORCH + "LeakyReLU",),
+    "mish": (_TORCH + "Mish", _TIMM + "Mish", _TIMM_ME + "MishMe"),
+    "sigmoid": (_TORCH + "Sigmoid", _TIMM + "Sigmoid"),
+    "hardsigmoid": (_TORCH + "Hardsigmoid", _TIMM + "HardSigmoid", _TIMM_ME + "HardSigmoidMe"),
+    "tanh": (_TORCH + "Tanh", _TIMM + "Tanh"),
+}
+_POINTWISE_NAMES = {c: name for name, classes in _POINTWISE_CLASSES.items() for c in classes}
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+
+
+def pointwise_name(module: nn.Module) -> str | None:
+    """The table's name for a pointwise module; None where the table has no such function."""
+    name = _POINTWISE_NAMES.get(class_name(module))
+    if isinstance(module, nn.GELU):
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:
+        return None
+    return name
+
+
+def watched(module: nn.Module) -> str | None:
+    """Why a module must really be called rather than computed elsewhere; None if it need not."""
+    if "forward" in module.__dict__:
+        return "has its own forward"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "has hooks"
+    return None
+
+
+def not_a_matrix(layer: nn.Module) -> str | None:
+    """Why a layer is not just a matrix and a bias on ``[B, C]``; None if it is."""
+    if type(layer) not in _LINEAR:
+        return f"is a {type(layer).__name__}"
+    if isinstance(layer, nn.Linear):
+        return None
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ones = tuple(1 for _ in layer.kernel_size)
+    padded = layer.padding not in ("valid", "same", tuple(0 for _ in ones))
+    if layer.kernel_size != ones or layer.stride != ones or layer.groups != 1 or padded:
+        return "is not a plain 1x1 convolution"
+    return None
+
+
+def find(module: nn.Module, path: Path) -> Foreign:
+    """The child at ``path``. Raises KeyError where there is none."""
+    for name in path:
+        child = module._modules[name]
+        if child is None:
+            raise KeyError(name)
+        module = child
+    return module
+
+
+def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
+    """What has happened to a recognised module since, so that its own forward must run."""
+    if _has_any_global_hook():
+        return "a global module hook is registered"
+    for path, kind in parts:
+        try:
+            part = find(module, path)
+        except KeyError:
+            return f"its child {'.'.join(path)} is gone"
+        if type(part) is not kind:
+            return f"its child {'.'.join(path)} is a {type(part).__name__}"
+        reason = watched(part)
+        if reason is not None:
+            return f"its child {'.'.join(path)} {reason}"
+    return None
+
+
+def _paths(module: nn.Module) -> Iterator[tuple[Path, nn.Module]]:
+    for name, child in module.named_modules(remove_duplicate=False):
+        if name:
+            yield tuple(name.split(".")), child
+
+
+def _parts(module: nn.Module, *, called: tuple[str, ...] = ()) -> tuple[Part, ...]:
+    """All descendants, but for those under the children in ``called``, which still are called."""
+    return tuple(Part(p, type(child)) for p, child in _paths(module) if p[0] not in called)
+
+
+# ---- known classes ----
+
+
+def _path(name: str) -> Path:
+    return tuple(name.split("."))
+
+
+def _function(module: nn.Module, name: str, legal: tuple[str, ...]) -> str:
+    """The table's name for a child or, with a leading ``=``, the name itself."""
+    if name.startswith("="):
+        return name[1:]
+    child = find(module, _path(name))
+    found = pointwise_name(child)
+    if found not in legal:
+        raise Refusal(f"no kernel has the function of its child {name}, {child!r}")
+    return found
+
+
+def _layer(module: nn.Module, name: str) -> Path:
+    path = _path(name)
+    reason = not_a_matrix(find(module, path))
+    if reason is not None:
+        raise Refusal(f"its child {name} {reason}")
+    return path
+
+
+def _mlp(
+    fc1: str | None,
+    fc2: str,
+    activation: str,
+    gate: str,
+    *,
+    residual: Callable[[Foreign, Tensor], Tensor] | None = None,
+    ranks: tuple[int, ...] = (4,),
+    called: tuple[str, ...] = (),
+) -> Callable[[Foreign], Form]:
+    """A reader of modules with these children; ``=name`` is a function that is no child."""
+
+    def read(module: nn.Module) -> Form:
+        if getattr(module, "add_maxpool", False):
+            raise Refusal("it adds a maximum to the mean (add_maxpool=True)")
+        return Mlp(
+            None if fc1 is None else _layer(module, fc1),
+            _layer(module, fc2),
+            _function(module, activation, ACTIVATIONS),
+            _function(module, gate, GATES),
+            _parts(module, called=called),
+            residual,
+            ranks,
+        )
+
+    return read
+
+
+def _timm(module: Foreign) -> Form:
+    if class_name(module.bn) == "torch.nn.modules.linear.Identity":
+        return _mlp("fc1", "fc2", "act", "gate")(module)
+    if module.add_maxpool:
+        raise Refusal("it adds a maximum to the mean (add_maxpool=True)")
+    gate = _function(module, "gate", GATES)
+    return Halves(_excite_with_norm, gate, (Part(("gate",), type(module.gate)),))
+
+
+def _excite_with_norm(module: Foreign, z: Tensor) -> Tensor:
+    h: Tensor = module.act(module.bn(module.fc1(z[:, :, None, None])))
+    u: Tensor = module.fc2(h)
+    return u.flatten(1)
+
+
+def _eca(module: Foreign) -> Form:
+    if module.conv2 is not None:
+        raise Refusal("it has the experimental second convolution (use_mlp=True)")
+    gate = _function(module, "gate", GATES)
+    return Halves(_excite_by_convolution, gate, (Part(("gate",), type(module.gate)),))
+
+
+def _excite_by_convolution(module: Foreign, z: Tensor) -> Tensor:
+    u: Tensor = module.conv(z[:, None])
+    return u[:, 0]
+
+
+def _monai(module: Foreign) -> Form:
+    if type(module.avg_pool) not in _POOLS:
+        raise Refusal(f"its child avg_pool is a {type(module.avg_pool).__name__}")
+    rank = 3 + _POOLS.index(type(module.avg_pool))
+    residual = _input if module.add_residual else None
+    return _mlp("fc.0", "fc.2", "fc.1", "fc.3", residual=residual, ranks=(rank,))(module)
+
+
+def _fvcore(module: Foreign) -> Form:
+    rank = 5 if module.is_3d else 4
+    if len(find(module, ("block",))._modules) != 4:
+        raise Refusal("its excitation is not layer, activation, layer, gate")
+    return _mlp("block.0", "block.2", "block.1", "block.3", ranks=(rank,))(module)
+
+
+def _input(module: Foreign, x: Tensor) -> Tensor:
+    return x
+
+
+def _spatial_half(module: Foreign, x: Tensor) -> Tensor:
+    s: Tensor = module.sSE(x)
+    return x * s
+
+
+_HF = "transformers.models."
+_PP_LCNET = _mlp("convolutions.0", "convolutions.2", "convolutions.1", "convolutions.3")
+_PP_OCR = _mlp("conv1", "conv2", "act_fn", "=hardsigmoid_02")
+
+#: Readers by the class's qualified name; a subclass may compute anything and is not in here.
+KNOWN: dict[str, Callable[[Foreign], Form]] = {
+    "timm.layers.squeeze_excite.SEModule": _timm,
+    "timm.layers.squeeze_excite.EffectiveSEModule": _mlp(None, "fc", "=identity", "gate"),
+    "timm.layers.eca.EcaModule": _eca,
+    "timm.models._efficientnet_blocks.SqueezeExcite": _mlp(
+        "conv_reduce", "conv_expand", "act1", "gate"
+    ),
+    "timm.models.hgnet.EseModule": _mlp(None, "conv", "=identity", "sigmoid"),
+    "timm.models.senet.SEModule": _mlp("fc1", "fc2", "relu", "sigmoid"),
+    "torchvision.ops.misc.SqueezeExcitation": _mlp("fc1", "fc2", "activation", "scale_activation"),
+    f"{_HF}regnet.modeling_regnet.RegNetSELayer": _mlp(
+        "attention.0", "attention.2", "attention.1", "attention.3"
+    ),
+    f"{_HF}efficientnet.modeling_efficientnet.EfficientNetSqueezeExciteLayer": _mlp(
+        "reduce", "expand", "act_reduce", "act_expand"
+    ),
+    f"{_HF}align.modeling_align.AlignVisionSqueezeExciteLayer": _mlp(
+        "reduce", "expand", "act_reduce", "act_expand"
+    ),
+    f"{_HF}pp_lcnet.modeling_pp_lcnet.PPLCNetSqueezeExcitationModule": _PP_LCNET,
+    f"{_HF}pp_lcnet_v3.modeling_pp_lcnet_v3.PPLCNetV3SqueezeExcitationModule": _PP_LCNET,
+    f"{_HF}pp_lcnet_v4.modeling_pp_lcnet_v4.PPLCNetV4SqueezeExcitationModule": _PP_LCNET,
+    f"{_HF}pp_ocrv5_mobile_det.modeling_pp_ocrv5_mobile_det."
+    "PPOCRV5MobileDetSqueezeExcitationModule": _PP_OCR,
+    f"{_HF}pp_ocrv6_small_det.modeling_pp_ocrv6_small_det."
+    "PPOCRV6SmallDetSqueezeExcitationModule": _PP_OCR,
+    f"{_HF}qwen2_5_omni.modeling_qwen2_5_omni.SqueezeExcitationBlock": _mlp(
+        "conv1", "conv2", "relu", "sigmoid", ranks=(3,)
+    ),
+    "monai.networks.blocks.squeeze_and_excitation.ChannelSELayer": _monai,
+    "monai.networks.blocks.squeeze_and_excitation.ResidualSELayer": _monai,
+    "segmentation_models_pytorch.base.modules.SCSEModule": _mlp(
+        "cSE.1", "cSE.3", "cSE.2", "cSE.4", residual=_spatial_half, called=("sSE",)
+    ),
+    "segmentation_models_pytorch.encoders._senet.SEModule": _mlp("fc1", "fc2", "relu", "sigmoid"),
+    "segmentation_models_pytorch.encoders.mobileone.SEBlock": _mlp(
+        "reduce", "expand", "=relu", "=sigmoid"
+    ),
+    "fvcore.nn.squeeze_excitation.SqueezeExcitation": _fvcore,
+}
+
+
+# ---- proof by numbers ----
+
+_PROBE_SPACE = {3: (7,), 4: (5, 4), 5: (3, 2, 4)}
+_SOUNDS_LIKE_SE = re.compile(r"(?i:squeeze|excit)|(^|[a-z_])SE([A-Z_]|$)|^E?SE", re.ASCII)
+_MOST_CHILDREN = 16  # nothing that only excites has more; keeps whole networks from being tried
+
+
+def sounds_like_se(module: nn.Module) -> bool:
+    """Whether the class's name says squeeze-and-excitation; for the report alone."""
+    return _SOUNDS_LIKE_SE.search(type(module).__name__) is not None
+
+
+def _layers(module: nn.Module) -> list[Path] | None:
+    """Where the one or two layers of an excitation are; None if the module is not made of them."""
+    if module._parameters or module._buffers:
+        return None
+    layers: list[Path] = []
+    for count, (path, child) in enumerate(_paths(module)):
+        if count >= _MOST_CHILDREN:
+            return None
+        if type(child) in _LINEAR:
+            if not_a_matrix(child):
+                return None
+            layers.append(path)
+    if not 1 <= len(layers) <= 2:
+        return None
+    shapes = [find(module, path).weight.shape for path in layers]
+    if shapes[0][1] != shapes[-1][0] or (len(layers) == 2 and shapes[0][0] != shapes[1][1]):
+        return None
+    return layers
+
+
+def prove(module: nn.Module, paths: list[Path]) -> Mlp:
+    """The form of a module of unknown class, established by running a copy of it in float64.
+
+    ``paths`` are its layers.
+
+    Raises:
+        Refusal: no form, or more than one, gives what the module gives.
+    """
+    for path, child in _paths(module):
+        reason = watched(child)
+        if path not in paths and (child._parameters or child._buffers):
+            reason = "has parameters or buffers of its own"
+        if class_name(child).startswith("torch.ao."):
+            reason = "is made for quantisation"
+        if reason is not None:
+            raise Refusal(f"its child {'.'.join(path)} {reason}")
+    generator = torch.Generator().manual_seed(0)
+    try:
+        double = copy.deepcopy(module).to_empty(device="cpu").to(torch.float64)
+    except Exception as error:  # whatever a stranger's module raises
+        raise Refusal(f"a copy of it cannot be made: {_one_line(error)}") from error
+    layers = [find(double, path) for path in paths]
+    # Logits of every size up to about 10: gates differ most at their ends.
+    for layer, size in zip(layers, (3.0, 6.0)[-len(layers) :], strict=True):
+        fan_in = layer.weight.shape[1]
+        _fill(layer.weight, size / math.sqrt(max(fan_in, 1)), generator)
+        if layer.bias is not None:
+            _fill(layer.bias, 1.0, generator)
+
+    found: Mlp | None = None
+    ranks: list[int] = []
+    why = "it takes none of 3-, 4- and 5-dimensional input"
+    for rank, space in _PROBE_SPACE.items():
+        channels = layers[0].weight.shape[1]
+        x = torch.randn(3, channels, *space, generator=generator, dtype=torch.float64)
+        x += torch.randn(3, channels, *[1] * len(space), generator=generator, dtype=torch.float64)
+        try:
+            # Not called, as its own hooks would fire.
+            theirs = [_output_and_gradient(double.train(m).forward, x) for m in (True, False)]
+        except Exception as error:
+            why = f"it fails on {rank}-dimensional input: {_one_line(error)}" if rank == 4 else why
+            continue
+        forms = [
+            form
+            for form in _candidates(paths, _parts(module))
+            if all(_same(_output_and_gradient(_Model(form, double), x), t) for t in theirs)
+        ]
+        if len(forms) == 1 and (found is None or found == forms[0]):
+            found = forms[0]
+            ranks.append(rank)
+        else:
+            why = "no form of squeeze-and-excitation gives its output and gradient"
+    if found is None:
+        raise Refusal(why)
+    return found._replace(ranks=tuple(ranks))
+
+
+def _fill(t: Tensor, size: float, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        t.copy_(size * torch.randn(t.shape, generator=generator, dtype=torch.float64))
+
+
+def _candidates(paths: list[Path], parts: tuple[Part, ...]) -> Iterator[Mlp]:
+    fc1 = paths[0] if len(paths) == 2 else None
+    for activation in ACTIVATIONS if fc1 else ("identity",):
+        for gate in GATES:
+            for residual in (None, _input):
+                yield Mlp(fc1, paths[-1], activation, gate, parts, residual)
+
+
+class _Model:
+    """What a form says that a module computes, by the reference."""
+
+    def __init__(self, form: Mlp, module: nn.Module) -> None:
+        self.form, self.module = form, module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        form, fc2 = self.form, find(self.module, self.form.fc2)
+        fc1 = None if form.fc1 is None else find(self.module, form.fc1)
+        z = x.flatten(2).mean(2)
+        h = z if fc1 is None else POINTWISE[form.activation].fn(_apply(fc1, z))
+        scale = POINTWISE[form.gate].fn(_apply(fc2, h))
+        y = x * scale.reshape(*scale.shape, *[1] * (x.dim() - 2))
+        return y if form.residual is None else y + form.residual(self.module, x)
+
+
+def _apply(layer: Foreign, v: Tensor) -> Tensor:
+    u: Tensor = nn.functional.linear(v, layer.weight.flatten(1), layer.bias)
+    return u
+
+
+def _output_and_gradient(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    with torch.enable_grad():
+        y = fn(leaf)
+        if getattr(y, "shape", None) != x.shape:
+            raise TypeError(f"its output is no tensor of shape {list(x.shape)}")
+        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)
+        (gradient,) = torch.autograd.grad(y, leaf, weights)
+    return y.detach(), gradient
+
+
+def _same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
+    # torch's own hardsigmoid has a float32 constant in its float64 derivative.
+    return all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
+        for x, y, tolerance in zip(a, b, (1e-9, 1e-6), strict=True)
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+# ---- the question ----
+
+
+def recognise(module: nn.Module) -> Form | None:
+    """How to compute a module; None where it has nothing to do with squeeze-and-excitation.
+
+    Raises:
+        Refusal: it is, or calls itself, squeeze-and-excitation, and cannot be fused.
+    """
+    read = KNOWN.get(class_name(module))
+    if read is None:
+        paths = _layers(module)
+        if paths is None:
+            return None
+        try:
+            form: Form = prove(module, paths)
+        except Refusal:
+            if sounds_like_se(module):
+                raise
+            return None
+    else:
+        try:
+            form = read(module)
+        except (AttributeError, KeyError) as error:
+            raise Refusal(f"it is not built as {class_name(module)} is: {error}") from error
+    if "forward" in module.__dict__:
+        raise Refusal("it has its own forward")
+    reason = changed(module, form.parts)
+    if reason is not None:
+        raise Refusal(reason)
+    return form

@@ -1,0 +1,166 @@
+"""Real models of other libraries, small, with squeeze-and-excitation that matters to the output.
+
+Each library is optional: ``make test`` installs them all, elsewhere what is missing is skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+_schemas: list[torch.library.Library] = []
+
+
+def library(name: str) -> ModuleType:
+    """An optional library, imported; the test is skipped where it is not installed."""
+    if name.split(".")[0] in ("timm", "torchvision", "segmentation_models_pytorch", "transformers"):
+        _make_torchvision_importable()
+    return pytest.importorskip(name, exc_type=ImportError)
+
+
+def _make_torchvision_importable() -> None:
+    # torchvision built for CUDA beside a torch without it: its library does not load, and its
+    # Python part then misses the schemas of two ops, which no model here calls.
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        _schemas.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for op in ("nms", "qnms"):
+            _schemas[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A model of another library, by name."""
+
+    name: str
+    library: str
+    build: Callable[[ModuleType], nn.Module]
+    shape: tuple[int, ...] = (2, 3, 64, 64)
+    blocks: int = 1  # squeeze-and-excitation modules, at least
+
+    def make(self) -> nn.Module:
+        """The model in eval mode, all its parameters and statistics random."""
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        module = library(self.library)
+        torch.manual_seed(0)
+        model = self.build(module).eval()
+        randomise(model)
+        return model
+
+    def input(self) -> Tensor:
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(1))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def randomise(model: nn.Module) -> None:
+    """Break initialisations that hide a block: zeros, and norms that pass everything on."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.uniform_(0.7, 1.3)
+                module.bias.uniform_(-0.3, 0.3)
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+                fan_in = module.weight[0].numel()
+                module.weight.normal_(0, 1.0 / fan_in**0.5)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.3)
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output, or the first tensor in it."""
+    y: Any = model(x)
+    while not isinstance(y, Tensor):
+        y = next(iter(y.values())) if isinstance(y, dict) else y[0]
+    return y
+
+
+def _timm(name: str, blocks: int, size: int = 64, **kwargs: Any) -> RealModel:
+    return RealModel(
+        f"timm-{name}", "timm", lambda timm: timm.create_model(name, **kwargs),
+        (2, 3, size, size), blocks,
+    )  # fmt: skip
+
+
+def _torchvision(name: str, blocks: int, size: int = 64) -> RealModel:
+    return RealModel(
+        f"torchvision-{name}", "torchvision.models",
+        lambda models: models.get_model(name, weights=None), (2, 3, size, size), blocks,
+    )  # fmt: skip
+
+
+def _transformers(name: str, config: dict[str, Any], blocks: int, size: int = 64) -> RealModel:
+    def build(transformers: ModuleType) -> nn.Module:
+        cls = getattr(transformers, f"{name}Model")
+        model: nn.Module = cls(getattr(transformers, f"{name}Config")(**config))
+        return model
+
+    return RealModel(f"transformers-{name}", "transformers", build, (2, 3, size, size), blocks)
+
+
+_NETS = "monai.networks.nets"
+_BLOCKS = "monai.networks.blocks"
+
+REAL_MODELS = (
+    _timm("seresnet18", 8),
+    _timm("seresnext26ts", 8),
+    _timm("legacy_seresnet18", 8),
+    _timm("efficientnet_b0", 16),
+    _timm("semnasnet_075", 8),
+    _timm("mobilenetv3_small_100", 9),
+    _timm("fbnetv3_b", 18),
+    _timm("ghostnet_100", 7),
+    _timm("lcnet_050", 2),
+    _timm("regnety_002", 13),
+    _timm("rexnet_100", 13),  # a BatchNorm inside the excitation
+    _timm("ese_vovnet19b_dw", 4),  # a single layer
+    _timm("hgnet_tiny", 5),
+    _timm("sedarknet21", 7),
+    _timm("nf_regnet_b0", 10),
+    _timm("ecaresnet26t", 8),  # a convolution over channels
+    _torchvision("efficientnet_b0", 16),
+    _torchvision("mobilenet_v3_small", 9),
+    _torchvision("regnet_y_400mf", 16),
+    _transformers("RegNet", {"depths": [1, 1, 2, 1], "hidden_sizes": [32, 64, 96, 128],
+                             "groups_width": 16, "embedding_size": 16}, 5),
+    _transformers("EfficientNet", {"width_coefficient": 0.5, "depth_coefficient": 0.5,
+                                   "hidden_dim": 640}, 7),
+    RealModel("monai-SEResNet50", _NETS, lambda n: n.SENet(
+        2, 3, "se_resnet_bottleneck", [1, 1, 1, 1], groups=1, reduction=16, dropout_prob=None,
+        dropout_dim=2, num_classes=5, inplanes=64, input_3x3=False,
+        downsample_kernel_size=1), (2, 3, 64, 64), 4),
+    RealModel("monai-SENet3d", _NETS, lambda n: n.SENet(
+        3, 1, "se_resnet_bottleneck", [1, 1, 1, 1], groups=1, reduction=16, dropout_prob=None,
+        dropout_dim=3, num_classes=5, inplanes=64, input_3x3=False,
+        downsample_kernel_size=1), (2, 1, 32, 32, 32), 4),
+    RealModel("monai-ChannelSE1d", _BLOCKS, lambda b: b.ChannelSELayer(1, 24, 4), (2, 24, 50)),
+    RealModel("monai-ResidualSE", _BLOCKS, lambda b: b.ResidualSELayer(2, 24), (2, 24, 9, 7)),
+    RealModel("smp-Unet-scse", "segmentation_models_pytorch", lambda smp: smp.Unet(
+        "resnet18", encoder_weights=None, decoder_attention_type="scse"), (2, 3, 64, 64), 4),
+    RealModel("smp-mobileone", "segmentation_models_pytorch", lambda smp: smp.Unet(
+        "mobileone_s4", encoder_weights=None, decoder_channels=(16, 16, 16, 8, 8)),
+        (2, 3, 64, 64), 4),
+    RealModel("smp-se_resnet50", "segmentation_models_pytorch", lambda smp: smp.Unet(
+        "se_resnet50", encoder_weights=None, decoder_channels=(16, 16, 16, 8, 8)),
+        (2, 3, 64, 64), 16),
+)  # fmt: skip

@@ -1,0 +1,366 @@
+"""``fuse_se_blocks``: what it recognises, what it refuses, and that it changes nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from models import library, randomise
+from senet_kernels import BackendUnavailableError, fuse_se_blocks, unfuse_se_blocks
+from senet_kernels.convert import _Fused
+
+
+class SELayer(nn.Module):
+    """The form most copied into home-made models."""
+
+    def __init__(self, channels: int = 24, reduction: int = 4, bias: bool = False) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels // reduction, bias=bias),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // reduction, channels, bias=bias),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c = x.shape[:2]
+        y: Tensor = self.fc(self.avg_pool(x).view(b, c))
+        return x * y.view(b, c, 1, 1).expand_as(x)
+
+
+class HSigmoid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU6(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.relu(x + 3) / 6
+        return y
+
+
+class MobileSE(SELayer):
+    """Custom gate; a subclass is a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=True)
+        self.fc[3] = HSigmoid()
+
+
+class FunctionalSE(nn.Module):
+    """Layers as children, everything else functional; any number of spatial dimensions."""
+
+    def __init__(self, finish: Callable[[Tensor, Tensor], Tensor], act: Any = F.silu) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(24, 6)
+        self.expand = nn.Linear(6, 24)
+        self.finish, self.act = finish, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.expand(self.act(self.squeeze(x.flatten(2).mean(2))))
+        return self.finish(x, u.reshape(*u.shape, *[1] * (x.dim() - 2)))
+
+
+class Oddity(nn.Module):
+    """Looks like squeeze-and-excitation in all but what it computes."""
+
+    def __init__(self, compute: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(24, 6, 1)
+        self.fc2 = nn.Conv2d(6, 24, 1)
+        self.drop = nn.Dropout(0.5)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(self, x)
+
+
+class SEOddity(Oddity):
+    """The same under a name that says so: reported rather than passed over."""
+
+
+def _excite(m: Any, z: Tensor) -> Tensor:
+    u: Tensor = m.fc2(torch.relu(m.fc1(z)))
+    return u
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True)
+
+
+def _x(*shape: int) -> Tensor:
+    return torch.randn(shape or (3, 24, 9, 7), generator=torch.Generator().manual_seed(3))
+
+
+def _assert_same(module: nn.Module, x: Tensor) -> None:
+    """Fused and original: output, strides, and every gradient."""
+    original = copy.deepcopy(module)
+    unfuse_se_blocks(original)
+    results = []
+    for m in (module, original):
+        leaf = x.clone().requires_grad_()
+        y = m(leaf)
+        gradients = torch.autograd.grad(y, [leaf, *m.parameters()], torch.ones_like(y))
+        results.append((y.detach(), *gradients))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert results[0][0].stride() == results[1][0].stride()
+
+
+def test_known_home_made_form() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), SELayer(), nn.ReLU(), MobileSE())
+    randomise(model)
+    report = fuse_se_blocks(model)
+    assert [(e.name, e.note) for e in report.replaced] == [
+        ("1", "squeeze_excite: two layers, relu, gate sigmoid"),
+        ("3", "squeeze_excite: two layers, relu, gate hardsigmoid"),
+    ]
+    assert not report.refused
+    assert "replaced 2, refused 0" in str(report)
+    assert "SELayer" in str(report)
+    _assert_same(model, _x(2, 3, 11, 9))
+
+
+@pytest.mark.parametrize(
+    ("finish", "expected"),
+    [
+        (lambda x, u: x * torch.sigmoid(u), "gate sigmoid"),
+        (lambda x, u: F.hardsigmoid(u) * x, "gate hardsigmoid"),
+        (lambda x, u: x * (0.2 * u + 0.5).clamp(0, 1), "gate hardsigmoid_02"),
+        (lambda x, u: x * torch.tanh(u), "gate tanh"),
+        (lambda x, u: x * u, "gate identity"),
+        (lambda x, u: x * torch.relu(u) + x, "gate relu, plus a residual"),
+    ],
+)
+@pytest.mark.parametrize("rank", [3, 4, 5])
+def test_proved_forms(finish: Callable[[Tensor, Tensor], Tensor], expected: str, rank: int) -> None:
+    module = FunctionalSE(finish)
+    report = fuse_se_blocks(module)
+    assert [e.note for e in report.replaced] == [f"squeeze_excite: two layers, silu, {expected}"]
+    assert report.replaced[0].name == ""
+    assert "(the model)" in str(report)
+    _assert_same(module, _x(3, 24, *[4, 3, 5][: rank - 2]))
+
+
+@pytest.mark.parametrize(
+    "act", [F.relu, F.gelu, F.hardswish, F.mish, F.leaky_relu, F.relu6, lambda t: t]
+)
+def test_proved_activations(act: Callable[[Tensor], Tensor]) -> None:
+    module = FunctionalSE(lambda x, u: x * torch.sigmoid(u), act)
+    assert len(fuse_se_blocks(module).replaced) == 1
+    _assert_same(module, _x())
+
+
+_ODD: dict[str, Callable[[Any, Tensor], Any]] = {
+    "max pool": lambda m, x: x * _excite(m, x.amax((2, 3), keepdim=True)).sigmoid(),
+    "other slope": lambda m, x: x * (_excite(m, _mean(x)).sigmoid() * 0.2 + 0.5),
+    "gate alone": lambda m, x: _excite(m, _mean(x)).sigmoid(),
+    "no gradient through the gate": lambda m, x: x * _excite(m, _mean(x).detach()).sigmoid(),
+    "random": lambda m, x: x * _excite(m, _mean(x)).sigmoid() * torch.rand(()),
+    "dropout": lambda m, x: x * m.drop(_excite(m, _mean(x))).sigmoid(),
+    "rows only": lambda m, x: x * _excite(m, x.mean(2, keepdim=True)).sigmoid(),
+    "twice": lambda m, x: x * _excite(m, _mean(x)).sigmoid() ** 2,
+    "in training only": lambda m, x: x * _excite(m, _mean(x)).sigmoid() if m.training else x,
+    "a pair": lambda m, x: (x * _excite(m, _mean(x)).sigmoid(), None),
+    "layers swapped": lambda m, x: x * m.fc1(m.fc2(_mean(x))).sigmoid(),
+}
+
+
+@pytest.mark.parametrize("name", _ODD)
+def test_what_computes_something_else_is_refused(name: str) -> None:
+    model = nn.ModuleList([SEOddity(_ODD[name]), Oddity(_ODD[name])])
+    types = [type(m) for m in model.modules()]
+    report = fuse_se_blocks(model)
+    assert not report.replaced
+    assert [e.name for e in report.refused] == ["0"], "only what sounds like SE is reported"
+    assert report.refused[0].note
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_an_mlp_is_no_excitation() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    report = fuse_se_blocks(model)
+    assert str(report) == "replaced 0, refused 0"
+
+
+def test_strict_changes_nothing() -> None:
+    model = nn.ModuleList([SELayer(), SEOddity(_ODD["twice"])])
+    with pytest.raises(ValueError, match=r"strict: expected .* got 1 \(.*SEOddity\)"):
+        fuse_se_blocks(model, strict=True)
+    assert not any(isinstance(m, _Fused) for m in model.modules())
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
+        fuse_se_blocks(_mean)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        fuse_se_blocks(model, backend="cudnn")
+
+
+def test_filter_and_twice() -> None:
+    shared = SELayer()
+    model = nn.ModuleDict({"a": SELayer(), "b": shared, "c": shared})
+    seen = []
+
+    def choose(name: str, module: nn.Module) -> bool:
+        seen.append(name)
+        return name != "a"
+
+    assert [e.name for e in fuse_se_blocks(model, filter_fn=choose).replaced] == ["b"]
+    assert "a" in seen
+    report = fuse_se_blocks(model)  # what is fused stays fused
+    assert [e.name for e in report.replaced] == ["a", "b"]
+    assert all("SELayer" in e.kind and "Fused" not in e.kind for e in report.replaced)
+    assert model["b"] is model["c"]
+    assert unfuse_se_blocks(model) == 2
+    assert type(model["a"]) is SELayer
+    assert "_senet_form" not in vars(model["a"])
+
+
+def test_hooks() -> None:
+    """Those on the block fire as before; with one on a child its original forward runs."""
+    block = SELayer()
+    fired: list[str] = []
+    block.register_forward_hook(lambda *_: fired.append("block"))
+    assert len(fuse_se_blocks(block).replaced) == 1
+    x = _x()
+    expected = block(x)
+    assert fired == ["block"]
+
+    handle = block.fc[1].register_forward_hook(lambda *_: fired.append("child"))
+    torch.testing.assert_close(block(x), expected)
+    assert fired == ["block", "child", "block"]
+    handle.remove()
+
+    with nn.modules.module.register_module_forward_hook(lambda m, *_: fired.append("global")):
+        block(x)
+    assert fired.count("global") == 7, fired  # the block, its pool, the Sequential and its four
+
+
+def test_hooked_children_are_refused() -> None:
+    model = nn.ModuleList([SELayer(), SELayer(), SELayer(), SELayer()])
+    model[0].fc[0].register_forward_pre_hook(lambda *_: None)
+    model[1].fc[2].forward = model[1].fc[2].forward  # type: ignore[method-assign]
+    parametrize.register_parametrization(model[2].fc[0], "weight", nn.Identity())
+    model[3].forward = model[3].forward  # type: ignore[method-assign]
+    report = fuse_se_blocks(model)
+    assert not report.replaced
+    assert [e.note for e in report.refused][:2] == [
+        "its child fc.0 has hooks",
+        "its child fc.2 has its own forward",
+    ]
+    assert report.refused[-1].note == "it has its own forward"
+
+
+def test_changes_after_fusing() -> None:
+    """A parametrization, a replaced child, more arguments: the original forward sees them."""
+    block = SELayer()
+    fuse_se_blocks(block)
+    x = _x()
+
+    class Double(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return 2 * w
+
+    parametrize.register_parametrization(block.fc[0], "weight", Double())
+    _assert_same(block, x)
+    parametrize.remove_parametrizations(block.fc[0], "weight")
+    block.fc[2] = nn.Sequential(block.fc[2], nn.Tanh())  # type: ignore[assignment]
+    _assert_same(block, x)
+    with pytest.raises(TypeError, match="forward"):
+        block(x, None)
+
+
+def test_named_backend_never_falls_back() -> None:
+    block = SELayer()
+    fuse_se_blocks(block, backend="triton")
+    with pytest.raises(BackendUnavailableError):
+        block(_x())
+    fuse_se_blocks(block, backend="native")
+    block.fc[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(BackendUnavailableError, match=r"SELayer: its child fc\.0 has hooks"):
+        block(_x())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_autocast_and_layout(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    block = SELayer(bias=True)
+    x = _x().to(dtype).to(memory_format=memory_format)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        eager = block(x)
+        fuse_se_blocks(block)
+        fused = block(x)
+    assert fused.dtype == eager.dtype
+    assert fused.stride() == eager.stride()
+    torch.testing.assert_close(fused.float(), eager.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_compile_export_and_fx() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), SELayer(bias=True), nn.ReLU()).eval()
+    fuse_se_blocks(model)
+    x = _x(2, 3, 11, 9)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), expected)
+    traced = torch.fx.symbolic_trace(model)  # of the original operations
+    torch.testing.assert_close(traced(x), expected)
+
+
+def test_refusals_of_known_classes() -> None:
+    timm = library("timm")
+    layers = timm.layers
+    model = nn.ModuleList(
+        [
+            layers.SEModule(32, add_maxpool=True),
+            layers.SEModule(32, act_layer=nn.Softplus),
+            layers.EffectiveSEModule(32, add_maxpool=True),
+            layers.EcaModule(32, use_mlp=True),
+            layers.SEModule(32, act_layer=lambda inplace: nn.LeakyReLU(0.2, inplace=inplace)),
+        ]
+    )
+    report = fuse_se_blocks(model)
+    assert not report.replaced
+    notes = [e.note for e in report.refused]
+    assert notes[0] == notes[2] == "it adds a maximum to the mean (add_maxpool=True)"
+    assert "Softplus" in notes[1]
+    assert "use_mlp" in notes[3]
+    assert "negative_slope=0.2" in notes[4]
+
+
+def test_quantizable_subclass_is_not_taken_for_its_base() -> None:
+    library("torchvision")
+    mobilenet = library("torchvision.models.quantization.mobilenetv3")
+    block = mobilenet.QuantizableSqueezeExcitation(32, 8)
+    report = fuse_se_blocks(block)
+    assert not report.replaced
+    assert len(report.refused) == 1
+
+
+def test_norm_in_the_excitation_trains() -> None:
+    """The norm's statistics move as they do in the original."""
+    timm = library("timm")
+    block = timm.layers.SEModule(32, norm_layer=nn.BatchNorm2d).train()
+    other = copy.deepcopy(block)
+    fuse_se_blocks(block)
+    x = _x(4, 32, 5, 6)
+    torch.testing.assert_close(block(x), other(x))
+    assert int(block.bn.num_batches_tracked) == 1
+    torch.testing.assert_close(block.bn.running_mean, other.bn.running_mean)
+
+
+def test_as_an_argument_of_model_builders() -> None:
+    """A block from a ResNet built by hand with timm's own SE in place of its layer."""
+    torchvision = library("torchvision")
+    block = torchvision.ops.SqueezeExcitation(24, 6)
+    fuse_se_blocks(block)
+    _assert_same(block, _x())
+    x = _x(24, 9, 7)  # unbatched: torchvision takes it, so the original forward runs
+    assert block(x).shape == x.shape
