@@ -7,6 +7,10 @@ TORCH ?= torch==2.13.0
 # The CPU build of torch comes without Triton, whose interpreter the tests use; this one pairs with
 # the torch above.
 TRITON ?= triton==3.7.1
+# Libraries whose models the tests convert. Those in the second line go in without their dependencies,
+# which are not needed and some of which would replace torch.
+MODELS ?= timm==1.0.31 transformers==5.23.0
+MODELS_ALONE ?= torchvision==0.28.0 monai==1.6.1 segmentation-models-pytorch==0.6.0
 VENV := .venv
 export SENET_KERNELS_BUILD ?= auto
 # The gate tests the native kernels; that they were not built is a failure unless asked for.
@@ -115,7 +119,14 @@ $(STAMPS)/bench: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
 	@echo '==> senet_kernels[bench], native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-build-isolation -e '.[bench]'; cat senet_kernels/_build.json; touch $@; }
 
-$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
+# torchvision belongs to one release of torch: with another torch these tests are left out.
+$(STAMPS)/models: | $(STAMPS)/torch
+	@echo '==> model libraries for the tests'; time { \
+	  if $(PY) -c 'import sys, torch; sys.exit(not torch.__version__.startswith("2.13.0"))'; then \
+	    $(PY) $(PIP) pillow numpy && $(PY) $(PIP) --no-deps $(MODELS_ALONE) && $(PY) $(PIP) $(MODELS); \
+	  else echo '    left out: they are for torch 2.13.0'; fi; touch $@; }
+
+$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models
 	@echo '==> senet_kernels[test,lint], native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }

@@ -58,8 +58,8 @@ class _Fused(nn.Module):
                 dispatch.only_reference(f"this {self._original.__name__}: {reason}", backend)
             return super().forward(x, *args, **kwargs)
         if not isinstance(form, Mlp):
-            u = form.excite(self, api.squeeze(x))
-            return api.channel_scale(x, u, gate=form.gate)
+            u = form.excite(self, api.squeeze(x, backend=backend))
+            return api.channel_scale(x, u, gate=form.gate, backend=backend)
         fc1 = None if form.fc1 is None else find(self, form.fc1)
         fc2 = find(self, form.fc2)
         return api.squeeze_excite(

@@ -1,0 +1,163 @@
+"""``python -m senet_kernels``: what runs here, whether it is right, and what it brings a model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .convert import fuse_se_blocks, unfuse_se_blocks
+from .dispatch import backends
+from .selftest import run as selftest
+
+
+def _report() -> int:
+    """Versions, devices, backends and the feature table."""
+    print(f"senet_kernels {__version__}")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            memory = p.total_memory / 2**30
+            print(f"GPU {i}: {p.name}, sm_{p.major}{p.minor}, {memory:.0f} GiB")
+    else:
+        print("GPU: none that torch can use")
+    print()
+    print(backends())
+    return 0
+
+
+def _selftest() -> int:
+    """Every backend that runs here against the reference in float64."""
+    start, failures, count = time.perf_counter(), 0, 0
+    for result in selftest():
+        count += 1
+        failures += not result.ok
+        print(result, flush=True)
+    verdict = f"{failures} of {count} failed" if failures else f"all {count} passed"
+    print(f"{verdict}, {time.perf_counter() - start:.1f} s")
+    return 1 if failures else 0
+
+
+def _fuse(name: str, size: int, batch: int, device: str, seconds: float) -> int:
+    """What fuse_se_blocks replaces in a model, how equal the outputs are, and the time of both."""
+    model = _load(name).to(device).eval()
+    x = torch.randn(batch, _input_channels(model), size, size, device=device)
+    with torch.no_grad():
+        before = _first_tensor(model(x))
+    report = fuse_se_blocks(model)
+    print(report)
+    if not report.replaced:
+        return 1
+    with torch.no_grad():
+        after = _first_tensor(model(x))
+    scale = before.abs().max().clamp_min(1e-30)
+    difference = ((after - before).abs().max() / scale).item()
+    print(f"output: largest difference {difference:.1e} of the largest value")
+    for title, step in (("inference", _infer), ("training step", _train)):
+        fused, original = _interleaved(model, x, step, device, seconds)
+        print(
+            f"{title}: {1e3 * original:.2f} ms before, {1e3 * fused:.2f} ms after, "
+            f"{original / fused:.2f}x (batch {batch}, {size}x{size}, {device})"
+        )
+    return 0
+
+
+def _load(name: str) -> nn.Module:
+    source, _, rest = name.partition(":")
+    if not rest:
+        sys.exit(f"model: expected timm:NAME, torchvision:NAME or MODULE:CALLABLE, got {name!r}")
+    try:
+        if source == "timm":
+            model: Any = importlib.import_module("timm").create_model(rest)
+        elif source == "torchvision":
+            model = importlib.import_module("torchvision.models").get_model(rest, weights=None)
+        else:
+            model = getattr(importlib.import_module(source), rest)()
+    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+        sys.exit(f"model: {name!r} cannot be made: {type(error).__name__}: {error}")
+    if not isinstance(model, nn.Module):
+        sys.exit(f"model: expected {name!r} to give a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _input_channels(model: nn.Module) -> int:
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first = next(convolutions, None)
+    return 3 if first is None else first.in_channels
+
+
+def _first_tensor(y: Any) -> Tensor:
+    while not isinstance(y, Tensor):
+        y = next(iter(y.values())) if isinstance(y, dict) else y[0]
+    return y
+
+
+def _infer(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+
+
+def _train(model: nn.Module, x: Tensor) -> None:
+    _first_tensor(model(x)).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _interleaved(
+    model: nn.Module,
+    x: Tensor,
+    step: Callable[[nn.Module, Tensor], None],
+    device: str,
+    seconds: float,
+) -> tuple[float, float]:
+    """Median seconds of a step, fused and original, turn by turn."""
+    fused: list[float] = []
+    original: list[float] = []
+    start = time.perf_counter()
+    while len(fused) < 3 or time.perf_counter() - start < seconds:
+        for times, switch in ((original, unfuse_se_blocks), (fused, fuse_se_blocks)):
+            switch(model)
+            step(model, x)
+            _wait(device)
+            begin = time.perf_counter()
+            step(model, x)
+            _wait(device)
+            times.append(time.perf_counter() - begin)
+    return statistics.median(fused), statistics.median(original)
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m senet_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("report", help="versions, devices, backends and features (the default)")
+    commands.add_parser("selftest", help="every backend that runs here against the reference")
+    fuse = commands.add_parser("fuse", help="what fuse_se_blocks does to a model: parity, time")
+    fuse.add_argument("model", help="timm:NAME, torchvision:NAME or MODULE:CALLABLE")
+    fuse.add_argument("--size", type=int, default=224, help="of the square input (224)")
+    fuse.add_argument("--batch", type=int, default=8)
+    fuse.add_argument("--seconds", type=float, default=10, help="per timing (10)")
+    fuse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.command == "fuse":
+        return _fuse(args.model, args.size, args.batch, args.device, args.seconds)
+    return _selftest() if args.command == "selftest" else _report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""``python -m senet_kernels``: the report, the self-test, and the trial of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from senet_kernels import __version__, selftest
+from senet_kernels.__main__ import main
+from senet_kernels.pointwise import POINTWISE
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert f"senet_kernels {__version__}" in out
+    assert f"torch {torch.__version__}" in out
+    assert "reference: available" in out
+
+
+def test_selftest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest"]) == 0
+    assert "reference on cpu, float32" in capsys.readouterr().out
+
+
+def test_selftest_can_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sigmoid = POINTWISE["sigmoid"]
+
+    def broken(x: Tensor) -> Tensor:
+        return torch.sigmoid(x) * (1 if x.dtype == torch.float64 else 1.2)
+
+    monkeypatch.setitem(POINTWISE, "sigmoid", sigmoid._replace(fn=broken))
+    results = {r.dtype: r.ok for r in selftest.run() if r.backend == "reference"}
+    assert results == {d: d == torch.float64 for d in results}
+    assert main(["selftest"]) == 1
+    assert "FAILED  reference on cpu, float32: error" in capsys.readouterr().out
+
+
+_MODEL = """
+from torch import nn
+from senet_kernels import FusedSEBlock
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8)
+
+    def forward(self, x):
+        u = self.fc2(self.act(self.fc1(x.mean((2, 3)))))
+        return x * u.sigmoid()[:, :, None, None]
+
+def with_se():
+    return nn.Sequential(nn.Conv2d(5, 8, 3), Gate(), nn.Flatten(), nn.LazyLinear(3))
+
+def without():
+    return nn.Conv2d(3, 8, 3)
+
+def number():
+    return 3
+"""
+
+
+def test_fuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_models.py").write_text(_MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--size", "12", "--batch", "2", "--seconds", "0"]
+    assert main(["fuse", "my_models:with_se", *options]) == 0
+    out = capsys.readouterr().out
+    assert "replaced 1, refused 0" in out
+    assert "my_models.Gate" in out
+    assert "output: largest difference" in out
+    assert "training step:" in out
+    assert main(["fuse", "my_models:without", *options]) == 1
+    for wrong in ("seresnet50", "my_models:nothing", "no_such_module:x", "my_models:number"):
+        with pytest.raises(SystemExit, match="model: "):
+            main(["fuse", wrong, *options])
