@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,13 +50,14 @@ def _selftest() -> int:
     return 1 if failures else 0
 
 
-def _fuse(name: str, size: int, batch: int, device: str, seconds: float) -> int:
+def _fuse(name: str, size: int, batch: int, device: str, seconds: float, neighbours: bool) -> int:
     """What fuse_se_blocks replaces in a model, how equal the outputs are, and the time of both."""
     model = _load(name).to(device).eval()
     x = torch.randn(batch, _input_channels(model), size, size, device=device)
     with torch.no_grad():
         before = _first_tensor(model(x))
-    report = fuse_se_blocks(model)
+    fuse = partial(fuse_se_blocks, neighbours=neighbours)
+    report = fuse(model)
     print(report)
     if not report.replaced:
         return 1
@@ -65,7 +67,7 @@ def _fuse(name: str, size: int, batch: int, device: str, seconds: float) -> int:
     difference = ((after - before).abs().max() / scale).item()
     print(f"output: largest difference {difference:.1e} of the largest value")
     for title, step in (("inference", _infer), ("training step", _train)):
-        fused, original = _interleaved(model, x, step, device, seconds)
+        fused, original = _interleaved(model, x, step, fuse, device, seconds)
         print(
             f"{title}: {1e3 * original:.2f} ms before, {1e3 * fused:.2f} ms after, "
             f"{original / fused:.2f}x (batch {batch}, {size}x{size}, {device})"
@@ -117,6 +119,7 @@ def _interleaved(
     model: nn.Module,
     x: Tensor,
     step: Callable[[nn.Module, Tensor], None],
+    fuse: Callable[[nn.Module], object],
     device: str,
     seconds: float,
 ) -> tuple[float, float]:
@@ -125,7 +128,7 @@ def _interleaved(
     original: list[float] = []
     start = time.perf_counter()
     while len(fused) < 3 or time.perf_counter() - start < seconds:
-        for times, switch in ((original, unfuse_se_blocks), (fused, fuse_se_blocks)):
+        for times, switch in ((original, unfuse_se_blocks), (fused, fuse)):
             switch(model)
             step(model, x)
             _wait(device)
@@ -152,10 +155,11 @@ def main(argv: list[str] | None = None) -> int:
     fuse.add_argument("--size", type=int, default=224, help="of the square input (224)")
     fuse.add_argument("--batch", type=int, default=8)
     fuse.add_argument("--seconds", type=float, default=10, help="per timing (10)")
+    fuse.add_argument("--neighbours", action="store_true", help="the steps around the blocks too")
     fuse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.command == "fuse":
-        return _fuse(args.model, args.size, args.batch, args.device, args.seconds)
+        return _fuse(args.model, args.size, args.batch, args.device, args.seconds, args.neighbours)
     return _selftest() if args.command == "selftest" else _report()
 
 

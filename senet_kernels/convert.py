@@ -10,12 +10,15 @@ replaced since, the module's original forward runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from . import api, dispatch
-from .recognise import Form, Mlp, Refusal, changed, class_name, find, recognise
+from .neighbours import Block, recognise_block
+from .pointwise import POINTWISE
+from .recognise import Form, Mlp, Refusal, changed, find, recognise, watched
 
 
 class Entry(NamedTuple):
@@ -47,32 +50,33 @@ class _Fused(nn.Module):
     """Put before a recognised class by :func:`_fused_class`."""
 
     _original: type[nn.Module]
-    _senet_form: Form
-    _senet_backend: str | None
+    _senet_form: Form | Block | None = None  # None: made by slicing a Sequential, say
+    _senet_backend: str | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         form, backend = self._senet_form, self._senet_backend
+        if form is None:
+            return super().forward(x, *args, **kwargs)
         reason = _unexpected(form, x, args, kwargs) or changed(self, form.parts)
+        if isinstance(form, Block):
+            y = NotImplemented if reason is not None else self._run_block(form, x)
+            # The original forward calls the squeeze-and-excitation module, which has its own say.
+            return super().forward(x, *args, **kwargs) if y is NotImplemented else y
         if reason is not None:
             if backend is not None:
                 dispatch.only_reference(f"this {self._original.__name__}: {reason}", backend)
             return super().forward(x, *args, **kwargs)
-        if not isinstance(form, Mlp):
-            u = form.excite(self, api.squeeze(x, backend=backend))
-            return api.channel_scale(x, u, gate=form.gate, backend=backend)
-        fc1 = None if form.fc1 is None else find(self, form.fc1)
-        fc2 = find(self, form.fc2)
-        return api.squeeze_excite(
-            x,
-            None if fc1 is None else fc1.weight,
-            None if fc1 is None else fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            activation=form.activation,
-            gate=form.gate,
-            residual=None if form.residual is None else form.residual(self, x),
-            backend=backend,
-        )
+        if isinstance(form, Mlp):
+            return _excite(self, form, x)
+        u = form.excite(self, api.squeeze(x, backend=backend))
+        return api.channel_scale(x, u, gate=form.gate, backend=backend)
+
+    def _run_block(self, block: Block, x: Tensor) -> Any:
+        se = find(self, block.se)
+        form = se._senet_form if isinstance(se, _Fused) else None
+        if not isinstance(form, Mlp) or watched(se) or changed(se, form.parts):
+            return NotImplemented
+        return block.run(block, self, x, partial(_excite, se, form))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, where pickle and copy cannot find it by name.
@@ -80,7 +84,38 @@ class _Fused(nn.Module):
         return (_new_fused, (self._original,), *reduced[2:])
 
 
-def _unexpected(form: Form, x: Any, args: Any, kwargs: Any) -> str | None:
+def _excite(
+    module: Any,
+    form: Mlp,
+    x: Tensor,
+    *,
+    before: str | None = None,
+    after: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A module's operation, with the steps around it that its block adds."""
+    if x.dim() not in form.ranks:  # a Sequential that reshapes on the way
+        return POINTWISE[after or "identity"].fn(module(POINTWISE[before or "identity"].fn(x)))
+    fc1 = None if form.fc1 is None else find(module, form.fc1)
+    fc2 = find(module, form.fc2)
+    if form.residual is not None:
+        residual = form.residual(module, x)
+    return api.squeeze_excite(
+        x,
+        None if fc1 is None else fc1.weight,
+        None if fc1 is None else fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        activation=form.activation,
+        gate=form.gate,
+        before=before,
+        after=after,
+        residual=residual,
+        backend=module._senet_backend,
+    )
+
+
+def _unexpected(form: Form | Block, x: Any, args: Any, kwargs: Any) -> str | None:
     """What is unlike the calls the form was recognised for."""
     if args or kwargs:
         return "it was called with more than x"
@@ -115,9 +150,78 @@ def _describe(form: Form) -> str:
     return f"squeeze_excite: {layers}, gate {form.gate}{added}"
 
 
+class _Plan:
+    """What is to be done to a model, worked out before anything is changed."""
+
+    def __init__(
+        self, model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
+    ) -> None:
+        self.forms: dict[nn.Module, Form | Block] = {}
+        self.replaced: list[Entry] = []
+        self.refused: list[Entry] = []
+        self.candidates = [
+            (name, module)
+            for name, module in model.named_modules()
+            if filter_fn is None or filter_fn(name, module)
+        ]
+
+    def add_modules(self) -> None:
+        """Every squeeze-and-excitation module; what lies inside one is done with."""
+        inside: set[nn.Module] = set()
+        for name, module in self.candidates:
+            if module in inside or isinstance(_form_of(module), Block):
+                continue
+            try:
+                form = _form_of(module) or recognise(module)
+            except Refusal as refusal:
+                self.refused.append(Entry(name, _kind(module), str(refusal)))
+            else:
+                if form is None:
+                    continue
+                assert not isinstance(form, Block)
+                self.forms[module] = form
+                self.replaced.append(Entry(name, _kind(module), _describe(form)))
+            inside.update(module.modules())
+
+    def add_blocks(self) -> None:
+        """Every module that calls one of those found."""
+        for name, module in self.candidates:
+            if not any(self._is_found(child) for child in module.children()):
+                continue
+            try:
+                block = _form_of(module) or recognise_block(module, self._is_found)
+            except Refusal as refusal:
+                self.refused.append(Entry(name, _kind(module), f"neighbours: {refusal}"))
+            else:
+                assert isinstance(block, Block)
+                self.forms[module] = block
+                self.replaced.append(Entry(name, _kind(module), f"neighbours: {block.note}"))
+
+    def _is_found(self, module: nn.Module) -> bool:
+        form = self.forms.get(module)
+        return isinstance(form, Mlp) and form.residual is None
+
+    def carry_out(self, backend: str | None) -> None:
+        for module, form in self.forms.items():
+            if not isinstance(module, _Fused):
+                module.__class__ = _fused_class(type(module))
+            module._senet_form = form  # type: ignore[assignment]
+            module._senet_backend = backend  # type: ignore[assignment]
+
+
+def _form_of(module: nn.Module) -> Form | Block | None:
+    return module._senet_form if isinstance(module, _Fused) else None
+
+
+def _kind(module: nn.Module) -> str:
+    cls = module._original if isinstance(module, _Fused) else type(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def fuse_se_blocks(
     model: nn.Module,
     *,
+    neighbours: bool = False,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     strict: bool = False,
     backend: str | None = None,
@@ -134,6 +238,11 @@ def fuse_se_blocks(
 
     Args:
         model: any module; it may itself be a squeeze-and-excitation module.
+        neighbours: let the steps around a module join its operation: the activation before it
+            (timm's EfficientNet, MobileNetV3 and RegNet blocks, any Sequential, so torchvision's
+            too), or the residual and the activation after it (timm's ResNet blocks). Hooks on
+            the block fire as before, those on the steps that joined make the block run its
+            original forward.
         filter_fn: called with name and module; False leaves a module alone.
         strict: raise where a module is refused, before anything is changed.
         backend: see :func:`senet_kernels.squeeze_excite`; asked for by name, it never falls back.
@@ -149,40 +258,17 @@ def fuse_se_blocks(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     dispatch.check_backend_name(backend, "backend")
-    plans: list[tuple[nn.Module, Form]] = []
-    replaced: list[Entry] = []
-    refused: list[Entry] = []
-    inside: set[int] = set()  # what lies in a module that has been dealt with
-    for name, module in model.named_modules():
-        if id(module) in inside or (filter_fn is not None and not filter_fn(name, module)):
-            continue
-        kind = class_name(module)
-        try:
-            if isinstance(module, _Fused):
-                form: Form | None = module._senet_form
-                kind = f"{module._original.__module__}.{module._original.__qualname__}"
-            else:
-                form = recognise(module)
-        except Refusal as refusal:
-            refused.append(Entry(name, kind, str(refusal)))
-            form = None
-        else:
-            if form is None:
-                continue
-            plans.append((module, form))
-            replaced.append(Entry(name, kind, _describe(form)))
-        inside.update(map(id, module.modules()))
-    if strict and refused:
+    plan = _Plan(model, filter_fn)
+    plan.add_modules()
+    if neighbours:
+        plan.add_blocks()
+    if strict and plan.refused:
         raise ValueError(
             "strict: expected every squeeze-and-excitation module to be replaceable, got "
-            + "; ".join(f"{e.name or 'the model'} ({e.kind}): {e.note}" for e in refused)
+            + "; ".join(f"{e.name or 'the model'} ({e.kind}): {e.note}" for e in plan.refused)
         )
-    for module, form in plans:
-        if not isinstance(module, _Fused):
-            module.__class__ = _fused_class(type(module))
-        module._senet_form = form  # type: ignore[assignment]
-        module._senet_backend = backend  # type: ignore[assignment]
-    return FusionReport(tuple(replaced), tuple(refused))
+    plan.carry_out(backend)
+    return FusionReport(tuple(plan.replaced), tuple(plan.refused))
 
 
 def unfuse_se_blocks(model: nn.Module) -> int:
@@ -201,6 +287,7 @@ def unfuse_se_blocks(model: nn.Module) -> int:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     fused = [module for module in model.modules() if isinstance(module, _Fused)]
     for module in fused:
-        del module._senet_form, module._senet_backend
+        module.__dict__.pop("_senet_form", None)
+        module.__dict__.pop("_senet_backend", None)
         module.__class__ = module._original  # type: ignore[assignment]
     return len(fused)

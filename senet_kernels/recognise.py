@@ -367,11 +367,15 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
             reason = "is made for quantisation"
         if reason is not None:
             raise Refusal(f"its child {'.'.join(path)} {reason}")
+    channels = find(module, paths[0]).weight.shape[1]
+    # First without data, which turns away the MLPs of transformers at no cost.
+    taken = [
+        rank
+        for rank, space in _PROBE_SPACE.items()
+        if _keeps_shape(module, torch.empty(3, channels, *space, device="meta"))
+    ]
     generator = torch.Generator().manual_seed(0)
-    try:
-        double = copy.deepcopy(module).to_empty(device="cpu").to(torch.float64)
-    except Exception as error:  # whatever a stranger's module raises
-        raise Refusal(f"a copy of it cannot be made: {_one_line(error)}") from error
+    double = _copy(module, torch.float64, "cpu")
     layers = [find(double, path) for path in paths]
     # Logits of every size up to about 10: gates differ most at their ends.
     for layer, size in zip(layers, (3.0, 6.0)[-len(layers) :], strict=True):
@@ -382,16 +386,16 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
 
     found: Mlp | None = None
     ranks: list[int] = []
-    why = "it takes none of 3-, 4- and 5-dimensional input"
-    for rank, space in _PROBE_SPACE.items():
-        channels = layers[0].weight.shape[1]
+    why = "it takes [B, C, *spatial] to no output of the same shape"
+    for rank in taken:
+        space = _PROBE_SPACE[rank]
         x = torch.randn(3, channels, *space, generator=generator, dtype=torch.float64)
         x += torch.randn(3, channels, *[1] * len(space), generator=generator, dtype=torch.float64)
         try:
             # Not called, as its own hooks would fire.
             theirs = [_output_and_gradient(double.train(m).forward, x) for m in (True, False)]
         except Exception as error:
-            why = f"it fails on {rank}-dimensional input: {_one_line(error)}" if rank == 4 else why
+            why = f"it fails on {rank}-dimensional input: {_one_line(error)}"
             continue
         forms = [
             form
@@ -406,6 +410,29 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
     if found is None:
         raise Refusal(why)
     return found._replace(ranks=tuple(ranks))
+
+
+def _copy(module: nn.Module, dtype: torch.dtype, device: str) -> Foreign:
+    """The module with new, uninitialised parameters."""
+    memo = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device))
+        for p in module.parameters()
+    }
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:  # whatever a stranger's module raises
+        raise Refusal(f"a copy of it cannot be made: {_one_line(error)}") from error
+
+
+def _keeps_shape(module: nn.Module, x: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            y = _copy(module, x.dtype, "meta").forward(x)
+    except Refusal:
+        raise
+    except Exception:
+        return False
+    return bool(getattr(y, "shape", None) == x.shape)
 
 
 def _fill(t: Tensor, size: float, generator: torch.Generator) -> None:

@@ -123,7 +123,7 @@ _BLOCKS = "monai.networks.blocks"
 
 REAL_MODELS = (
     _timm("seresnet18", 8),
-    _timm("seresnext26ts", 8),
+    _timm("seresnext26d_32x4d", 8),
     _timm("legacy_seresnet18", 8),
     _timm("efficientnet_b0", 16),
     _timm("semnasnet_075", 8),

@@ -57,6 +57,9 @@ class Gate(nn.Module):
 def with_se():
     return nn.Sequential(nn.Conv2d(5, 8, 3), Gate(), nn.Flatten(), nn.LazyLinear(3))
 
+def with_act():
+    return nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU(), Gate())
+
 def without():
     return nn.Conv2d(3, 8, 3)
 
@@ -77,6 +80,8 @@ def test_fuse(
     assert "my_models.Gate" in out
     assert "output: largest difference" in out
     assert "training step:" in out
+    assert main(["fuse", "my_models:with_act", *options, "--neighbours"]) == 0
+    assert "neighbours: before relu" in capsys.readouterr().out
     assert main(["fuse", "my_models:without", *options]) == 1
     for wrong in ("seresnet50", "my_models:nothing", "no_such_module:x", "my_models:number"):
         with pytest.raises(SystemExit, match="model: "):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import library, randomise
 from senet_kernels import BackendUnavailableError, fuse_se_blocks, unfuse_se_blocks
@@ -364,3 +366,152 @@ def test_as_an_argument_of_model_builders() -> None:
     _assert_same(block, _x())
     x = _x(24, 9, 7)  # unbatched: torchvision takes it, so the original forward runs
     assert block(x).shape == x.shape
+
+
+# ---- neighbours ----
+
+
+def _block() -> nn.Sequential:
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.SiLU(inplace=True)),
+        SELayer(bias=True),
+        nn.ReLU(),
+        nn.Conv2d(24, 5, 1),
+    )
+    randomise(model)
+    return model.eval()
+
+
+def _operations(model: nn.Module, x: Tensor) -> list[str]:
+    """Names of the ops that one call runs."""
+    names: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Record(), torch.no_grad():
+        model(x)
+    return names
+
+
+def test_neighbours_in_a_sequential() -> None:
+    model = _block()
+    x = _x(2, 3, 11, 9)
+    report = fuse_se_blocks(model, neighbours=True)
+    assert [(e.name, e.note) for e in report.replaced] == [
+        ("1", "squeeze_excite: two layers, relu, gate sigmoid"),
+        ("", "neighbours: before silu, after relu"),
+    ]
+    _assert_same(model, x)
+    assert not {"aten::silu", "aten::silu_", "aten::relu"} & set(_operations(model, x))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(x), model(x))
+    assert str(fuse_se_blocks(model, neighbours=True)) == str(report)  # once is enough
+    _assert_same(model[:2], x)  # a slice is a Sequential of its own, fused blocks or not
+    assert unfuse_se_blocks(model) == 2
+    assert type(model) is nn.Sequential
+
+
+@pytest.mark.parametrize("place", ["act", "se", "se child", "container", "after"])
+def test_neighbours_with_hooks(place: str) -> None:
+    """A hook anywhere on what was joined: the original steps run and the hook sees its values."""
+    model = _block()
+    x = _x(2, 3, 11, 9)
+    watch = {
+        "act": model[0][2],
+        "se": model[1],
+        "se child": model[1].fc[0],
+        "container": model[0],
+        "after": model[2],
+    }[place]
+    seen: list[Tensor] = []
+    watch.register_forward_hook(lambda module, args, y: seen.append(y.clone()))
+    expected = model(x)
+    first = seen.pop()
+    handles = watch._forward_hooks.copy()
+    watch._forward_hooks.clear()
+    fuse_se_blocks(model, neighbours=True)
+    watch._forward_hooks.update(handles)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], first, rtol=1e-4, atol=1e-4)
+
+
+def test_neighbours_that_change() -> None:
+    model = _block()
+    x = _x(2, 3, 11, 9)
+    fuse_se_blocks(model, neighbours=True)
+    model[0].append(nn.Dropout2d(0.0))
+    _assert_same(model, x)
+    model[0][2] = nn.Hardswish()
+    _assert_same(model, x)
+    model.append(nn.Sigmoid())
+    _assert_same(model, x)
+    unfuse_se_blocks(model[1])
+    assert "senet_kernels::native_forward" not in _operations(model, x)
+
+
+def test_neighbours_refused() -> None:
+    class Home(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.se = nn.ReLU(), SELayer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.se(self.act(x))
+            return y
+
+    model = nn.ModuleDict({"home": Home(), "bare": nn.Sequential(SELayer(), nn.Conv2d(24, 3, 1))})
+    report = fuse_se_blocks(model, neighbours=True)
+    assert len(report.replaced) == 2
+    assert [(e.name, e.note) for e in report.refused] == [
+        ("home", "neighbours: a block of this class is not known"),
+        ("bare", "neighbours: no activation stands beside its one excitation"),
+    ]
+    _assert_same(model["home"], _x())
+
+
+def test_neighbours_know_a_block_by_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = library("timm")
+    model = timm.create_model("seresnet18")
+    block = type(model.layer1[0])
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.conv1(x)
+        return y
+
+    monkeypatch.setattr(block, "forward", forward)
+    report = fuse_se_blocks(model, neighbours=True)
+    assert len(report.replaced) == 8
+    assert {e.note for e in report.refused} == {
+        "neighbours: its forward is not the one that is known (another release?)"
+    }
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "efficientnet_b0"])
+def test_neighbours_in_training(name: str) -> None:
+    """Batch statistics, stochastic depth and autocast are the original's."""
+    timm = library("timm")
+    model = timm.create_model(name, drop_path_rate=0.3).train()
+    randomise(model)
+    other = copy.deepcopy(model)
+    fuse_se_blocks(model, neighbours=True)
+    x = _x(4, 3, 64, 64)
+    for dtype in (None, torch.bfloat16):
+        results = []
+        for m in (model, other):
+            torch.manual_seed(5)
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                y = m(x)
+            y.float().square().mean().backward()
+            results.append(y)
+        tolerance = 1e-3 if dtype is None else 0.1
+        assert results[0].dtype == results[1].dtype
+        error = (results[0] - results[1]).abs().max() / results[1].abs().max()
+        assert error < tolerance, error
+    for a, b in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)

@@ -58,6 +58,40 @@ def test_same_output_and_gradients(real: RealModel) -> None:
     assert _largest_difference(_step(model, x), expected) > 10 * TOLERANCE
 
 
+_WITH_NEIGHBOURS = {
+    "timm-seresnet18": (8, "residual, after relu"),
+    "timm-seresnext26d_32x4d": (8, "residual, after relu"),
+    "timm-efficientnet_b0": (16, "before silu"),
+    "timm-semnasnet_075": (8, "before relu"),
+    "timm-mobilenetv3_small_100": (9, "before hardswish"),
+    "timm-lcnet_050": (2, "before hardswish"),
+    "timm-regnety_002": (13, "before relu"),
+    "torchvision-efficientnet_b0": (16, "before silu"),
+    "torchvision-mobilenet_v3_small": (9, "before hardswish"),
+    "torchvision-regnet_y_400mf": (16, "before relu"),
+}
+
+
+@each_model
+def test_neighbours(real: RealModel) -> None:
+    """The steps around the blocks too: the same results, and gone again afterwards."""
+    model = real.make().double()
+    types = [type(m) for m in model.modules()]
+    x = real.input().double()
+    expected = _step(model, x)
+    report = fuse_se_blocks(model, neighbours=True)
+    notes = [e.note.removeprefix("neighbours: ") for e in report.replaced if "neigh" in e.note]
+    if real.name in _WITH_NEIGHBOURS:
+        count, note = _WITH_NEIGHBOURS[real.name]
+        assert len(notes) == count, report
+        assert note in notes, report
+    else:
+        assert all(e.note.startswith("neighbours: ") for e in report.refused), report
+    assert _largest_difference(_step(model, x), expected) < TOLERANCE
+    unfuse_se_blocks(model)
+    assert [type(m) for m in model.modules()] == types
+
+
 @each_model
 def test_float32_error(real: RealModel) -> None:
     """In float32 the fused model is as close to the float64 model as the original is."""

@@ -1,0 +1,313 @@
+"""The steps around a squeeze-and-excitation module, in the blocks that are known to have them.
+
+A *block* is the module that calls the squeeze-and-excitation module. Where its ``forward`` is known
+(by its class and a hash of its source), the activation before the module, or the residual and the
+activation after it, join the fused operation. A Sequential needs no hash: its forward is torch's.
+To add a block, add a line to ``KNOWN_BLOCKS``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .pointwise import ACTIVATIONS
+from .recognise import Foreign, Part, Path, Refusal, changed, class_name, find, pointwise_name
+
+# What a block calls in place of its squeeze-and-excitation module.
+Excite = Callable[..., Tensor]  # (x, before=None, after=None, residual=None) -> y
+# Computes a block; NotImplemented where it cannot this time, and the original forward must run.
+Run = Callable[["Block", Foreign, Tensor, Excite], Any]
+
+
+class Step(NamedTuple):
+    """One child that a Sequential calls, or its squeeze-and-excitation module."""
+
+    path: Path
+    is_se: bool = False
+    before: str | None = None
+    after: str | None = None
+
+
+class Block(NamedTuple):
+    """A block whose forward is known, with the place of its squeeze-and-excitation module."""
+
+    se: Path
+    run: Run
+    function: str  # the pointwise step that joins
+    parts: tuple[Part, ...]  # children whose work is done by the operation, or passed over
+    note: str
+    steps: tuple[Step, ...] = ()  # of a Sequential
+    names: tuple[tuple[Path, tuple[str, ...]], ...] = ()  # its children then, and theirs
+    ranks: tuple[int, ...] = (4,)
+
+
+def _activation(module: nn.Module, *path: str) -> str:
+    child = find(module, path)
+    name = pointwise_name(child)
+    if name not in ACTIVATIONS:
+        raise Refusal(f"no kernel has the function of its child {'.'.join(path)}, {child!r}")
+    return name
+
+
+def _part(module: nn.Module, *path: str) -> Part:
+    return Part(path, type(find(module, path)))
+
+
+# ---- timm ----
+
+
+def _resnet(act: str, run: Run) -> Callable[[Foreign], Block]:
+    """A reader of blocks that end in a sum and the activation ``act``."""
+
+    def read(module: Foreign) -> Block:
+        function = _activation(module, act)
+        parts = (_part(module, act),)
+        return Block(("se",), run, function, parts, f"residual, after {function}")
+
+    return read
+
+
+def _basic_block(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
+    if module.drop_path is not None and module.training:
+        return NotImplemented
+    shortcut = x
+    x = module.aa(module.act1(module.drop_block(module.bn1(module.conv1(x)))))
+    x = module.bn2(module.conv2(x))
+    return _residual(block, module, x, shortcut, excite)
+
+
+def _bottleneck(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
+    if module.drop_path is not None and module.training:
+        return NotImplemented
+    shortcut = x
+    x = module.act1(module.bn1(module.conv1(x)))
+    x = module.aa(module.act2(module.drop_block(module.bn2(module.conv2(x)))))
+    x = module.bn3(module.conv3(x))
+    return _residual(block, module, x, shortcut, excite)
+
+
+def _residual(block: Block, module: Foreign, x: Tensor, shortcut: Tensor, excite: Excite) -> Tensor:
+    if module.downsample is not None:
+        shortcut = module.downsample(shortcut)
+    if shortcut.dtype == x.dtype and shortcut.shape == x.shape:
+        return excite(x, residual=shortcut, after=block.function)
+    y = excite(x)  # autocast: the sum has the dtype of x
+    y += shortcut
+    act: Tensor = find(module, block.parts[0].path)(y)
+    return act
+
+
+def _norm_with_act(module: nn.Module, *path: str) -> tuple[str, tuple[Part, ...]]:
+    """A BatchNorm that applies an activation itself: the activation, and what to watch."""
+    norm = find(module, path)
+    if class_name(norm) != "timm.layers.norm_act.BatchNormAct2d":
+        raise Refusal(f"its child {'.'.join(path)} is a {type(norm).__name__}")
+    if type(norm.drop) is not nn.Identity:
+        raise Refusal(f"its child {'.'.join(path)} has a dropout")
+    function = _activation(module, *path, "act")
+    parts = (_part(module, *path), _part(module, *path, "act"), _part(module, *path, "drop"))
+    return function, parts
+
+
+def _without_act(norm: Foreign, x: Tensor) -> Tensor:
+    return nn.BatchNorm2d.forward(norm, x)
+
+
+def _no_anti_aliasing(module: Foreign) -> Part:
+    if type(module.aa) is not nn.Identity:
+        raise Refusal("it has an anti-aliasing layer between activation and excitation")
+    return Part(("aa",), nn.Identity)
+
+
+def _inverted_residual(module: Foreign) -> Block:
+    function, parts = _norm_with_act(module, "bn2")
+    parts = (*parts, _no_anti_aliasing(module))
+    return Block(("se",), _run_inverted_residual, function, parts, f"before {function}")
+
+
+def _run_inverted_residual(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
+    shortcut = x
+    if module.conv_s2d is not None:
+        x = module.bn_s2d(module.conv_s2d(x))
+    x = module.bn1(module.conv_pw(x))
+    x = _without_act(module.bn2, module.conv_dw(x))
+    x = excite(x, before=block.function)
+    x = module.bn3(module.conv_pwl(x))
+    return module.drop_path(x) + shortcut if module.has_skip else x
+
+
+def _depthwise_separable(module: Foreign) -> Block:
+    function, parts = _norm_with_act(module, "bn1")
+    parts = (*parts, _no_anti_aliasing(module))
+    return Block(("se",), _run_depthwise_separable, function, parts, f"before {function}")
+
+
+def _run_depthwise_separable(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
+    shortcut = x
+    if module.conv_s2d is not None:
+        x = module.bn_s2d(module.conv_s2d(x))
+    x = _without_act(module.bn1, module.conv_dw(x))
+    x = excite(x, before=block.function)
+    x = module.bn2(module.conv_pw(x))
+    return module.drop_path(x) + shortcut if module.has_skip else x
+
+
+def _regnet(module: Foreign) -> Block:
+    conv = module.conv2
+    if class_name(conv) != "timm.layers.conv_bn_act.ConvNormAct":
+        raise Refusal(f"its child conv2 is a {type(conv).__name__}")
+    if getattr(conv, "aa", None) is not None:
+        raise Refusal("it has an anti-aliasing layer between activation and excitation")
+    function, parts = _norm_with_act(module, "conv2", "bn")
+    parts = (*parts, _part(module, "conv2"))
+    return Block(("se",), _run_regnet, function, parts, f"before {function}")
+
+
+def _run_regnet(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
+    shortcut = x
+    x = module.conv1(x)
+    x = _without_act(module.conv2.bn, module.conv2.conv(x))
+    x = module.conv3(excite(x, before=block.function))
+    if module.downsample is not None:
+        x = module.drop_path(x) + module.downsample(shortcut)
+    return module.act3(x)
+
+
+# ---- Sequential ----
+
+
+def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
+    """The steps of a Sequential, with the activations beside its modules folded in."""
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    steps: list[Step] = []
+    parts: list[Part] = []
+    names: list[tuple[Path, tuple[str, ...]]] = [((), tuple(module._modules))]
+    notes: list[str] = []
+    skip = False
+    for i, (name, child) in enumerate(children):
+        if skip:
+            skip = False
+            continue
+        if not is_se(child):
+            steps.append(Step((name,)))
+            continue
+        before = after = None
+        last = _last_activation(children[i - 1][1]) if i else None
+        if last is not None and not steps[-1].is_se:
+            inner, before = last
+            previous = steps.pop()
+            if inner:  # all of a nested Sequential but its activation
+                nested = tuple(find(module, previous.path)._modules)
+                names.append((previous.path, nested))
+                parts.append(_part(module, *previous.path))
+                steps += [Step((*previous.path, n)) for n in nested if n != inner[0]]
+            parts.append(_part(module, *previous.path, *inner))
+        if i + 1 < len(children):
+            function = pointwise_name(children[i + 1][1])
+            if function in ACTIVATIONS and function != "identity":
+                after, skip = function, True
+                parts.append(_part(module, children[i + 1][0]))
+        steps.append(Step((name,), True, before, after))
+        notes += [f"before {before}"] if before else []
+        notes += [f"after {after}"] if after else []
+    found = [s for s in steps if s.is_se]
+    if len(found) != 1 or not notes:
+        raise Refusal("no activation stands beside its one excitation")
+    return Block(
+        found[0].path, _run_sequential, "", tuple(parts), ", ".join(notes), tuple(steps),
+        tuple(names),
+    )  # fmt: skip
+
+
+def _last_activation(child: nn.Module) -> tuple[Path, str] | None:
+    """Where a child ends in an activation: path within it, and the function."""
+    function = pointwise_name(child)
+    if function in ACTIVATIONS and function != "identity":
+        return (), function
+    if is_sequential(child) and len(child._modules) > 1:
+        name, last = list(child._modules.items())[-1]
+        function = None if last is None else pointwise_name(last)
+        if function in ACTIVATIONS and function != "identity":
+            return (name,), function
+    return None
+
+
+def _run_sequential(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
+    for path, names in block.names:
+        if tuple(find(module, path)._modules) != names:
+            return NotImplemented
+    for step in block.steps:
+        if step.is_se:
+            x = excite(x, before=step.before, after=step.after)
+        else:
+            x = find(module, step.path)(x)
+    return x
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether a module computes what a Sequential does: each child once, in order."""
+    cls = type(module)
+    return isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward
+
+
+# ---- known blocks ----
+
+
+class _Known(NamedTuple):
+    read: Callable[[Foreign], Block]
+    hashes: tuple[str, ...]  # of forward's source in the releases it was written for
+
+
+_RESNET = "timm.models.resnet."
+_EFFICIENTNET = "timm.models._efficientnet_blocks."
+
+KNOWN_BLOCKS: dict[str, _Known] = {
+    f"{_RESNET}BasicBlock": _Known(_resnet("act2", _basic_block), ("c4bd8d82ef4cb977",)),
+    f"{_RESNET}Bottleneck": _Known(_resnet("act3", _bottleneck), ("0f8cc905e8ed9daa",)),
+    f"{_EFFICIENTNET}InvertedResidual": _Known(_inverted_residual, ("15fd26b018210770",)),
+    f"{_EFFICIENTNET}DepthwiseSeparableConv": _Known(_depthwise_separable, ("e57885c10293a08c",)),
+    "timm.models.regnet.Bottleneck": _Known(_regnet, ("2a4e872bdf183ca6",)),
+}
+
+
+def source_hash(cls: type[nn.Module]) -> str | None:
+    """A hash of ``forward``'s source, blank space and comments aside; None where there is none."""
+    try:
+        lines = inspect.getsource(cls.forward).splitlines()
+    except (OSError, TypeError):
+        return None
+    code = [line.split("#")[0].strip() for line in lines]
+    return hashlib.sha256("\n".join(filter(None, code)).encode()).hexdigest()[:16]
+
+
+def recognise_block(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
+    """How a module that calls a squeeze-and-excitation module computes.
+
+    Raises:
+        Refusal: it is not known, or not built as expected.
+    """
+    if "forward" in module.__dict__:
+        raise Refusal("it has its own forward")
+    if is_sequential(module):
+        block = _sequential(module, is_se)
+    else:
+        known = KNOWN_BLOCKS.get(class_name(module))
+        if known is None:
+            raise Refusal("a block of this class is not known")
+        if source_hash(type(module)) not in known.hashes:
+            raise Refusal("its forward is not the one that is known (another release?)")
+        try:
+            block = known.read(module)
+            if not is_se(find(module, block.se)):
+                raise Refusal("its excitation is not computed by squeeze_excite")
+        except (AttributeError, KeyError) as error:
+            raise Refusal(f"it is not built as expected: {error}") from error
+    reason = changed(module, block.parts)
+    if reason is not None:
+        raise Refusal(reason)
+    return block
