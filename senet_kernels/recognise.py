@@ -377,8 +377,9 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
     generator = torch.Generator().manual_seed(0)
     double = _copy(module, torch.float64, "cpu")
     layers = [find(double, path) for path in paths]
-    # Logits of every size up to about 10: gates differ most at their ends.
-    for layer, size in zip(layers, (3.0, 6.0)[-len(layers) :], strict=True):
+    # Hidden values up to about 15 and logits up to about 10, of either sign, and enough of them:
+    # functions of the table that differ do so somewhere there (relu and relu6 from 6 on).
+    for layer, size in zip(layers, (5.0, 1.5) if len(layers) == 2 else (4.0,), strict=True):
         fan_in = layer.weight.shape[1]
         _fill(layer.weight, size / math.sqrt(max(fan_in, 1)), generator)
         if layer.bias is not None:
@@ -387,10 +388,12 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
     found: Mlp | None = None
     ranks: list[int] = []
     why = "it takes [B, C, *spatial] to no output of the same shape"
+    batch = max(3, 96 // max(1, layers[0].weight.shape[0]))
     for rank in taken:
         space = _PROBE_SPACE[rank]
-        x = torch.randn(3, channels, *space, generator=generator, dtype=torch.float64)
-        x += torch.randn(3, channels, *[1] * len(space), generator=generator, dtype=torch.float64)
+        ones = [1] * len(space)
+        x = torch.randn(batch, channels, *space, generator=generator, dtype=torch.float64)
+        x += torch.randn(batch, channels, *ones, generator=generator, dtype=torch.float64)
         try:
             # Not called, as its own hooks would fire.
             theirs = [_output_and_gradient(double.train(m).forward, x) for m in (True, False)]
@@ -406,7 +409,8 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
             found = forms[0]
             ranks.append(rank)
         else:
-            why = "no form of squeeze-and-excitation gives its output and gradient"
+            what = "more than one form" if forms else "no form"
+            why = f"{what} of squeeze-and-excitation gives its output and gradient"
     if found is None:
         raise Refusal(why)
     return found._replace(ranks=tuple(ranks))

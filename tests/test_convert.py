@@ -160,6 +160,17 @@ def test_proved_activations(act: Callable[[Tensor], Tensor]) -> None:
     _assert_same(module, _x())
 
 
+@pytest.mark.parametrize("hidden", [1, 2, 3, 64])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.GELU])
+def test_proved_at_every_width(hidden: int, act: type[nn.Module]) -> None:
+    """Few hidden channels give few values to tell functions apart by."""
+    block = SELayer(8)
+    block.fc = nn.Sequential(nn.Linear(8, hidden), act(), nn.Linear(hidden, 8), nn.Sigmoid())
+    (entry,) = fuse_se_blocks(block).replaced
+    assert f" {act.__name__.lower()}," in entry.note
+    _assert_same(block, _x(3, 8, 5, 4))
+
+
 _ODD: dict[str, Callable[[Any, Tensor], Any]] = {
     "max pool": lambda m, x: x * _excite(m, x.amax((2, 3), keepdim=True)).sigmoid(),
     "other slope": lambda m, x: x * (_excite(m, _mean(x)).sigmoid() * 0.2 + 0.5),
