@@ -374,6 +374,8 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         for rank, space in _PROBE_SPACE.items()
         if _keeps_shape(module, torch.empty(3, channels, *space, device="meta"))
     ]
+    if not taken:
+        raise Refusal("it takes [B, C, *spatial] to no output of the same shape")
     generator = torch.Generator().manual_seed(0)
     double = _copy(module, torch.float64, "cpu")
     layers = [find(double, path) for path in paths]
@@ -387,7 +389,7 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
 
     found: Mlp | None = None
     ranks: list[int] = []
-    why = "it takes [B, C, *spatial] to no output of the same shape"
+    why = ""
     batch = max(3, 96 // max(1, layers[0].weight.shape[0]))
     for rank in taken:
         space = _PROBE_SPACE[rank]
@@ -403,7 +405,8 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         forms = [
             form
             for form in _candidates(paths, _parts(module))
-            if all(_same(_output_and_gradient(_Model(form, double), x), t) for t in theirs)
+            if _is_close(_Model(form, double)(x).detach(), theirs[0][0])
+            and all(_same(_output_and_gradient(_Model(form, double), x), t) for t in theirs)
         ]
         if len(forms) == 1 and (found is None or found == forms[0]):
             found = forms[0]
@@ -486,10 +489,11 @@ def _output_and_gradient(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
 
 def _same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     # torch's own hardsigmoid has a float32 constant in its float64 derivative.
-    return all(
-        torch.allclose(x, y, rtol=tolerance, atol=tolerance)
-        for x, y, tolerance in zip(a, b, (1e-9, 1e-6), strict=True)
-    )
+    return _is_close(a[0], b[0]) and _is_close(a[1], b[1], 1e-6)
+
+
+def _is_close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def _one_line(error: BaseException) -> str:
