@@ -57,7 +57,8 @@ class _Fused(nn.Module):
         form, backend = self._senet_form, self._senet_backend
         if form is None:
             return super().forward(x, *args, **kwargs)
-        reason = _unexpected(form, x, args, kwargs) or changed(self, form.parts)
+        lengths, more = _take_lengths(form, args, kwargs)
+        reason = _unexpected(form, x, more) or changed(self, form.parts)
         if isinstance(form, Block):
             y = NotImplemented if reason is not None else self._run_block(form, x)
             # The original forward calls the squeeze-and-excitation module, which has its own say.
@@ -67,7 +68,7 @@ class _Fused(nn.Module):
                 dispatch.only_reference(f"this {self._original.__name__}: {reason}", backend)
             return super().forward(x, *args, **kwargs)
         if isinstance(form, Mlp):
-            return _excite(self, form, x)
+            return _excite(self, form, x, lengths=lengths)
         u = form.excite(self, api.squeeze(x, backend=backend))
         return api.channel_scale(x, u, gate=form.gate, backend=backend)
 
@@ -92,6 +93,7 @@ def _excite(
     before: str | None = None,
     after: str | None = None,
     residual: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """A module's operation, with the steps around it that its block adds."""
     if x.dim() not in form.ranks:  # a Sequential that reshapes on the way
@@ -100,6 +102,8 @@ def _excite(
     fc2 = find(module, form.fc2)
     if form.residual is not None:
         residual = form.residual(module, x)
+    if form.lengths is not None and lengths is not None:
+        lengths = form.lengths(x, lengths)
     return api.squeeze_excite(
         x,
         None if fc1 is None else fc1.weight,
@@ -111,13 +115,23 @@ def _excite(
         before=before,
         after=after,
         residual=residual,
+        lengths=lengths,
         backend=module._senet_backend,
     )
 
 
-def _unexpected(form: Form | Block, x: Any, args: Any, kwargs: Any) -> str | None:
+def _take_lengths(form: Form | Block, args: Any, kwargs: Any) -> tuple[Tensor | None, bool]:
+    """The argument ``lengths`` of a form that has one, and whether there are other arguments."""
+    count = len(args) + len(kwargs)
+    if count == 1 and isinstance(form, Mlp) and form.lengths is not None:
+        if args or "lengths" in kwargs:
+            return (args[0] if args else kwargs["lengths"]), False
+    return None, count > 0
+
+
+def _unexpected(form: Form | Block, x: Any, more: bool) -> str | None:
     """What is unlike the calls the form was recognised for."""
-    if args or kwargs:
+    if more:
         return "it was called with more than x"
     if not isinstance(x, Tensor):  # torch.fx traces the original
         return f"x is a {type(x).__name__}"
@@ -229,12 +243,12 @@ def fuse_se_blocks(
     """Run the squeeze-and-excitation modules of ``model`` on the fused kernels, in place.
 
     Recognised are the modules of timm, torchvision, transformers, MONAI,
-    segmentation-models-pytorch and fvcore, by their exact classes, and any other module that
-    consists of an excitation's two layers and is shown on random numbers to compute the operation.
-    Parameter objects, names, state_dict keys, hooks on the module, train flag, ``isinstance``,
-    deepcopy and pickle stay as they are (``type(m)`` becomes a subclass); inlined blocks that are
-    no module of their own are not found. A child that gets a hook, a parametrization or a
-    replacement later makes its block run its original forward.
+    segmentation-models-pytorch, fvcore and speechbrain, by their exact classes, and any other
+    module that consists of an excitation's two layers and is shown on random numbers to compute
+    the operation. Parameter objects, names, state_dict keys, hooks on the module, train flag,
+    ``isinstance``, deepcopy and pickle stay as they are (``type(m)`` becomes a subclass); inlined
+    blocks that are no module of their own are not found. A child that gets a hook, a
+    parametrization or a replacement later makes its block run its original forward.
 
     Args:
         model: any module; it may itself be a squeeze-and-excitation module.

@@ -45,6 +45,8 @@ class Mlp(NamedTuple):
     parts: tuple[Part, ...]
     residual: Callable[[Foreign, Tensor], Tensor] | None = None  # what is added to the product
     ranks: tuple[int, ...] = (4,)  # numbers of dimensions of x it was recognised for
+    # Its second argument, `lengths`, as squeeze_excite takes it; None: it has no such argument.
+    lengths: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Halves(NamedTuple):
@@ -202,6 +204,7 @@ def _mlp(
     residual: Callable[[Foreign, Tensor], Tensor] | None = None,
     ranks: tuple[int, ...] = (4,),
     called: tuple[str, ...] = (),
+    lengths: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Callable[[Foreign], Form]:
     """A reader of modules with these children; ``=name`` is a function that is no child."""
 
@@ -216,6 +219,7 @@ def _mlp(
             _parts(module, called=called),
             residual,
             ranks,
+            lengths,
         )
 
     return read
@@ -261,6 +265,12 @@ def _fvcore(module: Foreign) -> Form:
     if len(find(module, ("block",))._modules) != 4:
         raise Refusal("its excitation is not layer, activation, layer, gate")
     return _mlp("block.0", "block.2", "block.1", "block.3", ranks=(rank,))(module)
+
+
+def _relative_lengths(x: Tensor, lengths: Tensor) -> Tensor:
+    """Fractions of the longest: position i counts if ``i < lengths * L``."""
+    longest = x.shape[-1]
+    return (lengths * longest).ceil().clamp(0, longest).long()
 
 
 def _input(module: Foreign, x: Tensor) -> Tensor:
@@ -314,6 +324,9 @@ KNOWN: dict[str, Callable[[Foreign], Form]] = {
     "segmentation_models_pytorch.encoders._senet.SEModule": _mlp("fc1", "fc2", "relu", "sigmoid"),
     "segmentation_models_pytorch.encoders.mobileone.SEBlock": _mlp(
         "reduce", "expand", "=relu", "=sigmoid"
+    ),
+    "speechbrain.lobes.models.ECAPA_TDNN.SEBlock": _mlp(
+        "conv1.conv", "conv2.conv", "relu", "sigmoid", ranks=(3,), lengths=_relative_lengths
     ),
     "fvcore.nn.squeeze_excitation.SqueezeExcitation": _fvcore,
 }

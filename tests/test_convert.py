@@ -379,6 +379,48 @@ def test_as_an_argument_of_model_builders() -> None:
     assert block(x).shape == x.shape
 
 
+class _Wrapped(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+class MaskedSE(nn.Module):
+    """By the definition of speechbrain's block, whose name it is given below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.relu = _Wrapped(24, 6), nn.ReLU(inplace=True)
+        self.conv2, self.sigmoid = _Wrapped(6, 24), nn.Sigmoid()
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if lengths is None:
+            z = x.mean(2, keepdim=True)
+        else:
+            counts = torch.arange(x.shape[2], dtype=lengths.dtype) < lengths[:, None] * x.shape[2]
+            mask = counts[:, None].to(x.dtype)
+            z = (x * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True)
+        return x * self.sigmoid(self.conv2(self.relu(self.conv1(z))))
+
+
+def test_masked_block() -> None:
+    names = {"__module__": "speechbrain.lobes.models.ECAPA_TDNN", "__qualname__": "SEBlock"}
+    original = type("SEBlock", (MaskedSE,), names)()
+    block = copy.deepcopy(original)
+    assert len(fuse_se_blocks(block).replaced) == 1
+    x = _x(5, 24, 13)
+    lengths = torch.tensor([1.0, 0.5, 0.31, 1 / 13, 0.99])
+    for call in ((x,), (x, None), (x, lengths)):
+        torch.testing.assert_close(block(*call), original(*call))
+    torch.testing.assert_close(block(x, lengths=lengths), original(x, lengths=lengths))
+    with pytest.raises(TypeError):
+        block(x, length=lengths)
+
+
 # ---- neighbours ----
 
 
