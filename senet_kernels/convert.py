@@ -122,11 +122,11 @@ def _excite(
 
 def _take_lengths(form: Form | Block, args: Any, kwargs: Any) -> tuple[Tensor | None, bool]:
     """The argument ``lengths`` of a form that has one, and whether there are other arguments."""
-    count = len(args) + len(kwargs)
-    if count == 1 and isinstance(form, Mlp) and form.lengths is not None:
-        if args or "lengths" in kwargs:
-            return (args[0] if args else kwargs["lengths"]), False
-    return None, count > 0
+    given = [*args, *kwargs.values()]
+    has_it = isinstance(form, Mlp) and form.lengths is not None
+    if has_it and len(given) == 1 and kwargs.keys() <= {"lengths"}:
+        return given[0], False
+    return None, bool(given)
 
 
 def _unexpected(form: Form | Block, x: Any, more: bool) -> str | None:
