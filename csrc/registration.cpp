@@ -178,6 +178,10 @@ Tensor new_vector(ScalarType dtype, int64_t n) {
   const int64_t stride = 1;
   return new_dense(dtype, &n, &stride, 1);
 }
+Tensor new_matrix(ScalarType dtype, int64_t rows, int64_t columns) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {std::max<int64_t>(1, columns), 1};
+  return new_dense(dtype, sizes, strides, 2);
+}
 
 // A result shaped like `like`, written by the kernels in their own layout: into itself where that
 // is one of theirs, else into a dense twin that is copied over at the end.
@@ -207,31 +211,36 @@ class Result {
   bool direct_ = true;
 };
 
-// ---- the arguments both ops share ----
+// ---- the arguments all ops share ----
 
 struct Call {
   Tensor x;
-  OptionalTensor w1, b1, w2, b2, residual, alpha, beta;
   senet::Shape shape;
   senet::DType dtype;
-  senet::Parameters parameters;
   senet::Options options;
-  Tensor like;                 // empty, with the strides of y and dx
-  bool direct;                 // whether y and dx are in a layout of the kernels
-  std::vector<Tensor> copies;  // keeps alive what had to be copied
+  senet::Parameters parameters;
+  const int64_t* lengths;
+  Tensor like;                               // empty, with the strides of y and dx
+  bool direct;                               // whether y and dx are in a layout of the kernels
+  std::optional<ScalarType> parameter_type;  // once there was a parameter
+  std::vector<Tensor> copies;                // keeps alive what had to be copied
 
-  // t in the kernels' layout.
-  senet::Images images(const char* name, const Tensor& t) {
+  // t in the kernels' layout: itself, or a copy.
+  Tensor in_layout(const char* name, const Tensor& t) {
     STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
     STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
     STD_TORCH_CHECK(
         t.dim() == x.dim() && std::equal(t.sizes().begin(), t.sizes().end(), x.sizes().begin()),
         name, ": expected the shape of x");
-    if (image_is_dense(t, shape.channels_last)) return {t.data_ptr(), t.stride(0)};
+    if (image_is_dense(t, shape.channels_last)) return t;
     Tensor copy = direct ? torch::stable::empty_like(like) : torch::stable::new_empty(x, x.sizes());
     torch::stable::copy_(copy, t);
     copies.push_back(copy);
-    return {copy.data_ptr(), copy.stride(0)};
+    return copy;
+  }
+  senet::Images images(const char* name, const Tensor& t) {
+    const Tensor dense = in_layout(name, t);
+    return {dense.data_ptr(), dense.stride(0)};
   }
 
   const void* parameter(const char* name, const OptionalTensor& t, int64_t rows, int64_t columns) {
@@ -241,34 +250,53 @@ struct Call {
                         (columns == 1 || (t->dim() >= 2 && t->size(1) == columns)),
                     name, ": expected shape [", rows, ", ", columns,
                     "] with optional trailing extents of 1");
-    STD_TORCH_CHECK(t->scalar_type() == w2->scalar_type(), name, ": expected the dtype of w2");
+    if (!parameter_type) {
+      parameter_type = t->scalar_type();
+      parameters.dtype = dtype_of(name, *t);
+      STD_TORCH_CHECK(parameters.dtype == dtype ||
+                          (parameters.dtype == senet::DType::f32 && dtype != senet::DType::f64),
+                      name, ": expected the dtype of x or float32");
+    }
+    STD_TORCH_CHECK(t->scalar_type() == *parameter_type, name,
+                    ": expected the dtype of the other parameters");
     if (is_matrix_dense(*t)) return t->data_ptr();
     copies.push_back(torch::stable::contiguous(*t));
     return copies.back().data_ptr();
   }
+
+  // t as the kernels take vectors of an image: [B, columns], dense, in the accumulation type.
+  Tensor vectors(const char* name, const Tensor& t, int64_t columns) const {
+    STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == shape.batch && t.size(1) == columns, name,
+                    ": expected shape [", shape.batch, ", ", columns, "]");
+    dtype_of(name, t);
+    return is_matrix_dense(t) ? converted(t, accumulation(x)) : converted_copy(t, accumulation(x));
+  }
+
+  static Tensor converted_copy(const Tensor& t, ScalarType dtype) {
+    Tensor copy = new_matrix(dtype, t.size(0), t.size(1));
+    torch::stable::copy_(copy, t);
+    return copy;
+  }
+  static Tensor converted(const Tensor& t, ScalarType dtype) {
+    return t.scalar_type() == dtype ? t : converted_copy(t, dtype);
+  }
 };
 
-Call make_call(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
-               OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta,
-               const OptionalTensor& affine_scale, const OptionalTensor& affine_shift,
-               const OptionalTensor& lengths, int64_t options) {
+// x, the options and the layout; parameters are the caller's.
+Call make_call(Tensor x, const OptionalTensor& affine_scale, const OptionalTensor& affine_shift,
+               const OptionalTensor& lengths, int64_t options, senet::Form form, int64_t hidden,
+               int64_t outputs) {
   STD_TORCH_CHECK(!affine_scale && !affine_shift, "before_affine: the CPU kernels do not take it");
-  STD_TORCH_CHECK(!lengths, "lengths: the CPU kernels do not take it");
-  STD_TORCH_CHECK(w1.has_value(), "w1: the CPU kernels do not take a single layer (w1=None)");
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
   STD_TORCH_CHECK(x.dim() >= 3, "x: expected [B, C, *spatial], got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(w1->dim() >= 2 && w2.dim() >= 2, "w1, w2: expected matrices");
-  Call c{x, w1, b1, w2, b2, residual, alpha, beta, {}, {}, {}, {}, x, true, {}};
-  c.dtype = dtype_of("x", x);
-  c.options = senet::unpack_options(options);
+  Call c{x, {}, dtype_of("x", x), senet::unpack_options(options), {}, nullptr, x, true, {}, {}};
   const auto legal = [](senet::Fn f) { return f <= senet::Fn::tanh; };
   STD_TORCH_CHECK(options >= 0 && options < (1 << 16) && legal(c.options.activation) &&
                       legal(c.options.gate) && legal(c.options.before) && legal(c.options.after),
                   "options: ", options, " is no packing of known functions");
-  const int64_t channels = x.size(1), hidden = w1->size(0), outputs = w2.size(0);
-  STD_TORCH_CHECK(outputs == channels || outputs == 2 * channels, "w2: expected ", channels, " or ",
-                  2 * channels, " rows, got ", outputs);
-  c.shape = {x.size(0), channels, positions_of(x), hidden, outputs, false};
+  const int64_t channels = x.size(1);
+  c.shape = {form, x.size(0), channels, positions_of(x), hidden, outputs, false};
   // empty_like keeps the strides of a dense tensor, so x itself tells the layout of y and dx.
   const bool x_is_dense = x.size(0) <= 1 || x.stride(0) == c.shape.image();
   const bool rows = image_is_dense(x, false);
@@ -282,19 +310,55 @@ Call make_call(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, Option
     if (!c.direct) last = false;
   }
   c.shape.channels_last = last;
+  c.parameters.dtype = c.dtype;
 
-  const senet::DType param_dtype = dtype_of("w2", w2);
-  STD_TORCH_CHECK(
-      param_dtype == c.dtype || (param_dtype == senet::DType::f32 && c.dtype != senet::DType::f64),
-      "w2: expected the dtype of x or float32");
-  c.parameters.dtype = param_dtype;
+  if (lengths) {
+    STD_TORCH_CHECK(lengths->is_cpu(), "lengths: expected a CPU tensor");
+    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "lengths: expected dtype int64");
+    STD_TORCH_CHECK(lengths->dim() == 1 && lengths->size(0) == x.size(0),
+                    "lengths: expected shape [", x.size(0), "]");
+    Tensor dense = is_matrix_dense(*lengths) ? *lengths : torch::stable::contiguous(*lengths);
+    c.lengths = static_cast<const int64_t*>(dense.data_ptr());
+    c.copies.push_back(dense);
+  }
+  return c;
+}
+
+// The whole operation.
+Call make_call(Tensor x, const OptionalTensor& w1, const OptionalTensor& b1, const Tensor& w2,
+               const OptionalTensor& b2, const OptionalTensor& alpha, const OptionalTensor& beta,
+               const OptionalTensor& affine_scale, const OptionalTensor& affine_shift,
+               const OptionalTensor& lengths, int64_t options) {
+  STD_TORCH_CHECK((!w1 || w1->dim() >= 2) && w2.dim() >= 2, "w1, w2: expected matrices");
+  STD_TORCH_CHECK(w1 || !b1, "b1: expected none without w1");
+  const int64_t hidden = w1 ? w1->size(0) : 0, outputs = w2.size(0);
+  Call c = make_call(x, affine_scale, affine_shift, lengths, options,
+                     w1 ? senet::Form::two_layers : senet::Form::one_layer, hidden, outputs);
+  const int64_t channels = c.shape.channels;
+  STD_TORCH_CHECK(outputs == channels || outputs == 2 * channels, "w2: expected ", channels, " or ",
+                  2 * channels, " rows, got ", outputs);
   c.parameters.w1 = c.parameter("w1", w1, hidden, channels);
   c.parameters.b1 = c.parameter("b1", b1, hidden, 1);
-  c.parameters.w2 = c.parameter("w2", c.w2, outputs, hidden);
+  c.parameters.w2 = c.parameter("w2", w2, outputs, c.shape.inner());
   c.parameters.b2 = c.parameter("b2", b2, outputs, 1);
   c.parameters.alpha = c.parameter("alpha", alpha, channels, 1);
   c.parameters.beta = c.parameter("beta", beta, channels, 1);
   return c;
+}
+
+// The scaling alone, and its u as the kernels take it.
+std::pair<Call, Tensor> make_scale_call(Tensor x, const Tensor& u, const OptionalTensor& alpha,
+                                        const OptionalTensor& beta,
+                                        const OptionalTensor& affine_scale,
+                                        const OptionalTensor& affine_shift, int64_t options) {
+  STD_TORCH_CHECK(u.dim() == 2, "u: expected [B, C] or [B, 2C], got ", u.dim(), " dimensions");
+  Call c = make_call(x, affine_scale, affine_shift, {}, options, senet::Form::scale, 0, u.size(1));
+  const int64_t channels = c.shape.channels;
+  STD_TORCH_CHECK(u.size(1) == channels || u.size(1) == 2 * channels, "u: expected ", channels,
+                  " or ", 2 * channels, " columns, got ", u.size(1));
+  c.parameters.alpha = c.parameter("alpha", alpha, channels, 1);
+  c.parameters.beta = c.parameter("beta", beta, channels, 1);
+  return {c, c.vectors("u", u, u.size(1))};
 }
 
 size_t element_size(senet::DType dtype) { return dtype == senet::DType::f64 ? 8 : 4; }
@@ -315,6 +379,46 @@ int64_t mask_numel(const senet::Shape& s) {
   return s.batch * ((s.channels + 7) / 8) * ((s.positions + 7) / 8) * 8;
 }
 
+// Where z, h and u live when no backward pass will want them.
+void* own_saved(const senet::Shape& s, senet::DType dtype) {
+  return scratch<For::saved>(element_size(dtype) * static_cast<size_t>(saved_numel(s)));
+}
+
+// What every kernel is given of a call.
+template <class Args>
+Args kernel_args(const Call& c) {
+  Args args{};
+  args.shape = c.shape;
+  args.dtype = c.dtype;
+  args.options = c.options;
+  args.parameters = c.parameters;
+  args.lengths = c.lengths;
+  return args;
+}
+
+// A forward kernel's y, and the mask where it is to be kept.
+Tensor point_into_results(senet::ForwardArgs& args, const Result& y, bool save) {
+  const bool keep_mask = save && args.options.after == senet::Fn::relu;
+  Tensor mask = new_vector(ScalarType::Byte, keep_mask ? mask_numel(args.shape) : 0);
+  if (keep_mask) args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  args.y = y.data();
+  args.y_stride = args.shape.image();
+  return mask;
+}
+
+// What a backward kernel needs to go back through `after`.
+void give_after(senet::BackwardArgs& args, Call& c, const OptionalTensor& residual,
+                const Tensor& mask) {
+  const senet::Fn after = c.options.after;
+  if (after == senet::Fn::relu) {
+    STD_TORCH_CHECK(mask.is_cpu() && mask.numel() == mask_numel(c.shape),
+                    "mask: expected what the forward op returned for these arguments");
+    args.mask = static_cast<const uint8_t*>(mask.data_ptr());
+  } else if (residual && after != senet::Fn::identity) {
+    args.residual = c.images("residual", *residual);
+  }
+}
+
 // ---- the ops ----
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor w1, OptionalTensor b1,
@@ -322,28 +426,36 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor w1, Optional
                                            OptionalTensor alpha, OptionalTensor beta,
                                            OptionalTensor affine_scale, OptionalTensor affine_shift,
                                            OptionalTensor lengths, int64_t options, bool save) {
-  Call c = make_call(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
-                     options);
+  Call c = make_call(x, w1, b1, w2, b2, alpha, beta, affine_scale, affine_shift, lengths, options);
+  auto args = kernel_args<senet::ForwardArgs>(c);
   Result y(c.like, c.direct);
-  const bool keep_mask = save && c.options.after == senet::Fn::relu;
+  Tensor mask = point_into_results(args, y, save);
   Tensor saved = new_vector(accumulation(x), save ? saved_numel(c.shape) : 0);
-  Tensor mask = new_vector(ScalarType::Byte, keep_mask ? mask_numel(c.shape) : 0);
-
-  senet::ForwardArgs args{};
-  args.shape = c.shape;
-  args.dtype = c.dtype;
-  args.options = c.options;
-  args.parameters = c.parameters;
   args.x = c.images("x", x);
   if (residual) args.residual = c.images("residual", *residual);
-  args.y = y.data();
-  if (keep_mask) args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  // Without a backward pass z, h and u live in memory of our own.
-  point_into_saved(args, save ? saved.mutable_data_ptr()
-                              : scratch<For::saved>(element_size(c.dtype) *
-                                                    static_cast<size_t>(saved_numel(c.shape))));
+  point_into_saved(args, save ? saved.mutable_data_ptr() : own_saved(c.shape, c.dtype));
   kernels().forward(args, runtime());
   return {y.finish(x), saved, mask};
+}
+
+// y over x. Where the kernels cannot read x itself they work on its copy, which is copied back.
+void forward_inplace(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2, OptionalTensor b2,
+                     OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta,
+                     OptionalTensor affine_scale, OptionalTensor affine_shift,
+                     OptionalTensor lengths, int64_t options) {
+  Call c = make_call(x, w1, b1, w2, b2, alpha, beta, affine_scale, affine_shift, lengths, options);
+  auto args = kernel_args<senet::ForwardArgs>(c);
+  Tensor dense = c.in_layout("x", x);
+  const bool is_x = dense.data_ptr() == x.data_ptr();
+  STD_TORCH_CHECK(!is_x || x.size(0) <= 1 || x.stride(0) >= c.shape.image(),
+                  "x: expected images that do not overlap in memory");
+  args.y = dense.mutable_data_ptr();
+  args.y_stride = dense.stride(0);
+  args.x = {args.y, args.y_stride};
+  if (residual) args.residual = c.images("residual", *residual);
+  point_into_saved(args, own_saved(c.shape, c.dtype));
+  kernels().forward(args, runtime());
+  if (!is_x) torch::stable::copy_(x, dense);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -351,26 +463,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta, OptionalTensor affine_scale,
     OptionalTensor affine_shift, OptionalTensor lengths, Tensor saved, Tensor mask, int64_t options,
     int64_t needs) {
-  Call c = make_call(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
-                     options);
+  Call c = make_call(x, w1, b1, w2, b2, alpha, beta, affine_scale, affine_shift, lengths, options);
   STD_TORCH_CHECK(saved.numel() == saved_numel(c.shape) && saved.scalar_type() == accumulation(x) &&
                       is_matrix_dense(saved),
                   "saved: expected what the forward op returned for these arguments");
-  const senet::Fn after = c.options.after;
-  STD_TORCH_CHECK(after != senet::Fn::relu || mask.numel() == mask_numel(c.shape),
-                  "mask: expected what the forward op returned for these arguments");
-
-  senet::BackwardArgs args{};
-  args.shape = c.shape;
-  args.dtype = c.dtype;
-  args.options = c.options;
-  args.parameters = c.parameters;
+  auto args = kernel_args<senet::BackwardArgs>(c);
   args.dy = c.images("dy", dy);
   args.x = c.images("x", x);
-  if (residual && after != senet::Fn::identity && after != senet::Fn::relu) {
-    args.residual = c.images("residual", *residual);
-  }
-  if (after == senet::Fn::relu) args.mask = static_cast<const uint8_t*>(mask.data_ptr());
+  give_after(args, c, residual, mask);
   point_into_saved(args, saved.mutable_data_ptr());
 
   // In the order of Needs in senet_kernels/ops.py.
@@ -391,11 +491,93 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           result(5), result(6), result(7), result(8), result(9)};
 }
 
+Tensor squeeze(Tensor x, OptionalTensor affine_scale, OptionalTensor affine_shift,
+               OptionalTensor lengths, int64_t options) {
+  Call c = make_call(x, affine_scale, affine_shift, lengths, options, senet::Form::squeeze, 0, 0);
+  auto args = kernel_args<senet::ForwardArgs>(c);
+  Tensor z = new_matrix(accumulation(x), c.shape.batch, c.shape.channels);
+  args.x = c.images("x", x);
+  args.z = z.mutable_data_ptr();
+  kernels().forward(args, runtime());
+  return Call::converted(z, x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> squeeze_backward(Tensor dz, Tensor x,
+                                                    OptionalTensor affine_scale,
+                                                    OptionalTensor affine_shift,
+                                                    OptionalTensor lengths, int64_t options,
+                                                    int64_t needs) {
+  Call c = make_call(x, affine_scale, affine_shift, lengths, options, senet::Form::squeeze, 0, 0);
+  auto args = kernel_args<senet::BackwardArgs>(c);
+  const Tensor of_mean = c.vectors("dz", dz, c.shape.channels);
+  args.dz = of_mean.data_ptr();
+  args.x = c.images("x", x);
+  Result dx;
+  if (needs & 1) {
+    dx = Result(c.like, c.direct);
+    args.dx = dx.data();
+    kernels().backward(args, runtime());
+  }
+  return {dx.finish(x), Result().finish(x), Result().finish(x)};
+}
+
+std::tuple<Tensor, Tensor> channel_scale(Tensor x, Tensor u, OptionalTensor residual,
+                                         OptionalTensor alpha, OptionalTensor beta,
+                                         OptionalTensor affine_scale, OptionalTensor affine_shift,
+                                         int64_t options, bool save) {
+  auto [c, given] = make_scale_call(x, u, alpha, beta, affine_scale, affine_shift, options);
+  auto args = kernel_args<senet::ForwardArgs>(c);
+  Result y(c.like, c.direct);
+  Tensor mask = point_into_results(args, y, save);
+  args.x = c.images("x", x);
+  if (residual) args.residual = c.images("residual", *residual);
+  args.u = given.data_ptr();
+  kernels().forward(args, runtime());
+  return {y.finish(x), mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_scale_backward(
+    Tensor dy, Tensor x, Tensor u, OptionalTensor residual, OptionalTensor alpha,
+    OptionalTensor beta, OptionalTensor affine_scale, OptionalTensor affine_shift, Tensor mask,
+    int64_t options, int64_t needs) {
+  auto [c, given] = make_scale_call(x, u, alpha, beta, affine_scale, affine_shift, options);
+  auto args = kernel_args<senet::BackwardArgs>(c);
+  args.dy = c.images("dy", dy);
+  args.x = c.images("x", x);
+  give_after(args, c, residual, mask);
+  args.u = given.data_ptr();
+
+  // In the order of the inputs.
+  const auto wanted = [needs](int i) { return (needs >> i & 1) != 0; };
+  Result dx, dresidual, dalpha, dbeta;
+  if (wanted(0)) dx = Result(c.like, c.direct);
+  if (wanted(2)) dresidual = Result(c.like, c.direct);
+  if (alpha && wanted(3)) dalpha = Result(*alpha, is_matrix_dense(*alpha));
+  if (beta && wanted(4)) dbeta = Result(*beta, is_matrix_dense(*beta));
+  args.dx = dx.data();
+  args.dresidual = dresidual.data();
+  args.dalpha = dalpha.data();
+  args.dbeta = dbeta.data();
+  Tensor du = new_matrix(accumulation(x), wanted(1) ? c.shape.batch : 0, c.shape.outputs);
+  if (wanted(1)) args.du = du.mutable_data_ptr();
+  kernels().backward(args, runtime());
+  du = wanted(1) ? Call::converted(du, u.scalar_type()) : new_vector(x.scalar_type(), 0);
+  return {dx.finish(x),        du,
+          dresidual.finish(x), dalpha.finish(x),
+          dbeta.finish(x),     Result().finish(x),
+          Result().finish(x)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CPU, m) {
   m.impl("native_forward", TORCH_BOX(&forward));
+  m.impl("native_forward_", TORCH_BOX(&forward_inplace));
   m.impl("native_backward", TORCH_BOX(&backward));
+  m.impl("native_squeeze", TORCH_BOX(&squeeze));
+  m.impl("native_squeeze_backward", TORCH_BOX(&squeeze_backward));
+  m.impl("native_channel_scale", TORCH_BOX(&channel_scale));
+  m.impl("native_channel_scale_backward", TORCH_BOX(&channel_scale_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CompositeExplicitAutograd, m) {

@@ -35,12 +35,22 @@ inline Options unpack_options(int64_t code) {
   return {at(0), at(1), at(2), at(3)};
 }
 
+// What a call computes: the whole operation, by either excitation, or one half of it.
+enum class Form : int { two_layers, one_layer, squeeze, scale };
+
 struct Shape {
+  Form form;
   int64_t batch, channels, positions;
-  int64_t hidden;      // R
-  int64_t outputs;     // rows of W2: C, or 2C for scale-and-shift
+  int64_t hidden;      // R; 0 without a hidden layer
+  int64_t outputs;     // columns of u: C, or 2C for scale-and-shift
   bool channels_last;  // channels adjacent; otherwise positions adjacent
   int64_t image() const { return channels * positions; }
+  // Columns of W2, and elements of all weights; for the whole operation.
+  int64_t inner() const { return form == Form::two_layers ? hidden : channels; }
+  int64_t weights() const {
+    if (form == Form::two_layers) return hidden * (channels + outputs);
+    return form == Form::one_layer ? channels * outputs : 0;
+  }
 };
 
 // A full-size tensor: each image dense in the layout of Shape, images `stride` elements apart.
@@ -61,9 +71,13 @@ struct ForwardArgs {
   Options options;
   Parameters parameters;
   Images x, residual;
-  void* y;          // dense
-  uint8_t* mask;    // bits of not(pre <= 0), rows padded to bytes; may be null
-  void *z, *h, *u;  // [B, C], [B, R], [B, outputs] in the accumulation type; h before activation
+  const int64_t* lengths;  // [B]: how many positions count in the mean; null is all of them
+  void* y;                 // each image dense, images y_stride apart; may be x itself
+  int64_t y_stride;
+  uint8_t* mask;  // bits of not(pre <= 0), rows padded to bytes; may be null
+  // [B, C], [B, R], [B, outputs] in the accumulation type; h before activation. Of a half there is
+  // z alone, or u alone, which is then given.
+  void *z, *h, *u;
 };
 
 struct BackwardArgs {
@@ -72,11 +86,14 @@ struct BackwardArgs {
   Options options;
   Parameters parameters;
   Images dy, x, residual;
+  const int64_t* lengths;
   const uint8_t* mask;
   const void *z, *h, *u;
+  const void* dz;  // [B, C] in the accumulation type: of the squeeze alone, instead of dy
   // Results, dense; null where not asked for. Parameter gradients have the parameters' dtype.
   void *dx, *dresidual;
   void *dw1, *db1, *dw2, *db2, *dalpha, *dbeta;
+  void* du;  // [B, outputs] in the accumulation type: of the scaling alone
 };
 
 // What the kernels need from their host: threads, and scratch memory that outlives the call.

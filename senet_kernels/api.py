@@ -44,7 +44,7 @@ def _make_plan(
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     names: tuple[str | None, str | None, str | None, str | None],
-    facts: tuple[bool, bool, bool, bool, bool, bool, bool],
+    facts: tuple[str, bool, bool, bool, bool, bool, bool],
     requested: str,
 ) -> _Plan:
     options = Options(
@@ -55,9 +55,10 @@ def _make_plan(
 
 
 def _resolve(
+    form: str,
     x: Tensor,
-    w1: Tensor | None,
-    w2: Tensor,
+    param_dtype: torch.dtype,
+    shift: bool,
     names: tuple[str | None, str | None, str | None, str | None],
     residual: Tensor | None,
     alpha: Tensor | None,
@@ -71,11 +72,11 @@ def _resolve(
     kind = (
         x.device.type,
         x.dtype,
-        w2.dtype,
+        param_dtype,
         names,
         (
-            w1 is not None,
-            w2.shape[0] != x.shape[1],
+            form,
+            shift,
             alpha is not None or beta is not None,
             affine is not None,
             lengths is not None,
@@ -113,10 +114,15 @@ def _autocast(
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
         residual = residual.to(dtype)
+    return x.to(dtype), _together(dtype, parameters), residual
+
+
+def _together(dtype: torch.dtype, parameters: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Parameters as kernels take them beside x of this dtype: all of it, or all in float32."""
     given = {t.dtype for t in parameters.values() if t is not None}
-    if given != {dtype} and given != {torch.float32}:
-        parameters = {n: t if t is None else t.float() for n, t in parameters.items()}
-    return x.to(dtype), parameters, residual
+    if given == {dtype} or given == {torch.float32}:
+        return parameters
+    return {n: t if t is None else t.float() for n, t in parameters.items()}
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -152,7 +158,10 @@ def _prepare(
         and validation.is_ordinary(x, w1, b1, w2, b2)
         and not reference.autocast_is_on(x.device.type)
     ):
-        plan = _resolve(x, w1, w2, names, None, None, None, None, None, False, backend)
+        shift = w2.shape[0] != x.shape[1]
+        plan = _resolve(
+            "two layers", x, w2.dtype, shift, names, None, None, None, None, None, False, backend
+        )
         return plan, (x, w1, b1, w2, b2, plan.code, None, None, None, None, None, None)
 
     validation.check_input(x)
@@ -201,9 +210,11 @@ def _prepare(
             )
         validation.check_inplace(given, others)
 
+    form = "two layers" if w1 is not None else "single layer (w1=None)"
     plan = _resolve(
-        x, w1, w2, names, residual, alpha, beta, before_affine, lengths, inplace, backend
-    )
+        form, x, w2.dtype, w2.shape[0] != x.shape[1], names, residual, alpha, beta, before_affine,
+        lengths, inplace, backend,
+    )  # fmt: skip
     arguments = (
         x, w1, b1, w2, b2, plan.code, residual, alpha, beta, affine_scale, affine_shift, lengths,
     )  # fmt: skip
@@ -292,7 +303,11 @@ def squeeze_excite(
     if torch._C._are_functorch_transforms_active() or _requires_grad(
         *arguments[:5], *arguments[6:11]
     ):
-        return autograd.apply(chosen, *arguments)
+        y = autograd.apply(chosen, *arguments)
+        return x.copy_(y) if inplace else y
+    if inplace:
+        autograd.inplace_op(chosen)(*arguments[:5], *arguments[6:], plan.code)
+        return x
     result: Tensor = autograd.forward_op(chosen)(*arguments[:5], *arguments[6:], plan.code, False)[
         0
     ]
@@ -345,25 +360,54 @@ def squeeze(
     Args:
         x: ``[B, C, *spatial]``.
         before, before_affine, lengths: as in :func:`squeeze_excite`.
-        backend: the reference alone has this half so far; any other name raises.
+        backend: as in :func:`squeeze_excite`; Triton has no kernel for this half. ``torch.func``
+            transforms, as forward-mode AD, always run on the reference.
 
     Returns:
-        ``[B, C]`` in the dtype of x, summed in float32 (float64 for float64).
+        ``[B, C]`` in the dtype of x, summed in float32 (float64 for float64). Differentiable,
+        twice.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
     validation.check_input(x)
-    dispatch.only_reference("squeeze alone: it has no kernel for it", backend)
-    name = check_name("before", before)
+    affine_scale = affine_shift = None
+    param_dtype = x.dtype
     if before_affine is not None:
         validation.check_affine(x, before_affine)
-        if not reference.autocast_is_on(x.device.type):
-            a, b = before_affine
-            validation.check_same_dtype(x, {"before_affine[0]": a, "before_affine[1]": b})
+        names = ("before_affine[0]", "before_affine[1]")
+        pair: dict[str, Tensor | None] = dict(zip(names, before_affine, strict=True))
+        if reference.autocast_is_on(x.device.type) and x.dtype != torch.float64:
+            pair = _together(x.dtype, pair)
+        else:
+            validation.check_same_dtype(x, pair)
+        affine_scale, affine_shift = pair.values()
+        assert affine_scale is not None
+        param_dtype = affine_scale.dtype
     if lengths is not None:
         validation.check_lengths(x, lengths)
-    return reference.squeeze(x, before=name, before_affine=before_affine, lengths=lengths)
+    plan = _resolve(
+        "squeeze alone", x, param_dtype, False, (None, None, before, None), None, None, None,
+        before_affine, lengths, False, backend,
+    )  # fmt: skip
+    arguments = (x, affine_scale, affine_shift, lengths)
+    if _is_reference(plan):
+        return reference.squeeze_flat(plan.options, *arguments)
+    if _requires_grad(*arguments[:3]):
+        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, plan.code)
+        return differentiable
+    z: Tensor = autograd.squeeze_op(*arguments, plan.code)
+    return z
+
+
+def _is_reference(plan: _Plan) -> bool:
+    """Whether a half is computed by the reference: so chosen, or under a transform that its
+    Functions, which are plain ones, do not know."""
+    return (
+        plan.choice.backend == "reference"
+        or fwAD._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def channel_scale(
@@ -385,17 +429,16 @@ def channel_scale(
         x: ``[B, C, *spatial]``; p is ``before(a_c x + b_c)``.
         u: the pre-gate, ``[B, C]``, or ``[B, 2C]`` for scale-and-shift.
         gate, before, before_affine, after, residual, alpha, beta: as in :func:`squeeze_excite`.
-        backend: the reference alone has this half so far; any other name raises.
+        backend: as in :func:`squeeze`.
 
     Returns:
-        y, like x.
+        y, like x. Differentiable, twice.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
     validation.check_input(x)
     validation.check_tensor("u", u)
-    dispatch.only_reference("channel_scale alone: it has no kernel for it", backend)
     batch, channels = x.shape[:2]
     if tuple(u.shape) not in ((batch, channels), (batch, 2 * channels)):
         raise ValueError(
@@ -403,27 +446,41 @@ def channel_scale(
         )
     if u.device != x.device:
         raise ValueError(f"u: expected device {x.device} (that of x), got {u.device}")
-    options = Options(
-        "identity", check_name("gate", gate), check_name("before", before),
-        check_name("after", after),
-    )  # fmt: skip
-    tensors: dict[str, Tensor | None] = {"u": u, "alpha": alpha, "beta": beta}
-    for name in ("alpha", "beta"):
-        if tensors[name] is not None:
-            validation.check_like_x(name, tensors[name], x, (channels,), "C of x")
+    affine_scale = affine_shift = None
+    for name, v in (("alpha", alpha), ("beta", beta)):
+        if v is not None:
+            validation.check_like_x(name, v, x, (channels,), "C of x")
     if before_affine is not None:
         validation.check_affine(x, before_affine)
-        tensors["before_affine[0]"], tensors["before_affine[1]"] = before_affine
+        affine_scale, affine_shift = before_affine
+    tensors: dict[str, Tensor | None] = {
+        "u": u,
+        "alpha": alpha,
+        "beta": beta,
+        "before_affine[0]": affine_scale,
+        "before_affine[1]": affine_shift,
+    }
     if residual is not None:
         validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
     if reference.autocast_is_on(x.device.type):
-        x, _, residual = _autocast(x, {"u": u}, residual)
+        x, tensors, residual = _autocast(x, tensors, residual)
     else:
         validation.check_same_dtype(x, {**tensors, "residual": residual})
-    return reference.channel_scale(
-        x, u, gate=options.gate, before=options.before, before_affine=before_affine,
-        after=options.after, residual=residual, alpha=alpha, beta=beta,
+    given, *rest = tensors.values()
+    assert given is not None
+    plan = _resolve(
+        "channel_scale alone", x, given.dtype, u.shape[1] != channels, (None, gate, before, after),
+        residual, alpha, beta, before_affine, None, False, backend,
     )  # fmt: skip
+    alpha, beta, affine_scale, affine_shift = rest
+    arguments = (x, given, residual, alpha, beta, affine_scale, affine_shift)
+    if _is_reference(plan):
+        return reference.channel_scale_flat(plan.options, *arguments)
+    if _requires_grad(*arguments):
+        differentiable: Tensor = autograd.ChannelScaleFunction.apply(*arguments, plan.code)
+        return differentiable
+    y: Tensor = autograd.channel_scale_op(*arguments, plan.code, False)[0]
+    return y
 
 
 def pack_options(

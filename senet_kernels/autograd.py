@@ -6,36 +6,99 @@ Three Functions, because torch asks for three things that exclude each other:
   mode. A Function with ``setup_context`` costs 50 µs and more per call (it inspects its own
   signature), these 6.
 * ``_TransformableSE``: with ``setup_context`` and ``vmap``, used under ``torch.func`` transforms.
-* ``_SEBackward``: the backward op as a Function of its own, for double backward. First-order
+* ``_Backward``: the backward op as a Function of its own, for double backward. First-order
   gradients come from the kernel even then; second-order ones from the reference. Without it a
   raw op inside ``backward`` would return wrong second derivatives without a word.
+
+The halves of the operation have a plain Function each, :class:`SqueezeFunction` and
+:class:`ChannelScaleFunction`, and share ``_Backward``; under ``torch.func`` transforms they are
+the reference's business.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
-from .ops import Needs
 from .pointwise import Options, pack, unpack
 
 DEFAULT_OPTIONS = pack(Options("relu", "sigmoid", "identity", "identity"))
 
-_RESIDUAL = 5  # position among the ten differentiable inputs, see ops.Needs
 _OPTIONS = 5  # position of `options` among a Function's arguments
+
+
+def _op(name: str) -> Any:
+    return getattr(torch.ops.senet_kernels, name).default
 
 
 def forward_op(backend: str) -> Any:
     """The raw forward op of a backend."""
-    return getattr(torch.ops.senet_kernels, f"{backend}_forward").default
+    return _op(f"{backend}_forward")
 
 
-def backward_op(backend: str) -> Any:
-    """The raw backward op of a backend."""
-    return getattr(torch.ops.senet_kernels, f"{backend}_backward").default
+def inplace_op(backend: str) -> Any:
+    """The raw op of a backend that overwrites x."""
+    return _op(f"{backend}_forward_")
+
+
+squeeze_op = _op("native_squeeze")
+channel_scale_op = _op("native_channel_scale")
+
+
+class _Part(NamedTuple):
+    """The whole operation on a backend, or a half of it: what differentiating it takes.
+
+    ``backward`` calls the raw op with ``(dy, inputs, lengths, saved, mask, options, needs)``,
+    ``reference`` is the forward pass by differentiable torch operations, called with
+    ``(options, *inputs, lengths)``. ``residual`` is the residual's position among the inputs.
+    """
+
+    backward: Callable[..., tuple[Tensor, ...]]
+    reference: Callable[..., Tensor]
+    residual: int | None
+
+
+def _whole(backend: str) -> _Part:
+    op = _op(f"{backend}_backward")
+
+    def backward(
+        dy: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
+    ) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = op(dy, *inputs, lengths, saved, mask, options, needs)
+        return gradients
+
+    return _Part(backward, reference.squeeze_excite_flat, 5)
+
+
+def _squeeze_backward(
+    dz: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
+) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = _SQUEEZE_BACKWARD(dz, *inputs, lengths, options, needs)
+    return gradients
+
+
+def _channel_scale_backward(
+    dy: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
+) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = _CHANNEL_SCALE_BACKWARD(dy, *inputs, mask, options, needs)
+    return gradients
+
+
+def _channel_scale_reference(options: Options, *arguments: Any) -> Tensor:
+    return reference.channel_scale_flat(options, *arguments[:-1])
+
+
+_SQUEEZE_BACKWARD = _op("native_squeeze_backward")
+_CHANNEL_SCALE_BACKWARD = _op("native_channel_scale_backward")
+_PARTS = {
+    **{backend: _whole(backend) for backend in ops.BACKENDS_WITH_OPS},
+    "squeeze": _Part(_squeeze_backward, reference.squeeze_flat, None),
+    "channel_scale": _Part(_channel_scale_backward, _channel_scale_reference, 2),
+}
 
 
 def _keeps_residual(options: int) -> bool:
@@ -53,78 +116,72 @@ def _needs(needs_input_grad: tuple[bool, ...]) -> int:
 
 
 def _first_order(
+    part: _Part,
     options: int,
     needs: int,
-    mask: Tensor,
+    mask: Tensor | None,
     lengths: Tensor | None,
     dy: Tensor,
     *inputs: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients the backward op returns, by differentiable torch operations.
-
-    ``inputs`` are the ten differentiable inputs in the order of Needs.
-    """
+    """The gradients the backward op returns, by differentiable torch operations."""
     chosen = unpack(options)
     x = inputs[0]
     assert x is not None
-    if chosen.after == "relu" and mask.numel():
+    if chosen.after == "relu" and mask is not None and mask.numel():
         dy = torch.where(ops.unpack_mask(mask, x), dy, 0.0)
         chosen = chosen._replace(after="identity")
     through_residual = chosen.after == "identity"  # then the residual's gradient is dy itself
+    residual = part.residual
     wanted = [
-        i
-        for i in range(ops.GRADIENTS)
-        if needs & (1 << i) and (inputs[i] is not None or i == _RESIDUAL)
+        i for i, t in enumerate(inputs) if needs & (1 << i) and (t is not None or i == residual)
     ]
-    varied = [i for i in wanted if not (through_residual and i == _RESIDUAL)]
+    varied = [i for i in wanted if not (through_residual and i == residual)]
 
     def forward(*values: Tensor) -> Tensor:
         full: list[Any] = list(inputs)
         for i, value in zip(varied, values, strict=True):
             full[i] = value
-        if through_residual:
-            full[_RESIDUAL] = None
-        return reference.squeeze_excite_flat(chosen, *[*full, lengths])
+        if through_residual and residual is not None:
+            full[residual] = None
+        return part.reference(chosen, *full, lengths)
 
-    gradients: list[Tensor | None] = [None] * ops.GRADIENTS
+    gradients: list[Tensor | None] = [None] * len(inputs)
     if varied:
         vjp = torch.func.vjp(forward, *(inputs[i] for i in varied))[1]
         for i, gradient in zip(varied, vjp(dy), strict=True):
             gradients[i] = gradient
-    if through_residual and _RESIDUAL in wanted:
-        gradients[_RESIDUAL] = dy
+    if through_residual and residual is not None and residual in wanted:
+        gradients[residual] = dy
     return tuple(gradients)
 
 
-class _SEBackward(torch.autograd.Function):
+class _Backward(torch.autograd.Function):
     """The backward op, differentiable: its own backward goes through the reference."""
 
     @staticmethod
     def forward(
-        backend: str,
+        part: str,
         options: int,
         needs: int,
-        saved: Tensor,
-        mask: Tensor,
+        saved: Tensor | None,
+        mask: Tensor | None,
         lengths: Tensor | None,
         dy: Tensor,
         *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = backward_op(backend)(
-            dy, *inputs, lengths, saved, mask, options, needs
-        )
-        return result
+        return _PARTS[part].backward(dy, inputs, lengths, saved, mask, options, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, ctx.options, ctx.needs, _, mask, lengths, dy, *tensors = inputs
+        ctx.part, ctx.options, ctx.needs, _, mask, lengths, dy, *tensors = inputs
         ctx.save_for_backward(mask, lengths, dy, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
         mask, lengths, dy, *inputs = ctx.saved_tensors
-        options, needs = ctx.options, ctx.needs
+        part, options, needs = _PARTS[ctx.part], ctx.options, ctx.needs
         values = [dy, *inputs]
         varied = [i for i, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
         given = [i for i, g in enumerate(second) if g is not None and needs & (1 << i)]
@@ -133,7 +190,7 @@ class _SEBackward(torch.autograd.Function):
             full = list(values)
             for i, value in zip(varied, changed, strict=True):
                 full[i] = value
-            first = _first_order(options, needs, mask, lengths, *full)
+            first = _first_order(part, options, needs, mask, lengths, *full)
             return tuple(g for i in given if (g := first[i]) is not None)
 
         result: list[Tensor | None] = [None] * len(values)
@@ -148,7 +205,7 @@ class _SEBackward(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         # Per-sample parameter gradients do not fold into the batch: the reference, mapped.
-        _, options, needs, _, mask, lengths, dy, *inputs = args
+        part, options, needs, _, mask, lengths, dy, *inputs = args
         _, _, _, _, mask_dim, lengths_dim, *dims = in_dims
         operands = [mask, lengths, dy, *inputs]
         present = [i for i, t in enumerate(operands) if t is not None]
@@ -158,39 +215,41 @@ class _SEBackward(torch.autograd.Function):
             full: list[Any] = [None] * len(operands)
             for i, value in zip(present, values, strict=True):
                 full[i] = value
-            grads = _first_order(options, needs, full[0], full[1], *full[2:])
+            grads = _first_order(_PARTS[part], options, needs, full[0], full[1], *full[2:])
             return tuple(full[3].new_empty((0,)) if g is None else g for g in grads)
 
         mapped = torch.vmap(one, tuple(all_dims[i] for i in present))(
             *(operands[i] for i in present)
         )
-        return mapped, (0,) * ops.GRADIENTS
+        return mapped, (0,) * len(inputs)
 
 
 def _backward(
-    backend: str,
+    part: str,
     options: int,
     needs: int,
     tensors: tuple[Any, ...],
     dy: Tensor,
     differentiable: bool,
 ) -> list[Tensor | None]:
-    """The ten gradients, None where not needed. ``tensors`` is what forward saved."""
+    """The inputs' gradients, None where not needed. ``tensors`` is what forward saved."""
     *inputs, lengths, saved, mask = tensors
+    residual = _PARTS[part].residual
+    bit = 0 if residual is None else needs & (1 << residual)
     # The residual's gradient through identity is dy itself: no kernel, no copy.
-    passes_dy = needs & Needs.RESIDUAL and unpack(options).after == "identity"
-    asked = needs & ~Needs.RESIDUAL if passes_dy else needs
-    gradients: list[Tensor | None] = [None] * ops.GRADIENTS
+    passes_dy = bit and unpack(options).after == "identity"
+    asked = needs & ~bit if passes_dy else needs
+    gradients: list[Tensor | None] = [None] * len(inputs)
     if asked:
         if differentiable:
-            computed = _SEBackward.apply(backend, options, asked, saved, mask, lengths, dy, *inputs)
+            computed = _Backward.apply(part, options, asked, saved, mask, lengths, dy, *inputs)
         else:
-            computed = backward_op(backend)(dy, *inputs, lengths, saved, mask, options, asked)
-        for i in range(ops.GRADIENTS):
+            computed = _PARTS[part].backward(dy, inputs, lengths, saved, mask, options, asked)
+        for i in range(len(inputs)):
             if asked & (1 << i):
                 gradients[i] = computed[i]
-    if passes_dy:
-        gradients[_RESIDUAL] = dy
+    if passes_dy and residual is not None:
+        gradients[residual] = dy
     return gradients
 
 
@@ -279,6 +338,65 @@ class TritonSEFunction(torch.autograd.Function):
 
 _NATIVE_FORWARD = forward_op("native")
 _TRITON_FORWARD = forward_op("triton")
+
+
+def _half_backward(part: str, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    # What may need a gradient comes first among a half's arguments, in the order of its gradients.
+    arguments = len(ctx.needs_input_grad)
+    needs = sum(1 << i for i, needed in enumerate(ctx.needs_input_grad) if needed)
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    gradients = _backward(part, ctx.options, needs, ctx.saved_tensors, dy, differentiable)
+    return (*gradients, *[None] * (arguments - len(gradients)))
+
+
+class SqueezeFunction(torch.autograd.Function):
+    """The squeeze alone by the C++ kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        affine_scale: Tensor | None,
+        affine_shift: Tensor | None,
+        lengths: Tensor | None,
+        options: int,
+    ) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(x, affine_scale, affine_shift, lengths, None, None)
+        z: Tensor = squeeze_op(x, affine_scale, affine_shift, lengths, options)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+        return _half_backward("squeeze", ctx, dz)
+
+
+class ChannelScaleFunction(torch.autograd.Function):
+    """The scaling alone by the C++ kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        u: Tensor,
+        residual: Tensor | None,
+        alpha: Tensor | None,
+        beta: Tensor | None,
+        affine_scale: Tensor | None,
+        affine_shift: Tensor | None,
+        options: int,
+    ) -> Tensor:
+        rest = (alpha, beta, affine_scale, affine_shift)
+        y, mask = channel_scale_op(x, u, residual, *rest, options, True)
+        ctx.options = options
+        kept = residual if _keeps_residual(options) else None
+        ctx.save_for_backward(x, u, kept, *rest, None, None, mask)
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _half_backward("channel_scale", ctx, dy)
 
 
 class _TransformableSE(torch.autograd.Function):

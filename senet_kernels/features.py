@@ -36,13 +36,15 @@ def _rows() -> dict[str, tuple[str, ...]]:
         "dtype float64": row(True),
         "parameters in float32 under autocast": row(True),
         "two layers": row(True),
-        "single layer (w1=None)": row(False),
+        "single layer (w1=None)": row(True),
+        "squeeze alone": row(True, False),
+        "channel_scale alone": row(True, False),
         "scale-and-shift (w2 with 2C rows)": row(True),
         "alpha, beta": row(True),
         "before_affine": row(False),
-        "lengths": row(False),
+        "lengths": row(True),
         "residual": row(True),
-        "inplace": row(False, False),
+        "inplace": row(True, False),
     }
     rows |= {f"activation {name}": row(True) for name in ACTIVATIONS}
     rows |= {f"gate {name}": row(True) for name in GATES}
@@ -61,7 +63,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     param_dtype: torch.dtype
     options: Options
-    two_layers: bool
+    form: str  # which part, by which excitation: a row of the table
     shift: bool
     weighted: bool  # alpha or beta given
     affine: bool
@@ -75,7 +77,7 @@ def required_features(call: Call) -> list[str]:
     names = [f"dtype {str(call.dtype).removeprefix('torch.')}"]
     if call.param_dtype != call.dtype:
         names.append("parameters in float32 under autocast")
-    names.append("two layers" if call.two_layers else "single layer (w1=None)")
+    names.append(call.form)
     optional = (
         (call.shift, "scale-and-shift (w2 with 2C rows)"),
         (call.weighted, "alpha, beta"),

@@ -119,12 +119,12 @@ class FusedSEBlock(nn.Module):
         )  # fmt: skip
 
     def _layer_by_layer(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Tensor:
-        z = api.squeeze(x, before=self.before, lengths=lengths, backend="reference")
+        z = api.squeeze(x, before=self.before, lengths=lengths, backend=self.backend)
         h = POINTWISE[self.activation].fn(self.fc1(z[:, :, None, None]))
         u = self.fc2(h).flatten(1)
         return api.channel_scale(
             x, u, gate=self.gate, before=self.before, after=self.after, residual=residual,
-            alpha=self.alpha, beta=self.beta, backend="reference",
+            alpha=self.alpha, beta=self.beta, backend=self.backend,
         )  # fmt: skip
 
     def _load_from_state_dict(

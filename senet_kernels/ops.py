@@ -1,18 +1,23 @@
 """Schemas and fake kernels of the raw ops. Needs torch alone: no compiled library, no Triton.
 
-Each backend implements the same two ops, ``<backend>_forward`` and ``<backend>_backward``. They
-are private and carry no autograd formula: :mod:`senet_kernels.autograd` supplies it.
+Each backend implements the same two ops, ``<backend>_forward`` and ``<backend>_backward``; the
+native one also ``native_forward_``, which overwrites x, and the halves of the operation,
+``native_squeeze`` and ``native_channel_scale``, with their ``_backward``. They are private and
+carry no autograd formula: :mod:`senet_kernels.autograd` supplies it.
 
 ``saved`` is what the forward pass keeps for the backward pass besides its inputs: the pooled
 input z ``[B, C]``, the hidden pre-activation ``[B, R]`` and the pre-gate u ``[B, C or 2C]``, one
 after the other in one flat tensor of the accumulation dtype. ``mask`` is a bit per element for
-``after="relu"``. Both are empty unless ``save``. A gradient that is not asked for in ``needs``
-comes back as an empty tensor: the number of outputs is fixed.
+``after="relu"``. Both are empty unless ``save``. ``needs`` has a bit for each gradient, in the
+order they are returned; one that is not asked for comes back as an empty tensor: the number of
+outputs is fixed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntFlag
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +33,11 @@ FORWARD_SCHEMA = (
     " Tensor? lengths, int options, bool save)"
     " -> (Tensor y, Tensor saved, Tensor mask)"
 )
+INPLACE_SCHEMA = (
+    "(Tensor(a!) x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual,"
+    " Tensor? alpha, Tensor? beta, Tensor? affine_scale, Tensor? affine_shift,"
+    " Tensor? lengths, int options) -> ()"
+)
 BACKWARD_SCHEMA = (
     "(Tensor dy, Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual,"
     " Tensor? alpha, Tensor? beta, Tensor? affine_scale, Tensor? affine_shift,"
@@ -35,10 +45,30 @@ BACKWARD_SCHEMA = (
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dresidual,"
     " Tensor dalpha, Tensor dbeta, Tensor daffine_scale, Tensor daffine_shift)"
 )
+SQUEEZE_SCHEMA = (
+    "(Tensor x, Tensor? affine_scale, Tensor? affine_shift, Tensor? lengths, int options)"
+    " -> Tensor z"
+)
+SQUEEZE_BACKWARD_SCHEMA = (
+    "(Tensor dz, Tensor x, Tensor? affine_scale, Tensor? affine_shift, Tensor? lengths,"
+    " int options, int needs)"
+    " -> (Tensor dx, Tensor daffine_scale, Tensor daffine_shift)"
+)
+CHANNEL_SCALE_SCHEMA = (
+    "(Tensor x, Tensor u, Tensor? residual, Tensor? alpha, Tensor? beta,"
+    " Tensor? affine_scale, Tensor? affine_shift, int options, bool save)"
+    " -> (Tensor y, Tensor mask)"
+)
+CHANNEL_SCALE_BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor x, Tensor u, Tensor? residual, Tensor? alpha, Tensor? beta,"
+    " Tensor? affine_scale, Tensor? affine_shift, Tensor mask, int options, int needs)"
+    " -> (Tensor dx, Tensor du, Tensor dresidual, Tensor dalpha, Tensor dbeta,"
+    " Tensor daffine_scale, Tensor daffine_shift)"
+)
 
 
 class Needs(IntFlag):
-    """Which gradients the backward op computes, in the order it returns them."""
+    """Which gradients the whole operation's backward op computes, in the order it returns them."""
 
     X = 1
     W1 = 2
@@ -97,10 +127,25 @@ def _forward_fake(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths)
-    keep_mask = save and after_code(options) == _RELU
     saved = x.new_empty((saved_numel(x, w1, w2) if save else 0,), dtype=accumulate_dtype(x.dtype))
-    mask = x.new_empty((mask_numel(x) if keep_mask else 0,), dtype=torch.uint8)
-    return torch.empty_like(x), saved, mask
+    return torch.empty_like(x), saved, _mask(x, options, save)
+
+
+def _mask(x: Tensor, options: int, save: bool) -> Tensor:
+    keep = save and after_code(options) == _RELU
+    return x.new_empty((mask_numel(x) if keep else 0,), dtype=torch.uint8)
+
+
+def _gradients(x: Tensor, of: tuple[Tensor | None, ...], needs: int) -> tuple[Tensor, ...]:
+    """Like the tensors they are gradients of; empty where not asked for."""
+    return tuple(
+        torch.empty_like(t) if t is not None and needs & (1 << i) else x.new_empty((0,))
+        for i, t in enumerate(of)
+    )
+
+
+def _inplace_fake(x: Tensor, *rest: Tensor | int | None) -> None:
+    _check_devices(x, *(t for t in rest if isinstance(t, Tensor)))
 
 
 def _backward_fake(
@@ -128,10 +173,64 @@ def _backward_fake(
     # In the order of Needs. The residual is not passed where backward does not read it; its
     # gradient is laid out like x.
     of = (x, w1, b1, w2, b2, x, alpha, beta, affine_scale, affine_shift)
-    return tuple(
-        torch.empty_like(t) if t is not None and needs & (1 << i) else x.new_empty((0,))
-        for i, t in enumerate(of)
-    )
+    return _gradients(x, of, needs)
+
+
+def _squeeze_fake(
+    x: Tensor,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    lengths: Tensor | None,
+    options: int,
+) -> Tensor:
+    _check_devices(x, affine_scale, affine_shift, lengths)
+    return x.new_empty(x.shape[:2])
+
+
+def _squeeze_backward_fake(
+    dz: Tensor,
+    x: Tensor,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    lengths: Tensor | None,
+    options: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    _check_devices(x, dz, affine_scale, affine_shift, lengths)
+    return _gradients(x, (x, affine_scale, affine_shift), needs)
+
+
+def _channel_scale_fake(
+    x: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    options: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(x, u, residual, alpha, beta, affine_scale, affine_shift)
+    return torch.empty_like(x), _mask(x, options, save)
+
+
+def _channel_scale_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    mask: Tensor,
+    options: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    _check_devices(x, dy, u, residual, alpha, beta, affine_scale, affine_shift, mask)
+    rows = u.new_empty(u.shape)  # contiguous, whatever u is
+    return _gradients(x, (x, rows, x, alpha, beta, affine_scale, affine_shift), needs)
 
 
 def inner_is_channels(x: Tensor) -> bool:
@@ -170,8 +269,27 @@ library = torch.library.Library("senet_kernels", "DEF")
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 # The instruction set the CPU kernels run on; takes no tensors.
 library.define("native_isa() -> str")
+_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "native_forward_": (INPLACE_SCHEMA, _inplace_fake),
+    "native_squeeze": (SQUEEZE_SCHEMA, _squeeze_fake),
+    "native_squeeze_backward": (SQUEEZE_BACKWARD_SCHEMA, _squeeze_backward_fake),
+    "native_channel_scale": (CHANNEL_SCALE_SCHEMA, _channel_scale_fake),
+    "native_channel_scale_backward": (CHANNEL_SCALE_BACKWARD_SCHEMA, _channel_scale_backward_fake),
+}
 for _backend in BACKENDS_WITH_OPS:
-    library.define(f"{_backend}_forward{FORWARD_SCHEMA}", tags=_TAGS)
-    library.define(f"{_backend}_backward{BACKWARD_SCHEMA}", tags=_TAGS)
-    torch.library.register_fake(f"senet_kernels::{_backend}_forward", _forward_fake, lib=library)
-    torch.library.register_fake(f"senet_kernels::{_backend}_backward", _backward_fake, lib=library)
+    _OPS[f"{_backend}_forward"] = (FORWARD_SCHEMA, _forward_fake)
+    _OPS[f"{_backend}_backward"] = (BACKWARD_SCHEMA, _backward_fake)
+for _name, (_schema, _fake) in _OPS.items():
+    library.define(f"{_name}{_schema}", tags=_TAGS)
+    torch.library.register_fake(f"senet_kernels::{_name}", _fake, lib=library)
+NATIVE_OPS = tuple(name for name in _OPS if name.startswith("native_"))
+
+
+def _inplace_and_say_so(keys: Any, x: Tensor, *rest: Any) -> None:
+    # Autograd must know, or it would compute with the new x where an earlier op saved the old one.
+    torch.autograd.graph.increment_version(x)
+    op = torch.ops.senet_kernels.native_forward_.default
+    op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, x, *rest)
+
+
+library.impl("native_forward_", _inplace_and_say_so, "ADInplaceOrView", with_keyset=True)

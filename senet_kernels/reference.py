@@ -202,10 +202,41 @@ def squeeze_excite_flat(
     lengths: Tensor | None,
 ) -> Tensor:
     """:func:`squeeze_excite` with its tensors by position, in the order of the raw ops."""
-    affine = None
-    if affine_scale is not None and affine_shift is not None:
-        affine = (affine_scale, affine_shift)
     return squeeze_excite(
-        x, w1, b1, w2, b2, **options._asdict(),
-        before_affine=affine, residual=residual, alpha=alpha, beta=beta, lengths=lengths,
+        x, w1, b1, w2, b2, **options._asdict(), before_affine=_pair(affine_scale, affine_shift),
+        residual=residual, alpha=alpha, beta=beta, lengths=lengths,
     )  # fmt: skip
+
+
+def squeeze_flat(
+    options: Options,
+    x: Tensor,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    lengths: Tensor | None,
+) -> Tensor:
+    """:func:`squeeze` likewise."""
+    affine = _pair(affine_scale, affine_shift)
+    return squeeze(x, before=options.before, before_affine=affine, lengths=lengths)
+
+
+def channel_scale_flat(
+    options: Options,
+    x: Tensor,
+    u: Tensor,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+) -> Tensor:
+    """:func:`channel_scale` likewise."""
+    return channel_scale(
+        x, u, gate=options.gate, before=options.before,
+        before_affine=_pair(affine_scale, affine_shift), after=options.after, residual=residual,
+        alpha=alpha, beta=beta,
+    )  # fmt: skip
+
+
+def _pair(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if scale is None or shift is None else (scale, shift)

@@ -169,6 +169,10 @@ def check_inplace(x: Tensor, others: dict[str, Tensor | None]) -> None:
                 f"{_shape(x)} with strides {list(x.stride())}"
             )
         reach = stride * (size - 1) + reach
+    # Compilers do not know addresses yet, and watch aliases themselves; under torch.func transforms
+    # the result is made apart and copied over x.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
     storage = x.untyped_storage().data_ptr()
     for name, t in others.items():
         if t is not None and t.numel() and t.untyped_storage().data_ptr() == storage:

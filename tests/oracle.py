@@ -74,31 +74,62 @@ def block(
     linear: Linear = matmul_linear,
 ) -> Tensor:
     """Squeeze-and-excitation by its definition, in the dtype of its inputs."""
+    z = squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
+    h = z if w1 is None else FUNCTIONS[activation](linear(z, w1, b1))
+    return channel_scale(
+        x, linear(h, w2, b2), gate=gate, before=before, before_affine=before_affine, after=after,
+        residual=residual, alpha=alpha, beta=beta,
+    )  # fmt: skip
 
-    def spread(v: Tensor) -> Tensor:
-        return v.reshape(*v.shape, *[1] * (x.dim() - 2))
 
-    channels = x.shape[1]
-    q = x
+def _spread(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(*v.shape, *[1] * (x.dim() - 2))
+
+
+def _prologue(x: Tensor, before: str, before_affine: tuple[Tensor, Tensor] | None) -> Tensor:
     if before_affine is not None:
         a, b = before_affine
-        q = spread(a) * x + spread(b)
-    p = FUNCTIONS[before](q)
+        x = _spread(a, x) * x + _spread(b, x)
+    return FUNCTIONS[before](x)
+
+
+def squeeze(
+    x: Tensor,
+    *,
+    before: str = "identity",
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The mean over space."""
+    rows = _prologue(x, before, before_affine).flatten(2)
     if lengths is None:
-        z = p.flatten(2).mean(2)
-    else:
-        rows = p.flatten(2)
-        z = torch.stack([row[:, :n].mean(1) for row, n in zip(rows, lengths, strict=True)])
-    h = z if w1 is None else FUNCTIONS[activation](linear(z, w1, b1))
-    u = linear(h, w2, b2)
+        return rows.mean(2)
+    means = [row[:, :n].mean(1) for row, n in zip(rows, lengths, strict=True)]
+    return torch.stack(means) if means else rows.mean(2)
+
+
+def channel_scale(
+    x: Tensor,
+    u: Tensor,
+    *,
+    gate: str = "identity",
+    before: str = "identity",
+    before_affine: tuple[Tensor, Tensor] | None = None,
+    after: str = "identity",
+    residual: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """What follows the excitation."""
+    channels = x.shape[1]
     scale = FUNCTIONS[gate](u[:, :channels])
     if beta is not None:
         scale = beta * scale
     if alpha is not None:
         scale = alpha + scale
-    y = p * spread(scale)
-    if w2.shape[0] == 2 * channels:
-        y = y + spread(u[:, channels:])
+    y = _prologue(x, before, before_affine) * _spread(scale, x)
+    if u.shape[1] == 2 * channels and channels:
+        y = y + _spread(u[:, channels:], x)
     if residual is not None:
         y = y + residual
     return FUNCTIONS[after](y)

@@ -12,10 +12,24 @@ from torch import Tensor
 
 import oracle
 from backend_cases import BackendCase, dtype_row
+from senet_kernels import channel_scale, squeeze, squeeze_excite
 
 TENSORS = (
     "x", "w1", "b1", "w2", "b2", "residual", "alpha", "beta", "affine_scale", "affine_shift",
 )  # fmt: skip
+# What stands for a function of the whole operation where a problem is about one half of it.
+HALVES: dict[str, dict[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "squeeze": {squeeze_excite: squeeze, oracle.block: oracle.squeeze,
+                oracle.eager_block: oracle.squeeze},
+    "channel_scale": {squeeze_excite: channel_scale, oracle.block: oracle.channel_scale,
+                      oracle.eager_block: oracle.channel_scale},
+}  # fmt: skip
+# The pointwise choices each part has.
+_CHOICES = {
+    "whole": ("activation", "gate", "before", "after"),
+    "squeeze": ("before",),
+    "channel_scale": ("gate", "before", "after"),
+}
 LAYOUTS = (
     "contiguous", "channels_last", "permuted", "sliced_space", "sliced_channels", "strided",
     "expanded_batch", "expanded_space", "misaligned", "misaligned_channels_last",
@@ -62,7 +76,7 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Spec:
-    """What one call looks like; ``build`` makes its tensors."""
+    """What one call looks like; ``build`` makes its tensors. A half leaves out what it has not."""
 
     shape: tuple[int, ...] = (3, 16, 5, 7)  # B, C, *spatial
     hidden: int | None = 4  # None: a single layer
@@ -80,6 +94,7 @@ class Spec:
     weighted: bool = False
     affine: bool = False
     lengths: bool = False
+    part: str = "whole"  # or a key of HALVES
     device: str = "cpu"
     seed: int = 0
 
@@ -98,13 +113,14 @@ class Spec:
 
     @property
     def options(self) -> dict[str, str]:
-        return {n: getattr(self, n) for n in ("activation", "gate", "before", "after")}
+        return {n: getattr(self, n) for n in _CHOICES[self.part]}
 
     def rows(self) -> list[str]:
         """The rows of the feature table this call needs."""
         optional = (
-            (self.hidden is None, "single layer (w1=None)"),
-            (self.hidden is not None, "two layers"),
+            (self.part != "whole", f"{self.part} alone"),
+            (self.part == "whole" and self.hidden is None, "single layer (w1=None)"),
+            (self.part == "whole" and self.hidden is not None, "two layers"),
             (self.shift, "scale-and-shift (w2 with 2C rows)"),
             (self.weighted, "alpha, beta"),
             (self.affine, "before_affine"),
@@ -127,11 +143,12 @@ class Problem:
     options: dict[str, str]
     dy: Tensor
     dtype: torch.dtype = field(default=torch.float32)
+    part: str = "whole"
 
     @property
     def given(self) -> tuple[str, ...]:
         """Names of the differentiable inputs that are there."""
-        return tuple(n for n in TENSORS if self.tensors[n] is not None)
+        return tuple(n for n, t in self.tensors.items() if t is not None)
 
     def double(self) -> Problem:
         """The same values in float64."""
@@ -141,19 +158,18 @@ class Problem:
     def call(
         self, fn: Callable[..., Tensor], tensors: dict[str, Any] | None = None, **extra: Any
     ) -> Tensor:
-        """``fn`` with the signature of ``squeeze_excite`` on these inputs (or ``tensors``)."""
+        """``fn`` with the signature of ``squeeze_excite`` on these inputs (or ``tensors``), or
+        the half of it that the problem is about."""
         given = dict(self.tensors if tensors is None else tensors)
+        u = given.pop("u", None)
         scale, shift = given.pop("affine_scale"), given.pop("affine_shift")
-        positional = [given.pop(n) for n in ("x", "w1", "b1", "w2", "b2")]
-        affine = None if scale is None else (scale, shift)
-        return fn(
-            *positional,
-            **given,
-            before_affine=affine,
-            lengths=self.lengths,
-            **self.options,
-            **extra,
-        )
+        extra |= {"before_affine": None if scale is None else (scale, shift), **self.options}
+        x, *mlp = (given.pop(n) for n in ("x", "w1", "b1", "w2", "b2"))
+        if self.part == "squeeze":
+            return HALVES["squeeze"][fn](x, lengths=self.lengths, **extra)
+        if self.part == "channel_scale":
+            return HALVES["channel_scale"][fn](x, u, **given, **extra)
+        return fn(x, *mlp, **given, lengths=self.lengths, **extra)
 
     def positional(self, options: int, tensors: dict[str, Any] | None = None) -> list[Any]:
         """The arguments of ``NativeSEFunction.apply``."""
@@ -217,6 +233,8 @@ def build(spec: Spec) -> Problem:
 
     values: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
     values["x"] = normal(*spec.shape) + normal(channels, *[1] * len(space))
+    if spec.part == "channel_scale":
+        values["u"] = lay_out(normal(batch, rows), "permuted" if spec.seed % 2 else "contiguous")
     values["w2"] = _weight(rows, hidden, spec.weights, rng)
     if spec.hidden is not None:
         values["w1"] = _weight(hidden, channels, spec.weights, rng)
@@ -230,6 +248,8 @@ def build(spec: Spec) -> Problem:
     if spec.affine:
         values["affine_scale"] = 1 + 0.5 * normal(channels)
         values["affine_shift"] = 0.5 * normal(channels)
+    for name in _ABSENT[spec.part]:
+        values[name] = None
     tensors = {n: cast(t) for n, t in values.items()}
     x, residual = tensors["x"], tensors["residual"]
     assert x is not None
@@ -237,18 +257,28 @@ def build(spec: Spec) -> Problem:
     if residual is not None and spec.residual is not None:
         tensors["residual"] = lay_out(residual, spec.residual)
     lengths = None
-    if spec.lengths:
+    if spec.lengths and spec.part != "channel_scale":
         positions = math.prod(space)
         lengths = torch.randint(1, positions + 1, (batch,), generator=rng).to(spec.device)
-    dy = normal(*spec.shape).to(spec.device, spec.dtype)
-    problem = Problem(tensors, lengths, spec.options, dy, spec.dtype)
+    dy = normal(*(spec.shape[:2] if spec.part == "squeeze" else spec.shape))
+    problem = Problem(
+        tensors, lengths, spec.options, dy.to(spec.device, spec.dtype), spec.dtype, spec.part
+    )
     problem.dy = lay_out(_off_the_kinks(problem), spec.dy_layout)
     return problem
 
 
+_MLP = ("w1", "b1", "w2", "b2")
+_ABSENT = {
+    "whole": (),
+    "squeeze": (*_MLP, "residual", "alpha", "beta"),
+    "channel_scale": _MLP,
+}
+
+
 def _off_the_kinks(problem: Problem) -> Tensor:
     """dy, zero where rounding could decide on which side of a kink of ``after`` an element is."""
-    kinks = oracle.KINKS.get(problem.options["after"], ())
+    kinks = oracle.KINKS.get(problem.options.get("after", "identity"), ())
     if not kinks or not problem.dy.numel():
         return problem.dy
     plain = replace(problem.double(), options={**problem.options, "after": "identity"})
@@ -264,9 +294,8 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     functions are at most 1.5, and a gate moves by at most the change of its argument.
     """
     t = {n: None if v is None else v.abs() for n, v in problem.double().tensors.items()}
-    dy, x, w2 = problem.dy.double().abs().flatten(2), t["x"], t["w2"]
+    dy, x, w2 = problem.dy.double().abs(), t["x"], t["w2"]
     assert x is not None
-    assert w2 is not None
     q = x.flatten(2)
     slope = 1.5 if problem.options["before"] != "identity" else 1.0
     raw = q
@@ -275,11 +304,25 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     positions = q.shape[2]
     counted = torch.full((q.shape[0],), positions) if problem.lengths is None else problem.lengths
     z = q.mean(2) if problem.lengths is None else q.sum(2) / counted.cpu()[:, None].to(q.device)
+    a = 1.0 if t["affine_scale"] is None else t["affine_scale"][:, None]
+
+    def through_before(dp: Tensor) -> dict[str, Tensor]:
+        dq = slope * (1 + q * (slope > 1)) * dp
+        return {"dx": a * dq, "daffine_scale": (dq * raw).sum((0, 2)),
+                "daffine_shift": dq.sum((0, 2))}  # fmt: skip
+
+    def largest(found: dict[str, Tensor | None]) -> dict[str, float]:
+        return {n: oracle.largest(v) for n, v in found.items() if v is not None}
+
+    if problem.part == "squeeze":
+        return largest({"y": z, **through_before((dy / counted.to(dy)[:, None])[:, :, None])})
+    dy = dy.flatten(2)
     w1, w2 = (None if w is None else w.flatten(1) for w in (t["w1"], w2))
     beta = 1.0 if t["beta"] is None else t["beta"]
     alpha = 0.0 if t["alpha"] is None else t["alpha"]
     h = z if w1 is None else z @ w1.T + (0 if t["b1"] is None else t["b1"])
-    u = h @ w2.T + (0 if t["b2"] is None else t["b2"])
+    u = t["u"] if w2 is None else h @ w2.T + (0 if t["b2"] is None else t["b2"])
+    assert u is not None
     channels = x.shape[1]
     g = 1 + u[:, :channels]
     scale = alpha + beta * g
@@ -291,21 +334,17 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     du = beta * ds * g
     if u.shape[1] > channels:
         du = torch.cat([du, m.sum(2)], 1)
+    common = {"y": y, "dresidual": m, "dalpha": ds.sum(0), "dbeta": (ds * g).sum(0)}
+    through_scale = m * scale[:, :, None]
+    if w2 is None:
+        return largest({**common, "du": du, **through_before(through_scale)})
     dh = (du @ w2) * (1.5 * (1 + h))
     dz = dh if w1 is None else dh @ w1
-    dq = (
-        slope
-        * (1 + q * (slope > 1))
-        * (m * scale[:, :, None] + (dz / counted.to(dz)[:, None])[:, :, None])
-    )
-    a = 1.0 if t["affine_scale"] is None else t["affine_scale"][:, None]
-    dw1 = None if w1 is None else dh.T @ z
-    found: dict[str, Tensor | None] = {
-        "y": y, "dx": a * dq, "dw1": dw1, "db1": dh.sum(0), "dw2": du.T @ (1 + h),
-        "db2": du.sum(0), "dresidual": m, "dalpha": ds.sum(0), "dbeta": (ds * g).sum(0),
-        "daffine_scale": (dq * raw).sum((0, 2)), "daffine_shift": dq.sum((0, 2)),
-    }  # fmt: skip
-    return {n: oracle.largest(v) for n, v in found.items() if v is not None}
+    return largest({
+        **common, "dw1": None if w1 is None else dh.T @ z, "db1": dh.sum(0),
+        "dw2": du.T @ (1 + h), "db2": du.sum(0),
+        **through_before(through_scale + (dz / counted.to(dz)[:, None])[:, :, None]),
+    })  # fmt: skip
 
 
 def check(problem: Problem, fn: Callable[..., Tensor], **extra: Any) -> dict[str, Tensor]:

@@ -19,6 +19,13 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 SHAPES_BY_RANK = {1: (3, 16, 35), 2: (3, 16, 5, 7), 3: (3, 16, 2, 3, 5)}
 
 
+_HALVES_FACTORS = {
+    "squeeze": ("dtype", "layout", "rank", "before", "affine", "lengths", "dy_layout"),
+    "channel_scale": ("dtype", "layout", "rank", "before", "gate", "after", "residual", "affine",
+                      "shift", "weighted", "dy_layout"),
+}  # fmt: skip
+
+
 def _covering(backend: BackendCase) -> list[Spec]:
     """Every pair of choices among those the backend takes."""
     factors: dict[str, Any] = {
@@ -40,6 +47,10 @@ def _covering(backend: BackendCase) -> list[Spec]:
     }
     factors |= {n: (False, True) for n, row in optional.items() if backend.takes(row)}
     rows = pairwise(factors)
+    for part, chosen in _HALVES_FACTORS.items():
+        if backend.takes(f"{part} alone"):
+            of_half = {n: v for n, v in factors.items() if n in chosen}
+            rows += [{"part": part, **row} for row in pairwise(of_half)]
     return [
         Spec(shape=SHAPES_BY_RANK[row.pop("rank")], device=backend.device, seed=i, **row)
         for i, row in enumerate(rows)
@@ -60,6 +71,15 @@ def test_pairs_of_choices(backend: BackendCase, spec: Spec) -> None:
     check(build(spec), squeeze_excite, backend=backend.name)
 
 
+_PARTS: tuple[dict[str, Any], ...] = (
+    {"hidden": None},
+    {"lengths": True, "before": "relu", "after": "relu"},
+    {"part": "squeeze"},
+    {"part": "squeeze", "before": "gelu", "lengths": True},
+    {"part": "channel_scale", "gate": "sigmoid"},
+    {"part": "channel_scale", "residual": "contiguous", "after": "relu", "shift": True},
+    {"part": "channel_scale", "before": "silu", "weighted": True},
+)
 # The steps that the kernels compile apart, in every dtype and dense layout.
 _BLOCKS: tuple[dict[str, Any], ...] = (
     {},
@@ -72,6 +92,7 @@ _BLOCKS: tuple[dict[str, Any], ...] = (
     {"residual": "contiguous", "after": "silu"},
     {"after": "gelu"},
     {"bias": False},
+    *_PARTS,
 )
 
 # Around vector widths, cache lines and tiles; primes; ones; images worth splitting over threads;
@@ -100,13 +121,16 @@ _SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
 def _shape_specs(backend: BackendCase) -> list[Spec]:
     dtypes = itertools.cycle(backend.dtypes)
     layouts = itertools.cycle(DENSE_LAYOUTS)
-    blocks = itertools.cycle(_BLOCKS)
+    blocks = itertools.cycle(_BLOCKS[: -len(_PARTS)])
+    parts = itertools.cycle(_PARTS)
     specs = []
     for shape, hidden in _SHAPES:
         for _ in range(4):
             spec = Spec(shape, hidden, next(dtypes), next(layouts), device=backend.device)
             specs.append(replace(spec, **next(blocks)))
-        next(layouts)
+        # A cycle of their own: where a backend takes none of these, it misses none of the others.
+        spec = Spec(shape, hidden, next(dtypes), next(layouts), device=backend.device)
+        specs.append(replace(spec, **next(parts)))
     return specs
 
 
@@ -118,7 +142,7 @@ def test_odd_shapes(backend: BackendCase, spec: Spec) -> None:
 def _block_specs(backend: BackendCase) -> list[Spec]:
     grid = itertools.product(_BLOCKS, backend.dtypes, ("contiguous", "channels_last"))
     return [
-        Spec((5, 40, 9, 11), 10, dtype, layout, device=backend.device, **options)
+        replace(Spec((5, 40, 9, 11), 10, dtype, layout, device=backend.device), **options)
         for options, dtype, layout in grid
     ]
 
@@ -133,9 +157,9 @@ _TEAM_SHAPES = ((1, 48, 40, 40), (1, 7, 64, 65), (5, 24, 30, 31), (2, 96, 3, 3))
 
 
 def _thread_specs(backend: BackendCase) -> list[Spec]:
-    grid = itertools.product(_TEAM_SHAPES, DENSE_LAYOUTS[:2], _BLOCKS[2:5:2])
+    grid = itertools.product(_TEAM_SHAPES, DENSE_LAYOUTS[:2], (*_BLOCKS[2:5:2], *_PARTS[1:6:2]))
     return [
-        Spec(shape, 6, torch.float32, layout, device=backend.device, **options)
+        replace(Spec(shape, 6, torch.float32, layout, device=backend.device), **options)
         for shape, layout, options in grid
     ]
 
@@ -166,6 +190,6 @@ def test_no_gradient_needed(backend: BackendCase, layout: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
 def test_large(backend: BackendCase, layout: str, shape: tuple[int, ...]) -> None:
     for options, dtype in zip(_BLOCKS, itertools.cycle(backend.dtypes), strict=False):
-        spec = Spec(shape, 16, dtype, layout, device=backend.device, **options)
+        spec = replace(Spec(shape, 16, dtype, layout, device=backend.device), **options)
         if spec.fits(backend):
             check(build(spec), squeeze_excite, backend=backend.name)

@@ -42,6 +42,8 @@ _SPECS = (
     Spec((4, 64, 14, 14), 16, affine=True, before="silu"),
     Spec((4, 64, 14, 14), None),
     Spec((4, 64, 14, 14), 16, lengths=True),
+    Spec((4, 64, 14, 14), part="squeeze", before="silu"),
+    Spec((4, 64, 14, 14), part="channel_scale", gate="sigmoid", shift=True, after="silu"),
 )
 
 

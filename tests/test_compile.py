@@ -21,7 +21,7 @@ import oracle
 import senet_kernels
 from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase
 from problems import Problem, Spec, build, magnitudes
-from senet_kernels import FusedSEBlock, squeeze_excite, use_backend
+from senet_kernels import FusedSEBlock, channel_scale, squeeze, squeeze_excite, use_backend
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
 each_fused = pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
@@ -115,6 +115,68 @@ def test_no_layout_copies_in_generated_code(backend: BackendCase, layout: str, g
     assert calls >= (2 if grad else 1), code
     for kernel in ("async_compile.cpp", "async_compile.triton", "aten.clone", ".copy_("):
         assert kernel not in code, code
+
+
+@pytest.mark.parametrize("how", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_space"])
+@each_backend
+def test_inplace(backend: BackendCase, layout: str, how: str) -> None:
+    """On an input of the graph and on a tensor made inside: both functionalised and put back."""
+    if not backend.takes("inplace"):
+        pytest.skip("the feature table leaves in place to the reference")
+    problem = build(Spec((2, 8, 3, 5), 4, layout=layout, device=backend.device))
+    right = problem.call(squeeze_excite, backend=backend.name)
+    x = problem.tensors["x"]
+    assert x is not None
+
+    @torch.compile(fullgraph=True, backend=how)
+    def on_input(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = squeeze_excite(x, *args, **kwargs, inplace=True, backend=backend.name)
+        return y + 1
+
+    @torch.compile(fullgraph=True, backend=how)
+    def on_intermediate(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        doubled = (2 * x) / 2
+        squeeze_excite(doubled, *args, **kwargs, inplace=True, backend=backend.name)
+        return doubled, x + 1
+
+    before = x.clone()
+    y, after = problem.call(on_intermediate)
+    torch.testing.assert_close(y, right)
+    torch.testing.assert_close(after, before + 1)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(problem.call(on_input), right + 1)
+    torch.testing.assert_close(x, right)
+
+
+@pytest.mark.parametrize("how", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_backend
+def test_halves_with_code_between(backend: BackendCase, layout: str, how: str) -> None:
+    """Efficient channel attention: one graph, the same numbers, gradients too."""
+    if not backend.takes("squeeze alone", "channel_scale alone"):
+        pytest.skip("the feature table leaves the halves to the reference")
+    problem = build(Spec((2, 8, 3, 5), layout=layout, residual=layout, device=backend.device))
+    given = [problem.tensors["x"], problem.tensors["residual"], torch.randn(1, 1, 3)]
+    leaves = [t.detach().to(backend.device).requires_grad_() for t in given if t is not None]
+
+    def attend(x: Tensor, residual: Tensor, kernel: Tensor) -> Tensor:
+        z = squeeze(x, before="silu", backend=backend.name)
+        u = nn.functional.conv1d(z[:, None], kernel, padding=1)[:, 0]
+        return channel_scale(x, u, gate="sigmoid", before="silu", after="relu", residual=residual,
+                             backend=backend.name)  # fmt: skip
+
+    def run(fn: Callable[..., Tensor]) -> list[Tensor]:
+        y = fn(*leaves)
+        with torch.no_grad():
+            torch.testing.assert_close(fn(*leaves), y)
+        return [y, *torch.autograd.grad(y, leaves, problem.dy)]
+
+    eager = run(attend)
+    compiled = run(torch.compile(attend, fullgraph=True, backend=how))
+    assert compiled[0].stride() == eager[0].stride()
+    for ours, right in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, right)
 
 
 def _count(fn: Callable[..., Tensor], batches: tuple[int, ...], dynamic: bool | None) -> int:

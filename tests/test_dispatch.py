@@ -12,13 +12,11 @@ import pytest
 import torch
 
 from backend_cases import FUSED_BACKENDS, BackendCase
-from problems import Spec, build
+from problems import HALVES, Spec, build
 from senet_kernels import (
     BackendUnavailableError,
     backends,
-    channel_scale,
     explain,
-    squeeze,
     squeeze_excite,
     use_backend,
 )
@@ -59,19 +57,38 @@ def test_context_manager_restores_after_an_error() -> None:
     assert _chosen() == before
 
 
-def test_halves_alone_run_on_the_reference_or_refuse() -> None:
-    x, u = torch.randn(2, 8, 3), torch.randn(2, 8)
-    halves: list[Callable[..., torch.Tensor]] = [
-        squeeze,
-        lambda x, **backend: channel_scale(x, u, **backend),
-    ]
-    for half in halves:
-        right = half(x)
-        assert torch.equal(half(x, backend="reference"), right)
-        with use_backend("native"):
-            with pytest.raises(BackendUnavailableError, match=r"native.*alone"):
-                half(x)
-            assert torch.equal(half(x, backend="reference"), right)
+@pytest.mark.parametrize("part", HALVES)
+@each_fused
+def test_halves_choose_as_the_whole_does(
+    backend: BackendCase, part: str, record_ops: Callable[[], set[str]]
+) -> None:
+    problem = build(Spec(part=part, device=backend.device))
+    right = problem.run(squeeze_excite, backend="reference")
+    assert not record_ops()
+    taken = backend.takes(f"{part} alone")
+    name = f"senet_kernels::{backend.name}_{part}"
+    ours = {name, f"{name}_backward"}
+    with use_backend(backend.name):
+        if taken:
+            problem.run(squeeze_excite)
+            assert record_ops() == ours
+        else:
+            with pytest.raises(BackendUnavailableError, match=f"{part} alone"):
+                problem.run(squeeze_excite)
+        assert problem.run(squeeze_excite, backend="reference").keys() == right.keys()
+        assert not record_ops()
+    problem.run(squeeze_excite)
+    assert record_ops() == (ours if taken else set())
+
+
+def test_halves_without_the_library_run_on_the_reference(no_native: str) -> None:
+    for part in HALVES:
+        problem = build(Spec(part=part))
+        results = [problem.run(squeeze_excite, backend=b) for b in (None, "reference")]
+        for name, value in results[0].items():
+            assert torch.equal(value, results[1][name])
+        with pytest.raises(BackendUnavailableError, match=no_native):
+            problem.call(squeeze_excite, backend="native")
 
 
 _SCRIPT = (

@@ -248,6 +248,21 @@ def attempt(*args):
 assert sk.backends()["native"]
 sk.NativeSEFunction.apply(*legal())
 """
+# Raw ops of the halves, of an x [2, 8, 3] and a u [2, 8].
+_NONE5 = "None, None, None, None, None"
+_HALVES: dict[str, str] = {
+    "squeeze: lengths": "squeeze(x, None, None, torch.ones(3, dtype=torch.int64), 0)",
+    "squeeze: x of rank 2": "squeeze(u, None, None, None, 0)",
+    "squeeze: dz of rank 3": "squeeze_backward(x, x, None, None, None, 0, 1)",
+    "squeeze: dz too wide": "squeeze_backward(torch.randn(2, 9), x, None, None, None, 0, 1)",
+    "scale: u of rank 1": f"channel_scale(x, u[0], {_NONE5}, 0, False)",
+    "scale: u columns": f"channel_scale(x, torch.randn(2, 9), {_NONE5}, 0, False)",
+    "scale: u batch": f"channel_scale(x, torch.randn(3, 8), {_NONE5}, 0, False)",
+    "scale: u integer": f"channel_scale(x, u.long(), {_NONE5}, 0, False)",
+    "scale: u on meta": f"channel_scale(x, u.to('meta'), {_NONE5}, 0, False)",
+    "scale: alpha": "channel_scale(x, u, None, u[0, :7], None, None, None, 0, False)",
+    "scale: mask missing": f"channel_scale_backward(x, x, u, {_NONE5}, u[:0], 1 << 12, 1)",
+}
 _RAW: dict[str, str] = {
     "x rank 2": "a[0] = torch.randn(2, 8)",
     "x rank 0": "a[0] = torch.randn(())",
@@ -267,7 +282,11 @@ _RAW: dict[str, str] = {
     "w1 of half": "a[1] = a[1].half()",
     "w1 double": "a[1] = a[1].double()",
     "w1 integer": "a[1] = torch.ones(4, 8, dtype=torch.int32)",
-    "w1 None": "a[1] = None",
+    "w1 None, w2 not square": "a[1] = a[2] = None",
+    "w1 None, b1 given": "a[1] = None; a[3] = torch.randn(8, 8)",
+    "lengths on meta": "a += [None] * 5 + [torch.ones(2, dtype=torch.int64, device='meta')]",
+    "lengths of int32": "a += [None] * 5 + [torch.ones(2, dtype=torch.int32)]",
+    "lengths too few": "a += [None] * 5 + [torch.ones(1, dtype=torch.int64)]",
     "w2 too few rows": "a[3] = torch.randn(7, 4)",
     "w2 too many rows": "a[3] = torch.randn(800, 4)",
     "w2 too many columns": "a[3] = torch.randn(8, 5)",
@@ -304,6 +323,13 @@ _RAW: dict[str, str] = {
         "attempt = lambda *_: attempt_op(\n"
         "    raw, y[0], *a[:5], *[None] * 6, y[1], y[2][:0], a[5], 31)\n"
     ),
+}
+_RAW |= {
+    name: (
+        "x, u = torch.randn(2, 8, 3), torch.randn(2, 8)\n"
+        f"attempt = lambda *_: attempt_op(lambda: torch.ops.senet_kernels.native_{call})"
+    )
+    for name, call in _HALVES.items()
 }
 _ATTEMPT_OP = """
 def attempt_op(op, *args):

@@ -75,6 +75,8 @@ CASES: dict[str, Callable[[str | None, str], None]] = {
     "parameters in float32 under autocast": _autocast,
     "two layers": _plain(_SPEC),
     "single layer (w1=None)": _plain(replace(_SPEC, hidden=None)),
+    "squeeze alone": _plain(replace(_SPEC, part="squeeze")),
+    "channel_scale alone": _plain(replace(_SPEC, part="channel_scale")),
     "scale-and-shift (w2 with 2C rows)": _plain(replace(_SPEC, shift=True)),
     "alpha, beta": _plain(replace(_SPEC, weighted=True)),
     "before_affine": _plain(replace(_SPEC, affine=True)),

@@ -37,6 +37,13 @@ _SPECS = (
     replace(_SMALL, shift=True, weighted=True),
     replace(_SMALL, affine=True, before="silu"),
     replace(_SMALL, lengths=True),
+    replace(_SMALL, hidden=None, shift=True, layout="channels_last", lengths=True),
+    replace(_SMALL, part="squeeze", before="silu", lengths=True),
+    replace(_SMALL, part="squeeze", layout="channels_last", affine=True, before="mish"),
+    replace(_SMALL, part="channel_scale", gate="tanh", before="silu", after="relu",
+            residual="contiguous", shift=True, weighted=True),
+    replace(_SMALL, part="channel_scale", layout="channels_last", residual="contiguous"),
+    replace(_SMALL, part="channel_scale", affine=True, after="silu", residual="channels_last"),
     replace(_SMALL, affine=True, lengths=True, shift=True, weighted=True, after="relu",
             residual="contiguous"),
 )  # fmt: skip
@@ -58,7 +65,8 @@ def _differentiable(
 def _entry_points(problem: Problem, backend: BackendCase) -> list[Callable[..., Tensor]]:
     """The public function and, for the fused backends, the exported Function."""
     entries = [lambda t: problem.call(squeeze_excite, t, backend=backend.name)]
-    if function := _FUNCTIONS.get(backend.name):
+    function = _FUNCTIONS.get(backend.name)
+    if function and problem.part == "whole":
         options = pack_options(**problem.options)  # type: ignore[arg-type]
         entries.append(lambda t: function.apply(*problem.positional(options, t)))
     return entries
@@ -122,18 +130,27 @@ class _RecordNeeds(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-_FIRST_SIX = TENSORS[:6]
-_SUBSETS = [s for n in range(7) for s in itertools.combinations(_FIRST_SIX, n)]
+# The differentiable inputs in the order of `needs`, as far as subsets are tried.
+_ORDER = {
+    "whole": TENSORS[:6],
+    "squeeze": ("x",),
+    "channel_scale": ("x", "u", "residual", "alpha", "beta"),
+}
 
 
 @pytest.mark.parametrize("after", ["identity", "relu"])
+@pytest.mark.parametrize("part", _ORDER)
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
-def test_every_subset_of_gradients(backend: BackendCase, after: str) -> None:
+def test_every_subset_of_gradients(backend: BackendCase, part: str, after: str) -> None:
     """What is asked for is right, and what is not is not computed."""
-    spec = Spec((2, 6, 3, 4), 3, residual="contiguous", after=after, device=backend.device)
+    spec = Spec((2, 6, 3, 4), 3, residual="contiguous", after=after, device=backend.device,
+                part=part, weighted=part == "channel_scale")  # fmt: skip
+    if not spec.fits(backend):
+        pytest.skip("the feature table leaves this to the reference")
     problem = build(spec)
     right, scale = problem.expected(), magnitudes(problem)
-    for names in _SUBSETS:
+    order = _ORDER[part]
+    for names in (s for n in range(len(order) + 1) for s in itertools.combinations(order, n)):
         leaves = problem.leaves(names)
         with _RecordNeeds() as recorded:
             y = problem.call(squeeze_excite, leaves, backend=backend.name)
@@ -151,7 +168,7 @@ def test_every_subset_of_gradients(backend: BackendCase, after: str) -> None:
         )
         if backend in FUSED_BACKENDS:
             computed = [n for n in names if after != "identity" or n != "residual"]
-            bits = sum(1 << TENSORS.index(n) for n in computed)
+            bits = sum(1 << order.index(n) for n in computed)
             assert recorded.needs == ([bits] if computed else [])
 
 
@@ -212,3 +229,17 @@ def test_inputs_changed_before_backward_are_noticed(backend: BackendCase) -> Non
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(problem.dy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+def test_overwriting_what_another_op_saved_is_noticed(backend: BackendCase) -> None:
+    if not backend.takes("inplace"):
+        pytest.skip("the feature table leaves in place to the reference")
+    problem = build(Spec(device=backend.device))
+    x = problem.tensors["x"]
+    assert x is not None
+    factor = torch.ones((), device=backend.device, requires_grad=True)
+    product = x * factor  # keeps x for the gradient of factor
+    problem.call(squeeze_excite, inplace=True, backend=backend.name)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()

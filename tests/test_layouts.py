@@ -34,6 +34,9 @@ _EMPTY_OPTIONS: tuple[dict[str, Any], ...] = (
     {"bias": False, "activation": "silu"},
     {"residual": "contiguous", "after": "relu"},
     {"before": "silu", "gate": "hardsigmoid"},
+    {"hidden": None, "shift": True},
+    {"part": "squeeze", "before": "relu"},
+    {"part": "channel_scale", "residual": "contiguous", "after": "relu", "weighted": True},
 )
 
 
@@ -42,7 +45,10 @@ _EMPTY_OPTIONS: tuple[dict[str, Any], ...] = (
 @each_backend
 def test_empty_extents(backend: BackendCase, spec: Spec, options: dict[str, Any]) -> None:
     """As eager, gradients included: NaN where the mean over nothing is NaN, zeros elsewhere."""
-    problem = build(replace(spec, device=backend.device, **options))
+    spec = replace(spec, device=backend.device, **options)
+    if not spec.fits(backend):
+        pytest.skip("the feature table leaves this to the reference")
+    problem = build(spec)
     actual = problem.run(squeeze_excite, backend=backend.name)
     for name, right in problem.expected().items():
         torch.testing.assert_close(actual[name], right.float(), equal_nan=True)
@@ -176,3 +182,35 @@ def test_layout_does_not_change_the_result(backend: BackendCase, layout: str) ->
         turned = problem.run(squeeze_excite, backend=backend.name)
         for name, right in straight.items():
             assert torch.equal(turned[name], right), name
+
+
+_INPLACE_SPECS = (
+    Spec(),
+    Spec(dtype=torch.bfloat16, before="silu", residual="channels_last", after="relu"),
+    Spec(dtype=torch.float16, gate="hardsigmoid", after="silu", shift=True),
+    Spec(dtype=torch.float64, weighted=True, residual="contiguous"),
+    Spec((1, 64, 61, 67), 4, residual="contiguous", after="relu"),  # split over threads
+    Spec((5, 9, 70), 2, before="hardswish"),
+    Spec((2, 128, 2, 2), 64),  # weights larger than the image
+    *(replace(spec, dtype=torch.bfloat16) for spec in _EMPTY.values()),
+)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
+@pytest.mark.parametrize("spec", _INPLACE_SPECS, ids=str)
+@each_backend
+def test_inplace_gives_the_same_bits(backend: BackendCase, spec: Spec, layout: str) -> None:
+    """x becomes what y would be, where it lies; what lies around it stays."""
+    if not (backend.takes("inplace") and spec.fits(backend)):
+        pytest.skip("the feature table leaves this to the reference")
+    problem = build(replace(spec, layout=layout, device=backend.device))
+    y = problem.call(squeeze_excite, backend=backend.name)
+    x = problem.tensors["x"]
+    assert x is not None
+    address, strides = x.data_ptr(), x.stride()
+    everything = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    right = everything.clone()
+    right.as_strided(x.shape, strides, x.storage_offset()).copy_(y)
+    assert problem.call(squeeze_excite, backend=backend.name, inplace=True) is x
+    assert (x.data_ptr(), x.stride()) == (address, strides)
+    torch.testing.assert_close(everything, right, rtol=0, atol=0, equal_nan=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backend_cases import FUSED_BACKENDS, BackendCase
-from problems import LAYOUTS, TENSORS, Problem, Spec, build
+from problems import HALVES, LAYOUTS, TENSORS, Problem, Spec, build
 from senet_kernels import ops, pack_options
+from senet_kernels.autograd import inplace_op
 
 each_fused = pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
 
@@ -67,6 +68,71 @@ def test_opcheck(backend: BackendCase, spec: Spec) -> None:
         torch.library.opcheck(backward, _backward_args(problem, forward, int(needs)))
 
 
+each_inplace = pytest.mark.parametrize(
+    "backend", [b for b in FUSED_BACKENDS if b.takes("inplace")], indirect=True, ids=str
+)
+
+
+@each_inplace
+@pytest.mark.parametrize("spec", _SPECS[:-1], ids=str)
+def test_opcheck_inplace(backend: BackendCase, spec: Spec) -> None:
+    problem = build(replace(spec, device=backend.device))
+    op = inplace_op(backend.name)
+    torch.library.opcheck(op, _forward_args(problem, False)[:-1])
+    assert torch.Tag.flexible_layout in op.tags
+
+
+@each_inplace
+def test_inplace_refuses_images_on_top_of_each_other(backend: BackendCase) -> None:
+    problem = build(Spec(layout="expanded_batch", device=backend.device))
+    with pytest.raises(RuntimeError, match="overlap"):
+        inplace_op(backend.name)(*_forward_args(problem, False)[:-1])
+
+
+_HALF_SPECS = (
+    Spec((2, 6, 3, 5), part="squeeze", lengths=True),
+    Spec((2, 6, 3, 5), part="squeeze", layout="channels_last", dtype=torch.bfloat16),
+    Spec((2, 6, 15), part="squeeze", layout="sliced_space", before="relu", dy_layout="permuted"),
+    Spec((2, 6, 3, 5), part="channel_scale", after="relu", residual="contiguous", weighted=True),
+    Spec((2, 6, 3, 5), part="channel_scale", layout="channels_last", shift=True, seed=1),
+    Spec((2, 6, 3, 5), part="channel_scale", layout="permuted", after="silu", before="silu",
+         dtype=torch.bfloat16, seed=1),
+)  # fmt: skip
+
+
+def _half_calls(problem: Problem, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """A half's raw ops with their arguments: forward, and backward for all that is there."""
+    names = {
+        "squeeze": ("x", "affine_scale", "affine_shift"),
+        "channel_scale": ("x", "u", "residual", "alpha", "beta", "affine_scale", "affine_shift"),
+    }[problem.part]
+    inputs = [problem.tensors[n] for n in names]
+    code = pack_options(**{"activation": None, "gate": None, **problem.options})
+    needs = sum(1 << i for i, t in enumerate(inputs) if t is not None)
+    forward, backward = (
+        getattr(torch.ops.senet_kernels, f"{backend}_{problem.part}{end}").default
+        for end in ("", "_backward")
+    )
+    if problem.part == "squeeze":
+        inputs.append(problem.lengths)
+        last: tuple[Any, ...] = (code, needs)
+        calls = [(forward, (*inputs, code))]
+    else:
+        last = (forward(*inputs, code, True)[1], code, needs)
+        calls = [(forward, (*inputs, code, save)) for save in (False, True)]
+    return [*calls, (backward, (problem.dy, *inputs, *last))]
+
+
+@each_fused
+@pytest.mark.parametrize("spec", _HALF_SPECS, ids=str)
+def test_opcheck_halves(backend: BackendCase, spec: Spec) -> None:
+    if not spec.fits(backend):
+        pytest.skip("the feature table leaves this to the reference")
+    for op, args in _half_calls(build(replace(spec, device=backend.device)), backend.name):
+        torch.library.opcheck(op, args)
+        assert torch.Tag.flexible_layout in op.tags
+
+
 def _same_meta(fake: Tensor, real: Tensor, what: str) -> None:
     assert fake.dtype == real.dtype, what
     assert tuple(fake.shape) == tuple(real.shape), what
@@ -99,12 +165,32 @@ def test_fakes_have_the_real_strides(backend: BackendCase, layout: str, weights:
             (backward, _backward_args(problem, forward, 0)),
         ]
         for op, args in calls:
-            real = op(*args)
-            with FakeTensorMode() as mode:
-                converted = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
-                fake = op(*converted)
-            for i, (f, r) in enumerate(zip(fake, real, strict=True)):
-                _same_meta(f, r, f"output {i} of {op} on {spec}")
+            _check_fake(op, args, str(spec))
+
+
+def _check_fake(op: Any, args: tuple[Any, ...], where: str) -> None:
+    real = op(*args)
+    with FakeTensorMode() as mode:
+        converted = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        fake = op(*converted)
+    if isinstance(real, Tensor):
+        real, fake = [real], [fake]
+    for i, (f, r) in enumerate(zip(fake, real, strict=True)):
+        _same_meta(f, r, f"output {i} of {op} on {where}")
+
+
+@each_fused
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fakes_of_halves_have_the_real_strides(backend: BackendCase, layout: str) -> None:
+    for part, shape in itertools.product(HALVES, _SHAPES):
+        spec = Spec(shape, part=part, layout=layout, weighted=True, shift=True, after="relu",
+                    residual="channels_last", device=backend.device, seed=1)  # fmt: skip
+        if not spec.fits(backend):
+            pytest.skip("the feature table leaves this to the reference")
+        for op, args in _half_calls(build(spec), backend.name):
+            _check_fake(op, args, str(spec))
+            if op.name().endswith("_backward"):
+                _check_fake(op, (*args[:-1], 0), str(spec))
 
 
 @each_fused

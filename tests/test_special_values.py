@@ -30,7 +30,13 @@ _SPECS: tuple[dict[str, Any], ...] = (
     {"residual": "contiguous", "after": "silu", "activation": "leaky_relu", "gate": "relu"},
     {"after": "relu6", "activation": "gelu", "gate": "hardsigmoid_02"},
     {"after": "mish", "activation": "mish", "gate": "identity"},
+    {"hidden": None, "lengths": True, "before": "relu"},
+    {"part": "squeeze", "before": "hardswish", "layout": "channels_last"},
+    {"part": "squeeze", "before": "relu", "lengths": True},
+    {"part": "channel_scale", "residual": "contiguous", "after": "relu", "shift": True},
+    {"part": "channel_scale", "gate": "sigmoid", "before": "silu", "layout": "channels_last"},
 )
+_SPEC = Spec((3, 24, 5, 7), 6)
 _VALUES = (math.nan, math.inf, -math.inf)
 
 
@@ -79,7 +85,7 @@ def _cases() -> list[Any]:
         for dtype in backend.dtypes
         if dtype != torch.float64
         for options in _SPECS
-        if (spec := Spec((3, 24, 5, 7), 6, dtype, device=backend.device, **options)).fits(backend)
+        if (spec := replace(_SPEC, dtype=dtype, device=backend.device, **options)).fits(backend)
     ]
 
 
@@ -241,3 +247,26 @@ def test_halves_of_the_block_pass_nan_on() -> None:
     u[0, 1] = math.inf
     assert channel_scale(x, u, gate="sigmoid")[0].isfinite().all()
     assert _kinds(channel_scale(x, u, gate="identity"))[0].tolist() == [[0] * 4, [2] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("part", ["whole", "squeeze"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+def test_lengths_of_none_and_of_all(backend: BackendCase, layout: str, part: str) -> None:
+    """An empty mean is NaN, in its own image alone, and passes no gradient to any position; what
+    lies beyond a length is not looked at."""
+    spec = replace(_SPEC, layout=layout, lengths=True, part=part, device=backend.device)
+    if not spec.fits(backend):
+        pytest.skip("the feature table leaves this to the reference")
+    problem = build(spec)
+    x = problem.tensors["x"]
+    assert x is not None
+    positions = x.shape[2:].numel()
+    problem.lengths = torch.tensor([positions, 0, 1], device=backend.device)
+    if part == "squeeze":
+        x[2, :, 1:] = math.nan
+    actual, expected = problem.run(squeeze_excite, backend=backend.name), problem.expected()
+    for name in ("y", "dx"):
+        torch.testing.assert_close(
+            actual[name].double(), expected[name], rtol=1e-4, atol=1e-5, equal_nan=True
+        )

@@ -15,7 +15,7 @@ from torch.func import vmap as torch_vmap
 
 import oracle
 from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase
-from problems import Problem, Spec, build
+from problems import HALVES, Problem, Spec, build
 from senet_kernels import FusedSEBlock, NativeSEFunction, pack_options, squeeze_excite
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
@@ -128,6 +128,45 @@ def test_vmap(backend: BackendCase, spec: Spec, mapped: str) -> None:
         deeper = torch.stack([stacked[0], stacked[0] * 2])
         one = [torch_vmap(ours, nested)(x, *stacked[1:]) for x in deeper]
         _close(twice(deeper, *stacked[1:]), torch.stack(one))
+
+
+@pytest.mark.parametrize("part", HALVES)
+@each_backend
+def test_transforms_of_halves(backend: BackendCase, part: str) -> None:
+    """By the reference, whatever was asked for: right, never zeros."""
+    spec = Spec((3, 4, 2, 5), dtype=torch.float64, part=part, before="silu", device=backend.device)
+    if not spec.fits(backend):
+        pytest.skip("the feature table leaves this to the reference")
+    ours, right, values, _ = _both(spec, backend)
+    every = tuple(range(len(values)))
+
+    def scalar(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *v: fn(*v).square().sum()
+
+    _close(grad(scalar(ours), every)(*values), grad(scalar(right), every)(*values))
+    tangents = tuple(torch.randn_like(v) for v in values)
+    _close(jvp(ours, values, tangents), jvp(right, values, tangents))
+    stacked = tuple(torch.stack([v, 2 * v]) for v in values)
+    mapped = (0,) * len(values)
+    _close(torch_vmap(ours)(*stacked), _loop(right, mapped, stacked))
+    with fwAD.dual_level():
+        dual = fwAD.make_dual(values[0], tangents[0])
+        got = fwAD.unpack_dual(ours(dual, *values[1:])).tangent
+        _close(got, fwAD.unpack_dual(right(dual, *values[1:])).tangent)
+
+
+@each_backend
+def test_vmap_in_place(backend: BackendCase) -> None:
+    if not backend.takes("inplace"):
+        pytest.skip("the feature table leaves in place to the reference")
+    ours, _, values, _ = _both(_SPECS[0], backend)
+    stacked = torch.stack([values[0], values[0] / 2, values[0] + 1])
+    right = torch.stack([ours(x, *values[1:]) for x in stacked])
+    problem = build(_SPECS[0])
+    overwrite, _, _ = _as_function(problem, squeeze_excite, backend=backend.name, inplace=True)
+    y = torch_vmap(lambda x: overwrite(x, *values[1:]))(stacked)
+    _close(y, right)
+    _close(stacked, right)
 
 
 @pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)

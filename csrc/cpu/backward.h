@@ -2,7 +2,8 @@
 //   ds = sum of m p, dshift = sum of m                 one read of dy and x
 //   du = [beta ds gate'(u), dshift], dh = (W2^T du) activation'(h), dz = W1^T dh
 //   dx = (m scale + dz / S) before'(x)                 a second read; of dy alone in plain SE
-// and the parameters' gradients as sums over images of outer products, in a fixed order.
+// and the parameters' gradients as sums over images of outer products, in a fixed order. The
+// scaling alone has no dz; the squeeze alone has nothing else.
 #pragma once
 
 #include "plan.h"
@@ -23,6 +24,7 @@ class BackwardPass {
         plan_(make_plan(s_, 2 * sizeof(T), args.parameters.dtype == DType::f32 ? 4 : sizeof(T),
                         runtime.threads)),
         has_shift_(s_.outputs > s_.channels),
+        wants_sums_(s_.form != Form::scale || args.du || args.dalpha || args.dbeta),
         width_(has_shift_ ? 2 * s_.channels : s_.channels) {
     const int64_t images = std::max<int64_t>(plan_.threads, plan_.group);
     const int64_t slices = images * plan_.threads;
@@ -38,24 +40,29 @@ class BackwardPass {
     const int64_t dmean = carver.reserve(images * s_.channels);
     const int64_t sums = s_.channels_last ? carver.reserve(slices * width_) : 0;
     const int64_t chained = s_.channels_last ? carver.reserve(plan_.threads * width_) : 0;
+    const int64_t none = args.lengths ? carver.reserve(s_.channels) : 0;
     A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
     ds_ = memory + ds;
     gates_ = memory + gates;
-    du_ = memory + du;
+    du_ = args.du ? static_cast<A*>(args.du) : memory + du;
     dh_ = memory + dh;
     hidden_ = memory + hidden;
     scale_ = memory + scale;
     dmean_ = memory + dmean;
     sums_ = memory + sums;
     chained_ = memory + chained;
+    none_ = memory + none;
+    if (args.lengths) std::fill(none_, none_ + s_.channels, A(0));
+    // -0, which changes no number it is added to.
+    if (s_.form == Form::scale) std::fill(dmean_, dmean_ + images * s_.channels, A(-0.0));
   }
 
   void run() {
     share(runtime_, plan_, plan_.alone, [&](int64_t begin, int64_t end, int slot) {
       for (int64_t b = begin; b < end; ++b) {
         through_scale(b, slot, slot);
-        through_output_layer(b, 1, 0, 1);
-        if (a_.dx) through_hidden_layer(b, 1, slot, 0, 1);
+        if (s_.form == Form::two_layers) through_output_layer(b, 1, 0, 1);
+        if (a_.dx && s_.form != Form::scale) through_first_layer(b, 1, slot, 0, 1);
         write_dx(b, 0, 1, slot);
       }
     });
@@ -78,25 +85,29 @@ class BackwardPass {
       });
     } else {
       for (int64_t g = 0; g < images; ++g) prepare(b0 + g, g);
-      share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t g = task / slices;
-          dots(b0 + g, task % slices, slices, g, sums_ + task * width_, slot);
-        }
-      });
-      for (int64_t g = 0; g < images; ++g) {
+      if (wants_sums_) {
+        share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t g = task / slices;
+            dots(b0 + g, task % slices, slices, g, sums_ + task * width_, slot);
+          }
+        });
+      }
+      for (int64_t g = 0; wants_sums_ && g < images; ++g) {
         if (s_.channels_last) add_slices(b0 + g, sums_ + g * slices * width_, slices);
         through_gate(b0 + g);
       }
     }
-    const bool worth = s_.hidden * (s_.channels + s_.outputs) * images >= kSerialElements;
+    const bool worth = s_.weights() * images >= kSerialElements;
     const int64_t parts = worth ? plan_.threads : 1;
-    share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) through_output_layer(b0, images, i, parts);
-    });
-    if (a_.dx) {
+    if (s_.form == Form::two_layers) {
       share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) through_hidden_layer(b0, images, 0, i, parts);
+        for (int64_t i = begin; i < end; ++i) through_output_layer(b0, images, i, parts);
+      });
+    }
+    if (a_.dx && s_.form != Form::scale) {
+      share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) through_first_layer(b0, images, 0, i, parts);
       });
     }
     share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int) {
@@ -109,6 +120,7 @@ class BackwardPass {
   // From dy to du for one whole image, on one thread.
   SENET_OUTLINE void through_scale(int64_t b, int64_t at, int slot) {
     prepare(b, at);
+    if (!wants_sums_) return;
     dots(b, 0, 1, at, sums_ + at * width_, slot);
     if (s_.channels_last) add_slices(b, sums_ + at * width_, 1);
     through_gate(b);
@@ -207,15 +219,18 @@ class BackwardPass {
     }
   }
 
-  // dz / S, the part of dx that comes through the mean.
-  SENET_OUTLINE void through_hidden_layer(int64_t b, int64_t images, int64_t at, int64_t i,
-                                          int64_t parts) {
+  // dz / S, the part of dx that comes through the mean, from the layer that reads z.
+  SENET_OUTLINE void through_first_layer(int64_t b, int64_t images, int64_t at, int64_t i,
+                                         int64_t parts) {
     const Range r = slice(s_.channels, i, parts);
     A* dmean = dmean_ + at * s_.channels;
-    linear_transposed<A>(a_.parameters.dtype, a_.parameters.w1, s_.hidden, s_.channels, r.begin,
-                         r.end, dh_ + b * s_.hidden, s_.hidden, dmean, s_.channels, images);
-    const A positions = static_cast<A>(s_.positions);
+    const bool two = s_.form == Form::two_layers;
+    const void* weight = two ? a_.parameters.w1 : a_.parameters.w2;
+    const int64_t rows = two ? s_.hidden : s_.outputs;
+    linear_transposed<A>(a_.parameters.dtype, weight, rows, s_.channels, r.begin, r.end,
+                         (two ? dh_ : du_) + b * rows, rows, dmean, s_.channels, images);
     for (int64_t g = 0; g < images; ++g) {
+      const A positions = static_cast<A>(counted(s_, a_.lengths, b + g));
       A* of_image = dmean + g * s_.channels + r.begin;
       for_vectors<A>(r.end - r.begin, [&](int64_t c, auto lanes) {
         put(of_image + c, get(of_image + c, lanes) / positions, lanes);
@@ -231,25 +246,33 @@ class BackwardPass {
     const A* dmean = dmean_ + at * s_.channels;
     T* dx = a_.dx ? static_cast<T*>(a_.dx) + b * s_.image() : nullptr;
     T* dresidual = a_.dresidual ? static_cast<T*>(a_.dresidual) + b * s_.image() : nullptr;
+    const int64_t n = counted(s_, a_.lengths, b);
     const Range range = slice(s_.channels_last ? s_.positions : s_.channels, i, slices);
     backwards(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
       T* dx_row = dx ? dx + r * runs.n : nullptr;
       T* dresidual_row = dresidual ? dresidual + r * runs.n : nullptr;
       if (s_.channels_last) {
         dx_run<T, kBefore, kPlain>(runs(r), dx_row, dresidual_row, runs.n, PerElement<A>{scale},
-                                   PerElement<A>{shift}, has_shift_, PerElement<A>{dmean},
+                                   PerElement<A>{shift}, has_shift_,
+                                   PerElement<A>{kPlain || r < n ? dmean : none_},
                                    a_.options.before, a_.options.after);
-      } else {
-        dx_run<T, kBefore, kPlain>(
-            runs(r), dx_row, dresidual_row, runs.n, Uniform<A>{broadcast<A>(scale[r])},
-            Uniform<A>{broadcast<A>(shift[r])}, has_shift_, Uniform<A>{broadcast<A>(dmean[r])},
-            a_.options.before, a_.options.after);
+        return;
       }
+      const auto with = [&](auto of_mean) SENET_LAMBDA {
+        dx_run<T, kBefore, kPlain>(runs(r), dx_row, dresidual_row, runs.n,
+                                   Uniform<A>{broadcast<A>(scale[r])},
+                                   Uniform<A>{broadcast<A>(shift[r])}, has_shift_, of_mean,
+                                   a_.options.before, a_.options.after);
+      };
+      if constexpr (!kPlain) {
+        if (a_.lengths) return with(Prefix<A>{broadcast<A>(dmean[r]), n});
+      }
+      with(Uniform<A>{broadcast<A>(dmean[r])});
     });
   }
 
   SENET_OUTLINE void parameter_gradients() {
-    const bool worth = s_.batch * s_.hidden * (s_.channels + s_.outputs) >= kSerialElements;
+    const bool worth = s_.batch * s_.weights() >= kSerialElements;
     const int64_t parts = worth ? plan_.threads : 1;
     with_gradient_storage([&](auto zero) {
       using P = decltype(zero);
@@ -257,8 +280,9 @@ class BackwardPass {
         for (int64_t i = begin; i < end; ++i) {
           const Range w2 = slice(s_.outputs, i, parts), w1 = slice(s_.hidden, i, parts);
           if (a_.dw2) {
-            outer_products(static_cast<P*>(a_.dw2), w2.begin, w2.end, s_.hidden, du_, s_.outputs,
-                           hidden_, s_.hidden, s_.batch);
+            const A* in = s_.form == Form::two_layers ? hidden_ : static_cast<const A*>(a_.z);
+            outer_products(static_cast<P*>(a_.dw2), w2.begin, w2.end, s_.inner(), du_, s_.outputs,
+                           in, s_.inner(), s_.batch);
           }
           if (a_.dw1) {
             outer_products(static_cast<P*>(a_.dw1), w1.begin, w1.end, s_.channels, dh_, s_.hidden,
@@ -292,9 +316,65 @@ class BackwardPass {
   const Shape& s_;
   const Runtime& runtime_;
   const Plan plan_;
-  const bool has_shift_;
+  const bool has_shift_, wants_sums_;
   const int64_t width_;
-  A *ds_, *gates_, *du_, *dh_, *hidden_, *scale_, *dmean_, *sums_, *chained_;
+  A *ds_, *gates_, *du_, *dh_, *hidden_, *scale_, *dmean_, *sums_, *chained_, *none_;
+};
+
+// Backward of the squeeze alone: dx = dz / S before'(x), in one pass over the images.
+template <class T, Fn kBefore>
+class SqueezeBackwardPass {
+  using A = Acc<T>;
+
+ public:
+  SqueezeBackwardPass(const BackwardArgs& args, const Runtime& runtime)
+      : a_(args),
+        s_(args.shape),
+        runtime_(runtime),
+        plan_(make_plan(s_, 2 * sizeof(T), sizeof(T), runtime.threads)) {
+    Carver<A> carver;
+    const int64_t dmean = carver.reserve(s_.batch * s_.channels);
+    const int64_t none = carver.reserve(s_.channels);
+    A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
+    dmean_ = memory + dmean;
+    none_ = memory + none;
+    std::fill(none_, none_ + s_.channels, A(0));
+  }
+
+  void run() {
+    for (int64_t b = 0; b < s_.batch; ++b) {
+      const A positions = static_cast<A>(counted(s_, a_.lengths, b));
+      const A* dz = static_cast<const A*>(a_.dz) + b * s_.channels;
+      for_vectors<A>(s_.channels, [&](int64_t c, auto lanes) {
+        put(dmean_ + b * s_.channels + c, get(dz + c, lanes) / positions, lanes);
+      });
+    }
+    const int64_t runs = s_.channels_last ? s_.positions : s_.channels;
+    const int64_t n = s_.channels_last ? s_.channels : s_.positions;
+    share(runtime_, plan_, s_.batch * runs, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / runs, r = i % runs;
+        const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride + r * n;
+        T* dx = static_cast<T*>(a_.dx) + i * n;
+        const A* dmean = dmean_ + b * s_.channels;
+        const int64_t length = counted(s_, a_.lengths, b);
+        if (s_.channels_last) {
+          mean_run<T, kBefore>(x, dx, n, PerElement<A>{r < length ? dmean : none_},
+                               a_.options.before);
+        } else {
+          mean_run<T, kBefore>(x, dx, n, Prefix<A>{broadcast<A>(dmean[r]), length},
+                               a_.options.before);
+        }
+      }
+    });
+  }
+
+ private:
+  const BackwardArgs& a_;
+  const Shape& s_;
+  const Runtime& runtime_;
+  const Plan plan_;
+  A *dmean_, *none_;
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The forward pass: squeeze, excite, scale.
+// The forward pass: squeeze, excite, scale; or the first or the last of these alone.
 #pragma once
 
 #include "plan.h"
@@ -17,7 +17,9 @@ class ForwardPass {
         s_(args.shape),
         runtime_(runtime),
         plan_(make_plan(s_, sizeof(T), args.parameters.dtype == DType::f32 ? 4 : sizeof(T),
-                        runtime.threads)) {
+                        runtime.threads)),
+        squeezes_(s_.form != Form::scale),
+        scales_(s_.form != Form::squeeze) {
     // Per image of the largest group or per thread, whichever holds an image at a time.
     const int64_t images = std::max(plan_.threads * plan_.together, plan_.group);
     const int64_t slices = images * plan_.threads;
@@ -38,10 +40,11 @@ class ForwardPass {
       const int64_t at = slot * plan_.together;
       for (int64_t b = begin; b < end; b += plan_.together) {
         const int64_t images = std::min(plan_.together, end - b);
-        for (int64_t g = 0; g < images; ++g) {
+        for (int64_t g = 0; squeezes_ && g < images; ++g) {
           squeeze(b + g, 0, 1, slot, sums_ + at * s_.channels);
         }
-        hidden_layer(b, images, at, 0, 1);
+        if (!scales_) continue;
+        if (s_.form == Form::two_layers) hidden_layer(b, images, at, 0, 1);
         gate_layer(b, images, at, 0, 1);
         for (int64_t g = images - 1; g >= 0; --g) scale(b + g, 0, 1, at + g);
       }
@@ -58,20 +61,21 @@ class ForwardPass {
 
   SENET_OUTLINE void team(int64_t b0, int64_t images) {
     const int64_t slices = plan_.slices(images);
-    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
-      for (int64_t task = begin; task < end; ++task) {
-        squeeze(b0 + task / slices, task % slices, slices, slot, sums_ + task * s_.channels);
-      }
-    });
-    if (s_.channels_last && slices > 1) {
-      for (int64_t g = 0; g < images; ++g) {
-        finish_mean(sums_ + g * slices * s_.channels, slices, z(b0 + g), s_.channels);
+    if (squeezes_) {
+      share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
+        for (int64_t task = begin; task < end; ++task) {
+          squeeze(b0 + task / slices, task % slices, slices, slot, sums_ + task * s_.channels);
+        }
+      });
+      for (int64_t g = 0; s_.channels_last && slices > 1 && g < images; ++g) {
+        finish_mean(b0 + g, sums_ + g * slices * s_.channels, slices, z(b0 + g), s_.channels);
       }
     }
+    if (!scales_) return;
     // A region each: the second layer needs all of the first.
-    const bool worth = s_.hidden * (s_.channels + s_.outputs) * images >= kSerialElements;
+    const bool worth = s_.weights() * images >= kSerialElements;
     const int64_t parts = worth ? plan_.threads : 1;
-    for (int layer = 0; layer < 2; ++layer) {
+    for (int layer = s_.form == Form::two_layers ? 0 : 1; layer < 2; ++layer) {
       share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
           layer == 0 ? hidden_layer(b0, images, 0, i, parts) : gate_layer(b0, images, 0, i, parts);
@@ -90,22 +94,24 @@ class ForwardPass {
   SENET_OUTLINE void squeeze(int64_t b, int64_t i, int64_t slices, int slot, A* sums) {
     const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride;
     const Fn before = a_.options.before;
+    const int64_t n = counted(s_, a_.lengths, b);
     if (s_.channels_last) {
-      const Range r = slice(s_.positions, i, slices);
+      const Range r = slice(n, i, slices);
       sum_columns<T, kBefore>(x + r.begin * s_.channels, r.end - r.begin, s_.channels, before, sums,
                               chain_ + slot * s_.channels);
-      if (slices == 1) finish_mean(sums, 1, z(b), s_.channels);
+      if (slices == 1) finish_mean(b, sums, 1, z(b), s_.channels);
     } else {
       const Range r = slice(s_.channels, i, slices);
       A* to = z(b) + r.begin;
-      sum_rows<T, kBefore>(x + r.begin * s_.positions, r.end - r.begin, s_.positions, before, to);
-      finish_mean(to, 1, to, r.end - r.begin);
+      sum_rows<T, kBefore>(x + r.begin * s_.positions, r.end - r.begin, s_.positions, n, before,
+                           to);
+      finish_mean(b, to, 1, to, r.end - r.begin);
     }
   }
 
-  // z = the slices' sums together, over S.
-  SENET_OUTLINE void finish_mean(const A* sums, int64_t slices, A* z, int64_t channels) {
-    const A positions = static_cast<A>(s_.positions);
+  // z = the slices' sums together, over the number of positions.
+  SENET_OUTLINE void finish_mean(int64_t b, const A* sums, int64_t slices, A* z, int64_t channels) {
+    const A positions = static_cast<A>(counted(s_, a_.lengths, b));
     for_vectors<A>(channels, [&](int64_t c, auto lanes) {
       Vec<A> total = get(sums + c, lanes);
       for (int64_t i = 1; i < slices; ++i) total += get(sums + i * s_.channels + c, lanes);
@@ -125,8 +131,11 @@ class ForwardPass {
 
   SENET_OUTLINE void gate_layer(int64_t b, int64_t images, int64_t at, int64_t i, int64_t parts) {
     const Range r = slice(s_.outputs, i, parts);
-    linear<A>(a_.parameters.dtype, a_.parameters.w2, a_.parameters.b2, r.begin, r.end, s_.hidden,
-              hidden_ + at * s_.hidden, s_.hidden, u(b), s_.outputs, images);
+    if (s_.form != Form::scale) {  // whose u is given
+      const A* in = s_.form == Form::two_layers ? hidden_ + at * s_.hidden : z(b);
+      linear<A>(a_.parameters.dtype, a_.parameters.w2, a_.parameters.b2, r.begin, r.end, s_.inner(),
+                in, s_.inner(), u(b), s_.outputs, images);
+    }
     const int64_t end = std::min(r.end, s_.channels);  // the rest is the shift
     for (int64_t g = 0; g < images && r.begin < end; ++g) {
       A* scale = scale_ + (at + g) * s_.channels;
@@ -140,7 +149,7 @@ class ForwardPass {
     const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride;
     const T* residual = static_cast<const T*>(a_.residual.data);
     if (residual) residual += b * a_.residual.stride;
-    T* y = static_cast<T*>(a_.y) + b * s_.image();
+    T* y = static_cast<T*>(a_.y) + b * a_.y_stride;
     const A* factors = scale_ + at * s_.channels;
     const bool has_shift = s_.outputs > s_.channels;
     const A* shifts = has_shift ? u(b) + s_.channels : factors;
@@ -169,6 +178,7 @@ class ForwardPass {
   const Shape& s_;
   const Runtime& runtime_;
   const Plan plan_;
+  const bool squeezes_, scales_;
   A *hidden_, *scale_, *sums_, *chain_;
 };
 

@@ -16,6 +16,10 @@ constexpr bool kFewCases = true;
 constexpr bool kFewCases = false;
 #endif
 
+// Without a plain case of its own.
+template <class T, Fn kBefore, bool>
+using SqueezeBackward = SqueezeBackwardPass<T, kBefore>;
+
 // Runs Pass<T, kBefore, kPlain>; plain means no shift, no residual and after = identity.
 template <template <class, Fn, bool> class Pass, class Args, class T, Fn kBefore>
 void run(const Args& args, const Runtime& runtime, bool plain) {
@@ -69,9 +73,12 @@ void forward(const ForwardArgs& args, const Runtime& runtime) {
 }
 
 void backward(const BackwardArgs& args, const Runtime& runtime) {
+  if (args.shape.form == Form::squeeze) {
+    return with_dtype<SqueezeBackward>(args, runtime, true);
+  }
   // A shift needs the sum of m beside that of m p: not plain.
-  const bool plain =
-      args.options.after == Fn::identity && args.shape.outputs == args.shape.channels;
+  const bool plain = args.options.after == Fn::identity && !args.lengths &&
+                     args.shape.outputs == args.shape.channels;
   with_dtype<BackwardPass>(args, runtime, plain);
 }
 

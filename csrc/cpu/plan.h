@@ -34,8 +34,7 @@ inline Plan make_plan(const Shape& s, size_t element, size_t parameter, int max_
   const bool small = s.batch * s.image() <= kSerialElements;
   const int threads = small ? 1 : std::max(1, max_threads);
   const int64_t image_bytes = s.image() * static_cast<int64_t>(element);
-  const int64_t weight_bytes =
-      s.hidden * (s.channels + s.outputs) * static_cast<int64_t>(parameter);
+  const int64_t weight_bytes = s.weights() * static_cast<int64_t>(parameter);
   const int64_t fits =
       std::max<int64_t>(1, threads * kCachePerThread / std::max<int64_t>(1, image_bytes));
   if (weight_bytes > image_bytes && s.batch > 1) {
@@ -46,6 +45,12 @@ inline Plan make_plan(const Shape& s, size_t element, size_t parameter, int max_
   const int64_t alone = s.batch - s.batch % threads;
   const int64_t together = std::clamp<int64_t>(fits / threads, 1, 4);
   return {threads, alone, std::max<int64_t>(1, std::min(s.batch - alone, fits)), together};
+}
+
+// How many positions of image b count in its mean; none where a length makes no sense.
+inline int64_t counted(const Shape& s, const int64_t* lengths, int64_t b) {
+  if (!lengths) return s.positions;
+  return lengths[b] < 0 || lengths[b] > s.positions ? 0 : lengths[b];
 }
 
 // Runs body(begin, end, slot) over [0, n): on the team, or here when one thread is enough. A slot

@@ -77,6 +77,17 @@ struct PerElement {
     return get(p + i, n);
   }
 };
+// One value on elements before `end`, nothing after.
+template <class A>
+struct Prefix {
+  Vec<A> v;
+  int64_t end;
+  template <class N>
+  SENET_INLINE Vec<A> at(int64_t i, N) const {
+    const int64_t left = end - i;
+    return keep<A>(v, static_cast<int>(left < 0 ? 0 : (left < kLanes<A> ? left : kLanes<A>)));
+  }
+};
 
 // Asks for memory that a loop will come to. Hardware prefetchers stop at page ends, follow few
 // streams at once, and some do little for memory that is about to be written. The address may lie
@@ -115,26 +126,27 @@ SENET_OUTLINE Acc<T> sum_run(const T* x, int64_t n, Fn before) {
   return sum(total);
 }
 
-// out[r] = sum of before(x) over run r of n elements. Short runs go four at a time: their cost is
-// in adding up the lanes.
+// out[r] = sum of before(x) over n elements from x + r * stride. Short runs go four at a time:
+// their cost is in adding up the lanes.
 template <class T, Fn kBefore>
-SENET_OUTLINE void sum_rows(const T* x, int64_t rows, int64_t n, Fn before, Acc<T>* out) {
+SENET_OUTLINE void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t n, Fn before,
+                            Acc<T>* out) {
   using A = Acc<T>;
   int64_t r = 0;
   if (n <= kChain * kLanes<A>) {
     for (; r + 4 <= rows; r += 4) {
-      const T* p = x + r * n;
+      const T* p = x + r * stride;
       Vec<A> s0{}, s1{}, s2{}, s3{};
       for_vectors<A>(n, [&](int64_t i, auto lanes) SENET_LAMBDA {
         s0 += keep<A>(before_value<kBefore, A>(before, get(p + i, lanes)), lanes);
-        s1 += keep<A>(before_value<kBefore, A>(before, get(p + n + i, lanes)), lanes);
-        s2 += keep<A>(before_value<kBefore, A>(before, get(p + 2 * n + i, lanes)), lanes);
-        s3 += keep<A>(before_value<kBefore, A>(before, get(p + 3 * n + i, lanes)), lanes);
+        s1 += keep<A>(before_value<kBefore, A>(before, get(p + stride + i, lanes)), lanes);
+        s2 += keep<A>(before_value<kBefore, A>(before, get(p + 2 * stride + i, lanes)), lanes);
+        s3 += keep<A>(before_value<kBefore, A>(before, get(p + 3 * stride + i, lanes)), lanes);
       });
       sum4(s0, s1, s2, s3, out + r);
     }
   }
-  for (; r < rows; ++r) out[r] = sum_run<T, kBefore>(x + r * n, n, before);
+  for (; r < rows; ++r) out[r] = sum_run<T, kBefore>(x + r * stride, n, before);
 }
 
 // total[c] = sum of before(x) over `rows` runs of n elements; `chain` is scratch of n.
@@ -173,7 +185,8 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, A
 
 // ---- forward: y = after(before(x) scale + shift + residual) ----
 
-// kPlain: no shift, no residual, after is identity.
+// kPlain: no shift, no residual, after is identity. y may be x: each vector is read before it is
+// written, none twice.
 template <class T, Fn kBefore, bool kPlain, class P>
 SENET_INLINE void scale_run(const T* x, const T* residual, T* y, uint8_t* bits, int64_t n, P scale,
                             P shift, bool has_shift, Fn before, Fn after) {
@@ -296,9 +309,9 @@ SENET_OUTLINE void dot_columns(Row row, int64_t rows, int64_t n, PerElement<Acc<
 }
 
 // dx = (m scale + dmean) before'(x), and dresidual = m; either may be null.
-template <class T, Fn kBefore, bool kPlain, class P>
+template <class T, Fn kBefore, bool kPlain, class P, class D>
 SENET_INLINE void dx_run(const BackRun<T>& in, T* dx, T* dresidual, int64_t n, P scale, P shift,
-                         bool has_shift, P dmean, Fn before, Fn after) {
+                         bool has_shift, D dmean, Fn before, Fn after) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t i, auto lanes) {
     will_read(in.dy + i);
@@ -312,6 +325,18 @@ SENET_INLINE void dx_run(const BackRun<T>& in, T* dx, T* dresidual, int64_t n, P
       const Vec<A> dp = m * scale.at(i, lanes) + dmean.at(i, lanes);
       put(dx + i, before_chain<kBefore, A>(before, x, dp), lanes);
     }
+  });
+}
+
+// dx = dmean before'(x): what comes back through the mean alone.
+template <class T, Fn kBefore, class D>
+SENET_INLINE void mean_run(const T* x, T* dx, int64_t n, D dmean, Fn before) {
+  using A = Acc<T>;
+  for_vectors<A>(n, [&](int64_t i, auto lanes) {
+    will_write(dx + i);
+    Vec<A> at{};
+    if (kBefore != Fn::identity) at = get(x + i, lanes);
+    put(dx + i, before_chain<kBefore, A>(before, at, dmean.at(i, lanes)), lanes);
   });
 }
 

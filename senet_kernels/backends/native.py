@@ -54,7 +54,7 @@ def _raise_unavailable(*args: Any) -> NoReturn:
 
 if UNAVAILABLE is not None:
     # A raw op called all the same says why instead of "could not run".
-    for _op in ("native_forward", "native_backward"):
+    for _op in ops.NATIVE_OPS:
         ops.library.impl(_op, _raise_unavailable, "CompositeExplicitAutograd")
 
 
