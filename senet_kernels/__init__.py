@@ -9,6 +9,7 @@ from .api import Explanation, channel_scale, explain, pack_options, squeeze, squ
 from .autograd import NativeSEFunction, TritonSEFunction
 from .convert import FusionReport, fuse_se_blocks, unfuse_se_blocks
 from .dispatch import Backends, BackendUnavailableError, backends, use_backend
+from .layers import TimmSE, TorchvisionSE
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
 
@@ -21,6 +22,8 @@ __all__ = [
     "FusedSEBlock",
     "FusionReport",
     "NativeSEFunction",
+    "TimmSE",
+    "TorchvisionSE",
     "TritonSEFunction",
     "__version__",
     "backends",

@@ -10,7 +10,7 @@ replaced since, the module's original forward runs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from . import api, dispatch
 from .neighbours import Block, recognise_block
 from .pointwise import POINTWISE
-from .recognise import Form, Mlp, Refusal, changed, find, recognise, watched
+from .recognise import Form, Mlp, Refusal, changed, find, one_line, recognise, watched
+from .reference import autocast_is_on
 
 
 class Entry(NamedTuple):
@@ -53,20 +54,22 @@ class _Fused(nn.Module):
     _senet_form: Form | Block | None = None  # None: made by slicing a Sequential, say
     _senet_backend: str | None = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _senet_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The ``forward`` of every such class, under its original's signature."""
         form, backend = self._senet_form, self._senet_backend
         if form is None:
-            return super().forward(x, *args, **kwargs)
-        lengths, more = _take_lengths(form, args, kwargs)
-        reason = _unexpected(form, x, more) or changed(self, form.parts)
+            return self._original.forward(self, *args, **kwargs)
+        plain, more, lengths = _take_lengths(form, args, kwargs)
+        reason = _unexpected(form, self, plain, more)
         if isinstance(form, Block):
-            y = NotImplemented if reason is not None else self._run_block(form, x)
+            y = NotImplemented if reason is not None else self._run_block(form, args[0])
             # The original forward calls the squeeze-and-excitation module, which has its own say.
-            return super().forward(x, *args, **kwargs) if y is NotImplemented else y
+            return self._original.forward(self, *args, **kwargs) if y is NotImplemented else y
         if reason is not None:
             if backend is not None:
                 dispatch.only_reference(f"this {self._original.__name__}: {reason}", backend)
-            return super().forward(x, *args, **kwargs)
+            return self._original.forward(self, *args, **kwargs)
+        x = args[0]
         if isinstance(form, Mlp):
             return _excite(self, form, x, lengths=lengths)
         u = form.excite(self, api.squeeze(x, backend=backend))
@@ -120,24 +123,32 @@ def _excite(
     )
 
 
-def _take_lengths(form: Form | Block, args: Any, kwargs: Any) -> tuple[Tensor | None, bool]:
-    """The argument ``lengths`` of a form that has one, and whether there are other arguments."""
-    given = [*args, *kwargs.values()]
-    has_it = isinstance(form, Mlp) and form.lengths is not None
-    if has_it and len(given) == 1 and kwargs.keys() <= {"lengths"}:
-        return given[0], False
-    return None, bool(given)
+def _take_lengths(form: Form | Block, args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
+    """Positional and named arguments without ``lengths``, where the form has one, and that."""
+    if isinstance(form, Mlp) and form.lengths is not None:
+        if len(args) == 2 and not kwargs:
+            return args[:1], kwargs, args[1]
+        if len(args) == 1 and kwargs.keys() == {"lengths"}:
+            return args, {}, kwargs["lengths"]
+    return args, kwargs, None
 
 
-def _unexpected(form: Form | Block, x: Any, more: bool) -> str | None:
-    """What is unlike the calls the form was recognised for."""
-    if more:
-        return "it was called with more than x"
+def _unexpected(form: Form | Block, module: Any, args: Any, kwargs: Any) -> str | None:
+    """What is unlike the calls, or the module, the form was recognised for."""
+    if len(args) != 1 or kwargs:
+        return "it was called with other arguments than x"
+    x = args[0]
     if not isinstance(x, Tensor):  # torch.fx traces the original
         return f"x is a {type(x).__name__}"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
-    return None
+    reason = changed(module, form.parts)
+    if reason is None and isinstance(form, Mlp):
+        dtype = find(module, form.fc2).weight.dtype
+        # Outside autocast the original casts, or raises what its user knows.
+        if x.dtype != dtype and not autocast_is_on(x.device.type):
+            return f"x is {x.dtype}, its parameters are {dtype}"
+    return reason
 
 
 _CLASSES: dict[type[nn.Module], type[_Fused]] = {}
@@ -145,9 +156,20 @@ _CLASSES: dict[type[nn.Module], type[_Fused]] = {}
 
 def _fused_class(original: type[nn.Module]) -> type[_Fused]:
     if original not in _CLASSES:
-        contents = {"_original": original, "__module__": __name__, "__doc__": original.__doc__}
+
+        @wraps(original.forward)
+        def forward(self: _Fused, *args: Any, **kwargs: Any) -> Any:
+            return self._senet_forward(*args, **kwargs)
+
+        contents = {
+            "_original": original, "forward": forward,
+            "__module__": __name__, "__doc__": original.__doc__,
+        }  # fmt: skip
         name = f"Fused{original.__name__}"
-        _CLASSES[original] = type(name, (_Fused, original), contents)
+        try:
+            _CLASSES[original] = type(name, (_Fused, original), contents)
+        except Exception as error:  # __init_subclass__ and metaclasses may do as they like
+            raise Refusal(f"its class cannot be subclassed: {one_line(error)}") from error
     return _CLASSES[original]
 
 
@@ -187,6 +209,8 @@ class _Plan:
                 continue
             try:
                 form = _form_of(module) or recognise(module)
+                if form is not None and not isinstance(module, _Fused):
+                    _fused_class(type(module))
             except Refusal as refusal:
                 self.refused.append(Entry(name, _kind(module), str(refusal)))
             else:
@@ -204,6 +228,8 @@ class _Plan:
                 continue
             try:
                 block = _form_of(module) or recognise_block(module, self._is_found)
+                if not isinstance(module, _Fused):
+                    _fused_class(type(module))
             except Refusal as refusal:
                 self.refused.append(Entry(name, _kind(module), f"neighbours: {refusal}"))
             else:

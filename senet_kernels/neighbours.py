@@ -55,7 +55,8 @@ def _activation(module: nn.Module, *path: str) -> str:
 
 
 def _part(module: nn.Module, *path: str) -> Part:
-    return Part(path, type(find(module, path)))
+    child = find(module, path)
+    return Part(path, type(child), len(child._modules))
 
 
 # ---- timm ----

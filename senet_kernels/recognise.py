@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +29,11 @@ class Refusal(Exception):
 
 
 class Part(NamedTuple):
-    """A child whose work the fused operation does, and the class it had when recognised."""
+    """A child whose work the fused operation does, and what it was when recognised."""
 
-    path: Path
+    path: Path  # (): the module itself, which may have become a subclass
     kind: type[nn.Module]
+    children: int = 0
 
 
 class Mlp(NamedTuple):
@@ -145,11 +146,15 @@ def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
     if _has_any_global_hook():
         return "a global module hook is registered"
-    for path, kind in parts:
+    for path, kind, children in parts:
         try:
             part = find(module, path)
         except KeyError:
             return f"its child {'.'.join(path)} is gone"
+        if len(part._modules) != children:
+            return f"{'its child ' + '.'.join(path) if path else 'it'} has other children"
+        if not path:
+            continue
         if type(part) is not kind:
             return f"its child {'.'.join(path)} is a {type(part).__name__}"
         reason = watched(part)
@@ -166,7 +171,11 @@ def _paths(module: nn.Module) -> Iterator[tuple[Path, nn.Module]]:
 
 def _parts(module: nn.Module, *, called: tuple[str, ...] = ()) -> tuple[Part, ...]:
     """All descendants, but for those under the children in ``called``, which still are called."""
-    return tuple(Part(p, type(child)) for p, child in _paths(module) if p[0] not in called)
+    return tuple(
+        Part(p, type(child), len(child._modules))
+        for p, child in _paths(module)
+        if p[0] not in called
+    )
 
 
 # ---- known classes ----
@@ -231,7 +240,9 @@ def _timm(module: Foreign) -> Form:
     if module.add_maxpool:
         raise Refusal("it adds a maximum to the mean (add_maxpool=True)")
     gate = _function(module, "gate", GATES)
-    return Halves(_excite_with_norm, gate, (Part(("gate",), type(module.gate)),))
+    return Halves(
+        _excite_with_norm, gate, (Part(("gate",), type(module.gate), len(module.gate._modules)),)
+    )
 
 
 def _excite_with_norm(module: Foreign, z: Tensor) -> Tensor:
@@ -244,7 +255,11 @@ def _eca(module: Foreign) -> Form:
     if module.conv2 is not None:
         raise Refusal("it has the experimental second convolution (use_mlp=True)")
     gate = _function(module, "gate", GATES)
-    return Halves(_excite_by_convolution, gate, (Part(("gate",), type(module.gate)),))
+    return Halves(
+        _excite_by_convolution,
+        gate,
+        (Part(("gate",), type(module.gate), len(module.gate._modules)),),
+    )
 
 
 def _excite_by_convolution(module: Foreign, z: Tensor) -> Tensor:
@@ -334,7 +349,7 @@ KNOWN: dict[str, Callable[[Foreign], Form]] = {
 
 # ---- proof by numbers ----
 
-_PROBE_SPACE = {3: (7,), 4: (5, 4), 5: (3, 2, 4)}
+_PROBE_SPACE = {4: (5, 4), 3: (7,), 5: (3, 2, 4)}
 _SOUNDS_LIKE_SE = re.compile(r"(?i:squeeze|excit)|(^|[a-z_])SE([A-Z_]|$)|^E?SE", re.ASCII)
 _MOST_CHILDREN = 16  # nothing that only excites has more; keeps whole networks from being tried
 
@@ -346,7 +361,7 @@ def sounds_like_se(module: nn.Module) -> bool:
 
 def _layers(module: nn.Module) -> list[Path] | None:
     """Where the one or two layers of an excitation are; None if the module is not made of them."""
-    if module._parameters or module._buffers:
+    if module._parameters or module._buffers or type(module) is nn.Sequential:
         return None
     layers: list[Path] = []
     for count, (path, child) in enumerate(_paths(module)):
@@ -367,7 +382,9 @@ def _layers(module: nn.Module) -> list[Path] | None:
 def prove(module: nn.Module, paths: list[Path]) -> Mlp:
     """The form of a module of unknown class, established by running a copy of it in float64.
 
-    ``paths`` are its layers.
+    ``paths`` are its layers. The form found must hold in training and in eval mode, with and
+    without gradients, for unusual numbers, extents, layouts and dtypes, and leave no trace in the
+    module. What a module reads from outside itself cannot be seen.
 
     Raises:
         Refusal: no form, or more than one, gives what the module gives.
@@ -376,6 +393,8 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         reason = watched(child)
         if path not in paths and (child._parameters or child._buffers):
             reason = "has parameters or buffers of its own"
+        if any(p.is_complex() for p in child._parameters.values() if p is not None):
+            reason = "has complex parameters"
         if class_name(child).startswith("torch.ao."):
             reason = "is made for quantisation"
         if reason is not None:
@@ -399,7 +418,10 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         _fill(layer.weight, size / math.sqrt(max(fan_in, 1)), generator)
         if layer.bias is not None:
             _fill(layer.bias, 1.0, generator)
+    double.requires_grad_()
 
+    # Appended to a Sequential, a child becomes part of what its parent computes.
+    parts = (Part((), type(module), len(module._modules)), *_parts(module))
     found: Mlp | None = None
     ranks: list[int] = []
     why = ""
@@ -409,24 +431,33 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         ones = [1] * len(space)
         x = torch.randn(batch, channels, *space, generator=generator, dtype=torch.float64)
         x += torch.randn(batch, channels, *ones, generator=generator, dtype=torch.float64)
+        before = _Attributes(double)
         try:
             # Not called, as its own hooks would fire.
-            theirs = [_output_and_gradient(double.train(m).forward, x) for m in (True, False)]
+            theirs = [_output_and_gradients(double.train(m).forward, x, double) for m in _MODES]
         except Exception as error:
-            why = f"it fails on {rank}-dimensional input: {_one_line(error)}"
+            why = f"it fails on {rank}-dimensional input: {one_line(error)}"
             continue
+        if _Attributes(double) != before:
+            raise Refusal("its forward changes its attributes")
+        tried = [found] if found else _candidates(paths, parts)
         forms = [
             form
-            for form in _candidates(paths, _parts(module))
-            if _is_close(_Model(form, double)(x).detach(), theirs[0][0])
-            and all(_same(_output_and_gradient(_Model(form, double), x), t) for t in theirs)
+            for form in (tried if _scales(x, theirs[0][0]) else ())
+            if _same([_Model(form, double)(x)], [theirs[0][0]])
+            and all(
+                _same(_output_and_gradients(_Model(form, double), x, double), t) for t in theirs
+            )
         ]
-        if len(forms) == 1 and (found is None or found == forms[0]):
-            found = forms[0]
-            ranks.append(rank)
-        else:
+        if len(forms) != 1:
             what = "more than one form" if forms else "no form"
-            why = f"{what} of squeeze-and-excitation gives its output and gradient"
+            why = f"{what} of squeeze-and-excitation gives its output and gradients"
+            continue
+        _check_unusual_calls(forms[0], double, x)
+        if found is None:
+            _check_dtypes(forms[0], double, x)
+            found = forms[0]
+        ranks.append(rank)
     if found is None:
         raise Refusal(why)
     return found._replace(ranks=tuple(ranks))
@@ -441,7 +472,7 @@ def _copy(module: nn.Module, dtype: torch.dtype, device: str) -> Foreign:
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:  # whatever a stranger's module raises
-        raise Refusal(f"a copy of it cannot be made: {_one_line(error)}") from error
+        raise Refusal(f"a copy of it cannot be made: {one_line(error)}") from error
 
 
 def _keeps_shape(module: nn.Module, x: Tensor) -> bool:
@@ -453,6 +484,86 @@ def _keeps_shape(module: nn.Module, x: Tensor) -> bool:
     except Exception:
         return False
     return bool(getattr(y, "shape", None) == x.shape)
+
+
+_MODES = (True, False)  # training, eval
+
+
+class _Attributes:
+    """What a module holds, but for numbers in tensors; unequal once any of it was assigned to."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.held = [
+            (name, value, len(value) if isinstance(value, (list, dict, set)) else 0)
+            for child in module.modules()
+            for name, value in vars(child).items()
+            if name != "training"
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Attributes) or len(self.held) != len(other.held):
+            return False
+        pairs = zip(self.held, other.held, strict=True)
+        return all(n == m and v is w and k == j for (n, v, k), (m, w, j) in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _scales(x: Tensor, y: Tensor) -> bool:
+    """Whether y is x times a number per image and channel: most other modules end here."""
+    x, y = x.flatten(2), y.flatten(2)
+    return _same([x * ((x * y).sum(2) / (x * x).sum(2)).unsqueeze(2)], [y])
+
+
+def _check_unusual_calls(form: Mlp, double: nn.Module, x: Tensor) -> None:
+    """Refuse a module that is what ``form`` says on some inputs only."""
+    nan = x.clone()
+    nan.view(-1)[0] = math.nan
+    calls = {
+        "without gradients": x,
+        "on zeros and positive numbers": x.relu(),
+        "on large numbers": 1000 * x,
+        "on small numbers": x / 1000,
+        "on NaN": nan,
+        "on one image": x[:1],
+        "on one position": x.flatten(2)[:, :, :1].reshape(*x.shape[:2], *[1] * (x.dim() - 2)),
+        "on larger maps": x[:1].repeat(1, 1, *[8 if n > 3 else 3 for n in x.shape[2:]]),
+    }
+    if x.dim() > 3 and x.shape[1] > 1:
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        calls["on channels-last input"] = x.contiguous(memory_format=layout)
+    for how, given in calls.items():
+        with torch.no_grad():
+            right = _Model(form, double)(given)
+        for mode in _MODES:
+            copied = given.clone()
+            try:
+                with torch.no_grad():
+                    y = double.train(mode).forward(copied)
+            except Exception as error:
+                raise Refusal(f"it fails {how}: {one_line(error)}") from error
+            if not _same([copied], [given]):
+                raise Refusal(f"it overwrites its input {how}")
+            if not _same([y], [right]):
+                raise Refusal(f"it computes something else {how}")
+            if y.stride() != given.stride() and given.shape == x.shape:
+                raise Refusal(f"its output has other strides than its input {how}")
+
+
+def _check_dtypes(form: Mlp, double: nn.Module, x: Tensor) -> None:
+    """Refuse a module that computes something else in another dtype, or returns one."""
+    with torch.no_grad():
+        right = _Model(form, double)(x)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            low = copy.deepcopy(double).to(dtype)
+            try:
+                y = low.forward(x.to(dtype))
+            except Exception:  # not every dtype has every operation on every device
+                continue
+            if y.dtype != dtype:
+                raise Refusal(f"it makes {y.dtype} of {dtype}")
+            if (y - right).abs().max() > 0.1 * right.abs().max():
+                raise Refusal(f"it computes something else in {dtype}")
 
 
 def _fill(t: Tensor, size: float, generator: torch.Generator) -> None:
@@ -489,27 +600,36 @@ def _apply(layer: Foreign, v: Tensor) -> Tensor:
     return u
 
 
-def _output_and_gradient(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = x.clone().requires_grad_()
+def _output_and_gradients(
+    fn: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module
+) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_(), *module.parameters()]
     with torch.enable_grad():
-        y = fn(leaf)
-        if getattr(y, "shape", None) != x.shape:
-            raise TypeError(f"its output is no tensor of shape {list(x.shape)}")
+        y = fn(leaves[0])
+        if getattr(y, "shape", None) != x.shape or y.dtype != x.dtype:
+            raise TypeError(f"its output is no {x.dtype} tensor of shape {list(x.shape)}")
         weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)
-        (gradient,) = torch.autograd.grad(y, leaf, weights)
-    return y.detach(), gradient
+        gradients = torch.autograd.grad(y, leaves, weights, materialize_grads=True)
+    return [y.detach(), *gradients]
 
 
-def _same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether outputs, first in each, and gradients agree, relative to the largest number."""
+    if any(getattr(x, "shape", None) != y.shape or x.dtype != y.dtype
+           for x, y in zip(a, b, strict=True)):  # fmt: skip
+        return False
     # torch's own hardsigmoid has a float32 constant in its float64 derivative.
-    return _is_close(a[0], b[0]) and _is_close(a[1], b[1], 1e-6)
+    tolerances = (1e-9, *[1e-6] * (len(a) - 1))
+    for x, y, tolerance in zip(a, b, tolerances, strict=True):
+        finite = y.nan_to_num().abs()
+        size = finite.max().item() if y.numel() else 0.0
+        if not torch.allclose(x, y, rtol=tolerance, atol=tolerance * size, equal_nan=True):
+            return False
+    return True
 
 
-def _is_close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +80,7 @@ class Oddity(nn.Module):
         self.fc1 = nn.Conv2d(24, 6, 1)
         self.fc2 = nn.Conv2d(6, 24, 1)
         self.drop = nn.Dropout(0.5)
+        self.log: list[int] = []
         self.compute = compute
 
     def forward(self, x: Tensor) -> Any:
@@ -91,6 +94,11 @@ class SEOddity(Oddity):
 def _excite(m: Any, z: Tensor) -> Tensor:
     u: Tensor = m.fc2(torch.relu(m.fc1(z)))
     return u
+
+
+def _se(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = x * _excite(m, _mean(x)).sigmoid()
+    return y
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -183,6 +191,34 @@ _ODD: dict[str, Callable[[Any, Tensor], Any]] = {
     "in training only": lambda m, x: x * _excite(m, _mean(x)).sigmoid() if m.training else x,
     "a pair": lambda m, x: (x * _excite(m, _mean(x)).sigmoid(), None),
     "layers swapped": lambda m, x: x * m.fc1(m.fc2(_mean(x))).sigmoid(),
+    # The operation on most inputs, and something else on some.
+    "frozen weights": lambda m, x: (
+        x * F.conv2d(torch.relu(m.fc1(_mean(x))), m.fc2.weight.detach(), m.fc2.bias).sigmoid()
+    ),
+    "no gradients": lambda m, x: _se(m, x) if torch.is_grad_enabled() else x,
+    "in place": lambda m, x: _se(m, x) if torch.is_grad_enabled() else x.copy_(_se(m, x)),
+    "masked mean": lambda m, x: (
+        x * _excite(m, x.sum((2, 3), keepdim=True) / (x != 0).sum((2, 3), keepdim=True)).sigmoid()
+    ),
+    "clamped": lambda m, x: _se(m, x.clamp(-20, 20)),
+    "clamped inside": lambda m, x: x * m.fc2(m.fc1(_mean(x)).clamp(0, 50)).sigmoid(),
+    "without NaN": lambda m, x: _se(m, x.nan_to_num()),
+    "vanishing": lambda m, x: _se(m, x) * (x.abs().amax() > 0.1),
+    "one image": lambda m, x: _se(m, x) if len(x) > 1 else x,
+    "one position": lambda m, x: _se(m, x) if x.shape[2:].numel() > 1 else x,
+    "large maps": lambda m, x: _se(m, x) if x.shape[2] < 20 else x,
+    "eps": lambda m, x: (
+        x * _excite(m, x.sum((2, 3), keepdim=True) / (x.shape[2:].numel() + 1e-6)).sigmoid()
+    ),
+    "contiguous": lambda m, x: _se(m, x).contiguous(),
+    "half only": lambda m, x: _se(m, x) * (2 if x.dtype == torch.bfloat16 else 1),
+    "returns float32": lambda m, x: _se(m, x).float(),
+    "float32 of half": lambda m, x: _se(m, x).to(torch.promote_types(x.dtype, torch.float32)),
+    "counts calls": lambda m, x: setattr(m, "calls", len(vars(m))) or _se(m, x),
+    "keeps its gates": lambda m, x: (
+        setattr(m, "last", _excite(m, _mean(x)).sigmoid()) or x * m.last
+    ),
+    "keeps a log": lambda m, x: m.log.append(1) or _se(m, x),
 }
 
 
@@ -201,6 +237,77 @@ def test_an_mlp_is_no_excitation() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     report = fuse_se_blocks(model)
     assert str(report) == "replaced 0, refused 0"
+
+
+def test_what_the_oddities_vary_is_accepted() -> None:
+    assert len(fuse_se_blocks(Oddity(_se)).replaced) == 1
+
+
+def test_dtypes_that_the_original_reconciles() -> None:
+    """float32 layers in a half model: the fused operation mixes no dtypes, the original does."""
+    block = Oddity(
+        lambda m, x: x * _excite(m, _mean(x).to(m.fc1.weight.dtype)).sigmoid().to(x.dtype)
+    )
+    assert len(fuse_se_blocks(block).replaced) == 1
+    assert block(_x().bfloat16()).dtype == torch.bfloat16
+    plain = SELayer()
+    fuse_se_blocks(plain)
+    with pytest.raises(RuntimeError, match="dtype"):  # torch's own error, as before
+        plain(_x().bfloat16())
+
+
+def test_children_that_come_later() -> None:
+    class Whole(nn.Sequential):
+        """Its children, in turn, are the excitation."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * super().forward(x)
+
+    block = SELayer()
+    outer = nn.Sequential(SELayer())
+    whole = Whole(nn.AdaptiveAvgPool2d(1), nn.Conv2d(24, 6, 1), nn.ReLU(), nn.Conv2d(6, 24, 1))
+    for model, sequential in ((block, block.fc), (outer, outer), (whole, whole)):
+        assert len(fuse_se_blocks(model).replaced) == 1
+        sequential.append(nn.Tanh())
+        _assert_same(model, _x())
+
+
+def test_signature_is_the_originals() -> None:
+    class Named(SELayer):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features)
+
+    block, x = Named(), _x()
+    expected = block(x)
+    fuse_se_blocks(block)
+    assert str(inspect.signature(block.forward)) == "(features: 'Tensor') -> 'Tensor'"
+    torch.testing.assert_close(block(features=x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), expected)
+    shapes = {"features": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(block, (x,), dynamic_shapes=shapes).module()
+    torch.testing.assert_close(exported(x[:2]), expected[:2])
+
+
+def test_class_that_cannot_be_subclassed() -> None:
+    class Registered(SELayer):
+        def __init_subclass__(cls, *, key: str) -> None:
+            pass
+
+    class Block(Registered, key="block"):
+        pass
+
+    model = nn.ModuleList([SELayer(), Block()])
+    report = fuse_se_blocks(model)
+    assert [e.name for e in report.replaced] == ["0"]
+    assert "its class cannot be subclassed: TypeError" in report.refused[0].note
+    assert type(model[1]) is Block
+
+
+def test_complex_parameters_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of complex modules in general
+        block = SELayer().to(torch.complex64)
+    assert fuse_se_blocks(block).refused[0].note == "its child fc.0 has complex parameters"
 
 
 def test_strict_changes_nothing() -> None:
