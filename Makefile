@@ -31,13 +31,17 @@ ifneq ($(and $(GIVEN),$(shell $(PYTHON) -c 'import torch; print(1)' 2>/dev/null)
 PY := $(PYTHON)
 READY_BENCH := given-python
 READY_TEST := given-python
+READY_GPU :=
 else
 PY := $(VENV)/bin/python
 READY_BENCH := $(STAMPS)/bench
 READY_TEST := $(STAMPS)/test
+READY_GPU := $(STAMPS)/bench $(STAMPS)/test
 endif
+OUT ?= build/gpu
+BUDGET ?= 540
 
-.PHONY: help bench build test test-all lint format clean given-python FORCE
+.PHONY: help bench build gpu test test-all lint format clean given-python FORCE
 
 help:  ## this list
 	@echo 'Targets:'
@@ -46,10 +50,16 @@ help:  ## this list
 	@echo '  PYTHON=...  interpreter for $(VENV); one that has torch is used directly'
 	@echo '  TORCH=...   what pip installs as torch (default $(TORCH))'
 	@echo '  ARGS=...    arguments for the benchmarks or for pytest'
+	@echo '  OUT=...     folder for the results of gpu (default $(OUT))'
+	@echo '  BUDGET=...  seconds for gpu (default $(BUDGET))'
 	@echo '  SENET_KERNELS_BUILD=auto|python|cpu|cuda, see setup.py'
 
 bench: $(READY_BENCH)  ## install what is needed, run the benchmarks
 	@echo '==> benchmarks'; time $(PY) -m benchmarks $(ARGS)
+
+# Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given.
+gpu: $(READY_GPU)  ## build, test, check and time on this machine's GPU; no network needed
+	@$(PY) tools/gpu.py --out '$(OUT)' --budget '$(BUDGET)' -- $(ARGS)
 
 test: $(READY_TEST)  ## lint, and the tests that need no GPU and no patience
 	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \

@@ -9,25 +9,39 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
-
-from rich.console import Console
-from tqdm import tqdm
+from importlib.util import find_spec
+from typing import Any
 
 from .options import parse
 from .plot import draw
 from .problem import Case
-from .report import print_report
 from .run import Run
+
+
+def _report(record: dict[str, Any]) -> None:
+    """The tables, where there is something to draw them with."""
+    if not find_spec("rich"):
+        print("no tables: rich is not installed; the record has the figures", file=sys.stderr)
+        return
+    from rich.console import Console
+
+    from .report import print_report
+
+    console = Console(soft_wrap=False)
+    if not console.is_terminal:
+        console.width = 132  # a log has no width of its own
+    print_report(record, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
-    console = Console(soft_wrap=False)
-    if not console.is_terminal:
-        console.width = 132  # a log has no width of its own
-    bars: list[tqdm] = []
+    bars: list[Any] = []
 
-    def progress(cases: list[Case]) -> tqdm:
+    def progress(cases: list[Case]) -> Any:
+        if not find_spec("tqdm"):
+            return cases
+        from tqdm import tqdm
+
         bars.append(tqdm(cases, unit="case", dynamic_ncols=True, smoothing=0))
         return bars[-1]
 
@@ -51,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     stem = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{options.device.type}"
     path = options.out / f"{stem}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print_report(record, console)
+    _report(record)
     plotted = draw(record, path.with_suffix(".png"))
-    console.print(
+    print(
         f"{record['elapsed_s']:.0f} s, of which torch.compile {record['compile']['seconds']:.0f} s"
     )
-    console.print(f"written: {path}{' and .png' if plotted else ''}", soft_wrap=True)
+    print(f"written: {path}{' and .png' if plotted else ''}")
     if status == "interrupted":
         return 130
     return 1 if run.wrong else 0

@@ -131,6 +131,7 @@ def main() -> None:
         given = json.loads(line)
         device = Device(divmod(capability, 10), given.pop("multiprocessors"))
         operands._device = lambda _, device=device: device
+        launch.forget()
         seen.clear()
         forward, backward = _calls(given)
         launch.forward(*forward)

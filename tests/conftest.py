@@ -15,6 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # an element nobody wrote cannot pass for a right one.
 os.environ.setdefault("SENET_KERNELS_POISON", "1")
 
+# Or cuBLAS refuses matrix products under use_deterministic_algorithms, see `poisoned_empty`.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,8 +29,8 @@ THREADS = 2
 
 # What Triton's interpreter runs.
 KERNEL_TESTS = (
-    "test_accuracy.py", "test_budgets.py", "test_gradcheck.py", "test_layouts.py", "test_ops.py",
-    "test_pointwise.py", "test_special_values.py",
+    "test_accuracy.py", "test_budgets.py", "test_gpu.py", "test_gradcheck.py", "test_layouts.py",
+    "test_ops.py", "test_pointwise.py", "test_special_values.py",
 )  # fmt: skip
 # Cases of a test function that the gate runs under Triton's interpreter, evenly spread.
 INTERPRETED_CASES = {

@@ -176,7 +176,8 @@ def test_thread_counts(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_space"])
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
 def test_no_gradient_needed(backend: BackendCase, layout: str) -> None:
-    problem = build(Spec(layout=layout, residual="channels_last", after="relu"))
+    spec = Spec(layout=layout, residual="channels_last", after="relu", device=backend.device)
+    problem = build(spec)
     with torch.no_grad():
         y = problem.call(squeeze_excite, backend=backend.name)
     assert not y.requires_grad

@@ -179,11 +179,13 @@ def test_halves_with_code_between(backend: BackendCase, layout: str, how: str) -
         torch.testing.assert_close(ours, right)
 
 
-def _count(fn: Callable[..., Tensor], batches: tuple[int, ...], dynamic: bool | None) -> int:
+def _count(
+    fn: Callable[..., Tensor], device: str, batches: tuple[int, ...], dynamic: bool | None
+) -> int:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fn, fullgraph=True, backend=counter, dynamic=dynamic)
     for batch in batches:
-        problem = build(Spec((batch, 8, 3, 5), 4, seed=batch))
+        problem = build(Spec((batch, 8, 3, 5), 4, seed=batch, device=device))
         results = problem.run(compiled)
         oracle.assert_like_oracle(results, problem.expected(), magnitudes(problem), problem.dtype)
     return counter.frame_count
@@ -194,12 +196,12 @@ def test_recompiles(backend: BackendCase) -> None:
     def fn(*args: Any, **kwargs: Any) -> Tensor:
         return squeeze_excite(*args, **kwargs, backend=backend.name)
 
-    assert _count(fn, (2, 3, 16, 17, 2), dynamic=True) == 1
+    assert _count(fn, backend.device, (2, 3, 16, 17, 2), dynamic=True) == 1
     torch._dynamo.reset()
     # A static graph, then one that takes any batch but 1, which torch always specialises.
-    assert _count(fn, (2, 3, 16, 17, 64), dynamic=None) == 2
+    assert _count(fn, backend.device, (2, 3, 16, 17, 64), dynamic=None) == 2
     torch._dynamo.reset()
-    assert _count(fn, (4, 4, 4), dynamic=None) == 1
+    assert _count(fn, backend.device, (4, 4, 4), dynamic=None) == 1
 
 
 @each_fused
@@ -256,11 +258,11 @@ def _train(net: nn.Module, step: Callable[[Tensor], Tensor], x: Tensor) -> list[
 
 @each_backend
 def test_training_a_module(backend: BackendCase) -> None:
-    x = torch.randn(4, 3, 6, 6)
+    x = torch.randn(4, 3, 6, 6, device=backend.device)
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        net = _Net(backend.name)
+        net = _Net(backend.name).to(backend.device)
         step = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
         losses.append(_train(net, step, x))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
@@ -269,7 +271,7 @@ def test_training_a_module(backend: BackendCase) -> None:
 
 @each_backend
 def test_autocast_inside(backend: BackendCase) -> None:
-    problem = build(Spec((2, 8, 3, 5), 4))
+    problem = build(Spec((2, 8, 3, 5), 4, device=backend.device))
 
     def fn(*args: Any, **kwargs: Any) -> Tensor:
         with torch.autocast(backend.device, torch.bfloat16):
@@ -290,8 +292,8 @@ def test_autocast_inside(backend: BackendCase) -> None:
 @each_backend
 def test_export(backend: BackendCase, strict: bool, dynamic: bool) -> None:
     torch.manual_seed(0)
-    net = _Net(backend.name).eval()
-    x = torch.randn(2, 3, 6, 6)
+    net = _Net(backend.name).to(backend.device).eval()
+    x = torch.randn(2, 3, 6, 6, device=backend.device)
     shapes = {"x": {0: torch.export.Dim("batch")}} if dynamic else None
     program = torch.export.export(net, (x,), dynamic_shapes=shapes, strict=strict)
     if backend in FUSED_BACKENDS:
@@ -302,14 +304,14 @@ def test_export(backend: BackendCase, strict: bool, dynamic: bool) -> None:
     file.seek(0)
     loaded = torch.export.load(file).module()
     for batch in (2, 5) if dynamic else (2,):
-        images = torch.randn(batch, 3, 6, 6)
+        images = torch.randn(batch, 3, 6, 6, device=backend.device)
         torch.testing.assert_close(loaded(images), net(images), rtol=1e-5, atol=1e-6)
 
 
 @each_backend
 def test_bad_calls_raise_the_same_error_under_compile(backend: BackendCase) -> None:
-    problem = build(Spec((2, 8, 3, 5), 4))
-    problem.tensors["b1"] = torch.randn(5)
+    problem = build(Spec((2, 8, 3, 5), 4, device=backend.device))
+    problem.tensors["b1"] = torch.randn(5, device=backend.device)
     compiled = torch.compile(
         lambda *a, **k: squeeze_excite(*a, **k, backend=backend.name), backend="aot_eager"
     )
@@ -321,9 +323,9 @@ def test_bad_calls_raise_the_same_error_under_compile(backend: BackendCase) -> N
 def test_storage_offsets(backend: BackendCase) -> None:
     """Inputs that are views at an offset, changing between calls of one graph."""
     compiled = _compiled(backend.name, backend="aot_eager")
-    buffer = torch.randn(1000)
+    buffer = torch.randn(1000, device=backend.device)
     for offset in (0, 1, 7):
-        problem = build(Spec((2, 8, 3, 5), 4))
+        problem = build(Spec((2, 8, 3, 5), 4, device=backend.device))
         problem.tensors["x"] = buffer[offset : offset + 240].view(2, 8, 3, 5)
         right = problem.double().call(oracle.block)
         got = problem.call(compiled)
@@ -333,8 +335,8 @@ def test_storage_offsets(backend: BackendCase) -> None:
 @each_fused
 def test_exported_program_runs_in_a_fresh_process(backend: BackendCase, tmp_path: Path) -> None:
     """Importing the package is all that it takes."""
-    x = torch.randn(2, 3, 6, 6)
-    net = _Net(backend.name).eval()
+    x = torch.randn(2, 3, 6, 6, device=backend.device)
+    net = _Net(backend.name).to(backend.device).eval()
     torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
     torch.save((x, net(x)), tmp_path / "pair.pt")
     script = (

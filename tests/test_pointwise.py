@@ -54,7 +54,7 @@ def _through(backend: BackendCase, argument: str, name: str, points: Tensor) -> 
     y = squeeze_excite(leaf, w, None, w2, u, **names, backend=backend.name)  # type: ignore[arg-type]
     (dx,) = torch.autograd.grad(y, leaf, pick)
     taken = y.detach().reshape(-1) if u is not None else y.detach()[:, 1, 0]
-    return taken, dx.reshape(-1) if u is not None else dx[:, 0, 0]
+    return taken.cpu(), (dx.reshape(-1) if u is not None else dx[:, 0, 0]).cpu()
 
 
 _PLACES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def _as_function(
 def _both(
     spec: Spec, backend: BackendCase
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...], tuple[str, ...]]:
-    problem = build(spec)
+    problem = build(replace(spec, device=backend.device))
     ours, values, names = _as_function(problem, squeeze_excite, backend=backend.name)
     right, _, _ = _as_function(problem, oracle.block)
     return ours, right, values, names
@@ -181,8 +182,9 @@ def test_vmap_over_images_stays_fused(
 
 @each_backend
 def test_per_sample_gradients_of_a_module(backend: BackendCase) -> None:
-    block = FusedSEBlock(6, hidden=3, backend=backend.name, dtype=torch.float64)
-    x = torch.randn(4, 6, 3, 5, dtype=torch.float64)
+    like: dict[str, Any] = {"dtype": torch.float64, "device": backend.device}
+    block = FusedSEBlock(6, hidden=3, backend=backend.name, **like)
+    x = torch.randn(4, 6, 3, 5, **like)
     parameters = {n: p.detach() for n, p in block.named_parameters()}
 
     def loss(p: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -198,9 +200,10 @@ def test_per_sample_gradients_of_a_module(backend: BackendCase) -> None:
 
 @each_backend
 def test_ensemble_of_modules(backend: BackendCase) -> None:
-    blocks = [FusedSEBlock(6, hidden=3, backend=backend.name) for _ in range(3)]
+    named: dict[str, Any] = {"backend": backend.name, "device": backend.device}
+    blocks = [FusedSEBlock(6, hidden=3, **named) for _ in range(3)]
     parameters, buffers = stack_module_state(blocks)
-    x = torch.randn(4, 6, 3, 5)
+    x = torch.randn(4, 6, 3, 5, device=backend.device)
 
     def one(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
         return functional_call(blocks[0], (p, b), (x,))
@@ -257,7 +260,8 @@ def test_autocast_gives_eagers_dtype(
     backend: BackendCase, autocast: torch.dtype, residual: bool
 ) -> None:
     for x_dtype, parameters in itertools.product(_DTYPES, _DTYPES):
-        problem = build(Spec((2, 8, 3, 5), 4, residual="contiguous" if residual else None))
+        added = "contiguous" if residual else None
+        problem = build(Spec((2, 8, 3, 5), 4, residual=added, device=backend.device))
         tensors: dict[str, Tensor | None] = {
             n: None if t is None else t.to(x_dtype if n in ("x", "residual") else parameters)
             for n, t in problem.tensors.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,31 @@ import torch
 from problems import Spec, build, check
 from senet_kernels import squeeze_excite
 from senet_kernels.backends import triton
-from senet_kernels.backends.triton import plan
-from senet_kernels.backends.triton.plan import Device, Plan, Shape, make_plan, make_resident_plan
+from senet_kernels.backends.triton import plan, tuning
+from senet_kernels.backends.triton.plan import (
+    Choice,
+    Device,
+    Plan,
+    Shape,
+    candidates,
+    fixed_choice,
+    is_legal,
+    make_plan,
+    make_resident_plan,
+)
 
 interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 H200 = Device((9, 0), 132)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_prepared() -> Iterator[None]:
+    """Tests here change what prepared calls depend on."""
+    tuning.forget()  # and what was prepared
+    yield
+    tuning.enable(False)
+    tuning.forget()
 
 
 def _workload_shapes() -> list[Shape]:
@@ -75,6 +95,33 @@ def test_resident_plans_hold_whole_images() -> None:
     assert any(p is None for _, p in plans)
 
 
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+def test_candidates_are_legal(forward: bool) -> None:
+    several = 0
+    for shape in (_workload_shapes() + _ODD)[::7]:
+        found = candidates(shape, 2, H200, forward)
+        assert found[0] == fixed_choice(shape, 2, H200, forward)
+        assert len(set(found)) == len(found)
+        assert all(is_legal(choice, shape) for choice in found), (shape, found)
+        assert forward or not any(choice.resident for choice in found)
+        several += len(found) > 3
+    assert several > 50
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"BC": 12}, {"BC": 0}, {"tiles": 1}, {"splits": 3}, {"steps": 1}, {"programs": 5},
+     {"BS": 4, "steps": 8}, {"warps": 3}, {"G": 2.0}],
+    ids=str,
+)  # fmt: skip
+def test_illegal_plans_are_told(wrong: dict[str, Any]) -> None:
+    shape = Shape(3, 20, 30, 4, 20, False)
+    right = Plan(G=1, BC=16, BS=8, BR=4, BK=2, tiles=2, splits=2, steps=2, programs=12, warps=4)
+    assert is_legal(Choice(right), shape)
+    assert not is_legal(Choice(right._replace(**wrong)), shape)
+    assert not is_legal(Choice(right, resident=True), shape)
+
+
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Device], None]:
     """Makes the plans those of a device."""
@@ -118,11 +165,9 @@ def test_every_cut_gives_the_result(
     forced: Plan, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the plan: it decides about speed only."""
-    from senet_kernels.backends.triton import operands
-
     programs = plan.ceil_div(3, forced.G) * forced.tiles * forced.splits
-    monkeypatch.setattr(operands, "make_plan", lambda *_: forced._replace(programs=programs))
-    monkeypatch.setattr(operands, "make_resident_plan", lambda *_: None)
+    choice = Choice(forced._replace(programs=programs))
+    monkeypatch.setattr(tuning, "fixed_choice", lambda *_: choice)
     for hidden, shift in ((5, True), (None, False)):
         spec = Spec((3, 13, 3, 9), hidden, layout=layout, residual=layout, shift=shift,
                     affine=True, lengths=True, weighted=True, before="silu",
@@ -137,6 +182,7 @@ def test_64_bit_offsets_give_the_same_bits(layout: str, monkeypatch: pytest.Monk
 
     spec = Spec((3, 20, 5, 7), 4, layout=layout, residual=layout, after="relu", before="silu")
     narrow = build(spec).run(squeeze_excite, backend="triton")
+    launch.forget()
     monkeypatch.setattr(launch, "wide", lambda *_: True)
     wide = build(spec).run(squeeze_excite, backend="triton")
     assert all(torch.equal(narrow[name], wide[name]) for name in narrow)
@@ -151,8 +197,8 @@ def test_offsets_are_wide_where_they_must_be() -> None:
         if last:
             x = x.to(memory_format=torch.channels_last)
         w = torch.empty(shape[1], shape[1], device="meta", dtype=torch.bfloat16)
-        o = operands.make_operands(x, w, None, w, *[None] * 6, options=0)
-        return operands.wide(o, o.plan, o.x)
+        kind = operands.examine((x, w, None, w), options=0)
+        return operands.wide(kind, make_plan(kind.shape, x.element_size(), H200))
 
     operands_device = operands._device
     operands._device = lambda _: H200
@@ -191,3 +237,228 @@ def test_at_most_two_launches_forward_and_three_backward(launches: list[str]) ->
         y.backward(problem.dy)
         assert len(launches) <= 3
         launches.clear()
+
+
+@interpreted
+def test_an_unprepared_call_is_refused_during_graph_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from senet_kernels.backends.triton import launch
+
+    warm, cold = build(Spec((2, 16, 5, 7))), build(Spec((3, 16, 5, 7)))
+    expected = warm.run(squeeze_excite, backend="triton")
+    monkeypatch.setattr(launch, "_is_capturing", lambda x: True)
+    again = warm.run(squeeze_excite, backend="triton")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    with pytest.raises(RuntimeError, match="before the capture, as a warm-up"):
+        cold.run(squeeze_excite, backend="triton")
+
+
+@interpreted
+def test_what_a_prepared_call_depends_on() -> None:
+    """Calls that differ in anything a kernel is compiled for are not taken for one another."""
+    from senet_kernels.backends.triton import launch
+
+    base = Spec((2, 8, 3, 5), 4)
+    others: list[dict[str, Any]] = [
+        {}, {"shape": (2, 8, 5, 3)}, {"shape": (3, 8, 3, 5)}, {"hidden": 5},
+        {"dtype": torch.float16}, {"layout": "channels_last"}, {"layout": "misaligned"},
+        {"layout": "strided"}, {"residual": "contiguous"}, {"dy_layout": "sliced_space"},
+        {"bias": False}, {"weights": "transposed"}, {"gate": "tanh"}, {"lengths": True},
+    ]  # fmt: skip
+    kept = 0
+    for changed in others:
+        check(build(replace(base, **changed)), squeeze_excite, backend="triton")
+        assert len(launch._forwards) + len(launch._backwards) > kept, changed
+        kept = len(launch._forwards) + len(launch._backwards)
+    # A kind that is known, with other values.
+    check(build(replace(base, seed=1)), squeeze_excite, backend="triton")
+    assert len(launch._forwards) + len(launch._backwards) == kept
+
+
+@interpreted
+def test_prepared_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from senet_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch, "_MOST_KINDS", 3)
+    for batch in range(1, 6):
+        check(build(Spec((batch, 8, 2, 2), 2)), squeeze_excite, backend="triton")
+        assert len(launch._forwards) <= 3
+        assert len(launch._backwards) <= 3
+
+
+@interpreted
+def test_what_the_sanitizer_sees() -> None:
+    """``make gpu``'s script knows every kernel, and its first case is right."""
+    from senet_kernels.backends.triton import launch
+    from tools import gpu_kernels
+
+    assert {n for n in vars(launch) if n.endswith("_kernel")} == gpu_kernels.KERNELS
+    gpu_kernels.run("cpu", *gpu_kernels.CASES[0])
+
+
+# -- autotuning ------------------------------------------------------------------------------------
+
+_TUNED = Spec((2, 24, 3, 5), 4, layout="channels_last", residual="contiguous", after="relu")
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Puts an invented time in place of every measurement: the next of this list, then 1."""
+    script: list[float] = []
+
+    def milliseconds(call: Callable[[], object]) -> float:
+        if not measured:  # the others take the interpreter too long
+            call()
+        measured.append(script.pop(0) if script else 1.0)
+        return measured[-1]
+
+    measured: list[float] = []
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "_measured", measured, raising=False)
+    return script
+
+
+def _candidates(direction: str) -> list[Choice]:
+    batch, channels, *space = _TUNED.shape
+    shape = Shape(batch, channels, space[0] * space[1], 4, channels, True)
+    return candidates(shape, 4, Device((0, 0), 1), direction == "forward")
+
+
+@interpreted
+def test_autotuning_pins_the_fastest(times: list[float]) -> None:
+    forward = _candidates("forward")
+    times += [5.0] * len(forward)
+    times[2] = 3.0
+    tuning.enable()
+    check(build(_TUNED), squeeze_excite, backend="triton")
+    pinned = {key.direction: choice for key, choice in tuning._pinned.items()}
+    assert pinned == {"forward": forward[2], "backward": _candidates("backward")[0]}
+    assert len(tuning._measured) == len(forward) + len(_candidates("backward"))
+    # Nothing is timed twice, and with other values the same plan runs.
+    tuning.enable(False)
+    check(build(replace(_TUNED, seed=1)), squeeze_excite, backend="triton")
+    assert len(tuning._measured) == len(forward) + len(_candidates("backward"))
+
+
+@interpreted
+def test_nothing_is_timed_unless_asked(times: list[float]) -> None:
+    check(build(_TUNED), squeeze_excite, backend="triton")
+    assert not tuning._measured
+    assert not tuning._pinned
+
+
+@interpreted
+def test_pinned_plans_survive_a_file(times: list[float], tmp_path: Path) -> None:
+    times += [5.0, 4.0, 3.0]
+    tuning.enable()
+    first = build(_TUNED).run(squeeze_excite, backend="triton")
+    pinned = dict(tuning._pinned)
+    tuning.save(tmp_path / "plans.json")
+    tuning.enable(False)
+    tuning.forget()
+    assert not tuning._pinned
+    tuning.load(tmp_path / "plans.json")
+    assert tuning._pinned == pinned
+    tuning._measured.clear()
+    again = build(_TUNED).run(squeeze_excite, backend="triton")
+    assert not tuning._measured
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@interpreted
+def test_a_file_named_in_the_environment_is_loaded_once(
+    times: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning.enable()
+    build(_TUNED).run(squeeze_excite, backend="triton")
+    tuning.save(tmp_path / "plans.json")
+    pinned = dict(tuning._pinned)
+    tuning.enable(False)
+    tuning.forget()
+    monkeypatch.setattr(tuning, "_file", str(tmp_path / "plans.json"))
+    build(_TUNED).run(squeeze_excite, backend="triton")
+    assert tuning._pinned == pinned
+    assert tuning._file is None
+
+
+@interpreted
+def test_candidates_that_do_not_compile_are_passed_over(
+    times: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    invented, tried = tuning.milliseconds, []
+
+    def milliseconds(call: Callable[[], object]) -> float:
+        tried.append(call)
+        if len(tried) < 3 or failing:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return invented(call)
+
+    failing = False
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    tuning.enable()
+    x_only = build(_TUNED)
+    with torch.no_grad():
+        x_only.call(squeeze_excite, backend="triton")
+    (choice,) = tuning._pinned.values()
+    assert choice == _candidates("forward")[2]
+    tuning.forget()
+    failing = True
+    with torch.no_grad(), pytest.raises(OutOfResources):
+        x_only.call(squeeze_excite, backend="triton")
+
+
+@interpreted
+def test_autotuning_is_refused_during_graph_capture(
+    times: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from senet_kernels.backends.triton import launch
+
+    tuning.enable()
+    monkeypatch.setattr(launch, "_is_capturing", lambda x: True)
+    with pytest.raises(RuntimeError, match=r"timed where autotuning is on.*cannot be done"):
+        build(_TUNED).run(squeeze_excite, backend="triton")
+    assert not tuning._measured
+
+
+_ENTRY: dict[str, Any] = {
+    "direction": "forward", "dtype": "float32", "capability": [9, 0], "multiprocessors": 132,
+    "shape": Shape(3, 20, 30, 4, 20, False)._asdict(), "resident": False,
+    "plan": {"G": 1, "BC": 16, "BS": 8, "BR": 4, "BK": 2, "tiles": 2, "splits": 2, "steps": 2,
+             "programs": 12, "warps": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("not JSON", "not a file of Triton plans"),
+        ("[]", "not a file of Triton plans"),
+        ({"schema": "other/1", "plans": []}, "expected schema 'senet_kernels.triton_plans/1'"),
+        ({"plans": [{**_ENTRY, "direction": "sideways"}]}, "expected forward or backward"),
+        ({"plans": [{**_ENTRY, "plan": {"G": 1}}]}, "not a file of Triton plans"),
+        ({"plans": [{**_ENTRY, "resident": True}]}, "does not fit"),
+        ({"plans": [{**_ENTRY, "plan": {**_ENTRY["plan"], "BC": 8}}]}, "does not fit"),
+    ],
+    ids=["text", "list", "schema", "direction", "fields", "resident", "cut"],
+)
+def test_bad_plan_files(content: Any, complaint: str, tmp_path: Path) -> None:
+    """A plan that does not fit would leave elements unwritten."""
+    path = tmp_path / "plans.json"
+    if isinstance(content, dict):
+        content = json.dumps({"schema": tuning.SCHEMA, **content})
+    path.write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        tuning.load(path)
+    assert not tuning._pinned
+
+
+def test_a_good_plan_file(tmp_path: Path) -> None:
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps({"schema": tuning.SCHEMA, "plans": [_ENTRY]}))
+    tuning.load(path)
+    ((key, choice),) = tuning._pinned.items()
+    assert key == tuning.Key("forward", Shape(3, 20, 30, 4, 20, False), "float32", H200)
+    assert choice == Choice(Plan(**_ENTRY["plan"]))

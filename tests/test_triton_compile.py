@@ -91,6 +91,21 @@ def test_every_feature_compiles() -> None:
         assert all(kernel["shared"] <= DEVICES[90][0] for kernel in kernels)
 
 
+def test_prepared_calls_launch_what_triton_launches() -> None:
+    """The second call of a kind goes past Triton's own launcher, straight to the kernel."""
+    script = _SCRIPT.with_name("prepared_launches.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout)
+    launches = {"two launches, forward": 2, "one launch, forward": 1}
+    for name, found in report.items():
+        assert found["first"] == found["second"], name
+        assert len(found["first"]) == launches.get(name, 3), name
+    assert set(launches) < set(report)
+
+
 def _workloads() -> list[dict[str, Any]]:
     """The distinct layers of real networks, at the two batch sizes that are planned differently."""
     path = Path(__file__).parent.parent / "benchmarks" / "workloads.json"

@@ -18,7 +18,7 @@ from senet_kernels.pointwise import Options, unpack
 from senet_kernels.reference import accumulate_dtype
 from senet_kernels.validation import DTYPES
 
-from .plan import Device, Plan, Shape, make_plan, make_resident_plan
+from .plan import Device, Plan, Shape
 
 # Channels and positions are counted in 32 bits, with a tile to spare.
 _LARGEST_EXTENT = 2**30
@@ -27,61 +27,52 @@ _LARGEST_EXTENT = 2**30
 INTERPRETER = Device((0, 0), 1)
 
 
-class Images(NamedTuple):
-    """A full-size tensor: dense images, ``stride`` elements apart."""
+# The ops' tensors, in the order of their arguments; dy, the backward op's first, stands last here.
+NAMES = (
+    "x", "w1", "b1", "w2", "b2", "residual", "alpha", "beta", "affine_scale", "affine_shift",
+    "lengths", "dy",
+)  # fmt: skip
+_IMAGES = ("residual", "dy")  # besides x
 
-    tensor: Tensor | None
-    stride: int = 0
+#: As many of NAMES as an op has; None where not given.
+Inputs = tuple[Tensor | None, ...]
 
 
-class Operands(NamedTuple):
-    """What the launches of both passes share."""
+class Kind(NamedTuple):
+    """What calls with the same shapes, strides, dtypes, options and device have in common."""
 
     shape: Shape
-    plan: Plan
-    resident: Plan | None  # a forward pass in one launch, where that is better
+    device: Device
     options: Options
-    like: Tensor  # x as it came
+    accumulate: torch.dtype
     direct: bool  # whether y and dx, laid out as eager has them, are in a layout of the kernels
-    x: Images
-    w1: Tensor | None
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
-    alpha: Tensor | None
-    beta: Tensor | None
-    affine_scale: Tensor | None
-    affine_shift: Tensor | None
-    lengths: Tensor | None
+    strides: dict[str, int]  # from image to image, of the images given, as the kernels see them
+    copied: tuple[int, ...]  # positions of the inputs that have no layout of the kernels
 
-    @property
-    def accumulate(self) -> torch.dtype:
-        return accumulate_dtype(self.like.dtype)
+    def arranged(self, inputs: Inputs) -> Inputs:
+        """The inputs in layouts of the kernels."""
+        if not self.copied:
+            return inputs
+        x, arranged = inputs[0], list(inputs)
+        assert x is not None
+        for i in self.copied:
+            t = inputs[i]
+            assert t is not None
+            arranged[i] = self.dense(x).copy_(t) if NAMES[i] in self.strides else t.contiguous()
+        return tuple(arranged)
 
-    def images(self, name: str, t: Tensor | None) -> Images:
-        """``t``, shaped like x, in the kernels' layout."""
-        if t is None:
-            return Images(None)
-        like = self.like
-        if t.shape != like.shape or t.dtype != like.dtype or t.device != like.device:
-            raise RuntimeError(
-                f"{name}: expected shape, dtype and device of x, got {list(t.shape)} {t.dtype} "
-                f"on {t.device}"
-            )
-        return _images(t, self.shape.last, self)
-
-    def dense(self) -> Tensor:
+    def dense(self, x: Tensor) -> Tensor:
         """An empty tensor of the kernels' layout: for a result, or for a copy."""
         if self.direct:
-            return torch.empty_like(self.like)
-        return torch.empty(self.like.shape, dtype=self.like.dtype, device=self.like.device)
+            return torch.empty_like(x)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def finish(self, written: Tensor) -> Tensor:
+    def finish(self, written: Tensor, x: Tensor) -> Tensor:
         """A result that was written to ``dense()``, in the strides it must have."""
-        return written if self.direct else torch.empty_like(self.like).copy_(written)
+        return written if self.direct else torch.empty_like(x).copy_(written)
 
-    def scratch(self, *extents: int) -> Tensor:
-        return torch.empty(extents, dtype=self.accumulate, device=self.like.device)
+    def scratch(self, x: Tensor, *extents: int) -> Tensor:
+        return torch.empty(extents, dtype=self.accumulate, device=x.device)
 
 
 def _image_is_dense(t: Tensor, last: bool) -> bool:
@@ -106,16 +97,15 @@ def _layout(sizes: torch.Size, strides: tuple[int, ...]) -> tuple[bool, bool]:
     return last, direct
 
 
-def _images(t: Tensor, last: bool, operands: Operands) -> Images:
-    if _image_is_dense(t, last):
-        return Images(t, t.stride(0))
-    copy = operands.dense().copy_(t)
-    return Images(copy, copy.stride(0))
+def _check_images(name: str, t: Tensor, x: Tensor) -> None:
+    if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+        raise RuntimeError(
+            f"{name}: expected shape, dtype and device of x, got {list(t.shape)} {t.dtype} "
+            f"on {t.device}"
+        )
 
 
-def _parameter(name: str, t: Tensor | None, w2: Tensor, *extents: int) -> Tensor | None:
-    if t is None:
-        return None
+def _check_parameter(name: str, t: Tensor, w2: Tensor, *extents: int) -> None:
     trailing = t.shape[len(extents) :]
     if tuple(t.shape[: len(extents)]) != extents or math.prod(trailing) != 1:
         raise RuntimeError(f"{name}: expected shape {list(extents)}, got {list(t.shape)}")
@@ -123,7 +113,6 @@ def _parameter(name: str, t: Tensor | None, w2: Tensor, *extents: int) -> Tensor
         raise RuntimeError(
             f"{name}: expected {w2.dtype} on {w2.device} (those of w2), got {t.dtype} on {t.device}"
         )
-    return t.contiguous()
 
 
 def _device(device: torch.device) -> Device:
@@ -133,62 +122,61 @@ def _device(device: torch.device) -> Device:
     return Device((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def make_operands(
-    x: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    affine_scale: Tensor | None,
-    affine_shift: Tensor | None,
-    lengths: Tensor | None,
-    options: int,
-) -> Operands:
-    """Check what a raw call may get wrong, choose the layout, and plan."""
+def examine(inputs: Inputs, options: int) -> Kind:
+    """Check what a raw call may get wrong, and choose the layout."""
+    given = {name: t for name, t in zip(NAMES, inputs, strict=False) if t is not None}
+    x, w2 = given["x"], given["w2"]
     if x.dim() < 3 or x.dtype not in DTYPES:
         raise RuntimeError(
             f"x: expected [B, C, *spatial] of a floating dtype, got {list(x.shape)} {x.dtype}"
         )
     batch, channels = x.shape[:2]
-    positions, hidden, outputs = x.shape[2:].numel(), 0 if w1 is None else w1.shape[0], w2.shape[0]
+    positions, outputs = x.shape[2:].numel(), w2.shape[0]
+    hidden = given["w1"].shape[0] if "w1" in given else 0
     if outputs not in (channels, 2 * channels):
         raise RuntimeError(f"w2: expected {channels} or {2 * channels} rows, got {outputs}")
     if max(outputs, positions, hidden) > _LARGEST_EXTENT:
         raise RuntimeError(f"x, w1: expected extents up to {_LARGEST_EXTENT}, got {list(x.shape)}")
     if w2.dtype != x.dtype and (w2.dtype != torch.float32 or x.dtype == torch.float64):
         raise RuntimeError(f"w2: expected {x.dtype} (that of x) or float32, got {w2.dtype}")
-    if lengths is not None and tuple(lengths.shape) != (batch,):
-        raise RuntimeError(f"lengths: expected shape {[batch]}, got {list(lengths.shape)}")
 
     last, direct = _layout(x.shape, x.stride())
     shape = Shape(batch, channels, positions, hidden, outputs, last)
-    key = shape, x.element_size(), _device(x.device)
-    plans = make_plan(*key), make_resident_plan(*key)
-    operands = Operands(
-        shape, *plans, unpack(options), x, direct,
-        Images(None),
-        _parameter("w1", w1, w2, hidden, channels),
-        _parameter("b1", b1, w2, hidden),
-        w2,
-        _parameter("b2", b2, w2, outputs),
-        _parameter("alpha", alpha, w2, channels),
-        _parameter("beta", beta, w2, channels),
-        _parameter("affine_scale", affine_scale, w2, channels),
-        _parameter("affine_shift", affine_shift, w2, channels),
-        None if lengths is None else lengths.contiguous(),
+    extents = {
+        "w1": (hidden, channels), "b1": (hidden,), "w2": (outputs, shape.inner), "b2": (outputs,),
+        "alpha": (channels,), "beta": (channels,), "affine_scale": (channels,),
+        "affine_shift": (channels,),
+    }  # fmt: skip
+    strides: dict[str, int] = {}
+    copied: list[int] = []
+    for i, (name, t) in enumerate(zip(NAMES, inputs, strict=False)):
+        if t is None:
+            continue
+        if name == "x" or name in _IMAGES:
+            _check_images(name, t, x)
+            dense = _image_is_dense(t, last)
+            strides[name] = t.stride(0) if dense else shape.image
+        elif name == "lengths":
+            if tuple(t.shape) != (batch,):
+                raise RuntimeError(f"lengths: expected shape {[batch]}, got {list(t.shape)}")
+            dense = t.is_contiguous()
+        else:
+            _check_parameter(name, t, w2, *extents[name])
+            dense = t.is_contiguous()
+        if not dense:
+            copied.append(i)
+    return Kind(
+        shape, _device(x.device), unpack(options), accumulate_dtype(x.dtype), direct, strides,
+        tuple(copied),
     )  # fmt: skip
-    matrix = _parameter("w2", w2, w2, outputs, shape.inner if w1 is None else hidden)
-    assert matrix is not None
-    return operands._replace(x=_images(x, last, operands), w2=matrix)
 
 
-def wide(o: Operands, plan: Plan, *images: Images) -> bool:
+def wide(kind: Kind, plan: Plan) -> bool:
     """Whether offsets within a program's tiles pass 32 bits (with room for what is masked)."""
-    walk = o.shape.image if o.shape.last else plan.BC * o.shape.positions
-    apart = max(o.shape.image, *(t.stride for t in images))
-    return plan.G * apart + walk + plan.BS * o.shape.channels >= 2**30
+    shape = kind.shape
+    walk = shape.image if shape.last else plan.BC * shape.positions
+    apart = max(shape.image, *kind.strides.values())
+    return plan.G * apart + walk + plan.BS * shape.channels >= 2**30
 
 
 def units(n: int) -> tuple[int, int]:

@@ -82,10 +82,12 @@ def _clamp(n: int, low: int, high: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def make_plan(shape: Shape, itemsize: int, device: Device) -> Plan:
-    """The plan for a call; ``itemsize`` is that of x."""
+def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) -> Plan:
+    """The plan for a call; ``itemsize`` is that of x. With ``tile`` elements at a time."""
     channels, positions = power_of_two(shape.channels), power_of_two(shape.positions)
-    tile, largest = (_TILE, _LARGEST_TILE) if itemsize < 8 else (_TILE // 2, _LARGEST_TILE // 2)
+    largest = max(tile, _LARGEST_TILE)
+    if itemsize == 8:
+        tile, largest = tile // 2, largest // 2
     fewest_channels = min(channels, power_of_two(ceil_div(shape.channels, _PARTS)))
     if shape.last:
         # A byte of the bit mask holds eight channels.
@@ -127,10 +129,12 @@ def make_plan(shape: Shape, itemsize: int, device: Device) -> Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def make_resident_plan(shape: Shape, itemsize: int, device: Device) -> Plan | None:
+def make_resident_plan(
+    shape: Shape, itemsize: int, device: Device, *, however_few: bool = False
+) -> Plan | None:
     """The plan for a forward pass in one launch, whole images in a program; None where that is
-    not worth it: a single layer, an image too large for registers, or few images with weights
-    that one program would read for too long."""
+    not worth it: a single layer, an image too large for registers, or (unless ``however_few``)
+    few images with weights that one program would read for too long."""
     channels, positions = power_of_two(shape.channels), max(8, power_of_two(shape.positions))
     if shape.last:
         channels, positions = max(8, channels), power_of_two(shape.positions)
@@ -138,7 +142,7 @@ def make_resident_plan(shape: Shape, itemsize: int, device: Device) -> Plan | No
     largest = _LARGEST_RESIDENT if itemsize < 8 else _LARGEST_RESIDENT // 2
     weights = shape.hidden * (shape.channels + shape.outputs)
     enough = shape.batch >= device.multiprocessors or weights <= _RESIDENT_WEIGHTS
-    if not shape.hidden or elements > largest or not enough:
+    if not shape.hidden or elements > largest or not (enough or however_few):
         return None
     g = 1
     while 2 * g * elements <= _TILE and shape.batch >= 8 * g * device.multiprocessors:
@@ -154,6 +158,58 @@ def make_resident_plan(shape: Shape, itemsize: int, device: Device) -> Plan | No
         steps=1,
         programs=ceil_div(shape.batch, g),
         warps=_warps(g * elements, itemsize),
+    )
+
+
+class Choice(NamedTuple):
+    """A plan, and whether it is one for whole images in a program."""
+
+    plan: Plan
+    resident: bool = False
+
+
+def fixed_choice(shape: Shape, itemsize: int, device: Device, forward: bool) -> Choice:
+    """What a call gets unless it is tuned or pinned."""
+    resident = make_resident_plan(shape, itemsize, device) if forward else None
+    if resident is not None:
+        return Choice(resident, True)
+    return Choice(make_plan(shape, itemsize, device))
+
+
+def candidates(shape: Shape, itemsize: int, device: Device, forward: bool) -> list[Choice]:
+    """What is worth timing: tiles and thread counts about those of the fixed choice, which comes
+    first, and in the forward pass both strategies."""
+    found = {fixed_choice(shape, itemsize, device, forward): None}
+    plans = [
+        Choice(make_plan(shape, itemsize, device, tile)) for tile in (_TILE // 2, _TILE, 2 * _TILE)
+    ]
+    if forward:
+        resident = make_resident_plan(shape, itemsize, device, however_few=True)
+        plans += [] if resident is None else [Choice(resident, True)]
+    for plan, of_images in plans:
+        for warps in (plan.warps // 2, plan.warps, plan.warps * 2):
+            if 2 <= warps <= 16:
+                found[Choice(plan._replace(warps=warps), of_images)] = None
+    return list(found)
+
+
+def is_legal(choice: Choice, shape: Shape) -> bool:
+    """Whether launches cut so are sound and reach every element of such a call."""
+    plan = choice.plan
+    sizes = (plan.G, plan.BC, plan.BS, plan.BR, plan.BK, plan.warps)
+    return (
+        all(type(n) is int and n >= 0 for n in plan)
+        and all(n >= 1 and n & (n - 1) == 0 for n in sizes)
+        and (plan.BC if shape.last else plan.BS) % 8 == 0  # a byte of the mask has eight bits
+        and plan.tiles * plan.BC >= shape.channels
+        and plan.splits * plan.steps * plan.BS >= shape.positions
+        # The last split has a position, or its part of the mean would be no number.
+        and (plan.splits - 1) * plan.steps * plan.BS < max(1, shape.positions)
+        and plan.programs == ceil_div(shape.batch, plan.G) * plan.tiles * plan.splits
+        and (
+            not choice.resident
+            or (shape.hidden > 0 and plan.tiles == plan.splits == plan.steps == 1)
+        )
     )
 
 

@@ -1,0 +1,160 @@
+"""Which plan a call gets: a pinned one, a timed one where autotuning is on, else the fixed one.
+
+Off by default, since timing may choose differently from process to process, and other plans sum in
+another order: other last bits. ``enable()`` or ``SENET_KERNELS_TRITON_AUTOTUNE=1`` turns it on: the
+first call of a shape, dtype, layout and device then times the candidates of
+:func:`plan.candidates` and pins the fastest. ``save(path)`` writes what is pinned to a JSON file;
+``load(path)``, or ``SENET_KERNELS_TRITON_PLANS=path``, pins it again, with autotuning on or off.
+
+A first call during the capture of a CUDA graph is refused, as it is without autotuning. Not yet run
+on a GPU. Needs no Triton until something is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .plan import Choice, Device, Plan, Shape, candidates, fixed_choice, is_legal
+
+SCHEMA = "senet_kernels.triton_plans/1"
+
+
+class Key(NamedTuple):
+    """What a plan is pinned for. The options of a call are not in it: the first one decides."""
+
+    direction: str
+    shape: Shape
+    dtype: str
+    device: Device
+
+
+_enabled = os.environ.get("SENET_KERNELS_TRITON_AUTOTUNE") == "1"
+_file: str | None = os.environ.get("SENET_KERNELS_TRITON_PLANS") or None
+_pinned: dict[Key, Choice] = {}
+_listeners: list[Callable[[], None]] = []
+
+
+def enable(on: bool = True) -> None:
+    """Turn autotuning on, or off. What is pinned stays."""
+    global _enabled
+    _enabled = on
+    _changed()
+
+
+def forget() -> None:
+    """Unpin everything."""
+    _pinned.clear()
+    _changed()
+
+
+def save(path: str | os.PathLike[str]) -> None:
+    """Write the pinned plans to a JSON file that :func:`load` reads."""
+    plans = [
+        {
+            "direction": key.direction, "dtype": key.dtype,
+            "capability": list(key.device.capability),
+            "multiprocessors": key.device.multiprocessors,
+            "shape": key.shape._asdict(), "plan": choice.plan._asdict(),
+            "resident": choice.resident,
+        }
+        for key, choice in _pinned.items()
+    ]  # fmt: skip
+    Path(path).write_text(json.dumps({"schema": SCHEMA, "plans": plans}, indent=1) + "\n")
+
+
+def load(path: str | os.PathLike[str]) -> None:
+    """Pin the plans of a file that :func:`save` wrote, beside those pinned already.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a file, or has a plan that does not fit its shape.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"expected schema {SCHEMA!r}, got {record['schema']!r}")
+        read = dict(map(_entry, record["plans"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a file of Triton plans: {error}") from error
+    _pinned.update(read)
+    _changed()
+
+
+def _entry(entry: dict[str, Any]) -> tuple[Key, Choice]:
+    direction = entry["direction"]
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"direction: expected forward or backward, got {direction!r}")
+    shape = Shape(**entry["shape"])
+    device = Device(tuple(entry["capability"]), entry["multiprocessors"])
+    choice = Choice(Plan(**entry["plan"]), entry["resident"])
+    if not is_legal(choice, shape) or (choice.resident and direction == "backward"):
+        raise ValueError(f"plan: {choice} does not fit {shape}")
+    return Key(direction, shape, entry["dtype"], device), choice
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Call ``listener`` whenever calls may get other plans than before."""
+    _listeners.append(listener)
+
+
+def _changed() -> None:
+    for listener in _listeners:
+        listener()
+
+
+def choose(
+    direction: str,
+    shape: Shape,
+    x: Tensor,
+    device: Device,
+    prepare: Callable[[Choice], Callable[[], object]],
+) -> Choice:
+    """The plan for a call like the one at hand, which ``prepare`` makes ready to run."""
+    global _file
+    if _file is not None:
+        path, _file = _file, None
+        load(path)
+    key = Key(direction, shape, str(x.dtype).removeprefix("torch."), device)
+    cut = shape, x.element_size(), device, direction == "forward"
+    if key in _pinned:
+        return _pinned[key]
+    if not _enabled:
+        return fixed_choice(*cut)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        choice = _pinned[key] = _fastest(candidates(*cut), prepare)
+    return choice
+
+
+def _fastest(choices: list[Choice], prepare: Callable[[Choice], Callable[[], object]]) -> Choice:
+    """The choice whose call takes the least time. Some may not compile or not fit the device."""
+    times = {choice: _time(choice, prepare) for choice in choices}
+    found = {choice: t for choice, t in times.items() if isinstance(t, float)}
+    for failure in times.values():
+        if not found and isinstance(failure, Exception):
+            raise failure
+    return min(found, key=lambda choice: found[choice])
+
+
+def _time(choice: Choice, prepare: Callable[[Choice], Callable[[], object]]) -> float | Exception:
+    from triton.errors import TritonError
+
+    try:
+        return milliseconds(prepare(choice))
+    except TritonError as error:
+        failure: Exception = error
+        return failure
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call, second-level cache emptied before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))

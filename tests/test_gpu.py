@@ -1,0 +1,383 @@
+"""What needs a GPU to be known: the layers of real networks, CUDA graphs, streams, devices.
+
+Not yet run on a GPU. Where it makes sense the same code also runs on the CPU, in Triton's
+interpreter, on one tiny case: that proves the test, not the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+from backend_cases import FUSED_BACKENDS, BackendCase
+from benchmarks import problem as workload
+from benchmarks.workloads import Layer, load_networks
+from problems import TENSORS, Problem, Spec, build, magnitudes
+from senet_kernels import squeeze_excite
+
+_TRITON = [backend for backend in FUSED_BACKENDS if backend.name == "triton"]
+_ON_GPU = [backend for backend in _TRITON if backend.device == "cuda"]
+each_triton = pytest.mark.parametrize("backend", _TRITON, indirect=True, ids=str)
+on_gpu = pytest.mark.parametrize("backend", _ON_GPU, indirect=True, ids=str)
+
+# -- layers of real networks -----------------------------------------------------------------------
+
+# The oracle takes so many elements of x at a time: float64 copies of some ten tensors that size.
+_ORACLE_ELEMENTS = 1 << 24
+# What a step needs at most, in bytes of x: x, dy, y, dx, residual and its gradient; then the
+# oracle's share, and room for other processes on the same device.
+_TENSORS_OF_A_STEP = 8
+
+
+def _layer_cases() -> list[Any]:
+    """Every distinct layer with its neighbours, at two batch sizes, in both layouts and every
+    dtype; a sample that has all of these, and the rest marked slow."""
+    found: dict[Layer, None] = {}
+    for network in load_networks(neighbours=True).values():
+        found |= dict.fromkeys(layer for layer, _ in network.layers)
+    cases = [
+        workload.Case(layer, dtype, layout, batch)
+        for layer in found
+        for dtype in ("bf16", "fp16", "fp32")
+        for layout in ("contiguous", "channels_last")
+        for batch in (1, 256)
+    ]
+    every = 23  # shares no factor with the twelve cases of a layer: the sample has all of them
+    tiny = workload.Case(Layer(20, 5, 7, 6, "relu", "sigmoid", after="relu", add=True), "fp32",
+                         "channels_last", 3)  # fmt: skip
+    return [
+        *(
+            pytest.param(backend, case, id=f"{backend}-{case.name}",
+                         marks=[] if i % every == 0 else [pytest.mark.slow])
+            for backend in _ON_GPU
+            for i, case in enumerate(cases)
+        ),
+        *(
+            pytest.param(backend, tiny, id=f"{backend}-{tiny.name}")
+            for backend in _TRITON
+            if backend.device == "cpu"
+        ),
+    ]  # fmt: skip
+
+
+def _problem(case: workload.Case, device: str) -> Problem:
+    """A layer's inputs, clear of the kinks where rounding would decide."""
+    made = workload.Problem.create(case, torch.device(device))
+    tensors: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
+    tensors |= {"x": made.x[0], "residual": made.residual[0], **made.weights}
+    layer = case.layer
+    options = {
+        "activation": layer.activation or "identity", "gate": layer.gate,
+        "before": layer.before or "identity", "after": layer.after or "identity",
+    }  # fmt: skip
+    return Problem(tensors, None, options, made.dy[0], workload.DTYPES[case.dtype])
+
+
+def _chunks(problem: Problem, elements: int) -> Iterator[tuple[slice, Problem]]:
+    """The problem cut into runs of images of about so many elements."""
+    x = problem.tensors["x"]
+    assert x is not None
+    step = max(1, elements // max(1, x[0].numel()))
+    for begin in range(0, x.shape[0], step):
+        part = slice(begin, begin + step)
+        cut = {n: t[part] if n in ("x", "residual") and t is not None else t
+               for n, t in problem.tensors.items()}  # fmt: skip
+        yield part, replace(problem, tensors=cut, dy=problem.dy[part])
+
+
+def _check_by_chunks(problem: Problem, results: dict[str, Tensor], elements: int) -> None:
+    """Hold every result to the float64 oracle, which runs on the device, some images at a time."""
+    totals: dict[str, Tensor] = {}
+    sizes: dict[str, float] = {}
+    for part, chunk in _chunks(problem, elements):
+        expected, size = chunk.expected(), magnitudes(chunk)
+        of_images = {n: t for n, t in expected.items() if n in ("y", "dx", "dresidual")}
+        oracle.assert_like_oracle(
+            {n: results[n][part] for n in of_images}, of_images, size, problem.dtype
+        )
+        for name in expected.keys() - of_images.keys():
+            totals[name] = totals.get(name, 0) + expected[name]
+            sizes[name] = sizes.get(name, 0.0) + size[name]
+    oracle.assert_like_oracle({n: results[n] for n in totals}, totals, sizes, problem.dtype)
+
+
+def _require_memory(case: workload.Case, device: str) -> None:
+    if device != "cuda":
+        return
+    needed = _TENSORS_OF_A_STEP * case.bytes + 24 * 8 * _ORACLE_ELEMENTS
+    free, _ = torch.cuda.mem_get_info()
+    if needed > free:
+        pytest.skip(f"needs {needed / 1e9:.1f} GB of device memory, {free / 1e9:.1f} GB are free")
+
+
+@pytest.mark.parametrize(("backend", "case"), _layer_cases(), indirect=["backend"])
+def test_layers_of_real_networks(backend: BackendCase, case: workload.Case) -> None:
+    if backend.device == "cuda":
+        torch.cuda.empty_cache()
+    _require_memory(case, backend.device)
+    problem = _problem(case, backend.device)
+    results = problem.run(squeeze_excite, backend=backend.name)
+    images = 2 if backend.device == "cpu" else 0  # on the CPU: more than one chunk
+    _check_by_chunks(problem, results, images * case.layer.channels * case.layer.positions
+                     or _ORACLE_ELEMENTS)  # fmt: skip
+
+
+# -- CUDA graphs -----------------------------------------------------------------------------------
+
+# One launch forward, and two; parameters' gradients summed over a batch.
+_GRAPHED = (
+    Spec((4, 32, 7, 7), 8, torch.bfloat16, residual="contiguous", after="relu"),
+    Spec((4, 32, 7, 7), 8, torch.float32, "channels_last", before="silu", shift=True),
+    Spec((8, 96, 28, 28), 24, torch.float16, "channels_last", residual="channels_last",
+         after="relu"),
+    Spec((2, 96, 56, 56), 24, torch.bfloat16, before="silu", activation="silu"),
+    Spec((3, 48, 20, 20), None, torch.float32, lengths=True, affine=True),
+)  # fmt: skip
+each_graphed = pytest.mark.parametrize("spec", _GRAPHED, ids=str)
+
+
+class _Static:
+    """A step on tensors that stay where they are, as a graph needs them."""
+
+    def __init__(self, spec: Spec, backend: BackendCase, gradients: bool) -> None:
+        self.problem = build(replace(spec, device=backend.device))
+        self.leaves = self.problem.leaves(None if gradients else ())
+        self.names = self.problem.given if gradients else ()
+        self.backend = backend.name
+
+    def step(self) -> dict[str, Tensor]:
+        y = self.problem.call(squeeze_excite, self.leaves, backend=self.backend)
+        results = {"y": y.detach()}
+        if self.names:
+            leaves = [self.leaves[n] for n in self.names]
+            gradients = torch.autograd.grad(y, leaves, self.problem.dy)
+            results |= {f"d{n}": g for n, g in zip(self.names, gradients, strict=True)}
+        return results
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (*self.leaves.values(), self.problem.dy) if t is not None]
+
+    def renew(self, seed: int) -> None:
+        """Other values in the same places."""
+        generator = torch.Generator(self.problem.dy.device).manual_seed(seed)
+        with torch.no_grad():
+            for t in self.tensors():
+                t.copy_(torch.randn(t.shape, generator=generator, device=t.device))
+
+    def warm_up(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def capture(self) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+        self.warm_up()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = self.step()
+        return graph, results
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "forward+backward"])
+@each_graphed
+@on_gpu
+def test_graph_replays_give_the_bits_of_eager_calls(
+    backend: BackendCase, spec: Spec, gradients: bool
+) -> None:
+    static = _Static(spec, backend, gradients)
+    graph, results = static.capture()
+    for seed in range(3):
+        static.renew(seed)
+        for t in results.values():
+            t.fill_(float("nan"))  # what a replay does not write is found
+        graph.replay()
+        expected = static.step()
+        for name, right in expected.items():
+            assert torch.equal(results[name], right), f"{name}, seed {seed}"
+
+
+@each_graphed
+@on_gpu
+def test_replays_allocate_nothing(backend: BackendCase, spec: Spec) -> None:
+    graph, _ = _Static(spec, backend, True).capture()
+    graph.replay()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    for what in ("allocation.all.allocated", "segment.all.allocated"):
+        assert after[what] == before[what], what
+
+
+@on_gpu
+def test_an_unprepared_call_is_refused_during_capture(backend: BackendCase) -> None:
+    """With a message that says what to do, and no harm to the process."""
+    static = _Static(Spec((2, 19, 6, 11), 7), backend, False)  # nobody else has this shape
+    refused = pytest.raises(RuntimeError, match="once before the capture")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        static.step()
+    torch.cuda.synchronize()
+    graph, results = static.capture()
+    graph.replay()
+    assert torch.equal(results["y"], static.step()["y"])
+
+
+# -- streams, synchronisation, memory --------------------------------------------------------------
+
+
+@each_graphed
+@on_gpu
+def test_work_goes_to_the_current_stream(backend: BackendCase, spec: Spec) -> None:
+    """A producer that is slow, on a stream of its own: a launch on another one would not wait."""
+    static = _Static(spec, backend, True)
+    static.renew(1)
+    expected = static.step()  # and compiled
+    values = [t.detach().clone() for t in static.tensors()]
+    static.renew(2)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        with torch.no_grad():
+            for t, value in zip(static.tensors(), values, strict=True):
+                t.copy_(value)
+        results = static.step()
+    side.synchronize()
+    for name, right in expected.items():
+        assert torch.equal(results[name], right), name
+
+
+@each_graphed
+@on_gpu
+def test_no_synchronisation(backend: BackendCase, spec: Spec) -> None:
+    static = _Static(spec, backend, True)
+    static.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        static.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@on_gpu
+def test_memory_of_a_step(backend: BackendCase, layout: str) -> None:
+    """Beyond the results: a bit per element for relu, and vectors. No copy of an image."""
+    spec = Spec((16, 64, 56, 56), 16, torch.bfloat16, layout, residual=layout, after="relu",
+                dy_layout=layout)  # fmt: skip
+    static = _Static(spec, backend, True)
+    static.step()
+    x = static.leaves["x"]
+    assert x is not None
+    size, small = x.numel() * x.element_size(), 1 << 20
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = static.step()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    assert len(results) == 1 + len(static.problem.given)
+    assert kept <= 3 * size + small  # y, dx, dresidual
+    assert peak <= 3 * size + x.numel() // 8 + 4 * small
+
+
+# -- devices and processes -------------------------------------------------------------------------
+
+
+@each_graphed
+@on_gpu
+def test_tensors_on_another_device_than_the_current(backend: BackendCase, spec: Spec) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second CUDA device")
+    results = []
+    for device in ("cuda:1", "cuda:0"):  # the current device is 0
+        problem = build(replace(spec, device=device))
+        assert torch.cuda.current_device() == 0
+        results.append(problem.run(squeeze_excite, backend=backend.name))
+        assert {t.device for t in results[-1].values()} == {torch.device(device)}
+    oracle.assert_like_oracle(
+        results[0], {n: t.to("cuda:1") for n, t in problem.expected().items()},
+        magnitudes(problem), spec.dtype,
+    )  # fmt: skip
+
+
+_BITS = """
+import sys, torch
+import conftest
+conftest.pytest_configure()
+from dataclasses import replace
+from problems import build
+from senet_kernels import squeeze_excite
+from test_gpu import _GRAPHED
+specs = [_GRAPHED[int(i)] for i in sys.argv[2:]]
+problems = [build(replace(spec, device=sys.argv[1])) for spec in specs]
+torch.save([p.run(squeeze_excite, backend="triton") for p in problems], "bits.pt")
+"""
+
+
+@each_triton
+def test_same_bits_in_fresh_processes(backend: BackendCase, tmp_path: Path) -> None:
+    """Two processes that compile everything themselves."""
+    chosen = [0] if backend.device == "cpu" else range(len(_GRAPHED))
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
+    results = []
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        folder.mkdir()
+        env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", _BITS, backend.device, *map(str, chosen)], cwd=folder, env=env,
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(torch.load(folder / "bits.pt", map_location="cpu"))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
+
+
+# -- addresses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@on_gpu
+def test_more_than_2_31_elements(backend: BackendCase, layout: str) -> None:
+    """Offsets of 64 bits: images beyond 2^31 elements, and one image that large."""
+    for shape in ((1100, 32, 256, 256), (1, 16, 12000, 12000)):
+        free, _ = torch.cuda.mem_get_info()
+        if free < 16e9:
+            pytest.skip(f"needs 16 GB of device memory, {free / 1e9:.1f} GB are free")
+        x = torch.randn(shape, dtype=torch.bfloat16, device=backend.device)
+        if layout == "channels_last":
+            x = x.to(memory_format=torch.channels_last)
+        w1 = 0.1 * torch.randn(4, shape[1], dtype=x.dtype, device=x.device)
+        w2 = torch.randn(shape[1], 4, dtype=x.dtype, device=x.device)
+        with torch.no_grad():
+            y = squeeze_excite(x, w1, None, w2, None, backend=backend.name)
+        for image in (0, shape[0] - 1):
+            z = x[image].double().mean((1, 2))
+            scale = torch.sigmoid(w2.double() @ torch.relu(w1.double() @ z))[:, None, None]
+            for rows in (slice(0, 64), slice(-64, None)):
+                right = x[image, :, rows].double() * scale
+                off = (y[image, :, rows].double() - right).abs()
+                assert (off <= 2 * oracle.ulp(x.dtype) * right.abs() + 1e-6).all()
+        del x, y

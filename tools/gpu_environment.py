@@ -1,0 +1,64 @@
+"""Writes what a record must say about this machine to the JSON file named as the argument."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import stamp
+
+PACKAGES = (
+    "triton", "numpy", "setuptools", "ninja", "pytest", "pytest-xdist", "hypothesis", "rich",
+    "tqdm", "matplotlib",
+)  # fmt: skip
+TOOLS = {
+    "nvcc": ("nvcc", "--version"),
+    "compute_sanitizer": ("compute-sanitizer", "--version"),
+    "nvidia_smi": (
+        "nvidia-smi", "--format=csv,noheader",
+        "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory",
+    ),
+}  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _answer(command: tuple[str, ...]) -> list[str] | None:
+    """What a program prints, or None where it is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (done.stdout or done.stderr).strip().splitlines()
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = stamp(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "devices": torch.cuda.device_count(),
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    found["packages"] = {name: _version(name) for name in PACKAGES}
+    found["tools"] = {name: _answer(command) for name, command in TOOLS.items()}
+    path = Path(sys.argv[1])
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    packages = ", ".join(f"{n} {v}" for n, v in found["packages"].items() if v)
+    print(f"{found['device']}, torch {found['torch']}, python {found['python']}, {packages}")
+
+
+if __name__ == "__main__":
+    main()
