@@ -440,7 +440,8 @@ def channel_scale(
     validation.check_input(x)
     validation.check_tensor("u", u)
     batch, channels = x.shape[:2]
-    if tuple(u.shape) not in ((batch, channels), (batch, 2 * channels)):
+    # Not `in`, as in validation.check_mlp.
+    if u.shape != (batch, channels) and u.shape != (batch, 2 * channels):
         raise ValueError(
             f"u: expected shape {[batch, channels]} or {[batch, 2 * channels]}, got {list(u.shape)}"
         )

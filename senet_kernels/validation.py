@@ -60,7 +60,9 @@ def check_mlp(x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any) -> None:
     """The weights and biases of the excitation, against the channels of ``x``."""
     channels = x.shape[1]
     check_weight("w2", w2, x, "[C, R] or [2C, R]")
-    if w2.shape[0] not in (channels, 2 * channels):
+    rows = w2.shape[0]
+    # Not `in`: Dynamo takes a number to be in no tuple of symbolic extents.
+    if rows != channels and rows != 2 * channels:
         raise ValueError(
             f"w2: expected {channels} rows (C of x), or {2 * channels} for scale-and-shift, "
             f"got shape {_shape(w2)}"
