@@ -274,7 +274,8 @@ def fuse_se_blocks(
     the operation. Parameter objects, names, state_dict keys, hooks on the module, train flag,
     ``isinstance``, deepcopy and pickle stay as they are (``type(m)`` becomes a subclass); inlined
     blocks that are no module of their own are not found. A child that gets a hook, a
-    parametrization or a replacement later makes its block run its original forward.
+    parametrization or a replacement later makes its block run its original forward; flags of the
+    module itself that are changed later are not noticed: fuse after changing them.
 
     Args:
         model: any module; it may itself be a squeeze-and-excitation module.

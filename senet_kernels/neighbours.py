@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .pointwise import ACTIVATIONS
-from .recognise import Foreign, Part, Path, Refusal, changed, class_name, find, pointwise_name
+from .recognise import (
+    Foreign,
+    Part,
+    Path,
+    Refusal,
+    changed,
+    class_name,
+    find,
+    part_of,
+    pointwise_name,
+)
 
 # What a block calls in place of its squeeze-and-excitation module.
 Excite = Callable[..., Tensor]  # (x, before=None, after=None, residual=None) -> y
@@ -54,11 +64,6 @@ def _activation(module: nn.Module, *path: str) -> str:
     return name
 
 
-def _part(module: nn.Module, *path: str) -> Part:
-    child = find(module, path)
-    return Part(path, type(child), len(child._modules))
-
-
 # ---- timm ----
 
 
@@ -67,7 +72,7 @@ def _resnet(act: str, run: Run) -> Callable[[Foreign], Block]:
 
     def read(module: Foreign) -> Block:
         function = _activation(module, act)
-        parts = (_part(module, act),)
+        parts = (part_of(module, (act,)),)
         return Block(("se",), run, function, parts, f"residual, after {function}")
 
     return read
@@ -111,7 +116,7 @@ def _norm_with_act(module: nn.Module, *path: str) -> tuple[str, tuple[Part, ...]
     if type(norm.drop) is not nn.Identity:
         raise Refusal(f"its child {'.'.join(path)} has a dropout")
     function = _activation(module, *path, "act")
-    parts = (_part(module, *path), _part(module, *path, "act"), _part(module, *path, "drop"))
+    parts = tuple(part_of(module, p) for p in (path, (*path, "act"), (*path, "drop")))
     return function, parts
 
 
@@ -122,7 +127,7 @@ def _without_act(norm: Foreign, x: Tensor) -> Tensor:
 def _no_anti_aliasing(module: Foreign) -> Part:
     if type(module.aa) is not nn.Identity:
         raise Refusal("it has an anti-aliasing layer between activation and excitation")
-    return Part(("aa",), nn.Identity)
+    return part_of(module, ("aa",))
 
 
 def _inverted_residual(module: Foreign) -> Block:
@@ -165,7 +170,7 @@ def _regnet(module: Foreign) -> Block:
     if getattr(conv, "aa", None) is not None:
         raise Refusal("it has an anti-aliasing layer between activation and excitation")
     function, parts = _norm_with_act(module, "conv2", "bn")
-    parts = (*parts, _part(module, "conv2"))
+    parts = (*parts, part_of(module, ("conv2",)))
     return Block(("se",), _run_regnet, function, parts, f"before {function}")
 
 
@@ -205,14 +210,14 @@ def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
             if inner:  # all of a nested Sequential but its activation
                 nested = tuple(find(module, previous.path)._modules)
                 names.append((previous.path, nested))
-                parts.append(_part(module, *previous.path))
+                parts.append(part_of(module, previous.path))
                 steps += [Step((*previous.path, n)) for n in nested if n != inner[0]]
-            parts.append(_part(module, *previous.path, *inner))
+            parts.append(part_of(module, (*previous.path, *inner)))
         if i + 1 < len(children):
             function = pointwise_name(children[i + 1][1])
             if function in ACTIVATIONS and function != "identity":
                 after, skip = function, True
-                parts.append(_part(module, children[i + 1][0]))
+                parts.append(part_of(module, (children[i + 1][0],)))
         steps.append(Step((name,), True, before, after))
         notes += [f"before {before}"] if before else []
         notes += [f"after {after}"] if after else []

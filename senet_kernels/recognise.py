@@ -33,7 +33,8 @@ class Part(NamedTuple):
 
     path: Path  # (): the module itself, which may have become a subclass
     kind: type[nn.Module]
-    children: int = 0
+    children: int
+    setting: float | str | None  # the argument of an activation that has one
 
 
 class Mlp(NamedTuple):
@@ -146,7 +147,7 @@ def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
     if _has_any_global_hook():
         return "a global module hook is registered"
-    for path, kind, children in parts:
+    for path, kind, children, setting in parts:
         try:
             part = find(module, path)
         except KeyError:
@@ -157,10 +158,24 @@ def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
             continue
         if type(part) is not kind:
             return f"its child {'.'.join(path)} is a {type(part).__name__}"
+        if setting is not None and _setting(part) != setting:
+            return f"its child {'.'.join(path)} is now {part!r}"
         reason = watched(part)
         if reason is not None:
             return f"its child {'.'.join(path)} {reason}"
     return None
+
+
+def _setting(module: nn.Module) -> float | str | None:
+    if isinstance(module, nn.LeakyReLU):
+        return module.negative_slope
+    return module.approximate if isinstance(module, nn.GELU) else None
+
+
+def part_of(module: nn.Module, path: Path) -> Part:
+    """The child at ``path`` as it is now."""
+    child = find(module, path)
+    return Part(path, type(child), len(child._modules), _setting(child))
 
 
 def _paths(module: nn.Module) -> Iterator[tuple[Path, nn.Module]]:
@@ -171,11 +186,7 @@ def _paths(module: nn.Module) -> Iterator[tuple[Path, nn.Module]]:
 
 def _parts(module: nn.Module, *, called: tuple[str, ...] = ()) -> tuple[Part, ...]:
     """All descendants, but for those under the children in ``called``, which still are called."""
-    return tuple(
-        Part(p, type(child), len(child._modules))
-        for p, child in _paths(module)
-        if p[0] not in called
-    )
+    return tuple(part_of(module, path) for path, _ in _paths(module) if path[0] not in called)
 
 
 # ---- known classes ----
@@ -240,9 +251,7 @@ def _timm(module: Foreign) -> Form:
     if module.add_maxpool:
         raise Refusal("it adds a maximum to the mean (add_maxpool=True)")
     gate = _function(module, "gate", GATES)
-    return Halves(
-        _excite_with_norm, gate, (Part(("gate",), type(module.gate), len(module.gate._modules)),)
-    )
+    return Halves(_excite_with_norm, gate, (part_of(module, ("gate",)),))
 
 
 def _excite_with_norm(module: Foreign, z: Tensor) -> Tensor:
@@ -258,7 +267,7 @@ def _eca(module: Foreign) -> Form:
     return Halves(
         _excite_by_convolution,
         gate,
-        (Part(("gate",), type(module.gate), len(module.gate._modules)),),
+        (part_of(module, ("gate",)),),
     )
 
 
@@ -421,7 +430,7 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
     double.requires_grad_()
 
     # Appended to a Sequential, a child becomes part of what its parent computes.
-    parts = (Part((), type(module), len(module._modules)), *_parts(module))
+    parts = (part_of(module, ()), *_parts(module))
     found: Mlp | None = None
     ranks: list[int] = []
     why = ""

@@ -395,6 +395,19 @@ def test_changes_after_fusing() -> None:
         block(x, None)
 
 
+def test_changed_settings_are_seen() -> None:
+    """The same class with another argument is another function."""
+    block = SELayer()
+    block.fc[1] = nn.LeakyReLU()
+    assert "leaky_relu" in fuse_se_blocks(block).replaced[0].note
+    block.fc[1].negative_slope = 0.3
+    _assert_same(block, _x())
+    block.fc[1] = nn.LeakyReLU(0.2)
+    _assert_same(block, _x())
+    block.fc[1] = nn.LeakyReLU()
+    _assert_same(block, _x())
+
+
 def test_named_backend_never_falls_back() -> None:
     block = SELayer()
     fuse_se_blocks(block, backend="triton")
