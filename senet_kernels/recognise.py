@@ -409,15 +409,17 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         if reason is not None:
             raise Refusal(f"its child {'.'.join(path)} {reason}")
     channels = find(module, paths[0]).weight.shape[1]
-    # First without data, which turns away the MLPs of transformers at no cost.
+    # First without data, which turns away the MLPs of transformers at no cost, then with little,
+    # which turns away those of convolutions: both can be large.
+    generator = torch.Generator().manual_seed(0)
     taken = [
         rank
         for rank, space in _PROBE_SPACE.items()
-        if _keeps_shape(module, torch.empty(3, channels, *space, device="meta"))
+        if _run(module, torch.empty(3, channels, *space, device="meta")) is not None
+        and _seems_to_scale(module, torch.randn(2, channels, *space, generator=generator))
     ]
     if not taken:
-        raise Refusal("it takes [B, C, *spatial] to no output of the same shape")
-    generator = torch.Generator().manual_seed(0)
+        raise Refusal("it multiplies no channels of [B, C, *spatial] by numbers")
     double = _copy(module, torch.float64, "cpu")
     layers = [find(double, path) for path in paths]
     # Hidden values up to about 15 and logits up to about 10, of either sign, and enough of them:
@@ -484,15 +486,23 @@ def _copy(module: nn.Module, dtype: torch.dtype, device: str) -> Foreign:
         raise Refusal(f"a copy of it cannot be made: {one_line(error)}") from error
 
 
-def _keeps_shape(module: nn.Module, x: Tensor) -> bool:
+def _run(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What the module makes of x with random weights; None unless that has the shape of x."""
+    double = _copy(module, x.dtype, str(x.device))
+    for p in double.parameters():
+        nn.init.uniform_(p, -0.1, 0.1)
     try:
         with torch.no_grad():
-            y = _copy(module, x.dtype, "meta").forward(x)
-    except Refusal:
-        raise
+            y = double.eval().forward(x)
     except Exception:
-        return False
-    return bool(getattr(y, "shape", None) == x.shape)
+        return None
+    return y if isinstance(y, Tensor) and y.shape == x.shape else None
+
+
+def _seems_to_scale(module: nn.Module, x: Tensor) -> bool:
+    """Whether the output is about x times one number per image and channel."""
+    y = _run(module, x)
+    return y is not None and _scales(x.double(), y.double(), 1e-3)
 
 
 _MODES = (True, False)  # training, eval
@@ -518,10 +528,12 @@ class _Attributes:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _scales(x: Tensor, y: Tensor) -> bool:
-    """Whether y is x times a number per image and channel: most other modules end here."""
+def _scales(x: Tensor, y: Tensor, tolerance: float = 1e-9) -> bool:
+    """Whether y is x times a number per image and channel."""
     x, y = x.flatten(2), y.flatten(2)
-    return _same([x * ((x * y).sum(2) / (x * x).sum(2)).unsqueeze(2)], [y])
+    scaled = x * ((x * y).sum(2) / (x * x).sum(2)).unsqueeze(2)
+    size = y.abs().max().item() if y.numel() else 0.0
+    return torch.allclose(scaled, y, rtol=tolerance, atol=tolerance * size)
 
 
 def _check_unusual_calls(form: Mlp, double: nn.Module, x: Tensor) -> None:
