@@ -41,6 +41,8 @@ INTERPRETED_CASES = {
     # Hundreds of evaluations each.
     "test_first_and_second_derivatives": 0,
     "test_second_derivative_with_some_inputs_frozen": 0,
+    # Two processes that import everything.
+    "test_same_bits_in_fresh_processes": 0,
     "others": 1,
 }
 
