@@ -94,6 +94,8 @@ def execute(command: Sequence[str], log: Path, limit: float, environment: dict[s
         OSError: it could not be started.
     """
     grace = min(GRACE, limit / 4)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
