@@ -360,8 +360,8 @@ def squeeze(
     Args:
         x: ``[B, C, *spatial]``.
         before, before_affine, lengths: as in :func:`squeeze_excite`.
-        backend: as in :func:`squeeze_excite`; Triton has no kernel for this half. ``torch.func``
-            transforms, as forward-mode AD, always run on the reference.
+        backend: as in :func:`squeeze_excite`. ``torch.func`` transforms, as forward-mode AD,
+            always run on the reference.
 
     Returns:
         ``[B, C]`` in the dtype of x, summed in float32 (float64 for float64). Differentiable,
@@ -393,10 +393,11 @@ def squeeze(
     arguments = (x, affine_scale, affine_shift, lengths)
     if _is_reference(plan):
         return reference.squeeze_flat(plan.options, *arguments)
+    chosen = plan.choice.backend
     if _requires_grad(*arguments[:3]):
-        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, plan.code)
+        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, plan.code, chosen)
         return differentiable
-    z: Tensor = autograd.squeeze_op(*arguments, plan.code)
+    z: Tensor = autograd.squeeze_op(chosen)(*arguments, plan.code)
     return z
 
 
@@ -477,10 +478,11 @@ def channel_scale(
     arguments = (x, given, residual, alpha, beta, affine_scale, affine_shift)
     if _is_reference(plan):
         return reference.channel_scale_flat(plan.options, *arguments)
+    chosen = plan.choice.backend
     if _requires_grad(*arguments):
-        differentiable: Tensor = autograd.ChannelScaleFunction.apply(*arguments, plan.code)
+        differentiable: Tensor = autograd.ChannelScaleFunction.apply(*arguments, plan.code, chosen)
         return differentiable
-    y: Tensor = autograd.channel_scale_op(*arguments, plan.code, False)[0]
+    y: Tensor = autograd.channel_scale_op(chosen)(*arguments, plan.code, False)[0]
     return y
 
 

@@ -44,7 +44,7 @@ def _nothing_prepared() -> Iterator[None]:
 def _workload_shapes() -> list[Shape]:
     path = Path(__file__).parent.parent / "benchmarks" / "workloads.json"
     return [
-        Shape(batch, la["channels"], la["height"] * la["width"], la["hidden"] or 0,
+        Shape(batch, la["channels"], la["height"] * la["width"], la["hidden"],
               la["channels"], last)
         for network in json.loads(path.read_text())["networks"]
         for la in network["layers"]
@@ -58,8 +58,7 @@ _ODD = [
     for b in (0, 1, 5, 65537)
     for c in (0, 1, 3, 17, 4097)
     for s in (0, 1, 49, 1 << 20)
-    for r in (0, 1, 257)
-    for o in (1, 2)
+    for r, o in ((None, 0), (None, 1), (0, 1), (1, 2), (257, 1))
     for last in (False, True)
 ]
 
@@ -75,24 +74,29 @@ def test_plans_cover_the_image_in_legal_tiles(device: Device, itemsize: int) -> 
         assert p.tiles * p.BC >= shape.channels, (shape, p)
         assert p.splits * p.steps * p.BS >= shape.positions, (shape, p)
         assert (p.splits - 1) * p.steps * p.BS < max(1, shape.positions), (shape, p)
-        groups = plan.ceil_div(shape.batch, p.G)
+        groups = plan.ceil_div(shape.batch, p.G * p.W)
         assert p.programs == groups * p.tiles * p.splits, (shape, p)
         assert p.steps <= 64, "longer chains of additions cost accuracy"
         assert p.G * p.BC * p.BS <= 16384, "too large for registers"
         assert (p.BC if shape.last else p.BS) % 8 == 0, "a byte of the mask has eight bits"
 
 
-def test_resident_plans_hold_whole_images() -> None:
-    plans = [(s, make_resident_plan(s, 2, H200)) for s in _workload_shapes() + _ODD]
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("clusters", [False, True], ids=["blocks", "clusters"])
+def test_resident_plans_hold_whole_images(forward: bool, clusters: bool) -> None:
+    device = H200._replace(clusters=clusters)
+    shapes = _workload_shapes() + _ODD
+    plans = [(s, make_resident_plan(s, 2, device, forward=forward)) for s in shapes]
     for shape, p in plans:
         if p is not None:
             assert shape.channels <= p.BC
             assert shape.positions <= p.BS
-            assert p.G * p.BC * p.BS <= 8192, "too large for registers"
+            assert p.G * p.BC * p.BS <= 8192 * p.blocks, "too large for registers"
             assert p.programs * p.G >= shape.batch
             assert (p.BC if shape.last else p.BS) % 8 == 0, "a byte of the mask has eight bits"
-    assert any(p is not None for _, p in plans)
     assert any(p is None for _, p in plans)
+    blocks = {p.blocks for _, p in plans if p is not None}
+    assert blocks == ({1, 2, 4, 8} if clusters else {1})
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
@@ -103,7 +107,6 @@ def test_candidates_are_legal(forward: bool) -> None:
         assert found[0] == fixed_choice(shape, 2, H200, forward)
         assert len(set(found)) == len(found)
         assert all(is_legal(choice, shape) for choice in found), (shape, found)
-        assert forward or not any(choice.resident for choice in found)
         several += len(found) > 3
     assert several > 50
 
@@ -155,6 +158,8 @@ _FORCED = (
     Plan(G=2, BC=8, BS=8, BR=4, BK=2, tiles=2, splits=2, steps=2, programs=0, warps=4),
     Plan(G=4, BC=16, BS=8, BR=2, BK=1, tiles=1, splits=4, steps=1, programs=0, warps=4),
     Plan(G=1, BC=16, BS=32, BR=8, BK=16, tiles=1, splits=1, steps=1, programs=0, warps=4),
+    Plan(G=1, BC=8, BS=8, BR=4, BK=2, tiles=2, splits=2, steps=2, programs=0, warps=4, W=2),
+    Plan(G=1, BC=16, BS=32, BR=2, BK=1, tiles=1, splits=1, steps=1, programs=0, warps=4, W=4),
 )
 
 
@@ -165,7 +170,7 @@ def test_every_cut_gives_the_result(
     forced: Plan, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the plan: it decides about speed only."""
-    programs = plan.ceil_div(3, forced.G) * forced.tiles * forced.splits
+    programs = plan.ceil_div(3, forced.G * forced.W) * forced.tiles * forced.splits
     choice = Choice(forced._replace(programs=programs))
     monkeypatch.setattr(tuning, "fixed_choice", lambda *_: choice)
     for hidden, shift in ((5, True), (None, False)):
@@ -269,11 +274,11 @@ def test_what_a_prepared_call_depends_on() -> None:
     kept = 0
     for changed in others:
         check(build(replace(base, **changed)), squeeze_excite, backend="triton")
-        assert len(launch._forwards) + len(launch._backwards) > kept, changed
-        kept = len(launch._forwards) + len(launch._backwards)
+        assert len(launch._calls) > kept, changed
+        kept = len(launch._calls)
     # A kind that is known, with other values.
     check(build(replace(base, seed=1)), squeeze_excite, backend="triton")
-    assert len(launch._forwards) + len(launch._backwards) == kept
+    assert len(launch._calls) == kept
 
 
 @interpreted
@@ -283,8 +288,7 @@ def test_prepared_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST_KINDS", 3)
     for batch in range(1, 6):
         check(build(Spec((batch, 8, 2, 2), 2)), squeeze_excite, backend="triton")
-        assert len(launch._forwards) <= 3
-        assert len(launch._backwards) <= 3
+        assert len(launch._calls) <= 3
 
 
 @interpreted
@@ -426,7 +430,7 @@ def test_autotuning_is_refused_during_graph_capture(
 _ENTRY: dict[str, Any] = {
     "direction": "forward", "dtype": "float32", "capability": [9, 0], "multiprocessors": 132,
     "shape": Shape(3, 20, 30, 4, 20, False)._asdict(), "resident": False,
-    "plan": {"G": 1, "BC": 16, "BS": 8, "BR": 4, "BK": 2, "tiles": 2, "splits": 2, "steps": 2,
+    "clusters": False, "plan": {"G": 1, "BC": 16, "BS": 8, "BR": 4, "BK": 2, "tiles": 2, "splits": 2, "steps": 2,
              "programs": 12, "warps": 4},
 }  # fmt: skip
 
@@ -437,7 +441,7 @@ _ENTRY: dict[str, Any] = {
         ("not JSON", "not a file of Triton plans"),
         ("[]", "not a file of Triton plans"),
         ({"schema": "other/1", "plans": []}, "expected schema 'senet_kernels.triton_plans/1'"),
-        ({"plans": [{**_ENTRY, "direction": "sideways"}]}, "expected forward or backward"),
+        ({"plans": [{**_ENTRY, "direction": "sideways"}]}, "expected one of forward, backward"),
         ({"plans": [{**_ENTRY, "plan": {"G": 1}}]}, "not a file of Triton plans"),
         ({"plans": [{**_ENTRY, "resident": True}]}, "does not fit"),
         ({"plans": [{**_ENTRY, "plan": {**_ENTRY["plan"], "BC": 8}}]}, "does not fit"),

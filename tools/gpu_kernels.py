@@ -16,8 +16,9 @@ from senet_kernels import squeeze_excite
 from senet_kernels.backends.triton import launch
 
 KERNELS = {
-    "resident_kernel", "squeeze_kernel", "scale_kernel", "dots_kernel", "dx_kernel",
-    "parameters_kernel",
+    "resident_kernel", "squeeze_kernel", "scale_kernel", "resident_backward_kernel",
+    "dots_kernel", "dx_kernel", "parameters_kernel", "add_parts_kernel", "half_backward_kernel",
+    "half_parameters_kernel",
 }  # fmt: skip
 
 # Shape, hidden channels, dtype, channels-last, options.

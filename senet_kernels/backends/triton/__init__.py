@@ -50,16 +50,21 @@ def describe() -> str:
 _one_at_a_time = threading.Lock() if INTERPRETED else nullcontext()
 
 
-def _on_first_call(direction: str) -> Callable[..., Any]:
-    def op(*args: Any) -> Any:
+def _on_first_call(module: str, op: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
         if UNAVAILABLE is not None:
             raise RuntimeError(f"backend 'triton' is not available: {UNAVAILABLE}")
         with _one_at_a_time:
-            return getattr(importlib.import_module(f"{__name__}.launch"), direction)(*args)
+            return getattr(importlib.import_module(f"{__name__}.{module}"), op)(*args)
 
-    return op
+    return call
 
 
-for _direction in ("forward", "backward"):
-    for _device in DEVICES:
-        ops.library.impl(f"triton_{_direction}", _on_first_call(_direction), _device.upper())
+_OPS = {
+    "launch": ("forward", "forward_", "backward"),
+    "halves": ("squeeze", "squeeze_backward", "channel_scale", "channel_scale_backward"),
+}
+for _module, _names in _OPS.items():
+    for _name in _names:
+        for _device in DEVICES:
+            ops.library.impl(f"triton_{_name}", _on_first_call(_module, _name), _device.upper())

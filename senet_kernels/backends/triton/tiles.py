@@ -1,9 +1,14 @@
 """What the kernels share: how a program's tile lies in the image, and the steps on it.
 
-A tile is ``[G * BC, BS]``: BC channels of G images, BS positions. A program owns such rows and
-walks its share of the positions. One text serves both layouts: rows of positions
-(``LAST`` false) and channels-last. Extents come as a count of units of 1 to 16, the unit being a
-constant: so the compiler knows as much about alignment as is true, without a build per extent.
+A tile is ``[G * BC, BS]``: BC channels of G images, BS positions. A program owns BC channels of
+``W * G`` images, takes W such groups one after another, and walks its share of the positions. One
+text serves both layouts: rows of positions (``LAST`` false) and channels-last. Extents come as a
+count of units of 1 to 16, the unit being a constant: so the compiler knows as much about alignment
+as is true, without a build per extent.
+
+Rows of 49 or 196 positions begin anywhere, but channels lie one after another: where ``FLAT`` (then
+the number of positions, all of which are in the tile) the tile is moved as one aligned run per
+image, 16 bytes at a time, and put into rows through shared memory.
 """
 
 import triton
@@ -13,12 +18,31 @@ from .pointwise import value
 
 
 @triton.jit
-def locate(pid, tiles, splits, G: tl.constexpr, BC: tl.constexpr):
+def locate(pid, tiles, splits, IMAGES: tl.constexpr, BC: tl.constexpr):
     """What program ``pid`` has, image by image: its first image and channel, tile and split."""
     split = pid % splits
     tile = (pid // splits) % tiles
     # int64, since products with it may pass 2^31.
-    return (pid // splits // tiles).to(tl.int64) * G, tile * BC, tile, split
+    return (pid // splits // tiles).to(tl.int64) * IMAGES, tile * BC, tile, split
+
+
+@triton.jit
+def of_group(v, k, W: tl.constexpr):
+    """The rows of ``[W * G, BC]`` that belong to group k of the program's images: ``[G, BC]``. A
+    program has several groups only of one image each."""
+    if W > 1:
+        v = tl.sum(tl.where((tl.arange(0, W) == k)[:, None], v, 0.0), axis=0)[None, :]
+    return v
+
+
+@triton.jit
+def set_group(v, group, k, W: tl.constexpr):
+    """``v`` with these rows."""
+    if W > 1:
+        v = tl.where((tl.arange(0, W) == k)[:, None], group, v)
+    else:
+        v = group
+    return v
 
 
 @triton.jit
@@ -48,6 +72,71 @@ def pointers(
         base += first_image * image_stride + first_channel.to(tl.int64) * positions
         local = (g * stride + c * positions.to(INDEX))[:, None] + s[None, :]
     return base + local
+
+
+@triton.jit
+def flat_run(
+    first_image, first_channel, image_stride, batch, channels,
+    FLAT: tl.constexpr, INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """The tile as a run per image: image and place in the run of each element, where that is in
+    memory, whether it is in the image. ``[G * BC * BS]`` each."""
+    i = tl.arange(0, G * BC * BS)
+    g, at = i // (BC * BS), i % (BC * BS)
+    there = (first_image + g < batch) & (at < BC * FLAT)
+    there = there & (at < (channels - first_channel) * FLAT)
+    start = first_image * image_stride + first_channel.to(tl.int64) * FLAT
+    return g, at, start + (g.to(INDEX) * image_stride.to(INDEX) + at), there
+
+
+@triton.jit
+def load_tile(
+    base, first_image, first_channel, s, ok, image_stride, batch, channels, positions,
+    LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``[rows, BS]`` of the accumulation type; 0 where not ``ok``."""
+    BS: tl.constexpr = s.shape[0]
+    if FLAT:
+        g, at, where, there = flat_run(
+            first_image, first_channel, image_stride, batch, channels, FLAT, INDEX, G, BC, BS
+        )
+        run = tl.load(base + where, mask=there, other=0.0)
+        source = g * (BC * BS) + (at // BS) * FLAT + at % BS
+        tile = tl.gather(run, tl.where(at % BS < FLAT, source, 0), 0)
+        tile = tl.where(ok, tl.reshape(tile, [G * BC, BS]).to(ACC), 0.0)
+    else:
+        where = pointers(
+            base, first_image, first_channel, s, image_stride, channels, positions,
+            LAST, INDEX, G, BC,
+        )  # fmt: skip
+        tile = tl.load(where, mask=ok, other=0.0).to(ACC)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base, tile, first_image, first_channel, s, ok, image_stride, batch, channels, positions,
+    LAST: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Writes ``[rows, BS]`` in the type of the image."""
+    BS: tl.constexpr = s.shape[0]
+    tile = tile.to(base.dtype.element_ty)
+    if FLAT:
+        g, at, where, there = flat_run(
+            first_image, first_channel, image_stride, batch, channels, FLAT, INDEX, G, BC, BS
+        )
+        source = g * (BC * BS) + (at // FLAT) * BS + at % FLAT
+        source = tl.where(at < BC * FLAT, source, 0)
+        run = tl.gather(tl.reshape(tile, [G * BC * BS]), source, 0)
+        tl.store(base + where, run, mask=there)
+    else:
+        where = pointers(
+            base, first_image, first_channel, s, image_stride, channels, positions,
+            LAST, INDEX, G, BC,
+        )  # fmt: skip
+        tl.store(where, tile, mask=ok)
 
 
 @triton.jit
@@ -102,13 +191,21 @@ def sum_parts(
 
 
 @triton.jit
-def outgoing(p, scale, shift, residual, ok, SHIFT: tl.constexpr, ACC: tl.constexpr):
-    """What goes into ``after``: p scale + shift + residual (pointers, or None)."""
+def outgoing(
+    p, scale, shift, residual, first_image, first_channel, s, ok, residual_stride,
+    batch, channels, positions,
+    SHIFT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """What goes into ``after``: p scale + shift + residual."""
     pre = p * scale
     if SHIFT:
         pre += shift
     if residual is not None:
-        pre += tl.load(residual, mask=ok, other=0.0).to(ACC)
+        pre += load_tile(
+            residual, first_image, first_channel, s, ok, residual_stride, batch, channels,
+            positions, LAST, FLAT, ACC, INDEX, G, BC,
+        )  # fmt: skip
     return pre
 
 
