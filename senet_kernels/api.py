@@ -14,16 +14,19 @@ from .pointwise import Options, check_name, pack
 
 
 class Explanation(NamedTuple):
-    """Which backend a call runs on, and why not the others. Print it to read it."""
+    """Which backend a call runs on, why not the others, and what that backend says about it. Print
+    it to read it."""
 
     backend: str
     passed_over: tuple[tuple[str, str], ...]
     call: features.Call
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"runs on: {self.backend}"]
         lines += [f"not on {name}: {reason}" for name, reason in self.passed_over]
         lines.append(f"needs: {', '.join(features.required_features(self.call))}")
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -337,11 +340,13 @@ def explain(
 
     Computes nothing. Same arguments and errors as ``squeeze_excite``.
     """
-    plan, _ = _prepare(
+    plan, arguments = _prepare(
         x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
         beta, lengths, inplace, backend,
     )  # fmt: skip
-    return Explanation(plan.choice.backend, plan.choice.passed_over, plan.call)
+    chosen, passed_over = plan.choice
+    notes = dispatch.notes(chosen, arguments[0], arguments[1], arguments[3])
+    return Explanation(chosen, passed_over, plan.call, notes)
 
 
 def squeeze(

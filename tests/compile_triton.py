@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from senet_kernels import ops, pack_options
 from senet_kernels.backends.triton import launch, operands
-from senet_kernels.backends.triton.plan import Device
+from senet_kernels.backends.triton.plan import Device, why_no_cluster
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -62,6 +62,8 @@ def _report(kernel: Any, compiled: Any) -> dict[str, Any]:
         "kernel": kernel.__name__,
         "hash": compiled.hash,
         "shared": compiled.metadata.shared,
+        "blocks": compiled.metadata.num_ctas,
+        "warps": compiled.metadata.num_warps,
         "loads_16": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
         "stores_16": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
         **_resources(compiled.asm["cubin"]),
@@ -129,7 +131,9 @@ def main() -> None:
     JITFunction.__getitem__ = compile_instead
     for line in sys.stdin:
         given = json.loads(line)
-        device = Device(divmod(capability, 10), given.pop("multiprocessors"))
+        known_as = divmod(capability, 10)
+        clusters = why_no_cluster(known_as, triton.__version__) is None
+        device = Device(known_as, given.pop("multiprocessors"), clusters)
         operands._device = lambda _, device=device: device
         launch.forget()
         seen.clear()

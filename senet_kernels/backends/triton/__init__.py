@@ -16,6 +16,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+from torch import Tensor
+
 from senet_kernels import ops
 
 NAME = "triton"
@@ -44,6 +46,21 @@ def describe() -> str:
     """One line for ``backends()``."""
     how = "interpreted, for tests only" if INTERPRETED else "compiled at the first call of a kind"
     return f"Triton {version('triton')}, {how}"
+
+
+def notes(x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
+    """How a call with these tensors would be cut, and what stands in the way of a better cut."""
+    from . import operands, plan, tuning
+
+    kind = operands.examine((x, w1, None, w2), 0)
+    lines = [
+        f"{direction}: {plan.describe(tuning.planned(direction, kind.shape, x, kind.device))}"
+        for direction in ("forward", "backward")
+    ]
+    reason = operands.why_no_clusters(x.device)
+    if reason is not None:
+        lines.append(f"no image in a cluster of blocks: {reason}")
+    return tuple(lines)
 
 
 # The interpreter keeps what a program knows of itself in globals.

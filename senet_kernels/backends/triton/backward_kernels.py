@@ -39,14 +39,15 @@ BACKWARD_SIZES = (*SIZES, "dy_stride_units")
 
 @triton.jit
 def load_gradient(
-    dy, x, residual, mask, a_row, b_row, scale, shift, first_image, first_channel, s, ok,
+    dy, x, residual, mask, a_row, b_row, scale, shift, first_image, first_channel, s0, ok,
     x_stride, dy_stride, residual_stride, batch, channels, positions,
     READS_X: tl.constexpr, AFFINE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     SHIFT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr,
+    INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """x as it is, q, p, and m = dy after'(pre), which is 0 outside of the image. ``scale`` and
     ``shift`` are ``[rows, 1]``. Unless ``READS_X`` only m means anything."""
+    s = s0 + tl.arange(0, BS)
     grad = load_tile(
         dy, first_image, first_channel, s, ok, dy_stride, batch, channels, positions,
         LAST, FLAT, ACC, INDEX, G, BC,
@@ -63,8 +64,9 @@ def load_gradient(
         m = grad
     elif AFTER == RELU:
         kept = load_mask(
-            mask, first_image, first_channel, s, ok, channels, positions, LAST, INDEX, G, BC
-        )
+            mask, first_image, first_channel, s0, batch, channels, positions,
+            LAST, INDEX, G, BC, BS,
+        )  # fmt: skip
         m = tl.where(kept, grad, 0.0)
     else:
         pre = outgoing(
@@ -175,7 +177,7 @@ def dots_kernel(
     dy, x, residual, mask, affine_scale, affine_shift, w2, alpha, beta, saved,
     dots_parts, hidden_parts,  # out: [B, splits, outputs], [B, parts, inner extent]
     batch, channels_units, positions_units, x_stride_units, dy_stride_units,
-    residual_stride_units, hidden, tiles, splits, steps,
+    residual_stride_units, hidden, tiles, splits, steps, walk,
     GATE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
@@ -208,7 +210,7 @@ def dots_kernel(
     b_row = per_channel(affine_shift, c, channels, 0.0, ACC)
     ds = tl.zeros([IMAGES, BC], ACC)
     dshift = tl.zeros([IMAGES, BC], ACC)
-    for k in range(W):
+    for k in range(walk if W > 1 else 1):
         first = first_image + k * G
         live = (first + g < batch) & (c < channels)
         scale_row = per_row(of_group(scale, k, W), ROWS)
@@ -216,12 +218,13 @@ def dots_kernel(
         sum_mp = tl.zeros([ROWS, BS], ACC)
         sum_m = tl.zeros([ROWS, BS], ACC)
         for i in range(steps):
-            s = (split * steps + i) * BS + tl.arange(0, BS)
+            s0 = (split * steps + i) * BS
+            s = s0 + tl.arange(0, BS)
             ok = live[:, None] & (s < positions)[None, :]
             raw, q, p, m = load_gradient(
                 dy, x, residual, mask, a_row, b_row, scale_row, shift_row, first, first_channel,
-                s, ok, x_stride, dy_stride, residual_stride, batch, channels, positions,
-                True, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC,
+                s0, ok, x_stride, dy_stride, residual_stride, batch, channels, positions,
+                True, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC, BS,
             )  # fmt: skip
             if AFFINE:
                 p = tl.where(ok, p, 0.0)
@@ -260,7 +263,7 @@ def dx_kernel(
     dx, dresidual, ds_out, du_out, dh_out,  # out; dh_out None for a single layer
     da_parts, db_parts,  # out: [B, splits, C] each, or None
     batch, channels_units, positions_units, x_stride_units, dy_stride_units,
-    residual_stride_units, hidden, inner, tiles, splits, steps, parts,
+    residual_stride_units, hidden, inner, tiles, splits, steps, walk, parts,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, READS_X: tl.constexpr,
     LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
@@ -318,7 +321,7 @@ def dx_kernel(
     c = first_channel + c
     a_row = per_channel(affine_scale, c, channels, 1.0, ACC)
     b_row = per_channel(affine_shift, c, channels, 0.0, ACC)
-    for k in range(W):
+    for k in range(walk if W > 1 else 1):
         first = first_image + k * G
         b = first + g
         live = (b < batch) & (c < channels)
@@ -329,12 +332,13 @@ def dx_kernel(
         sum_da = tl.zeros([ROWS, BS], ACC)
         sum_db = tl.zeros([ROWS, BS], ACC)
         for i in range(steps):
-            s = (split * steps + i) * BS + tl.arange(0, BS)
+            s0 = (split * steps + i) * BS
+            s = s0 + tl.arange(0, BS)
             ok = live[:, None] & (s < positions)[None, :]
             raw, q, p, m = load_gradient(
                 dy, x, residual, mask, a_row, b_row, scale_row, shift_row, first, first_channel,
-                s, ok, x_stride, dy_stride, residual_stride, batch, channels, positions,
-                READS_X, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC,
+                s0, ok, x_stride, dy_stride, residual_stride, batch, channels, positions,
+                READS_X, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC, BS,
             )  # fmt: skip
             dq = store_gradient(
                 m, q, scale_row, dmean_row, a_row, end, lengths, dx, dresidual, first,
@@ -405,14 +409,15 @@ def half_backward_kernel(
     sum_da = tl.zeros([ROWS, BS], ACC)
     sum_db = tl.zeros([ROWS, BS], ACC)
     for i in range(steps):
-        s = (split * steps + i) * BS + tl.arange(0, BS)
+        s0 = (split * steps + i) * BS
+        s = s0 + tl.arange(0, BS)
         ok = live[:, None] & (s < positions)[None, :]
         if SCALED:
             raw, q, p, m = load_gradient(
                 dy, x, residual, mask, a_row, b_row, scale_row, shift_row, first_image,
-                first_channel, s, ok, x_stride, dy_stride, residual_stride, batch, channels,
+                first_channel, s0, ok, x_stride, dy_stride, residual_stride, batch, channels,
                 positions,
-                READS_X, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC,
+                READS_X, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC, BS,
             )  # fmt: skip
             if dots_parts is not None:
                 if AFFINE:

@@ -34,7 +34,7 @@ from .tiles import (
 # Extents in units: how many there are says nothing that would be worth a build of its own.
 SIZES = (
     "batch", "channels_units", "positions_units", "x_stride_units", "y_stride_units",
-    "residual_stride_units", "hidden", "tiles", "splits", "steps", "parts",
+    "residual_stride_units", "hidden", "tiles", "splits", "steps", "walk", "parts",
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def mean_of(
 def squeeze_kernel(
     x, affine_scale, affine_shift, lengths, w1,
     z_parts, hidden_parts,  # out: [B, splits, C] or None, [B, tiles * splits, R] or None
-    batch, channels_units, positions_units, x_stride_units, hidden, tiles, splits, steps,
+    batch, channels_units, positions_units, x_stride_units, hidden, tiles, splits, steps, walk,
     BEFORE: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
     INDEX: tl.constexpr,
     UNIT_C: tl.constexpr, UNIT_S: tl.constexpr, UNIT_X: tl.constexpr,
@@ -76,7 +76,7 @@ def squeeze_kernel(
 
     # This program's part of the mean.
     mean = tl.zeros([IMAGES, BC], ACC)
-    for k in range(W):
+    for k in range(walk if W > 1 else 1):
         first = first_image + k * G
         b = first + g
         live = (b < batch) & (c < channels)
@@ -198,7 +198,7 @@ def scale_kernel(
     u_given,  # [B, C or 2C] where the MLP is not ours (then the five before are None); else None
     y, saved, mask,  # out; saved and mask None where not kept; y may be x
     batch, channels_units, positions_units, x_stride_units, y_stride_units,
-    residual_stride_units, hidden, tiles, splits, steps, parts,
+    residual_stride_units, hidden, tiles, splits, steps, walk, parts,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
@@ -261,7 +261,7 @@ def scale_kernel(
     c = first_channel + c
     a_row = per_channel(affine_scale, c, channels, 1.0, ACC)
     b_row = per_channel(affine_shift, c, channels, 0.0, ACC)
-    for k in range(W):
+    for k in range(walk if W > 1 else 1):
         first = first_image + k * G
         live = (first + g < batch) & (c < channels)
         scale_row = per_row(of_group(scale, k, W), G * BC)

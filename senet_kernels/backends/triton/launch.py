@@ -87,6 +87,7 @@ def launch_values(kind: Kind, plan: Plan, y_stride: int | None = None) -> dict[s
     values: dict[str, Any] = {
         "batch": shape.batch, "hidden": shape.hidden or 0,
         "tiles": plan.tiles, "splits": plan.splits, "steps": plan.steps,
+        "walk": plan.W,
         "parts": plan.tiles * plan.splits if two_layers else plan.splits,
         "LAST": shape.last, "TWO_LAYERS": two_layers, "SHIFT": kind.shift,
         "FLAT": shape.positions if plan.flat else 0,

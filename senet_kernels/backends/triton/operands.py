@@ -122,13 +122,23 @@ def _check_vector(name: str, t: Tensor, like: Tensor, whose: str, *extents: int)
         )
 
 
+def why_no_clusters(device: torch.device) -> str | None:
+    """Why a program cannot be a cluster of blocks on this device; None where it can."""
+    if device.type == "cpu":
+        return "the interpreter has no device"
+    properties = torch.cuda.get_device_properties(device)
+    return why_no_cluster((properties.major, properties.minor), version("triton"))
+
+
 def _device(device: torch.device) -> Device:
     if device.type == "cpu":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    capability = properties.major, properties.minor
-    clusters = why_no_cluster(capability, version("triton")) is None
-    return Device(capability, properties.multi_processor_count, clusters)
+    return Device(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        clusters=why_no_clusters(device) is None,
+    )
 
 
 def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kind:

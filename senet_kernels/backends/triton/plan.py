@@ -12,9 +12,6 @@ from typing import NamedTuple
 _TILE = 4096
 # For wide, small maps: fewer parts of the hidden sums to exchange, at the price of registers.
 _LARGEST_TILE = 8192
-# Where all positions of such a map must be in the tile to be moved 16 bytes at a time: 32 elements
-# for each of 512 threads, which is what compiles without spills.
-_LARGEST_FLAT_TILE = 16384
 # Terms of a weight product in registers at a time.
 _PRODUCTS = 4096
 # At most so many programs share an image by channels: each reads all the parts of all the others.
@@ -66,9 +63,9 @@ class Shape(NamedTuple):
 
     @property
     def weights_outweigh_images(self) -> bool:
-        """Whether the two weights have more than half as many elements as an image: read once per
-        image they would make the kernels wait for the second-level cache."""
-        return 4 * self.inner > self.positions
+        """Whether the two weights have more elements than an image: read once per image they would
+        make the kernels wait for the second-level cache."""
+        return 2 * self.inner > self.positions
 
 
 class Plan(NamedTuple):
@@ -131,15 +128,20 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
     else:
         bs = _clamp(positions, 8, 1024)
         bc = max(_clamp(tile // bs, 1, channels), fewest_channels)
-        flat = _is_flat(shape, itemsize, bc) and positions <= bs and bc * bs <= _LARGEST_FLAT_TILE
-        if not flat:
-            bs = _clamp(largest // bc, 8, bs)
+        # Twice as many programs as elsewhere, if need be: all positions must be in the tile.
+        of_flat = min(bc, largest // bs)
+        if (
+            _is_flat(shape, itemsize, of_flat) and positions <= bs
+            and ceil_div(shape.channels, of_flat) <= 2 * _PARTS
+        ):  # fmt: skip
+            flat, bc = True, of_flat
+        bs = _clamp(largest // bc, 8, bs)
 
     # Several images in a tile that one does not fill, as long as the device stays full.
     tiles = max(1, ceil_div(shape.channels, bc))
     wanted = 4 * device.multiprocessors
     heavy = shape.weights_outweigh_images
-    g, room = 1, (largest if heavy else tile) // (bc * bs)
+    g, room = 1, tile // (bc * bs)
     while 2 * g <= room and g < shape.batch and shape.batch * tiles >= 2 * g * wanted:
         g *= 2
     # And several tiles for each reading of weights that outweigh an image: then half as many
@@ -170,7 +172,7 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
         splits=splits,
         steps=steps,
         programs=groups * tiles * splits,
-        warps=_warps(g * bc * bs, itemsize),
+        warps=_warps(g * bc * bs, itemsize, flat),
         W=walk,
         flat=flat,
     )
@@ -200,7 +202,8 @@ def make_resident_plan(
     g = 1
     while 2 * g * elements <= _TILE and shape.batch >= 8 * g * device.multiprocessors:
         g *= 2
-    warps = _warps(g * elements // blocks, itemsize)
+    flat = blocks == 1 and _is_flat(shape, itemsize, shape.channels)
+    warps = _warps(g * elements // blocks, itemsize, flat)
     return Plan(
         G=g,
         BC=channels,
@@ -212,7 +215,7 @@ def make_resident_plan(
         steps=1,
         programs=ceil_div(shape.batch, g),
         warps=warps if forward else min(2 * warps, 16),
-        flat=blocks == 1 and _is_flat(shape, itemsize, shape.channels),
+        flat=flat,
         blocks=blocks,
     )
 
@@ -246,6 +249,17 @@ class Choice(NamedTuple):
 
     plan: Plan
     resident: bool = False
+
+
+def describe(choice: Choice) -> str:
+    """How a call is cut, in words."""
+    p, resident = choice
+    if resident and p.blocks > 1:
+        return f"one launch over images, each on chip in a cluster of {p.blocks} blocks"
+    if resident:
+        return f"one launch over images, {p.G} on chip per program"
+    images = f", {p.G * p.W} at a time" if p.G * p.W > 1 else ""
+    return f"two launches over images{images}, shared by {p.tiles * p.splits} programs"
 
 
 def fixed_choice(shape: Shape, itemsize: int, device: Device, forward: bool) -> Choice:
@@ -295,6 +309,7 @@ def is_legal(choice: Choice, shape: Shape) -> bool:
     )
 
 
-def _warps(elements: int, itemsize: int) -> int:
-    """32 elements of the accumulation type for each thread, or 16 of fp64."""
-    return _clamp(elements * (2 if itemsize == 8 else 1) // 1024, 4, 16)
+def _warps(elements: int, itemsize: int, flat: bool = False) -> int:
+    """32 elements of the accumulation type for each thread, or 16 of fp64; 16 where each has an
+    index of its own."""
+    return _clamp(elements * (2 if itemsize == 8 or flat else 1) // 1024, 4, 16)

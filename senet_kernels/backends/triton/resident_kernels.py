@@ -158,8 +158,8 @@ def resident_backward_kernel(
     b_row = per_channel(affine_shift, c, channels, 0.0, ACC)
     raw, q, p, m = load_gradient(
         dy, x, residual, mask, a_row, b_row, scale_row, per_row(shift, ROWS), first_image,
-        first_channel, s, ok, x_stride, dy_stride, residual_stride, batch, channels, positions,
-        True, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC,
+        first_channel, 0, ok, x_stride, dy_stride, residual_stride, batch, channels, positions,
+        True, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC, BS,
     )  # fmt: skip
     if AFFINE:
         p = tl.where(ok, p, 0.0)

@@ -29,7 +29,8 @@ def locate(pid, tiles, splits, IMAGES: tl.constexpr, BC: tl.constexpr):
 @triton.jit
 def of_group(v, k, W: tl.constexpr):
     """The rows of ``[W * G, BC]`` that belong to group k of the program's images: ``[G, BC]``. A
-    program has several groups only of one image each."""
+    program has several groups only of one image each. (Loops over groups get their number as an
+    argument, ``walk``: a constant one would be unrolled, which no registers suffice for.)"""
     if W > 1:
         v = tl.sum(tl.where((tl.arange(0, W) == k)[:, None], v, 0.0), axis=0)[None, :]
     return v
@@ -76,17 +77,22 @@ def pointers(
 
 @triton.jit
 def flat_run(
-    first_image, first_channel, image_stride, batch, channels,
+    base, first_image, first_channel, image_stride, batch, channels,
     FLAT: tl.constexpr, INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """The tile as a run per image: image and place in the run of each element, where that is in
-    memory, whether it is in the image. ``[G * BC * BS]`` each."""
+    """The tile as a run per image, ``[G * BC * BS]``: image and place in the run of each element,
+    its pointer, and whether it is in the image."""
     i = tl.arange(0, G * BC * BS)
     g, at = i // (BC * BS), i % (BC * BS)
-    there = (first_image + g < batch) & (at < BC * FLAT)
-    there = there & (at < (channels - first_channel) * FLAT)
-    start = first_image * image_stride + first_channel.to(tl.int64) * FLAT
-    return g, at, start + (g.to(INDEX) * image_stride.to(INDEX) + at), there
+    there = (at < BC * FLAT) & (at < (channels - first_channel) * FLAT)
+    if G > 1:
+        there = there & (first_image + g < batch)
+        local = g.to(INDEX) * image_stride.to(INDEX) + at
+    else:
+        there = there & (first_image < batch)
+        local = at
+    base += first_image * image_stride + first_channel.to(tl.int64) * FLAT
+    return g, at, base + local, there
 
 
 @triton.jit
@@ -99,9 +105,9 @@ def load_tile(
     BS: tl.constexpr = s.shape[0]
     if FLAT:
         g, at, where, there = flat_run(
-            first_image, first_channel, image_stride, batch, channels, FLAT, INDEX, G, BC, BS
+            base, first_image, first_channel, image_stride, batch, channels, FLAT, INDEX, G, BC, BS
         )
-        run = tl.load(base + where, mask=there, other=0.0)
+        run = tl.load(where, mask=there, other=0.0)
         source = g * (BC * BS) + (at // BS) * FLAT + at % BS
         tile = tl.gather(run, tl.where(at % BS < FLAT, source, 0), 0)
         tile = tl.where(ok, tl.reshape(tile, [G * BC, BS]).to(ACC), 0.0)
@@ -125,12 +131,12 @@ def store_tile(
     tile = tile.to(base.dtype.element_ty)
     if FLAT:
         g, at, where, there = flat_run(
-            first_image, first_channel, image_stride, batch, channels, FLAT, INDEX, G, BC, BS
+            base, first_image, first_channel, image_stride, batch, channels, FLAT, INDEX, G, BC, BS
         )
         source = g * (BC * BS) + (at // FLAT) * BS + at % FLAT
         source = tl.where(at < BC * FLAT, source, 0)
         run = tl.gather(tl.reshape(tile, [G * BC * BS]), source, 0)
-        tl.store(base + where, run, mask=there)
+        tl.store(where, run, mask=there)
     else:
         where = pointers(
             base, first_image, first_channel, s, image_stride, channels, positions,
@@ -210,15 +216,14 @@ def outgoing(
 
 
 @triton.jit
-def store_mask(
-    keep, mask, first_image, first_channel, s0, batch, channels, positions,
+def mask_bytes(
+    mask, first_image, first_channel, s0, batch, channels, positions,
     LAST: tl.constexpr, INDEX: tl.constexpr,
     G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A bit per element, rows of the image padded to bytes; ``keep`` is 0 or 1."""
+    """Pointers to the bytes that have a tile's bits, and which of them there are. Rows of the
+    image are padded to bytes: ``[rows, BS // 8]``, or channels-last ``[rows // 8, BS]``."""
     if LAST:
-        bits = tl.reshape(keep, [G * BC // 8, 8, BS]) << tl.arange(0, 8)[None, :, None]
-        packed = tl.sum(bits, axis=1)
         row_bytes = (channels + 7) // 8
         g, at = rows_of(G, BC // 8)
         s = s0 + tl.arange(0, BS)
@@ -228,8 +233,6 @@ def store_mask(
         ok = ((first_image + g < batch) & (first_channel // 8 + at < row_bytes))[:, None]
         ok = ok & (s < positions)[None, :]
     else:
-        bits = tl.reshape(keep, [G * BC, BS // 8, 8]) << tl.arange(0, 8)[None, None, :]
-        packed = tl.sum(bits, axis=2)
         row_bytes = (positions + 7) // 8
         g, c = rows_of(G, BC)
         at = s0 // 8 + tl.arange(0, BS // 8)
@@ -237,29 +240,44 @@ def store_mask(
         where = ((g.to(INDEX) * channels + c) * row_bytes)[:, None] + at[None, :]
         ok = ((first_image + g < batch) & (first_channel + c < channels))[:, None]
         ok = ok & (at < row_bytes)[None, :]
-    tl.store(mask + where, packed.to(tl.uint8), mask=ok)
+    return mask + where, ok
+
+
+@triton.jit
+def store_mask(
+    keep, mask, first_image, first_channel, s0, batch, channels, positions,
+    LAST: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """A bit per element; ``keep`` is 0 or 1."""
+    if LAST:
+        bits = tl.reshape(keep, [G * BC // 8, 8, BS]) << tl.arange(0, 8)[None, :, None]
+        packed = tl.sum(bits, axis=1)
+    else:
+        bits = tl.reshape(keep, [G * BC, BS // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        packed = tl.sum(bits, axis=2)
+    where, ok = mask_bytes(
+        mask, first_image, first_channel, s0, batch, channels, positions, LAST, INDEX, G, BC, BS
+    )
+    tl.store(where, packed.to(tl.uint8), mask=ok)
 
 
 @triton.jit
 def load_mask(
-    mask, first_image, first_channel, s, ok, channels, positions,
-    LAST: tl.constexpr, INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr,
+    mask, first_image, first_channel, s0, batch, channels, positions,
+    LAST: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Whether ``after="relu"`` let the elements through."""
-    g, c = rows_of(G, BC)
+    """Whether ``after="relu"`` let the elements through, ``[rows, BS]``."""
+    where, ok = mask_bytes(
+        mask, first_image, first_channel, s0, batch, channels, positions, LAST, INDEX, G, BC, BS
+    )
+    packed = tl.load(where, mask=ok, other=0).to(tl.int32)
     if LAST:
-        row_bytes = (channels + 7) // 8
-        mask += first_image * positions * row_bytes + first_channel // 8
-        row = g.to(INDEX)[:, None] * positions + s.to(INDEX)[None, :]
-        where = row * row_bytes + (c // 8)[:, None]
-        bit = (c % 8)[:, None]
+        bits = packed[:, None, :] >> tl.arange(0, 8)[None, :, None]
     else:
-        row_bytes = (positions + 7) // 8
-        mask += (first_image * channels + first_channel) * row_bytes
-        where = ((g.to(INDEX) * channels + c) * row_bytes)[:, None] + (s // 8)[None, :]
-        bit = (s % 8)[None, :]
-    packed = tl.load(mask + where, mask=ok, other=0).to(tl.int32)
-    return ((packed >> bit) & 1) != 0
+        bits = packed[:, :, None] >> tl.arange(0, 8)[None, None, :]
+    return tl.reshape(bits & 1, [G * BC, BS]) != 0
 
 
 @triton.jit

@@ -125,15 +125,25 @@ def choose(
     if _file is not None:
         path, _file = _file, None
         load(path)
-    key = Key(direction, shape, str(x.dtype).removeprefix("torch."), device)
+    key = _key(direction, shape, x, device)
+    if key in _pinned or not _enabled:
+        return planned(direction, shape, x, device)
     cut = shape, x.element_size(), device, direction == "forward"
-    if key in _pinned:
-        return _pinned[key]
-    if not _enabled:
-        return fixed_choice(*cut)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         choice = _pinned[key] = _fastest(candidates(*cut), prepare)
     return choice
+
+
+def planned(direction: str, shape: Shape, x: Tensor, device: Device) -> Choice:
+    """The plan that a call would get if nothing was timed."""
+    key = _key(direction, shape, x, device)
+    return _pinned.get(key) or fixed_choice(
+        shape, x.element_size(), device, direction == "forward"
+    )
+
+
+def _key(direction: str, shape: Shape, x: Tensor, device: Device) -> Key:
+    return Key(direction, shape, str(x.dtype).removeprefix("torch."), device)
 
 
 def _fastest(choices: list[Choice], prepare: Callable[[Choice], Callable[[], object]]) -> Choice:
