@@ -141,6 +141,23 @@ def factors(
 
 
 @triton.jit
+def factor_rows(
+    saved, alpha, beta, first_image, of_channel, batch, channels, hidden,
+    GATE: tl.constexpr, TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Scale and shift of a group of images, ``[rows, 1]``: read again for each group, since those
+    of all a program's images would take too many registers."""
+    image = first_image + tl.arange(0, G)
+    ok = (image < batch)[:, None] & (of_channel < channels)[None, :]
+    gate_in, scale, shift = factors(
+        saved, alpha, beta, image, of_channel, ok, batch, channels, hidden,
+        GATE, TWO_LAYERS, SHIFT, ACC,
+    )  # fmt: skip
+    return per_row(scale, G * BC), per_row(shift, G * BC)
+
+
+@triton.jit
 def through_gate(ds, gate_in, beta, of_channel, channels, GATE: tl.constexpr, ACC: tl.constexpr):
     """du = beta ds gate'(u)."""
     du = chain(GATE, gate_in, ds)
@@ -199,10 +216,6 @@ def dots_kernel(
     of_channel = first_channel + tl.arange(0, BC)
     live_image = image < batch
     ok_mean = live_image[:, None] & (of_channel < channels)[None, :]
-    gate_in, scale, shift = factors(
-        saved, alpha, beta, image, of_channel, ok_mean, batch, channels, hidden,
-        GATE, TWO_LAYERS, SHIFT, ACC,
-    )  # fmt: skip
 
     g, c = rows_of(G, BC)
     c = first_channel + c
@@ -213,8 +226,10 @@ def dots_kernel(
     for k in range(walk if W > 1 else 1):
         first = first_image + k * G
         live = (first + g < batch) & (c < channels)
-        scale_row = per_row(of_group(scale, k, W), ROWS)
-        shift_row = per_row(of_group(shift, k, W), ROWS)
+        scale_row, shift_row = factor_rows(
+            saved, alpha, beta, first, of_channel, batch, channels, hidden,
+            GATE, TWO_LAYERS, SHIFT, ACC, G, BC,
+        )  # fmt: skip
         sum_mp = tl.zeros([ROWS, BS], ACC)
         sum_m = tl.zeros([ROWS, BS], ACC)
         for i in range(steps):
@@ -235,6 +250,10 @@ def dots_kernel(
         if SHIFT:
             dshift = set_group(dshift, tl.reshape(tl.sum(sum_m, axis=1), [G, BC]), k, W)
 
+    gate_in, scale, shift = factors(
+        saved, alpha, beta, image, of_channel, ok_mean, batch, channels, hidden,
+        GATE, TWO_LAYERS, SHIFT, ACC,
+    )  # fmt: skip
     row = image * splits + split
     store_u(dots_parts, ds, dshift, row, of_channel, ok_mean, channels, SHIFT)
     du = through_gate(ds, gate_in, beta, of_channel, channels, GATE, ACC)
@@ -326,8 +345,10 @@ def dx_kernel(
         b = first + g
         live = (b < batch) & (c < channels)
         end, n_row = mean_divisor(lengths, b, live, positions, ACC)
-        scale_row = per_row(of_group(scale, k, W), ROWS)
-        shift_row = per_row(of_group(shift, k, W), ROWS)
+        scale_row, shift_row = factor_rows(
+            saved, alpha, beta, first, of_channel, batch, channels, hidden,
+            GATE, TWO_LAYERS, SHIFT, ACC, G, BC,
+        )  # fmt: skip
         dmean_row = per_row(of_group(dmean, k, W), ROWS)
         sum_da = tl.zeros([ROWS, BS], ACC)
         sum_db = tl.zeros([ROWS, BS], ACC)
@@ -522,13 +543,13 @@ def parameters_kernel(
             )
     else:
         i = (pid - w2_tiles - w1_tiles) * BV + tl.arange(0, BV)
-        rows, c = batch * splits, channels
+        rows, n = batch * splits, channels
         column_sums(du, None, db2, batch, outputs, outputs, 0, 1, i, IDENTITY, ACC, BB)
         column_sums(dh, None, db1, batch, hidden, hidden, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(ds, None, dalpha, batch, c, c, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(ds, u, dbeta, batch, c, c, outputs, 1, i, GATE, ACC, BB)
-        column_sums(da_parts, None, daffine_scale, rows, c, c, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(db_parts, None, daffine_shift, rows, c, c, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(ds, None, dalpha, batch, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(ds, u, dbeta, batch, n, n, outputs, 1, i, GATE, ACC, BB)
+        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
 
 
 @triton.jit(do_not_specialize=("batch", "channels", "outputs", "splits", "du_tiles"))
@@ -560,8 +581,8 @@ def half_parameters_kernel(
             store_u(du, du_gate, dshift, image, c, ok, channels, SHIFT)
     else:
         i = (pid - du_tiles) * BV + tl.arange(0, BV)
-        rows, c, o = batch * splits, channels, outputs
-        column_sums(dots_parts, None, dalpha, rows, c, o, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(dots_parts, u, dbeta, rows, c, o, o, splits, i, GATE, ACC, BB)
-        column_sums(da_parts, None, daffine_scale, rows, c, c, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(db_parts, None, daffine_shift, rows, c, c, 0, 1, i, IDENTITY, ACC, BB)
+        rows, n, o = batch * splits, channels, outputs
+        column_sums(dots_parts, None, dalpha, rows, n, o, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(dots_parts, u, dbeta, rows, n, o, o, splits, i, GATE, ACC, BB)
+        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)

@@ -34,6 +34,10 @@ from .operands import HALF_NAMES, Inputs, Kind, examine
 from .plan import Choice, ceil_div
 
 
+# Parts at a time in the launches that add them up, of BATCH_BLOCK times VECTOR elements each.
+_PARTS = 4
+
+
 def _tiles(kind: Kind) -> int:
     """Programs that share the ``[B, C]`` vectors."""
     return ceil_div(kind.shape.batch, BATCH_BLOCK) * ceil_div(kind.shape.channels, VECTOR)
@@ -48,7 +52,7 @@ class Squeeze:
         values = launch_values(kind, plan)
         self.squeeze = launch_over_images(squeeze_kernel, plan, values)
         self.parts = (shape.batch, plan.splits, shape.channels)
-        values["channels"] = shape.channels
+        values |= {"channels": shape.channels, "BP": min(values["BP"], _PARTS)}
         self.add = None
         if plan.splits > 1:
             self.add = Launch(add_parts_kernel, _tiles(kind), values, warps=4)
@@ -114,7 +118,10 @@ class HalfBackward:
         if of_dots or of_affine:
             du_tiles = _tiles(kind) if du else 0
             programs = du_tiles + (ceil_div(shape.channels, VECTOR) if any(sums) else 0)
-            values |= {"channels": shape.channels, "outputs": columns, "du_tiles": du_tiles}
+            values |= {
+                "channels": shape.channels, "outputs": columns, "du_tiles": du_tiles,
+                "BP": min(values["BP"], _PARTS),
+            }  # fmt: skip
             self.parameters = Launch(half_parameters_kernel, programs, values, warps=4)
 
     def __call__(self, inputs: Inputs, mask: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,8 @@ _TILE = 4096
 _LARGEST_TILE = 8192
 # Terms of a weight product in registers at a time.
 _PRODUCTS = 4096
+# ... while two tensors are there, in the backward pass of an image on chip.
+_BACKWARD_PRODUCTS = 512
 # At most so many programs share an image by channels: each reads all the parts of all the others.
 _PARTS = 16
 # At most so many images share a reading of the weights: more would leave _PRODUCTS too few columns.
@@ -202,13 +204,14 @@ def make_resident_plan(
     g = 1
     while 2 * g * elements <= _TILE and shape.batch >= 8 * g * device.multiprocessors:
         g *= 2
+    products = _PRODUCTS if forward else _BACKWARD_PRODUCTS
     flat = blocks == 1 and _is_flat(shape, itemsize, shape.channels)
     warps = _warps(g * elements // blocks, itemsize, flat)
     return Plan(
         G=g,
         BC=channels,
         BS=positions,
-        BR=_clamp(blocks * _PRODUCTS // (g * channels), 1, power_of_two(shape.hidden)),
+        BR=_clamp(blocks * products // (g * channels), 1, power_of_two(shape.hidden)),
         BK=1,
         tiles=1,
         splits=1,
