@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from senet_kernels import backends
+from senet_kernels import backends, channel_scale, squeeze
 
 from .problem import DTYPES, FORWARD, TRAINING, Problem
 from .workloads import Layer
@@ -21,6 +21,9 @@ Call = Callable[[int], Any]  # argument: which copy of the buffers to use
 BASELINES = ("eager-conv", "eager-linear", "compile")
 FUSED = tuple(name for name in backends() if name != "reference")
 LIMIT = "clone"
+# The two halves of the op with library matrix products in between: the other strategy for layers
+# whose weights outweigh their images.
+COMPOSED = ("halves",)
 
 # In place where the networks themselves do it (activation after fc1, the step after the block).
 _ACTIVATION: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -115,6 +118,21 @@ class FusedSE(_Block):
         )
 
 
+class Halves(_Block):
+    """``squeeze``, torch's linear layers, ``channel_scale``: by whichever backend is chosen."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, linear=True)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        layer = self.layer
+        z = squeeze(x, before=layer.before)
+        u = self.fc2(z if layer.hidden is None else _ACTIVATION[layer.activation](self.fc1(z)))
+        return channel_scale(
+            x, u, gate=layer.gate, before=layer.before, after=layer.after, residual=residual
+        )
+
+
 class Clone(_Block):
     """The limit: one read and one write of x, in its own layout."""
 
@@ -131,7 +149,7 @@ class Provider:
 
     @property
     def fused(self) -> bool:
-        return self.name not in (*BASELINES, LIMIT)
+        return self.name not in (*BASELINES, *COMPOSED, LIMIT)
 
 
 def make_provider(name: str) -> Provider:
@@ -144,11 +162,15 @@ def make_provider(name: str) -> Provider:
         return Provider(name, lambda problem: torch.compile(EagerSE(problem), dynamic=False))
     if name == LIMIT:
         return Provider(name, Clone)
+    if name in COMPOSED:
+        return Provider(name, Halves)
     return Provider(name, lambda problem: FusedSE(problem, name))
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why a fused backend cannot run here, found by one tiny call; None where it can."""
+    if name in COMPOSED:
+        return None
     try:
         import senet_kernels
 

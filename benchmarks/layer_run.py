@@ -1,22 +1,20 @@
-"""The main job: plan, check, time, record, within a budget of seconds."""
+"""The isolated layers: plan, check, time, record, within a budget of seconds."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from random import Random
-from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import stats
-from .compiling import COMPILE_SHARE, CompileAccount, graphs_so_far
-from .environment import stamp
-from .options import Options
+from . import launches
+from .bench import OVERRUN, Bench, Status, drop_compiled, memory_available
+from .compiling import COMPILE_SHARE, graphs_so_far
+from .memory import peak_bytes, saved_bytes
+from .options import LayerOptions
 from .problem import (
     FORWARD,
     FORWARD_GRAPH,
@@ -30,6 +28,7 @@ from .problem import (
 )
 from .providers import (
     BASELINES,
+    COMPOSED,
     LIMIT,
     Provider,
     chosen_backend,
@@ -39,52 +38,28 @@ from .providers import (
     results,
     unavailable,
 )
-from .timing import (
-    CpuTimer,
-    CudaTimer,
-    GraphTimer,
-    OtherLoad,
-    Rounds,
-    Timer,
-    cold_copies,
-    measure,
-)
+from .timing import Rounds, cold_copies
 from .workloads import Layer
 
-SCHEMA = "senet_kernels.benchmark/1"
 SMALL = Case(Layer(64, 4, 4, 4, "relu", "sigmoid"), "fp32", "contiguous", 2)
-OVERRUN = 1.15  # of the budget; past it only the first networks, always complete, go on
 ALWAYS_COMPLETE = 2  # networks
 LEAST_SECONDS = 0.5  # for the rounds of a case while the budget lasts: enough for a small layer
-Status = dict[str, Any]
-
-
-def _memory_available(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return float("inf")
 
 
 @dataclass
-class Run:
-    """State of one run. ``record`` is valid JSON content at any moment."""
+class LayerBench(Bench):
+    """Cases that are one squeeze-excite layer each."""
 
-    options: Options
-    tell: Callable[[str], None] = lambda text: None
-    compile: CompileAccount = field(init=False)
-    record: dict[str, Any] = field(init=False)
     providers: list[Provider] = field(init=False)
 
+    key_fields: ClassVar[tuple[str, ...]] = ("layer", "dtype", "layout", "batch")
+    rival: ClassVar[str] = "compile"
+    options: LayerOptions
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         options = self.options
-        self.start = time.perf_counter()
-        torch.set_num_threads(options.threads)
-        self.random = Random(options.seed)
-        self.compile = CompileAccount(options.budget)
-        missing = {}
+        missing = self.record["unavailable"]
         names = []
         for name in options.providers:
             reason = None if name in BASELINES else unavailable(name, options.device)
@@ -93,62 +68,32 @@ class Run:
             else:
                 missing[name] = reason
         self.providers = [make_provider(name) for name in [*names, LIMIT]]
-        self.record = {
-            "schema": SCHEMA,
-            "command": options.command,
-            "status": "running",
-            "environment": stamp(options.device),
-            "cache_state": CpuTimer.state if options.device.type == "cpu" else CudaTimer.state,
+        # whose speed-ups are reported: the fused backends, or else what there is beside eager
+        fused = [name for name in names if name not in BASELINES and name not in COMPOSED]
+        self.record |= {
             "neighbours": options.neighbours,
-            "seed": options.seed,
-            "unavailable": missing,
             "providers": names,
-            # whose speed-ups are reported: the fused backends, or else what there is beside eager
-            "contenders": [name for name in names if name not in BASELINES] or names[-1:],
-            "networks": [
-                {
-                    "network": network.name,
-                    "source": network.source,
-                    "layers": [{"layer": layer.name, "count": n} for layer, n in network.layers],
-                }
-                for network in options.networks
-            ],
-            "not_measured": [],
-            "results": [],
-            "small_call": [],
+            "contenders": fused or names[-1:],
         }
 
-    def cases(self) -> list[Case]:
-        """Distinct cases, the networks' order kept, so that what runs first is what counts most."""
-        options = self.options
-        found = {
-            Case(layer, dtype, layout, batch): None
-            for batch in options.batches
-            for dtype in options.dtypes
-            for network in options.networks
-            for layer, _ in network.layers
-            for layout in options.layouts
-        }
-        return list(found)
+    def is_done(self, case: Case) -> bool:
+        return (case.layer.name, case.dtype, case.layout, case.batch) in self.done
 
-    def run(self, progress: Callable[[list[Case]], Any]) -> None:
-        """Measure everything; ``progress`` wraps the list of cases (a progress bar)."""
-        if self.options.small:
-            self.tell("small call")
-            modes = [FORWARD, FORWARD_GRAPH, TRAINING]
-            self.record["small_call"] += self._case(SMALL, modes, seconds=4.0, most=300)
-        if not self.options.layers:
-            return
-        cases = self.cases()
+    def measure_all(
+        self,
+        cases: list[Case],
+        keep: Callable[[Case], bool],
+        progress: Callable[[list[Case]], Any],
+    ) -> None:
+        """Measure the cases in order; past the budget only those to ``keep``."""
+        cases = [case for case in cases if not self.is_done(case)]
         weights = [case.bytes + 2**22 for case in cases]
-        first = self.options.networks[:ALWAYS_COMPLETE]
-        kept = {layer for network in first for layer, _ in network.layers}
         setups: list[float] = []
         for index, case in enumerate(progress(cases)):
-            if case.layer not in kept and self._spent() > OVERRUN:
+            if not keep(case) and self.spent() > OVERRUN:
                 self.record["not_measured"].append(case.name)
                 continue
-            self.tell(f"{case.layer.shape} {case.layout}")
+            self.tell(f"b{case.batch} {case.layer.shape} {case.layout}")
             begin = time.perf_counter()
             seconds = self._share(weights[index:], setups)
             before = self.compile.seconds
@@ -157,11 +102,7 @@ class Run:
             timed = sum(entry["timed_s"] for entry in entries)
             compiled = self.compile.seconds - before
             setups.append(time.perf_counter() - begin - timed - compiled)
-
-    def _spent(self) -> float:
-        """Part of the budget that is gone."""
-        budget = self.options.budget
-        return (time.perf_counter() - self.start) / budget if budget else 0.0
+            self.save(self.record)
 
     def _share(self, weights: list[int], setups: list[float]) -> float:
         """Seconds to spend on the rounds of the next case: its part of what is left."""
@@ -194,7 +135,7 @@ class Run:
             "bytes": case.bytes,
         }
         needed = 64 * case.bytes / (4 if case.dtype == "fp32" else 2)  # fp64 oracle included
-        if needed > _memory_available(device):
+        if needed > memory_available(device):
             reason = {"status": "n/a", "reason": "not enough memory"}
             names = [p.name for p in self.providers]
             return [
@@ -211,14 +152,13 @@ class Run:
         entries = []
         for mode in modes:
             part = seconds * (0.3 if mode != TRAINING and len(modes) > 1 else 0.7)
-            late = self._spent() > 1
+            late = self.spent() > 1
             part = part if late else max(part, LEAST_SECONDS)
             rounds = Rounds(least=3 if late else 5, most=most, seconds=part)
             entry = {**shared, "mode": mode}
             entry |= self._time(problem, mode, checked, rounds)
             entries.append(entry)
-        if checked.get("compile", (None,))[0] is not None:
-            torch.compiler.reset()
+        drop_compiled(module for module, _ in checked.values())
         return entries
 
     def _check(
@@ -274,64 +214,93 @@ class Run:
         rounds: Rounds,
     ) -> dict[str, Any]:
         """Statistics of every provider that passed, and speed-ups of the fused over the others."""
-        begin, load = time.perf_counter(), OtherLoad()
         out = {name: dict(statuses[mode]) for name, (_, statuses) in checked.items()}
-        device = self.options.device
-        timers: dict[str, Timer] = {"wall": CpuTimer()}
-        if device.type == "cuda":
-            timers = {"wall": CudaTimer(len(problem.x)), "device": GraphTimer(len(problem.x))}
-        modules = {name: module for name, (module, _) in checked.items() if module is not None}
-        samples: dict[str, dict[str, list[float]]] = {}
-        graphs = graphs_so_far() if "compile" in modules else 0
-        with torch.set_grad_enabled(mode != FORWARD):
-            calls = {
-                name: make_call(module, problem, mode)
-                for name, module in modules.items()
-                if out[name]["status"] == "ok"
-            }
-            for metric, timer in timers.items():
-                done = measure(timer, calls, rounds, self.random)
-                samples[metric] = done.seconds
-                for name, error in done.failed.items():
-                    out[name][metric] = {"reason": one_line(error)}
-        busy = load.read()
-        if "compile" in modules:
-            out["compile"].setdefault("compile", {})["recompiles"] = graphs_so_far() - graphs
+        modules = {
+            name: module
+            for name, (module, _) in checked.items()
+            if module is not None and out[name]["status"] == "ok"
+        }
         factor = limit_in_clones(problem.case.layer, mode)
-        speedups: dict[str, Any] = {metric: {} for metric in samples}
-        for metric, by_name in samples.items():
-            limit = median(by_name[LIMIT]) * factor if LIMIT in by_name else None
-            for name, seconds in by_name.items():
-                out[name][metric] = stats.summarise(seconds)
-                if limit:
-                    out[name][metric]["over_limit"] = median(seconds) / limit
-                if name in self.record["contenders"]:
-                    speedups[metric][name] = {
-                        other: stats.speedup(by_name[other], seconds, self.options.seed)
-                        for other in BASELINES
-                        if other in by_name and other != name
-                    }
-        return {
-            "limit_in_clones": factor,
-            "cores_busy_elsewhere": busy,
-            "timed_s": time.perf_counter() - begin,
-            "providers": out,
-            "speedup": speedups,
+        with torch.set_grad_enabled(mode != FORWARD):
+            calls = {name: make_call(module, problem, mode) for name, module in modules.items()}
+            timed = self.time_calls(
+                calls,
+                self.timers(len(problem.x)),
+                rounds,
+                out,
+                BASELINES,
+                self.record["contenders"],
+                (LIMIT, factor),
+            )
+            for name, call in calls.items():
+                if name != LIMIT:
+                    out[name] |= self._account(call, modules[name], problem, mode)
+        return {"limit_in_clones": factor, **timed, "providers": out}
+
+    def _account(
+        self, call: Callable[[int], Any], module: nn.Module, problem: Problem, mode: str
+    ) -> dict[str, Any]:
+        """What a call costs besides time: launches, peak memory, bytes saved for backward."""
+        device = self.options.device
+        found: dict[str, Any] = {}
+        try:
+            if device.type == "cuda" or not hasattr(module, "_orig_mod"):
+                found["launches"] = launches.count(lambda: call(0), device)
+            if (peak := peak_bytes(lambda: call(0), device)) is not None:
+                found["peak_bytes"] = peak
+            if mode != FORWARD:
+                forward = make_call(module, problem, FORWARD_GRAPH)
+                # x and the residual are the network's in any case, saved or not
+                inputs = [problem.x[0], *problem.weights.values(), *module.parameters()]
+                inputs += [r for r in problem.residual[:1] if r is not None]
+                found["saved_bytes"] = saved_bytes(lambda: forward(0), inputs)
+        except Exception as error:  # a profiler may be forbidden; the times stand without it
+            found["account_failed"] = one_line(error)
+        return found
+
+
+@dataclass
+class LayerRun(LayerBench):
+    """``python -m benchmarks layers``: the layers of real networks."""
+
+    kind: ClassVar[str] = "layers"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.record |= {
+            "networks": [
+                {
+                    "network": network.name,
+                    "source": network.source,
+                    "layers": [{"layer": layer.name, "count": n} for layer, n in network.layers],
+                }
+                for network in self.options.networks
+            ],
+            "small_call": [],
         }
 
-    def finish(self, status: str) -> dict[str, Any]:
-        """Close the record: complete, or interrupted."""
-        self.record["status"] = status
-        self.record["elapsed_s"] = time.perf_counter() - self.start
-        self.record["compile"] = {"seconds": self.compile.seconds, "cases": self.compile.cases}
-        return self.record
+    def cases(self) -> list[Case]:
+        """Distinct cases, the networks' order kept, so that what runs first is what counts most."""
+        options = self.options
+        found = {
+            Case(layer, dtype, layout, batch): None
+            for batch in options.batches
+            for dtype in options.dtypes
+            for network in options.networks
+            for layer, _ in network.layers
+            for layout in options.layouts
+        }
+        return list(found)
 
-    @property
-    def wrong(self) -> list[tuple[str, str, str]]:
-        """(provider, case, mode) of every failed check."""
-        return [
-            (name, f"{entry['layer']} {entry['dtype']} {entry['layout']}", entry["mode"])
-            for entry in [*self.record["results"], *self.record["small_call"]]
-            for name, status in entry["providers"].items()
-            if status["status"] == "wrong"
-        ]
+    def run(self, progress: Callable[[list[Any]], Any]) -> None:
+        """Measure everything; ``progress`` wraps the list of cases (a progress bar)."""
+        if self.options.small and not self.record["small_call"]:
+            self.tell("small call")
+            modes = [FORWARD, FORWARD_GRAPH, TRAINING]
+            self.record["small_call"] += self._case(SMALL, modes, seconds=4.0, most=300)
+            self.save(self.record)
+        if not self.options.layers:
+            return
+        first = self.options.networks[:ALWAYS_COMPLETE]
+        kept = {layer for network in first for layer, _ in network.layers}
+        self.measure_all(self.cases(), lambda case: case.layer in kept, progress)
