@@ -40,6 +40,7 @@ READY_GPU := $(STAMPS)/bench $(STAMPS)/test
 endif
 OUT ?= build/gpu
 BUDGET ?= 540
+DEVICE ?= cuda
 
 .PHONY: help bench build gpu test test-all lint format clean given-python FORCE
 
@@ -52,6 +53,7 @@ help:  ## this list
 	@echo '  ARGS=...    arguments for the benchmarks or for pytest'
 	@echo '  OUT=...     folder for the results of gpu (default $(OUT))'
 	@echo '  BUDGET=...  seconds for gpu (default $(BUDGET))'
+	@echo '  DEVICE=cpu  a dry run of gpu: every stage, with a small task for the CPU'
 	@echo '  SENET_KERNELS_BUILD=auto|python|cpu|cuda, see setup.py'
 
 bench: $(READY_BENCH)  ## install what is needed, run the benchmarks
@@ -59,7 +61,7 @@ bench: $(READY_BENCH)  ## install what is needed, run the benchmarks
 
 # Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given.
 gpu: $(READY_GPU)  ## build, test, check and time on this machine's GPU; no network needed
-	@$(PY) tools/gpu.py --out '$(OUT)' --budget '$(BUDGET)' -- $(ARGS)
+	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' -- $(ARGS)
 
 test: $(READY_TEST)  ## lint, and the tests that need no GPU and no patience
 	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \

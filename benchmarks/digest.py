@@ -20,7 +20,8 @@ def blocks(record: Record) -> Iterator[tuple[str, Lines]]:
     if record["kind"] == "models":
         modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
         yield from ((f"{mode}: time and speed-up", model_times(record, mode)) for mode in modes)
-        yield "the price of SE", model_prices(record)
+        if _timed(record, ["no-se"], summary.metric_of(record)):
+            yield "the price of SE", model_prices(record)
         yield "memory and calls of a step", model_costs(record)
     elif record["kind"] == "sweep":
         yield "where the fastest changes", sweep_crossovers(record)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,3 +55,48 @@ class _Operators(TorchDispatchMode):
     ) -> Any:
         self.calls += not func.is_view
         return func(*args, **(kwargs or {}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m benchmarks.launches [cuda|cpu]``: a quick look, on a few layers with their
+    neighbours."""
+    from .workloads import load_networks
+
+    words = sys.argv[1:] if argv is None else argv
+    device = torch.device(words[0] if words else "cuda")
+    networks = load_networks(neighbours=True)
+    for name in ("seresnet50", "efficientnet_b0", "lc0_20x256"):
+        layer = networks[name].layers[-1][0]
+        print(f"{layer.name}, before {layer.before}, after {layer.after}:")
+        for line in _lines(layer, device):
+            print(f"  {line}", flush=True)
+    return 0
+
+
+def _lines(layer: Any, device: torch.device) -> Iterator[str]:
+    """One line per provider: the counts of both modes."""
+    from .problem import FORWARD, TRAINING, Case, Problem
+    from .providers import BASELINES, FUSED, make_call, make_provider, one_line, unavailable
+
+    problem = Problem.create(Case(layer, "fp32", "contiguous", 2), device)
+    for name in [*(n for n in BASELINES if n != "compile"), *FUSED]:
+        if reason := unavailable(name, device):
+            yield f"{name}: {reason}"
+            continue
+        module, found = make_provider(name).build(problem), {}
+        for mode in (FORWARD, TRAINING):
+            step = partial(make_call(module, problem, mode), 0)
+            with torch.set_grad_enabled(mode != FORWARD):
+                try:
+                    step()
+                    found[mode] = count(step, device)
+                except Exception as error:  # a backend may refuse a layer; the others go on
+                    found[mode] = {one_line(error): 0}
+        yield f"{name}: " + "; ".join(
+            f"{mode} {', '.join(f'{n} {what}' for what, n in counts.items())}"
+            for mode, counts in found.items()
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -62,7 +62,7 @@ class LayerBench(Bench):
         missing = self.record["unavailable"]
         names = []
         for name in options.providers:
-            reason = None if name in BASELINES else unavailable(name, options.device)
+            reason = unavailable(name, options.device)
             if reason is None:
                 names.append(name)
             else:

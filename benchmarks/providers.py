@@ -169,7 +169,7 @@ def make_provider(name: str) -> Provider:
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why a fused backend cannot run here, found by one tiny call; None where it can."""
-    if name in COMPOSED:
+    if name in (*BASELINES, *COMPOSED):
         return None
     try:
         import senet_kernels

@@ -1,0 +1,410 @@
+"""The benchmark suite: its gate catches what is wrong, its records say what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+
+from benchmarks import (
+    digest,
+    dram,
+    launches,
+    memory,
+    networks,
+    page,
+    readme,
+    records,
+    regimes,
+    stats,
+    summary,
+)
+from benchmarks.__main__ import main
+from benchmarks.sweep import thinned
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+LAYER = ("layers", "--network", "lc0_10x128", "--batch", "1", "--layout", "contiguous",
+         "--provider", "eager-linear", "--provider", "reference", "--mode", "forward",
+         "--budget", "0.5")  # fmt: skip
+MODEL = ("models", "--network", "tiny", "--budget", "0.5", "--provider", "original",
+         "--provider", "neighbours", "--provider", "no-se")  # fmt: skip
+
+
+def _tiny() -> nn.Module:
+    return networks.Tower(2, 8, hidden=4)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that takes no time."""
+    spec = networks.NetworkSpec("tiny", _tiny, "here", 112, 8, 2, 2)
+    monkeypatch.setitem(networks.NETWORKS, "tiny", spec)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
+    """Runs a command line without its plots; gives the exit code and the record."""
+    monkeypatch.setattr("benchmarks.__main__.draw", lambda record, path: [])
+
+    def run(*words: str) -> tuple[int, Any]:
+        path = tmp_path / "record.json"
+        code = main([*words, "--device", "cpu", "--record", str(path)])
+        return code, records.read(path)
+
+    return run
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def test_layers(run: Callable[..., tuple[int, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    code, record = run(*LAYER)
+    assert (code, record["kind"], record["status"]) == (0, "layers", "complete")
+    (entry,) = record["results"]
+    assert entry["providers"].keys() == {"eager-linear", "reference", "clone"}
+    assert entry["providers"]["eager-linear"]["wall"]["samples"] >= 3
+    assert entry["providers"]["reference"]["launches"]["operators"] >= 5
+    assert "--record" not in record["command"]
+    assert "256x8x8" not in capsys.readouterr().out
+
+
+def test_a_word_is_not_needed(run: Callable[..., tuple[int, Any]]) -> None:
+    assert run(*LAYER[1:])[1]["command"] == run(*LAYER)[1]["command"]
+
+
+def test_going_on_from_a_record(run: Callable[..., tuple[int, Any]]) -> None:
+    _, first = run(*LAYER)
+    _, again = run(*LAYER[:-1], "0.7")  # another budget is no other measurement
+    assert again["results"] == first["results"]
+    assert again["resumed"] == [first["environment"]["date"]]
+    _, other = run(*LAYER, "--seed", "1")
+    assert "resumed" not in other
+    assert other["results"] != first["results"]
+
+
+def test_models(tiny: None, run: Callable[..., tuple[int, Any]]) -> None:
+    code, record = run(*MODEL)
+    assert (code, record["kind"]) == (0, "models")
+    forward, training = record["results"]
+    assert (forward["mode"], training["mode"]) == ("forward", "forward+backward")
+    assert training["se_modules"] == 2
+    for entry in (forward, training):
+        assert {p["status"] for p in entry["providers"].values()} == {"ok"}
+        assert summary.price(entry, "wall", "original") is not None
+    saved = {n: p["saved_bytes"] for n, p in training["providers"].items()}
+    assert 0 < saved["no-se"] < min(saved["original"], saved["neighbours"])
+    calls = {n: p["launches"]["operators"] for n, p in training["providers"].items()}
+    assert calls["neighbours"] < calls["original"]
+    titles = [title for title, _ in digest.blocks(record)]
+    assert "the price of SE" in titles
+
+
+def test_a_wrong_network_has_no_figure(
+    tiny: None, run: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse = networks.Tower.fuse
+
+    def broken(self: networks.Tower, neighbours: bool) -> int:
+        count = fuse(self, neighbours)
+        self.blocks[1].se.gate = "hardsigmoid"
+        return count
+
+    monkeypatch.setattr(networks.Tower, "fuse", broken)
+    code, record = run(*MODEL)
+    assert code == 1
+    for entry in record["results"]:
+        status = entry["providers"]["neighbours"]
+        assert status["status"] == "wrong"
+        assert "wall" not in status
+        assert entry["providers"]["original"]["status"] == "ok"
+
+
+def test_nothing_fused_is_not_timed_as_fused(
+    tiny: None, run: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks.Tower, "fuse", lambda self, neighbours: 0)
+    _, record = run(*MODEL)
+    found = record["results"][0]["providers"]["neighbours"]
+    assert found["status"] == "n/a"
+    assert "replaced nothing" in found["reason"]
+
+
+@pytest.mark.slow
+def test_compiled_models(tiny: None, run: Callable[..., tuple[int, Any]]) -> None:
+    words = [*MODEL, "--provider", "compile", "--provider", "compile-fused"]
+    words[words.index("0.5")] = "0"
+    code, record = run(*words, "--mode", "forward")
+    assert code == 0
+    for name in ("compile", "compile-fused"):
+        found = record["results"][0]["providers"][name]
+        assert found["status"] == "ok", found
+        assert found["compile"]["graphs"] == 1
+        assert found["compile"]["recompiles"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("nonsense",), "unknown 'nonsense'"),
+        (("layers", "--provider", "magic"), "unknown 'magic'"),
+        (("models", "--network", "lenet"), "lenet"),
+        (("sweep", "--channels", "0"), "positive extents"),
+        (("layers", "--batch", "0"), "at least 1"),
+    ],
+)
+def test_mistakes(words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert text in capsys.readouterr().err
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fused", "neighbours"])
+def test_variants_share_parameters_and_outputs(name: str) -> None:
+    spec = networks.NetworkSpec("tiny", _tiny, "here", 112, 8, 2, 2)
+    model = networks.build(spec).eval()
+    other = networks.variant(model, name)
+    assert {id(p) for p in other.parameters()} == {id(p) for p in model.parameters()}
+    assert all(a is not b for a, b in zip(model.buffers(), other.buffers(), strict=True))
+    x = spec.input(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-5)
+        without = networks.variant(model, "no-se")
+        assert (without(x) - model(x)).abs().max() > 0.1 * model(x).abs().max()
+
+
+def test_timm_network_without_its_blocks() -> None:
+    from models import library
+
+    library("timm")
+    model = networks.build(networks.NETWORKS["mobilenetv3_large_100"])
+    names = networks.se_modules(model)
+    assert len(names) == 8
+    without = networks.variant(model, "no-se")
+    assert all(isinstance(without.get_submodule(n), nn.Identity) for n in names)
+    assert not any(isinstance(model.get_submodule(n), nn.Identity) for n in names)
+
+
+# -- memory and launches ---------------------------------------------------------------------------
+
+
+def test_saved_bytes() -> None:
+    x, w = torch.ones(1000, requires_grad=True), torch.ones(1000, requires_grad=True)
+    assert memory.saved_bytes(lambda: x.exp()) == 4000  # its output
+    assert memory.saved_bytes(lambda: x * w) == 8000
+    assert memory.saved_bytes(lambda: x * w, [w]) == 4000
+    assert memory.saved_bytes(lambda: x * x[:1], [w]) == 4000  # a view is of the same storage
+    assert memory.saved_bytes(lambda: x + w) == 0
+    assert memory.peak_bytes(lambda: x + w, CPU) is None
+
+
+def test_operators() -> None:
+    x = torch.ones(4, 4)
+    assert launches.count(lambda: (x.t() + x).relu().t(), CPU) == {"operators": 2}
+
+
+def test_kernels_of_a_profile() -> None:
+    events = [
+        SimpleNamespace(name="void se_forward<8>", device_type=DeviceType.CUDA),
+        SimpleNamespace(name="Memset (Device)", device_type=DeviceType.CUDA),
+        SimpleNamespace(name="aten::relu", device_type=DeviceType.CPU),
+    ]
+    assert launches.of_events(events) == {"kernels": 1, "copies": 1}
+    seen = launches.profiled(lambda: torch.ones(2).relu(), CPU)
+    assert any(event.name == "aten::relu" for event in seen)
+    assert launches.of_events(seen) == {"kernels": 0, "copies": 0}
+
+
+_NCU = """==PROF== Connected to process 1
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","forward","dram__bytes_read.sum","byte","1,000,000"
+"0","forward","dram__bytes_write.sum","byte","500"
+"1","second","dram__bytes_read.sum","byte","7"
+"1","second","sm__cycles.sum","cycle","99"
+"""
+
+
+def test_bytes_that_ncu_counted() -> None:
+    assert dram.parse(_NCU) == (1_000_507, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("==ERROR== ERR_NVGPUCTRPERM - no permission\n", "ERR_NVGPUCTRPERM - no permission"),
+        ("", "no table"),
+        (_NCU.replace('"byte"', '"Mbyte"'), "expected bytes"),
+        ("\n".join(_NCU.splitlines()[:2]), "no kernel"),
+    ],
+)
+def test_ncu_without_counters(text: str, reason: str) -> None:
+    with pytest.raises(dram.NoCounters, match=reason):
+        dram.parse(text)
+
+
+# -- statistics and summaries ----------------------------------------------------------------------
+
+
+def test_statistics() -> None:
+    found = stats.summarise([3e-6, 1e-6, 2e-6, 5e-6, 4e-6])
+    assert found["median_us"] == pytest.approx(3)
+    assert (found["q1_us"], found["q3_us"]) == (pytest.approx(2), pytest.approx(4))
+    assert found["ci_low_us"] <= 3 <= found["ci_high_us"]
+    twice = stats.speedup([2.0, 2.2, 1.8] * 5, [1.0, 1.1, 0.9] * 5)
+    assert twice["ratio"] == pytest.approx(2)
+    assert twice["ci_low"] <= 2 <= twice["ci_high"]
+
+
+def _point(**times: float) -> dict[str, Any]:
+    return {"providers": {n: {"status": "ok", "wall": {"median_us": t}} for n, t in times.items()}}
+
+
+def test_crossovers() -> None:
+    points = [(1, _point(a=1, b=4)), (4, _point(a=4, b=4.05)), (16, _point(a=16, b=4))]
+    (found,) = summary.crossovers(points, ["a", "b"], "wall")
+    assert (found.before, found.after) == ("a", "b")
+    assert 4 < found.at < 5
+    # Within the margin nobody leads.
+    level = [(1, _point(a=1.00, b=1.01)), (2, _point(a=1.01, b=1.00))]
+    assert summary.crossovers(level, ["a", "b"], "wall") == []
+    # Symmetric on logarithmic scales: half way.
+    even = [(2, _point(a=1, b=2)), (8, _point(a=2, b=1))]
+    assert summary.crossovers(even, ["a", "b"], "wall")[0].at == pytest.approx(4)
+
+
+def test_price() -> None:
+    over = {"fused": {"no-se": {"ratio": 0.8, "ci_low": 0.5, "ci_high": 1.0}},
+            "no-se": {"original": {"ratio": 1.5, "ci_low": 1.2, "ci_high": 2.0}}}  # fmt: skip
+    entry = {"speedup": {"wall": over}}
+    assert summary.price(entry, "wall", "fused") == pytest.approx((25, 0, 100))
+    assert summary.price(entry, "wall", "original") == pytest.approx((50, 20, 100))
+    assert summary.price(entry, "wall", "neighbours") is None
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "environment", "expected"),
+    [
+        (2, {"device": "H200", "l2_bytes": 50 << 20}, "latency"),
+        (40, {"device": "H200", "l2_bytes": 50 << 20}, "cache"),
+        (100, {"device": "H200", "l2_bytes": 50 << 20}, "mixed"),
+        (200, {"device": "H200", "l2_bytes": 50 << 20}, "memory"),
+        (1, {"device": "cpu", "caches": {"core": 1 << 20, "last": 32 << 20}}, "latency"),
+        (12, {"device": "cpu", "caches": {"core": 1 << 20, "last": 32 << 20}}, "cache"),
+        (30, {"device": "cpu", "caches": {"core": 1 << 20, "last": 32 << 20}}, "mixed"),
+        (33, {"device": "cpu", "caches": {"core": 1 << 20, "last": 32 << 20}}, "memory"),
+        (33, {"device": "cpu", "caches": None}, None),
+    ],
+)
+def test_regimes(megabytes: int, environment: dict[str, Any], expected: str | None) -> None:
+    assert regimes.regime(megabytes << 20, environment) == expected
+
+
+def test_thinned() -> None:
+    assert thinned((1, 2, 4, 8, 16), 0) == (1, 2, 4, 8, 16)
+    assert thinned((1, 2, 4, 8, 16), 3) == (1, 4, 16)
+    assert thinned((1, 2, 4, 8, 16), 1) == (1,)
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+COMMITTED = page.committed()
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_records(path: Path) -> None:
+    record = records.read(path)
+    assert record["environment"]["commit"]
+    assert not record["environment"]["uncommitted_changes"]
+    assert record["status"] == "complete"
+    assert records.dumps(record) == path.read_text()
+    rows = list(records.rows(record))
+    assert len(rows) >= len(record["results"])
+    assert len({tuple(row) for row in rows}) == 1  # the columns
+
+
+def test_schema_refuses(tmp_path: Path) -> None:
+    record = records.read(COMMITTED[0])
+    entry = record["results"][0]
+    name = next(iter(entry["providers"]))
+
+    def fails(change: Callable[[dict[str, Any]], Any], place: str) -> None:
+        broken = json.loads(json.dumps(record))
+        change(broken)
+        with pytest.raises(records.InvalidRecord, match=place):
+            records.validate(broken)
+
+    fails(lambda r: r.pop("command"), "'command' is missing")
+    fails(lambda r: r.update(kind="dreams"), "record.kind: expected one of")
+    fails(lambda r: r.update(surprise=1), "unexpected 'surprise'")
+    fails(lambda r: r["results"][0].update(batch=True), r"results\[0\].batch: expected integer")
+    fails(lambda r: r["results"][0].update(batch=0), "expected at least 1, got 0")
+    fails(lambda r: r["results"][0].pop("bytes"), "'bytes' is missing")
+    fails(lambda r: r["results"][0]["providers"][name].update(status="fine"), "status: expected")
+    with pytest.raises(records.InvalidRecord, match="expected object"):
+        records.validate([])
+    (tmp_path / "torn.json").write_text('{"schema": ')
+    with pytest.raises(records.InvalidRecord, match=r"torn.json: not JSON"):
+        records.read(tmp_path / "torn.json")
+
+
+def test_schema_is_json_schema() -> None:
+    """Our validator and jsonschema's, where that is installed, are of one mind."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(records.SCHEMA_FILE.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for path in COMMITTED:
+        jsonschema.validate(json.loads(path.read_text()), schema)
+
+
+def test_numbers_in_a_record() -> None:
+    text = records.dumps({"a": [{"b": 1.23456789e-7, "c": math.inf}, {"d": 12}], "e": "µ"})
+    assert json.loads(text) == {"a": [{"b": 1.2346e-07, "c": None}, {"d": 12}], "e": "µ"}
+    assert len(text.splitlines()) == 7
+
+
+# -- what people read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_figures_are_those_of_the_records(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert readme.renewed(text, (ROOT / name).parent) == text, "run python -m benchmarks.readme"
+
+
+def test_readme_mistakes() -> None:
+    with pytest.raises(ValueError, match="expected a block"):
+        readme.renewed("nothing", ROOT)
+    record = COMMITTED[0].relative_to(ROOT).as_posix()
+    text = f"<!-- benchmark:begin everything {record} -->\n<!-- benchmark:end -->"
+    with pytest.raises(ValueError, match="expected one of layers"):
+        readme.renewed(text, ROOT)
+
+
+def test_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / f"{COMMITTED[0].stem}.png"
+    image.write_bytes(b"\x89PNG")
+    monkeypatch.setattr("benchmarks.plots.draw", lambda record, path: [image])
+    record = records.read(COMMITTED[0])
+    record["environment"]["cpu"] = "<b>&"
+    text = page.render([(COMMITTED[0], record)], tmp_path)
+    assert "data:image/png;base64,iVBORw" in text
+    assert "http" not in text.replace("https://", "")
+    assert "&lt;b&gt;&amp;" in text
+    assert record["command"] in text
+    for _, lines in digest.blocks(record):
+        assert all(f"<td>{c.strip('*').replace('`', '')}</td>" in text for c in lines[1][:1])
