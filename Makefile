@@ -32,12 +32,15 @@ PY := $(PYTHON)
 READY_BENCH := given-python
 READY_TEST := given-python
 READY_GPU :=
+READY_MODELS :=
 else
 PY := $(VENV)/bin/python
 READY_BENCH := $(STAMPS)/bench
 READY_TEST := $(STAMPS)/test
 READY_GPU := $(STAMPS)/bench $(STAMPS)/test
+READY_MODELS := $(STAMPS)/models
 endif
+FOR_MODELS := $(if $(filter models,$(ARGS)),$(READY_MODELS))
 OUT ?= build/gpu
 BUDGET ?= 540
 DEVICE ?= cuda
@@ -56,7 +59,7 @@ help:  ## this list
 	@echo '  DEVICE=cpu  a dry run of gpu: every stage, with a small task for the CPU'
 	@echo '  SENET_KERNELS_BUILD=auto|python|cpu|cuda, see setup.py'
 
-bench: $(READY_BENCH)  ## install what is needed, run the benchmarks
+bench: $(READY_BENCH) $(FOR_MODELS)  ## install what is needed, run the benchmarks
 	@echo '==> benchmarks'; time $(PY) -m benchmarks $(ARGS)
 
 # Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given.

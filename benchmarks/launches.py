@@ -40,7 +40,12 @@ def profiled(call: Callable[[], Any], device: torch.device) -> list[Any]:
 
 def of_events(events: Iterable[Any]) -> dict[str, int]:
     """Kernels and copies among the events of a profile."""
-    names = [event.name for event in events if event.device_type == DeviceType.CUDA]
+    names = [
+        event.name
+        for event in events
+        # the optimiser's annotations show on the device's time line as well
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
     return {"kernels": len(names) - copies, "copies": copies}
 

@@ -221,6 +221,9 @@ def test_kernels_of_a_profile() -> None:
     events = [
         SimpleNamespace(name="void se_forward<8>", device_type=DeviceType.CUDA),
         SimpleNamespace(name="Memset (Device)", device_type=DeviceType.CUDA),
+        SimpleNamespace(
+            name="Optimizer.step", device_type=DeviceType.CUDA, is_user_annotation=True
+        ),
         SimpleNamespace(name="aten::relu", device_type=DeviceType.CPU),
     ]
     assert launches.of_events(events) == {"kernels": 1, "copies": 1}
