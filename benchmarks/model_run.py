@@ -99,24 +99,47 @@ def in_mode(modules: list[nn.Module], mode: str) -> Iterator[None]:
         yield
 
 
-def step_results(module: nn.Module, x: Tensor, dy: Tensor, dtype: str, mode: str) -> list[Tensor]:
-    """Output of a module, and in training all gradients of its parameters in one vector."""
-    with in_mode([module], mode):
+def check_results(module: nn.Module, x: Tensor, dtype: str) -> dict[str, Tensor]:
+    """What is compared: the output, every parameter's gradient in one vector, and the output with
+    the norms in training.
+
+    Gradients are those with the norms' running statistics: those of a small batch would multiply
+    rounding errors until they hide others.
+    """
+
+    def output() -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == AMP):
-            y = module(x)
-        found = [y.detach().double()]
-        if mode == TRAINING:
-            parameters = list(module.parameters())
-            grads = torch.autograd.grad(y, parameters, dy.to(y.dtype))
-            found.append(torch.cat([g.double().flatten() for g in grads]))
-    return found
+            y: Tensor = module(x)
+        return y
+
+    with in_mode([module], FORWARD), torch.enable_grad():
+        y = output()
+        generator = torch.Generator().manual_seed(2)
+        dy = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
+        grads = torch.autograd.grad(y, list(module.parameters()), dy)
+    found = {"output": y.detach(), "gradients": torch.cat([g.flatten().double() for g in grads])}
+    with in_mode([module], TRAINING):
+        found["output in training"] = output().detach()
+    return {name: tensor.double() for name, tensor in found.items()}
 
 
-def distance(got: list[Tensor], want: list[Tensor]) -> float:
-    """Largest of ‖got - want‖ / ‖want‖ over the tensors; NaN counts as infinite."""
-    found = [((g - w).norm() / w.norm().clamp_min(1e-30)).item() for g, w in zip(got, want,
-             strict=True)]  # fmt: skip
-    return max(value if math.isfinite(value) else math.inf for value in found)
+def distance(got: Tensor, want: Tensor) -> float:
+    """‖got - want‖ / ‖want‖ in fp64; NaN counts as infinite."""
+    got, want = got.double(), want.double()
+    value = ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+    return value if math.isfinite(value) else math.inf
+
+
+def _verdict(errors: dict[str, float], noise: dict[str, float], floor: float, mode: str) -> Status:
+    """Whether a variant's errors are about those of the original."""
+    chosen = ["output"] if mode == FORWARD else list(errors)
+    worst = max(errors[what] for what in chosen)
+    for what in chosen:
+        bound = ERROR_FACTOR * noise[what] + floor
+        if not errors[what] <= bound:
+            reason = f"{what}: error {errors[what]:.2g}, over {bound:.2g}"
+            return {"status": "wrong", "error": worst, "reason": reason}
+    return {"status": "ok", "error": worst}
 
 
 @dataclass
@@ -243,29 +266,26 @@ class ModelRun(Bench):
         itself. ``no-se`` computes something else and is not checked; compiled variants are checked
         as what they are compiled from, and their outputs once more when they have been compiled.
         """
-        size = min(case.size, CHECK_SIZE)
-        x = self._place(case.spec.input(CHECK_BATCH, size), case)
-        out: dict[str, dict[str, Status]] = {name: {} for name in modules}
-        for mode in modes:
-            exact = copy.deepcopy(model).double()
-            with torch.no_grad():
-                torch.manual_seed(self.options.seed)
-                dy = torch.randn_like(exact.eval()(x.double()))
-            want = step_results(exact, x.double(), dy, "fp64", mode)
-            del exact
-            own = self._place(variant(model, ORIGINAL), case)
-            noise = distance(step_results(own, x, dy, case.dtype, mode), want)
-            bound = ERROR_FACTOR * noise + ERROR_FLOOR[case.dtype]
-            for name in modules:
-                if BASE.get(name, name) == WITHOUT:
-                    out[name][mode] = {"status": "ok"}
-                    continue
-                fresh = self._place(variant(model, name), case)
-                error = distance(step_results(fresh, x, dy, case.dtype, mode), want)
-                right = error <= bound
-                out[name][mode] = {"status": "ok" if right else "wrong", "error": error}
-                if not right:
-                    out[name][mode]["reason"] = f"error {error:.2g}, over {bound:.2g}"
+        x = self._place(case.spec.input(CHECK_BATCH, min(case.size, CHECK_SIZE)), case)
+        want = check_results(copy.deepcopy(model).double(), x.double(), "fp64")
+
+        def errors(name: str) -> dict[str, float]:
+            fresh = self._place(variant(model, name), case)
+            got = check_results(fresh, x, case.dtype)
+            return {what: distance(got[what], want[what]) for what in want}
+
+        noise = errors(ORIGINAL)
+        found = {ORIGINAL: noise}
+        floor = ERROR_FLOOR[case.dtype]
+        out: dict[str, dict[str, Status]] = {}
+        for name in modules:
+            base = BASE.get(name, name)
+            if base == WITHOUT:
+                out[name] = {mode: {"status": "ok"} for mode in modes}
+                continue
+            if base not in found:
+                found[base] = errors(base)
+            out[name] = {mode: _verdict(found[base], noise, floor, mode) for mode in modes}
         return out
 
     def _ready(
@@ -308,7 +328,7 @@ class ModelRun(Bench):
         if base is not None:
             with in_mode([base.module], mode):
                 want = base.call(mode)(0)
-            error = distance([got.double()], [want.double()])
+            error = distance(got, want)
             if not error <= 10 * ERROR_FLOOR[step.dtype]:
                 out[name]["status"] = "wrong"
                 return f"its output differs from {BASE[name]}'s by {error:.2g}"

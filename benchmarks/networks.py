@@ -142,8 +142,8 @@ NETWORKS = {
     for spec in (
         _timm("seresnet50"),
         _timm("efficientnet_b0"),
-        _timm("mobilenetv3_large_100", compiled_on_cpu=True),
         _tower(10, 128),
+        _timm("mobilenetv3_large_100", compiled_on_cpu=True),
         _timm("regnety_032"),
         _timm("seresnext50_32x4d"),
         _timm("efficientnet_b4", size=320, cuda_batch=64),
