@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 from benchmarks import (
@@ -126,6 +126,37 @@ def test_a_wrong_network_has_no_figure(
         assert status["status"] == "wrong"
         assert "wall" not in status
         assert entry["providers"]["original"]["status"] == "ok"
+
+
+class _Blind(nn.Module):
+    """The right output, and no gradient through the block."""
+
+    def __init__(self, se: nn.Module) -> None:
+        super().__init__()
+        self.se = se
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y: Tensor = self.se(x.detach(), residual=residual)
+        return y
+
+
+def test_a_wrong_gradient_is_found(
+    tiny: None, run: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse = networks.Tower.fuse
+
+    def broken(self: networks.Tower, neighbours: bool) -> int:
+        count = fuse(self, neighbours)
+        self.blocks[0].se = _Blind(self.blocks[0].se)
+        return count
+
+    monkeypatch.setattr(networks.Tower, "fuse", broken)
+    code, record = run(*MODEL)
+    assert code == 1
+    forward, training = (e["providers"]["neighbours"] for e in record["results"])
+    assert forward["status"] == "ok"
+    assert training["status"] == "wrong"
+    assert training["reason"].startswith("gradients")
 
 
 def test_nothing_fused_is_not_timed_as_fused(
