@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import median
 
 from benchmarks import summary
 from benchmarks.regimes import REGIMES, regime
@@ -23,7 +24,7 @@ def draw(record: Record, path: Path) -> bool:
     layouts = [name for name in SHORT_LAYOUT if any(e["layout"] == name for e in entries)]
     figure, axes = plt.subplots(
         len(modes), len(layouts), figsize=(5.2 * len(layouts), 3.4 * len(modes)),
-        sharex=True, squeeze=False, layout="constrained",
+        sharex=True, sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     for row, mode in zip(axes, modes, strict=True):
         for axis, layout in zip(row, layouts, strict=True):
@@ -38,6 +39,9 @@ def draw(record: Record, path: Path) -> bool:
                 if not points:
                     continue
                 roof = name == summary.LIMIT
+                if roof:  # several layers may have one size
+                    sizes = dict.fromkeys(size for size, _ in points)
+                    points = [(s, median(v for size, v in points if size == s)) for s in sizes]
                 axis.plot(
                     *zip(*points, strict=True),
                     "-" if roof else "o",
