@@ -91,8 +91,11 @@ def measure(kind: str, argv: Sequence[str]) -> int:
     records.write(record, path)
     tables(record)
     plotted = draw(record, path)
+    missed = len(record["not_measured"])
     print(
-        f"{record['elapsed_s']:.0f} s, of which torch.compile {record['compile']['seconds']:.0f} s"
+        f"{len(record['results'])} results in {record['elapsed_s']:.0f} s, "
+        f"{record['compile']['seconds']:.0f} s of them torch.compile"
+        + (f"; {missed} cases not measured: the time was up" if missed else "")
     )
     print(f"written: {', '.join(map(str, [path, *plotted]))}")
     if status == "interrupted":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +28,7 @@ from benchmarks import (
     regimes,
     stats,
     summary,
+    timing,
 )
 from benchmarks.__main__ import main
 from benchmarks.sweep import thinned
@@ -288,6 +291,100 @@ def test_bytes_that_ncu_counted() -> None:
 def test_ncu_without_counters(text: str, reason: str) -> None:
     with pytest.raises(dram.NoCounters, match=reason):
         dram.parse(text)
+
+
+# -- a GPU's timers, with a clock in place of the GPU ----------------------------------------------
+
+
+class _Graph:
+    """Replays the calls that ran while it was captured."""
+
+    recording: list[Callable[[], None]] | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """``torch.cuda`` as far as the timers use it; time passes only as the calls say."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+            self.at = math.nan
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    @contextmanager
+    def graph(made: _Graph, pool: object) -> Iterator[None]:
+        assert pool == "the pool"
+        _Graph.recording = made.calls
+        try:
+            yield
+        finally:
+            _Graph.recording = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Event": Event, "CUDAGraph": _Graph, "graph": graph, "synchronize": lambda: None,
+        "Stream": lambda: stream, "current_stream": lambda: stream,
+        "stream": lambda s: nullcontext(), "graph_pool_handle": lambda: "the pool",
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return now
+
+
+@pytest.mark.parametrize("kind", [timing.CudaTimer, timing.GraphTimer])
+def test_timers_of_a_gpu(clock: list[float], kind: type[Any]) -> None:
+    """Every call counts, and the buffers take turns."""
+    copies, cost = 3, {0: 1e-5, 1: 2e-5, 2: 3e-5}
+    seen: list[int] = []
+
+    def call(index: int) -> None:
+        def work() -> None:
+            seen.append(index)
+            clock[0] += cost[index]
+
+        if _Graph.recording is None:
+            work()
+        else:
+            _Graph.recording.append(work)
+
+    timer = kind(copies)
+    timer.prepare(call)
+    seen.clear()
+    seconds = timer.sample(call)
+    assert seconds == pytest.approx(2e-5, rel=0.1)
+    assert set(seen) == {0, 1, 2}
+    counts = [seen.count(i) for i in range(copies)]
+    assert max(counts) - min(counts) <= 1
+    done = timing.measure(kind(copies), {"a": call}, timing.Rounds(least=4, most=4), Random(0))
+    assert len(done.seconds["a"]) == 4
+    assert not done.failed
+
+
+def test_a_refused_capture_is_a_reason(clock: list[float]) -> None:
+    def call(index: int) -> None:
+        if _Graph.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    done = timing.measure(timing.GraphTimer(2), {"a": call}, timing.Rounds(), Random(0))
+    assert "capturing" in str(done.failed["a"])
+    assert not done.seconds
 
 
 # -- statistics and summaries ----------------------------------------------------------------------

@@ -249,6 +249,20 @@ def test_what_was_ok_is_kept(runner: Callable[[float], Runner], tmp_path: Path) 
     assert "(earlier) 1" in (first.out / "summary.txt").read_text()
 
 
+def test_what_is_partial_goes_on(runner: Callable[[float], Runner]) -> None:
+    first = runner(60)
+    log = "12 results in 9 s, 0 s of them torch.compile; 3 cases not measured: the time was up"
+    (layers,) = (s for s in gpu.stages(first.out) if s.name == "layers")
+    assert layers.is_partial(log)
+    assert not layers.is_partial(log.partition(";")[0])
+    assert layers.conclude(f"{log}\nwritten: layers.json\n") == log
+    again = _stage("layers", f"print({log!r})", is_partial=layers.is_partial)
+    assert first.run([again])
+    run = Runner(first.out, 60, earlier=stage_runner.take_up(first.out, fresh=False))
+    assert run.run([again])
+    assert not _summary(run)["stages"][0]["earlier"]
+
+
 def test_a_stage_left_out_keeps_what_is_known(
     runner: Callable[[float], Runner],
 ) -> None:

@@ -85,6 +85,15 @@ def _no_test_passed(log: str) -> bool:
     return not re.search(r"\b\d+ passed\b", _pytest_conclusion(log))
 
 
+def _benchmark_conclusion(log: str) -> str:
+    found = re.findall(r"^\d+ (?:results in|calls measured).*$", log, re.MULTILINE)
+    return found[-1] if found else ""
+
+
+def _time_was_up(log: str) -> bool:
+    return bool(re.search(r"time (?:is|was) up", _benchmark_conclusion(log)))
+
+
 def _sanitizer_conclusion(log: str) -> str:
     found = re.findall(r"^=+ (.*SUMMARY:.*)$", log, re.MULTILINE)
     return found[-1] if found else ""
@@ -224,6 +233,7 @@ class Stages:
         what takes the time that is left."""
         checks = {"conclude": _sanitizer_conclusion, "finds_fault": _sanitizer_fault}
         tested = {"conclude": _pytest_conclusion, "finds_fault": _no_test_passed}
+        timed = {"conclude": _benchmark_conclusion, "is_partial": _time_was_up}
         return [
             Stage("environment", 0.1, self.environment, always=True),
             Stage("build", 0.3, self.build, _build_conclusion),
@@ -231,14 +241,14 @@ class Stages:
             Stage("kernels", 0.1, self.kernels),
             Stage("tests", 0.2, self.tests, **tested),
             Stage("launches", 0.1, self.launches),
-            Stage("layers", 0.2, self.layers),
+            Stage("layers", 0.2, self.layers, **timed),
             Stage("memcheck", 0.1, self.sanitizer("memcheck"), **checks),
-            Stage("models", 0.3, self.models),
+            Stage("models", 0.3, self.models, **timed),
             Stage("racecheck", 0.1, self.sanitizer("racecheck"), **checks),
             Stage("synccheck", 0.1, self.sanitizer("synccheck"), **checks),
             Stage("suite", 0.3, self.suite, **tested),
-            Stage("bytes", 0.2, self.bytes),
-            Stage("sweep", 0.4, self.sweep),
+            Stage("bytes", 0.2, self.bytes, **timed),
+            Stage("sweep", 0.4, self.sweep, **timed),
             Stage("report", 0.2, self.report, reserved=REPORT, always=True),
         ]
 

@@ -51,6 +51,8 @@ class Stage:
     conclude: Callable[[str], str] = lambda log: ""  # one line out of its log
     # Whether the log tells of a failure that the exit code does not.
     finds_fault: Callable[[str], bool] = lambda log: False
+    # Whether the log tells that it was right but not all there is: the next run goes on with it.
+    is_partial: Callable[[str], bool] = lambda log: False
     # Seconds no earlier stage may take from this one.
     reserved: float = 0.0
     # Whether it must run each time, whatever came of it before.
@@ -68,6 +70,7 @@ class Result:
     returncode: int | None = None
     detail: str = ""
     log: str | None = None
+    partial: bool = False  # there is more to find out
     earlier: bool = False  # kept from a run before
 
 
@@ -125,7 +128,7 @@ class Runner:
         self._earlier = {
             line["stage"]: Result(**{**line, "earlier": True})
             for line in (earlier or {}).get("stages", [])
-            if line["status"] == OK
+            if line["status"] == OK and not line["partial"]
         }
         self._say = say
         self._begin = time.monotonic()
@@ -191,6 +194,7 @@ class Runner:
         text = log.read_text(errors="replace")
         if result.status == OK and stage.finds_fault(text):
             result.status = FAILED
+        result.partial = stage.is_partial(text)
         lines = [stage.conclude(text) or last_line(text), task.note]
         if result.status == TIMEOUT:
             lines.insert(0, f"stopped at its limit of {limit:.0f} s")
