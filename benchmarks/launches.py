@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _lines(layer: Any, device: torch.device) -> Iterator[str]:
     """One line per provider: the counts of both modes."""
     from .problem import FORWARD, TRAINING, Case, Problem
-    from .providers import BASELINES, FUSED, make_call, make_provider, one_line, unavailable
+    from .providers import FUSED, make_call, make_provider, one_line, unavailable
 
     problem = Problem.create(Case(layer, "fp32", "contiguous", 2), device)
-    for name in [*(n for n in BASELINES if n != "compile"), *FUSED]:
+    for name in ["eager-conv", "eager-linear", *FUSED]:
         if reason := unavailable(name, device):
             yield f"{name}: {reason}"
             continue

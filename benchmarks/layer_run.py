@@ -113,7 +113,7 @@ class LayerBench(Bench):
         setup = left * (sum(setups) / len(setups) if setups else 0.3)
         account = self.compile
         compiling = 0.0
-        if account.refuse() is None and any(p.name == "compile" for p in self.providers):
+        if account.refuse() is None and any(p.name.startswith(self.rival) for p in self.providers):
             each = account.seconds / account.cases if account.cases else 3.0
             rest = COMPILE_SHARE * budget - account.seconds
             compiling = min(rest, left * len(self.options.modes) * each)
@@ -168,8 +168,8 @@ class LayerBench(Bench):
 
         Returns the module and, per mode, a status: ok (with the error), wrong, or n/a.
         """
-        compiles = provider.name == "compile"
-        if compiles and (reason := self.compile.refuse()):
+        compiles = provider.name.startswith(self.rival)
+        if compiles and (reason := self.compile.refuse(provider.name)):
             return None, {mode: {"status": "n/a", "reason": reason} for mode in modes}
         case = problem.case
         tolerance = TOLERANCE[case.dtype]
@@ -200,7 +200,7 @@ class LayerBench(Bench):
         except Exception as error:  # a backend may refuse a case, a compiler may be missing
             reason = one_line(error)
             if compiles:
-                self.compile.broken = reason
+                self.compile.broken[provider.name] = reason
                 torch.compiler.reset()
             for mode in modes:
                 statuses.setdefault(mode, {"status": "n/a", "reason": reason})

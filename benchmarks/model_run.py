@@ -310,7 +310,7 @@ class ModelRun(Bench):
             if out[name]["status"] != "ok":
                 continue
             if name in BASE:
-                reason = self.compile.refuse() or self._compile(steps, name, mode, out)
+                reason = self.compile.refuse(name) or self._compile(steps, name, mode, out)
                 if reason is not None:
                     status = "n/a" if out[name]["status"] == "ok" else out[name]["status"]
                     out[name] |= {"status": status, "reason": reason}
@@ -328,9 +328,9 @@ class ModelRun(Bench):
             with in_mode([step.module], mode):
                 got = step.call(mode)(0)
         except Exception as error:
-            self.compile.broken = one_line(error)
+            self.compile.broken[name] = one_line(error)
             torch.compiler.reset()
-            return self.compile.broken
+            return self.compile.broken[name]
         spent = time.perf_counter() - begin
         self.compile.spend(spent)
         out[name]["compile"] = {"graphs": graphs_so_far() - graphs, "seconds": spent}
@@ -352,7 +352,7 @@ class ModelRun(Bench):
         seconds: float,
     ) -> dict[str, Any]:
         late = self.spent() > 1
-        rounds = Rounds(least=3 if late else 5, most=20, seconds=seconds)
+        rounds = Rounds(least=3 if late else 5, most=30, seconds=seconds)
         modules = [steps[name].module for name in calls]
         with in_mode(modules, mode):
             timed = self.time_calls(calls, self.timers(1), rounds, out, COMPARED_OVER, calls)

@@ -116,7 +116,7 @@ class NetworkSpec:
     source: str
     channels: int = 3
     size: int = 224
-    cpu_batch: int = 2
+    cpu_batch: int = 4
     cuda_batch: int = 256
     compiled_on_cpu: bool = False  # by default; Inductor's C++ takes minutes for the others
 

@@ -13,7 +13,7 @@ import torch
 
 from .networks import COMPILE_WITHOUT, FULL_ONLY, NETWORKS, VARIANTS, NetworkSpec
 from .problem import DTYPES, FORWARD, LAYOUTS, TRAINING
-from .providers import BASELINES, COMPOSED, FUSED
+from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES
 from .workloads import DEFAULT_NETWORKS, Network, load_networks, select
 
 LOCAL_RESULTS = Path(__file__).with_name("results") / "local"
@@ -121,7 +121,8 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     fused = f"of {', '.join([*BASELINES, *COMPOSED])}, and backends {', '.join(FUSED)}, reference"
     if kind == "layers":
         add("--provider", action="append",
-            help=f"{fused}; default: the baselines and every fused backend")  # fmt: skip
+            help=f"{fused}; default: the baselines (on a CPU without timm and "
+            "compile-max) and every fused backend")  # fmt: skip
         add("--batch", action="append", type=int, help="default: 8 on CPU, 256 on CUDA")
         add("--network", action="append", help="network of workloads.json (repeatable)")
         add("--layer", action="append", default=[], metavar="CxHxW", help="only this shape")
@@ -130,7 +131,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         add("--small", action="store_true", help="only the overhead of a tiny call, 2x64x4x4")
         return parser
     add("--provider", action="append",
-        help=f"{fused}; default: all but compile and reference")  # fmt: skip
+        help=f"{fused}; default: eager, halves and every fused backend")  # fmt: skip
     add("--axis", action="append", choices=AXES, help="default: all")
     add("--batch", type=int, help="where the axes meet (default: 8 on CPU, 64 on CUDA)")
     add("--channels", type=int, default=256, help="where the axes meet (256)")
@@ -205,7 +206,8 @@ def _layers(
         dtypes=args.dtype or (["fp32", "bf16"] if args.full else ["bf16" if cuda else "fp32"]),
         layouts=args.layout or list(LAYOUTS),
         batches=args.batch or ([1, 8, 32] if args.full else [256 if cuda else 8]),
-        providers=args.provider or [*BASELINES, *FUSED],
+        providers=args.provider
+        or [n for n in (*BASELINES, *FUSED) if cuda or args.full or n not in GPU_BASELINES],
         neighbours=args.neighbours,
         # a selection of layers is somebody looking at those layers
         small=args.small or not (args.layer or args.network),
@@ -221,7 +223,8 @@ def _sweep(
     base = {"batch": batch, "channels": args.channels, "side": args.side, "hidden": args.hidden}
     if min(base.values()) < 1 or args.points < 0:
         parser.error(f"expected positive extents, got {base} and points {args.points}")
-    baselines = [name for name in BASELINES if args.full or name != "compile"]
+    wanted = ("eager-conv", "eager-linear", *(("compile",) if args.full else ()))
+    baselines = [name for name in BASELINES if name in wanted]
     return SweepOptions(
         **common,
         dtypes=args.dtype or ["bf16" if cuda else "fp32"],

@@ -80,6 +80,19 @@ def test_layers(run: Callable[..., tuple[int, Any]], capsys: pytest.CaptureFixtu
     assert "256x8x8" not in capsys.readouterr().out
 
 
+def test_the_module_of_timm(run: Callable[..., tuple[int, Any]]) -> None:
+    from models import library
+
+    library("timm")
+    words = ("--network", "mobilenetv3_large_100", "--layer", "960x7x7", "--batch", "1",
+             "--neighbours", "--layout", "channels_last", "--budget", "0.5")  # fmt: skip
+    code, record = run("layers", *words, "--provider", "timm", "--provider", "reference")
+    assert code == 0
+    assert {e["providers"]["timm"]["status"] for e in record["results"]} == {"ok"}
+    _, record = run(*LAYER, "--provider", "timm")
+    assert record["results"][0]["providers"]["timm"]["reason"].endswith("and no shift")
+
+
 def test_a_word_is_not_needed(run: Callable[..., tuple[int, Any]]) -> None:
     assert run(*LAYER[1:])[1]["command"] == run(*LAYER)[1]["command"]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LAYERS = 48  # more cannot be told apart
-MARKS = {"eager-linear": "o", "compile": "D"}
+MARKS = {"eager-linear": "o", "timm": "s", "compile": "D", "compile-max": "d"}
 
 
 def _bars(record: Record, layout: str, mode: str) -> list[tuple[str, Entry]]:

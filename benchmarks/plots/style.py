@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 COLOURS = {
     "eager-conv": "#9ca3af",
     "eager-linear": "#6b7280",
+    "timm": "#b45309",
     "compile": "#dc2626",
+    "compile-max": "#f87171",
     "native": "#2563eb",
     "triton": "#f59e0b",
     "cuda": "#10b981",
