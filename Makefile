@@ -35,14 +35,18 @@ PY := $(PYTHON)
 READY_BENCH := given-python
 READY_TEST := given-python
 READY_GPU :=
+READY_MODELS :=
 else
 PY := $(VENV)/bin/python
 READY_BENCH := $(STAMPS)/bench
 READY_TEST := $(STAMPS)/test
 READY_GPU := $(STAMPS)/bench $(STAMPS)/test
+READY_MODELS := $(STAMPS)/models
 endif
+FOR_MODELS := $(if $(filter models,$(ARGS)),$(READY_MODELS))
 OUT ?= build/gpu
 BUDGET ?= 540
+DEVICE ?= cuda
 
 .PHONY: help bench build gpu test test-all lint format clean given-python FORCE
 
@@ -55,14 +59,15 @@ help:  ## this list
 	@echo '  ARGS=...    arguments for the benchmarks or for pytest'
 	@echo '  OUT=...     folder for the results of gpu (default $(OUT))'
 	@echo '  BUDGET=...  seconds for gpu (default $(BUDGET))'
+	@echo '  DEVICE=cpu  a dry run of gpu: every stage, with a small task for the CPU'
 	@echo '  SENET_KERNELS_BUILD=auto|python|cpu|cuda, see setup.py'
 
-bench: $(READY_BENCH)  ## install what is needed, run the benchmarks
+bench: $(READY_BENCH) $(FOR_MODELS)  ## install what is needed, run the benchmarks
 	@echo '==> benchmarks'; time $(PY) -m benchmarks $(ARGS)
 
 # Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given.
 gpu: $(READY_GPU)  ## build, test, check and time on this machine's GPU; no network needed
-	@$(PY) tools/gpu.py --out '$(OUT)' --budget '$(BUDGET)' -- $(ARGS)
+	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' -- $(ARGS)
 
 test: $(READY_TEST)  ## lint, and the tests that need no GPU and no patience
 	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \
