@@ -9,7 +9,7 @@ package, because torch's counter is not imported with torch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ def _backward(
 
 def _register() -> None:
     ops = torch.ops.senet_kernels
-    formulas = {f"{backend}_forward": _forward for backend in BACKENDS_WITH_OPS}
-    formulas |= {f"{backend}_backward": _backward for backend in BACKENDS_WITH_OPS}
-    formulas["native_forward_"] = _forward
+    formulas: dict[str, Callable[..., int]] = {"native_forward_": _forward}
+    for backend in BACKENDS_WITH_OPS:
+        formulas |= {f"{backend}_forward": _forward, f"{backend}_backward": _backward}
     for name, formula in formulas.items():
         target = getattr(ops, name)
         if target not in flop_registry:  # the module may be imported twice, from two paths
@@ -72,7 +72,7 @@ def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
         model: any module that takes one tensor; counted in evaluation mode.
         shape: of its input.
     """
-    tensors = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    tensors: dict[int, Any] = {id(p): nn.Parameter(p.to("meta")) for p in model.parameters()}
     tensors |= {id(b): b.to("meta") for b in model.buffers()}
     copied = copy.deepcopy(model, tensors).eval()  # deepcopy takes them for copied already
     dtype = next((p.dtype for p in model.parameters()), None)
