@@ -273,7 +273,7 @@ class ResNet(nn.Module):
         """``[B, in_chans, H, W] -> [B, num_features, H', W']``, the last stage's output."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for name in self.stages:
-            x = self.get_submodule(name)(x)
+            x = getattr(self, name)(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
