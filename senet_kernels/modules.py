@@ -89,7 +89,8 @@ class FusedSEBlock(nn.Module):
             ``"tied"``: W2 is W1 transposed, so that ``fc2`` has a bias only, and the gradients of
             both uses add up in ``fc1.weight``; ``"constant"``: scale-and-shift by a gate that
             does not depend on x, ``y = alpha p + beta`` with ``alpha`` and ``beta`` (``[C]``,
-            initially 1 and 0) learned. There is no ``fc1``, ``fc2`` or ``hidden`` in it.
+            initially 1 and 0) learned. There is no ``fc1``, ``fc2`` or ``hidden`` in it, and
+            it runs as :func:`senet_kernels.channel_scale`.
         backend: see :func:`senet_kernels.squeeze_excite`.
         device, dtype: of the parameters.
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import runpy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,7 +299,7 @@ def _block(**options: Any) -> FusedSEBlock:
 def _hand_written(block: FusedSEBlock, x: Tensor, residual: Tensor) -> Tensor:
     """The forms written out, from the definitions."""
     if block.excitation == "constant":
-        alpha, beta = block.alpha[:, None, None], block.beta[:, None, None]
+        alpha, beta = (t.reshape(-1, *[1] * (x.dim() - 2)) for t in (block.alpha, block.beta))
         return F.relu(alpha * x + beta + residual)
     w1, b1 = (None, None) if block.fc1 is None else (block.fc1.weight, block.fc1.bias)
     w2 = block.fc1.weight.flatten(1).T if block.excitation == "tied" else block.fc2.weight
@@ -329,6 +331,9 @@ def test_forms_against_their_definitions(form: dict[str, Any], last: bool) -> No
     for got, right in zip(*results, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-11)
     assert results[0][0].stride() == x.stride()
+    for shape in ((0, 12, 5, 7), (1, 12, 1, 1), (2, 12, 3)):
+        some = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(block(some, some), _hand_written(block, some, some))
 
 
 def test_keys_of_the_forms() -> None:
@@ -512,9 +517,10 @@ def test_copies_and_checkpoints(form: dict[str, Any]) -> None:
     torch.testing.assert_close(exported(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", MODEL_FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
-    model = _random(create_model("se_resnet8", 10, 1, formula="weighted"))
+def test_autocast(dtype: torch.dtype, form: dict[str, Any]) -> None:
+    model = _random(create_model("se_resnet8", 10, 1, **form))
     x = torch.randn(2, 1, 8, 8)
     expected = model(x)
     with torch.autocast("cpu", dtype):
@@ -702,3 +708,26 @@ def test_added_blocks_compile() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- the documentation ----
+
+_DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_drawings_are_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = runpy.run_path(str(_DOCS / "senet_drawing.py"))
+    monkeypatch.setitem(names["main"].__globals__, "__file__", str(tmp_path / "senet_drawing.py"))
+    names["main"]()
+    for name in ("senet.svg", "senet.zh-CN.svg"):
+        assert (tmp_path / name).read_text("utf-8") == (_DOCS / name).read_text("utf-8")
+        assert f"({name})" in (_DOCS / name).with_suffix(".md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_table_of_sizes_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(_DOCS / "senet_claims.py"))["size"]()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| r")]
+    assert len(rows) == 5
+    for page in ("senet.md", "senet.zh-CN.md"):
+        assert set(rows) <= set((_DOCS / page).read_text("utf-8").splitlines())
