@@ -6,5 +6,13 @@ download; ``--help`` lists what else it can do. What it needs beyond torch:
 
 The files in the order of a run: ``options`` -> ``parallel`` -> ``data`` -> ``loader`` ->
 ``network`` -> ``freeze`` -> ``optimise`` -> ``loop`` (a step, a test) -> ``run`` (epochs, stages)
--> ``checkpoint``, ``record``, ``plots``.
+-> ``checkpoint``, ``record``, ``plots``. ``api`` puts them together.
 """
+
+from __future__ import annotations
+
+from .api import evaluate, train
+from .errors import TrainError
+from .options import Options
+
+__all__ = ["Options", "TrainError", "evaluate", "train"]

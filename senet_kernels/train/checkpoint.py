@@ -43,20 +43,21 @@ class Progress:
     best_accuracy: float = -1.0
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole model's state dict, on every process; names without DDP's prefix."""
-    weights: dict[str, Any] = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True)
-    )
+def whole_weights(model: nn.Module, *, everywhere: bool = False) -> dict[str, Tensor]:
+    """The whole model's state dict, names without DDP's prefix: on every process, or on the CPU
+    of the first."""
+    weights: dict[str, Any] = get_model_state_dict(model, options=_whole(everywhere))
     return weights
 
 
 def whole_momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state by parameter name."""
-    state: dict[str, Any] = get_optimizer_state_dict(
-        model, optimizer, options=StateDictOptions(full_state_dict=True)
-    )
+    """The optimiser's state by parameter name, on the CPU of the first process."""
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_whole(False))
     return state
+
+
+def _whole(everywhere: bool) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
 
 
 def load_momentum(

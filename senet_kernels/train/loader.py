@@ -7,6 +7,7 @@ wherever a run was interrupted, a picture of an epoch looks the same.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -194,7 +195,7 @@ def _loader(pictures: Pictures, batches: Any, workers: int, device: torch.device
 def _workers(options: Options, data: Data) -> int:
     if options.workers >= 0:
         return options.workers
-    return 0 if data.name == "digits" else 4
+    return 0 if data.name == "digits" else min(4, os.cpu_count() or 1)
 
 
 def training_loader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from typing import Any
 
@@ -38,11 +39,13 @@ def build(options: Options, data: Data) -> ResNet:
 
 
 def read(path: str) -> dict[str, Any]:
-    """A checkpoint or state dict: tensors and plain values only, no code is run.
+    """A checkpoint (of a run's folder: its last) or state dict: tensors and plain values only, no
+    code is run.
 
     Raises:
         TrainError: it cannot be read.
     """
+    path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file

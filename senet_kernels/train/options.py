@@ -52,7 +52,9 @@ class Options:
         "full", "what to read of each image file before training, to skip corrupt ones",
         choices=("full", "header", "none"),
     )  # fmt: skip
-    workers: int = _option(-1, "processes that load images (none for digits, else 4)", free=True)
+    workers: int = _option(
+        -1, "processes that load images (none for digits, else up to 4)", free=True
+    )
 
     model: str = _option("se_resnet20", "a name of senet_kernels.models.list_models()")
     model_args: str = _option(
@@ -61,7 +63,7 @@ class Options:
     )  # fmt: skip
     init_from: str = _option("", "weights to start from: a checkpoint or a state dict", free=True)
 
-    epochs: int = _option(20, "times through the training images")
+    epochs: int = _option(30, "times through the training images")
     batch_size: int = _option(64, "images per step, all processes together")
     lr: float = _option(0.1, "peak learning rate")
     momentum: float = _option(0.9, "of SGD")

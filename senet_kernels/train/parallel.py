@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -80,11 +81,14 @@ class Processes:
         """
         if self.kind == "ddp":
             # Each process keeps its own BatchNorm statistics within an epoch, as under FSDP2.
-            return nn.parallel.DistributedDataParallel(
-                model,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
-            )
+            ddp = nn.parallel.DistributedDataParallel
+            known = inspect.signature(ddp).parameters
+            # The same by its new name, where torch has it.
+            name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+            keywords: dict[str, Any] = {name: False}
+            if self.device.type == "cuda":
+                keywords["device_ids"] = [self.device]
+            return ddp(model, **keywords)
         if self.kind == "fsdp2":
             _shard(model, self.world, self.device.type)
         return model

@@ -31,7 +31,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
         for part, colour in (("train", GREY), ("test", BLUE)):
             axis.plot(x, [row[f"{part}_{name}"] for row in epochs], color=colour, label=part)
-        axis.set_ylabel(name)
+        axis.set_ylabel(name)  # in training with label smoothing and augmentation
         axis.legend(frameon=False)
     rate.plot(x, [row["lr"] for row in epochs], color=ORANGE)
     rate.set_ylabel("learning rate")

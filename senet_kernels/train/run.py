@@ -141,7 +141,7 @@ class Run:
         self.progress.epoch = 0
         if self.progress.stage < len(self.stages):
             # A fresh optimiser, and a fresh wrapper: DDP and FSDP2 ask what is frozen only once.
-            weights = checkpoint.whole_weights(self.learner.model)
+            weights = checkpoint.whole_weights(self.learner.model, everywhere=True)
             model = network.build(self.options, self.data).to(self.learner.dtype)
             model.load_state_dict(weights)
             self.learner = self._learner(model)
@@ -289,7 +289,7 @@ class Run:
                if self.processes.world > 1 else ""),
             "weight decay: "
             + ", ".join(
-                f"{group['weight_decay']:g} on {len(group['params'])} parameters"
+                f"{group['weight_decay']:g} on {len(group['params'])} tensors"
                 for group in self.learner.optimizer.param_groups
             ),
         )  # fmt: skip
@@ -305,9 +305,9 @@ class Run:
         if len(self.stages) > 1 or stage.freeze != "none":
             trained = sum(p.requires_grad for p in self.learner.model.parameters())
             self._say(
-                f"stage {self.progress.stage + 1}: {stage.epochs} epochs, frozen: {stage.freeze}; "
-                f"{trained} parameters learn, {len(self.learner.frozen_norms)} BatchNorms keep "
-                "their statistics"
+                f"stage {self.progress.stage + 1}: epochs {stage.epochs}, frozen: {stage.freeze}; "
+                f"{trained} tensors learn, {len(self.learner.frozen_norms)} BatchNorms keep their "
+                "statistics"
             )
 
     def _bar(self, batches: Any, total: int) -> Iterator[tuple[Tensor, Tensor]]:
