@@ -166,6 +166,11 @@ class Options:
         return arguments
 
 
+# Which option begins a group of --help.
+_GROUPS = {
+    "data": "data", "model": "network", "epochs": "recipe", "freeze": "fine-tuning",
+    "device": "machine", "out": "run",
+}  # fmt: skip
 _ANY = float("inf")
 _RANGES: dict[str, tuple[float, float]] = {
     "test_fraction": (0.01, 0.99), "image_size": (0, _ANY), "test_size": (0, _ANY),
@@ -196,18 +201,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for field in dataclasses.fields(Options):
+        if field.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[field.name])
         keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
         if field.type == "bool":
             keywords["action"] = argparse.BooleanOptionalAction
         elif "nargs" not in field.metadata["argparse"]:
             keywords["type"] = {"int": int, "float": float, "str": str}[str(field.type)]
-        parser.add_argument(_flag(field.name), **keywords, **field.metadata["argparse"])
-    parser.add_argument(
+        group.add_argument(_flag(field.name), **keywords, **field.metadata["argparse"])
+    group.add_argument(
         "--resume", nargs="?", const="auto", metavar="PATH",
         help="go on with a run: its folder or checkpoint; other options need not be repeated. "
         "Without PATH: what is in --out, or a new run",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--evaluate", action="store_true", help="only measure --init-from on the test images"
     )
     given = vars(parser.parse_args(argv))
@@ -221,6 +228,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _help(field: dataclasses.Field[Any]) -> str:
     text: str = field.metadata["help"]
-    if field.type == "bool" or field.default in ("", -1) or "(" in text:
+    if field.type == "bool":
+        return f"{text} [{'yes' if field.default else 'no'}]"
+    if field.default in ("", -1) or "(" in text:
         return text
     return f"{text} [{field.default}]"

@@ -49,6 +49,8 @@ class Run:
         self.folder = Path(options.out or _default_folder(options))
         keep = state is not None
         procs.on_first(lambda: record.make_folder(self.folder, keep, options.overwrite))
+        if options.data != "digits" and options.check != "none":
+            self._say(f"reading the images of {options.data} (--check {options.check})")
         self.data = procs.on_first(lambda: data.load(options))
         self.fingerprint = procs.on_first(lambda: self.data.fingerprint)
         torch.manual_seed(options.seed)
