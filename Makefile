@@ -151,12 +151,12 @@ $(NEWER)/stamp: | $(STAMPS)/torch
 	  else echo '    left out: it is for Linux'; fi; mkdir -p $(NEWER); touch $@; }
 
 $(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(NEWER)/stamp
-	@echo '==> senet_kernels[test,lint], native: $(SENET_KERNELS_BUILD)'; time { \
-	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint]' "$(TRITON); sys_platform == 'linux'"; \
+	@echo '==> senet_kernels[test,lint,train], native: $(SENET_KERNELS_BUILD)'; time { \
+	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint,train]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }
 
 given-python:
 	@echo '==> senet_kernels into $(PYTHON), native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-deps --no-build-isolation -e .; cat senet_kernels/_build.json; \
-	  $(call missing,matplotlib numpy pytest pytest_benchmark rich tqdm hypothesis triton) || \
+	  $(call missing,matplotlib numpy PIL pytest pytest_benchmark rich sklearn tqdm hypothesis triton) || \
 	    echo "    some targets or reports may need them: $(PYTHON) -m pip install ..."; }
