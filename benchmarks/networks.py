@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from senet_kernels import FusedSEBlock, fuse_se_blocks
-
-from .libraries import load, randomise
+from senet_kernels._libraries import load
 
 ORIGINAL, FUSED, NEIGHBOURS, WITHOUT = "original", "fused", "neighbours", "no-se"
 COMPILE, COMPILE_FUSED, COMPILE_WITHOUT = "compile", "compile-fused", "compile-no-se"
@@ -192,3 +191,19 @@ def variant(model: nn.Module, name: str) -> nn.Module:
         if not fused:
             raise RuntimeError("fuse_se_blocks replaced nothing in this network")
     return out
+
+
+def randomise(model: nn.Module) -> None:
+    """Break initialisations that hide a block: zeros, and norms that pass everything on."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.uniform_(0.7, 1.3)
+                module.bias.uniform_(-0.3, 0.3)
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+                fan_in = module.weight[0].numel()
+                module.weight.normal_(0, 1.0 / fan_in**0.5)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.3)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senet_kernels import backends, channel_scale, squeeze
+from senet_kernels._libraries import load
 
-from .libraries import load
 from .problem import DTYPES, FORWARD, TRAINING, Problem
 from .workloads import Layer
 

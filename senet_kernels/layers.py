@@ -50,7 +50,7 @@ def _make(layer: Callable[..., nn.Module]) -> nn.Module:
 
 
 def divisible(value: float, divisor: int) -> int:
-    """timm's ``makedivisible`` with ``round_limit=0``: the nearest multiple, at least one."""
+    """timm's ``make_divisible`` with ``round_limit=0``: the nearest multiple, at least one."""
     return max(divisor, int(value + divisor / 2) // divisor * divisor)
 
 

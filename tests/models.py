@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.libraries import load, randomise
+from benchmarks.networks import randomise
+from senet_kernels._libraries import load
 
 
 def library(name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Optional model libraries: importing them beside any build of torch, and weights that tell."""
+"""Importing the model libraries people have, beside any build of torch; none is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from types import ModuleType
 
 import torch
-from torch import nn
 
 _NEED_TORCHVISION = ("timm", "torchvision", "segmentation_models_pytorch", "transformers")
 _schemas: list[torch.library.Library] = []
@@ -36,19 +35,3 @@ def _make_torchvision_importable() -> None:
         for op in ("nms", "qnms"):
             _schemas[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")
-
-
-def randomise(model: nn.Module) -> None:
-    """Break initialisations that hide a block: zeros, and norms that pass everything on."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.weight.uniform_(0.7, 1.3)
-                module.bias.uniform_(-0.3, 0.3)
-                module.running_mean.uniform_(-0.1, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-                fan_in = module.weight[0].numel()
-                module.weight.normal_(0, 1.0 / fan_in**0.5)
-                if module.bias is not None:
-                    module.bias.normal_(0, 0.3)
