@@ -92,7 +92,7 @@ def test_resident_plans_hold_whole_images(forward: bool, clusters: bool) -> None
         if p is not None:
             assert shape.channels <= p.BC
             assert shape.positions <= p.BS
-            assert p.G * p.BC * p.BS <= 8192 * p.blocks, "too large for registers"
+            assert p.G * p.BC * p.BS // p.blocks <= 8192, "too large for registers"
             assert p.programs * p.G >= shape.batch
             assert (p.BC if shape.last else p.BS) % 8 == 0, "a byte of the mask has eight bits"
     assert any(p is None for _, p in plans)
@@ -507,7 +507,8 @@ def test_autotuning_is_refused_during_graph_capture(
 _ENTRY: dict[str, Any] = {
     "direction": "forward", "dtype": "float32", "capability": [9, 0], "multiprocessors": 132,
     "shape": Shape(3, 20, 30, 4, 20, False)._asdict(), "resident": False,
-    "clusters": False, "plan": {"G": 1, "BC": 16, "BS": 8, "BR": 4, "BK": 2, "tiles": 2, "splits": 2, "steps": 2,
+    "clusters": False,
+    "plan": {"G": 1, "BC": 16, "BS": 8, "BR": 4, "BK": 2, "tiles": 2, "splits": 2, "steps": 2,
              "programs": 12, "warps": 4},
 }  # fmt: skip
 

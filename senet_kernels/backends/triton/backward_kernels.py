@@ -417,7 +417,11 @@ def half_backward_kernel(
         dmean = mean_gradient(given, lengths, image, live_image, positions, ACC)
         scale = dmean
         shift = dmean
-    scale_row, shift_row, dmean_row = per_row(scale, ROWS), per_row(shift, ROWS), per_row(dmean, ROWS)
+    scale_row, shift_row, dmean_row = (
+        per_row(scale, ROWS),
+        per_row(shift, ROWS),
+        per_row(dmean, ROWS),
+    )
 
     g, c = rows_of(G, BC)
     b, c = first_image + g, first_channel + c

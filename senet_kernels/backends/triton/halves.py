@@ -33,7 +33,6 @@ from .launch import (
 from .operands import HALF_NAMES, Inputs, Kind, examine
 from .plan import Choice, ceil_div
 
-
 # Parts at a time in the launches that add them up, of BATCH_BLOCK times VECTOR elements each.
 _PARTS = 4
 
@@ -77,9 +76,7 @@ class ChannelScale:
         self.kind = kind
         self.keeps_mask = save and kind.options.after == "relu"
         self.mask = mask_numel(x) if self.keeps_mask else 0
-        self.scale = launch_over_images(
-            scale_kernel, choice.plan, launch_values(kind, choice.plan)
-        )
+        self.scale = launch_over_images(scale_kernel, choice.plan, launch_values(kind, choice.plan))
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         kind, like = self.kind, inputs[0]

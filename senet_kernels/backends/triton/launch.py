@@ -277,9 +277,7 @@ def empty_gradients(
     ]  # fmt: skip
 
 
-def finished(
-    kind: Kind, x: Tensor, written: list[Tensor | None], of: Inputs
-) -> tuple[Tensor, ...]:
+def finished(kind: Kind, x: Tensor, written: list[Tensor | None], of: Inputs) -> tuple[Tensor, ...]:
     """The gradients in the strides of what they belong to; empty where none was asked for."""
     return tuple(
         x.new_empty((0,)) if w is None or t is None
