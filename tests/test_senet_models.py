@@ -134,12 +134,14 @@ def test_keys_and_shapes_are_timms(name: str) -> None:
     }
 
 
-def _same_as_timm(name: str, size: int, batch: int, tolerance: float, dtype: torch.dtype) -> None:
+def _same_as_timm(
+    name: str, size: tuple[int, int], batch: int, tolerance: float, dtype: torch.dtype
+) -> None:
     theirs = library("timm").create_model(name, num_classes=11)
     randomise(theirs.eval())
     ours = timm_twin(name, num_classes=11).eval()
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(batch, 3, size, size + 7, dtype=dtype)
+    x = torch.randn(batch, 3, *size, dtype=dtype)
     with torch.no_grad():
         right = theirs.to(dtype)(x)
         _close(ours.to(dtype)(x), right, tolerance)
@@ -156,7 +158,7 @@ def _same_as_timm(name: str, size: int, batch: int, tolerance: float, dtype: tor
     ("seresnext50_32x4d", 33, 1), ("legacy_seresnext50_32x4d", 33, 3),
 ])  # fmt: skip
 def test_outputs_are_timms(name: str, size: int, batch: int) -> None:
-    _same_as_timm(name, size, batch, 1e-12, torch.float64)
+    _same_as_timm(name, (size, size + 7), batch, 1e-12, torch.float64)
 
 
 @pytest.mark.slow
@@ -165,7 +167,7 @@ def test_outputs_are_timms(name: str, size: int, batch: int) -> None:
 @pytest.mark.parametrize("name", ["seresnet50", "legacy_seresnet50", "legacy_senet154",
                                   "seresnext101_32x4d"])  # fmt: skip
 def test_outputs_are_timms_at_full_size(name: str, size: int, batch: int) -> None:
-    _same_as_timm(name, size, batch, 1e-5, torch.float32)
+    _same_as_timm(name, (size, size), batch, 1e-5, torch.float32)
 
 
 def test_weights_of_another_network_are_refused() -> None:
