@@ -27,7 +27,8 @@ from senet_kernels.backends import triton
 
 THREADS = 2
 
-# What Triton's interpreter runs.
+# What Triton's interpreter runs: of Triton alone, and of every backend.
+TRITON_TESTS = ("test_triton.py", "test_triton_tuning.py")
 KERNEL_TESTS = (
     "test_accuracy.py", "test_budgets.py", "test_gpu.py", "test_gradcheck.py", "test_layouts.py",
     "test_ops.py", "test_pointwise.py", "test_special_values.py",
@@ -76,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if (case := _case_of(item)) is not None and case.device == "cpu":
             functions.setdefault(item.nodeid.split("[")[0], []).append(item)
-    # test_triton.py is as small as it can be.
+    # Tests of Triton alone are as small as they can be.
     for name, cases in functions.items():
         few = INTERPRETED_CASES.get(name.split("::")[-1], INTERPRETED_CASES["others"])
         sample = {i * len(cases) // few for i in range(few)}
@@ -93,7 +94,7 @@ def _case_of(item: pytest.Item) -> BackendCase | None:
 def _is_of_triton(item: pytest.Item) -> bool:
     case = _case_of(item)
     if case is None:
-        return item.path.name == "test_triton.py"
+        return item.path.name in TRITON_TESTS
     # What else a backend must do is not the interpreter's business: on CPU tensors Triton is never
     # chosen automatically, and processes and threads are not what they are on a device.
     return case.name == "triton" and item.path.name in KERNEL_TESTS

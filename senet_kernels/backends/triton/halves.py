@@ -12,7 +12,7 @@ from torch import Tensor
 
 from senet_kernels.ops import after_code, mask_numel
 
-from .backward_kernels import half_backward_kernel, half_parameters_kernel
+from .backward_kernels import half_backward_kernel
 from .forward_kernels import add_parts_kernel, scale_kernel, squeeze_kernel
 from .launch import (
     BATCH_BLOCK,
@@ -31,6 +31,7 @@ from .launch import (
     wanted,
 )
 from .operands import HALF_NAMES, Inputs, Kind, examine
+from .parameter_kernels import half_parameters_kernel
 from .plan import Choice, ceil_div
 
 # Parts at a time in the launches that add them up, of BATCH_BLOCK times VECTOR elements each.
