@@ -87,7 +87,11 @@ def test_a_run_and_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert checkpoint_of(out)["progress"]["epochs"] == 1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param("bf16", marks=pytest.mark.slow), "fp16",
+     pytest.param("fp64", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_precisions(precision: str, tmp_path: Path) -> None:
     full = short_run(tmp_path / "fp32", epochs=1, clip=1.0, batch_size=64)
     short_run(tmp_path / "other", epochs=1, clip=1.0, batch_size=64, precision=precision)

@@ -115,15 +115,15 @@ def test_killed_before_the_first_checkpoint(
     monkeypatch.setattr(Learner, "step", _dies)
     for name in ("a", "b"):
         with pytest.raises(KeyboardInterrupt):
-            short_run(tmp_path / name)
+            short_run(tmp_path / name, epochs=1)
     assert checkpoint_of(tmp_path / "a")["progress"]["steps"] == 0
     (tmp_path / "b" / "last.pt").unlink()
     monkeypatch.undo()
-    short_run(tmp_path / "whole")
+    short_run(tmp_path / "whole", epochs=1)
     with pytest.raises(TrainError, match="has a run already"):
-        train({**SHORT, "out": str(tmp_path / "b")})
+        train({**SHORT, "epochs": 1, "out": str(tmp_path / "b")})
     for name in ("a", "b"):
-        train({**SHORT, "out": str(tmp_path / name)}, "auto")
+        train({**SHORT, "epochs": 1, "out": str(tmp_path / name)}, "auto")
         assert losses(tmp_path / name) == losses(tmp_path / "whole")
 
 
@@ -135,9 +135,9 @@ def test_auto_resume_finds_the_default_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train({**SHORT, "stop_after": 2}, "auto")
+    train({**SHORT, "epochs": 1, "stop_after": 2}, "auto")
     assert (tmp_path / "runs" / "se_resnet8-digits-0" / "last.pt").is_file()
-    assert train(SHORT, "auto")["complete"]
+    assert train({**SHORT, "epochs": 1}, "auto")["complete"]
 
 
 def test_resumed_into_another_folder(tmp_path: Path) -> None:
