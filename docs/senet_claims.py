@@ -161,7 +161,7 @@ def _folder(form: str, seed: int, fraction: float) -> Path:
 
 
 def _epochs(fraction: float) -> int:
-    """30 of 1437 training images; twice as many of few."""
+    """30 of 1438 training images; twice as many of few."""
     return 30 if fraction <= 0.5 else 60
 
 
