@@ -105,30 +105,27 @@ def _excite(
 
 
 def _apply_scale(
-    x: Tensor,
+    p: Tensor,
     u: Tensor,
     gate: str,
-    before: str,
-    before_affine: tuple[Tensor, Tensor] | None,
     after: str,
     residual: Tensor | None,
     alpha: Tensor | None,
     beta: Tensor | None,
 ) -> Tensor:
-    p = _prologue(x, before, before_affine)
-    channels = x.shape[1]
+    channels = p.shape[1]
     u = u.to(p.dtype)
     scale = POINTWISE[gate].fn(u[:, :channels])
     if beta is not None:
         scale = beta.to(p.dtype) * scale
     if alpha is not None:
         scale = alpha.to(p.dtype) + scale
-    y = p * _per_channel(scale, x.dim())
+    y = p * _per_channel(scale, p.dim())
     if u.shape[1] == 2 * channels:
-        y = y + _per_channel(u[:, channels:], x.dim())
+        y = y + _per_channel(u[:, channels:], p.dim())
     if residual is not None:
         y = y + residual.to(p.dtype)
-    return POINTWISE[after].fn(y).to(x.dtype)
+    return POINTWISE[after].fn(y)
 
 
 @_outside_autocast
@@ -157,7 +154,8 @@ def channel_scale(
     beta: Tensor | None = None,
 ) -> Tensor:
     """``after(p (alpha + beta gate(u)) + shift + residual)``; u is ``[B, C]`` or ``[B, 2C]``."""
-    return _apply_scale(x, u, gate, before, before_affine, after, residual, alpha, beta)
+    p = _prologue(x, before, before_affine)
+    return _apply_scale(p, u, gate, after, residual, alpha, beta).to(x.dtype)
 
 
 @_outside_autocast
@@ -182,9 +180,10 @@ def squeeze_excite(
 
     Arguments are taken as already validated; ``"identity"`` stands for None.
     """
-    z = _mean_over_space(_prologue(x, before, before_affine), lengths)
-    u = _excite(z, w1, b1, w2, b2, activation)
-    return _apply_scale(x, u, gate, before, before_affine, after, residual, alpha, beta)
+    # One prologue for both uses, so that their gradients meet before they are rounded.
+    p = _prologue(x, before, before_affine)
+    u = _excite(_mean_over_space(p, lengths), w1, b1, w2, b2, activation)
+    return _apply_scale(p, u, gate, after, residual, alpha, beta).to(x.dtype)
 
 
 def squeeze_excite_flat(
