@@ -1,0 +1,22 @@
+// The CUDA kernels as seen from outside: plan a call, give it scratch memory, launch it.
+#pragma once
+
+#include "plan.h"
+
+namespace senet {
+namespace gpu {
+
+// The current device, queried once per process; capability 0 where there is none.
+const Device& current_device();
+
+// Cached per kind of call and device. Plans live as long as the process.
+const Plan& plan_forward(const ForwardArgs& args);
+const Plan& plan_backward(const BackwardArgs& args);
+
+// Launch on a stream (a cudaStream_t), with plan.scratch bytes of device memory, contents
+// arbitrary. An error message, or null. Nothing is launched where there is nothing to do.
+const char* forward(const ForwardArgs& args, const Plan& plan, void* scratch, void* stream);
+const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, void* stream);
+
+}  // namespace gpu
+}  // namespace senet
