@@ -20,7 +20,7 @@ namespace gpu {
 
 constexpr int kUnit = 8;
 constexpr int kChain = 64;  // at most so many additions in a row into one accumulator
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 256;
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
 // Accumulation type for elements of so many bytes.
@@ -168,6 +168,36 @@ struct Matrix {
   int64_t pitch;  // elements from one row to the next
   bool vector;    // rows begin at multiples of 16 bytes
 };
+
+// A part of a dense matrix, `pitch` elements wide, that begins at element `first`.
+SENET_DEVICE Matrix matrix_at(const void* data, DType dtype, int64_t pitch, int64_t first) {
+  const char* p = static_cast<const char*>(data) + first * size_of(dtype);
+  const bool vector = reinterpret_cast<uintptr_t>(p) % 16 == 0 && pitch % kUnit == 0;
+  return {p, dtype, pitch, vector};
+}
+
+// The first rows and columns of m, copied into shared memory; a row's pitch is whole units.
+inline __device__ __noinline__ void copy_weights(Matrix m, int rows, int columns, char* to) {
+  const int size = size_of(m.dtype), pitch = (columns + kUnit - 1) / kUnit * kUnit;
+  for (int64_t i = threadIdx.x; i < int64_t(rows) * columns; i += blockDim.x) {
+    const int64_t r = i / columns, k = i % columns;
+    const char* from = m.p + (r * m.pitch + k) * size;
+    char* there = to + (r * pitch + k) * size;
+    if (size == 2) {
+      *reinterpret_cast<uint16_t*>(there) = *reinterpret_cast<const uint16_t*>(from);
+    } else if (size == 4) {
+      *reinterpret_cast<float*>(there) = *reinterpret_cast<const float*>(from);
+    } else {
+      *reinterpret_cast<double*>(there) = *reinterpret_cast<const double*>(from);
+    }
+  }
+}
+// Moves m there, and `to` behind it. To be read after a barrier.
+SENET_DEVICE void keep(Matrix& m, int rows, int columns, char*& to) {
+  copy_weights(m, rows, columns, to);
+  m = {to, m.dtype, (columns + kUnit - 1) / kUnit * kUnit, true};
+  to += (rows * m.pitch * size_of(m.dtype) + 15) / 16 * 16;
+}
 
 // w[0..8) from row r, columns k to k + count of it.
 template <class A>
@@ -376,9 +406,10 @@ struct Columns {
   SENET_DEVICE bool mine() const { return k < units && part < parts; }
 };
 
-// to[k][i] = the parts' sums together, of `columns` columns.
+// to[k][i] = the parts' sums together, of `columns` columns; or is increased by them.
 template <int kSums, class A>
-SENET_DEVICE void add_parts(const Columns& c, int columns, const A* scratch, A* const* to) {
+SENET_DEVICE void add_parts(const Columns& c, int columns, const A* scratch, A* const* to,
+                            bool increase = false) {
   __syncthreads();
   const int width = c.units * kUnit;
   for (int i = threadIdx.x; i < columns; i += blockDim.x) {
@@ -392,7 +423,7 @@ SENET_DEVICE void add_parts(const Columns& c, int columns, const A* scratch, A* 
         }
         total += chain;
       }
-      to[k][i] = total;
+      to[k][i] = increase ? to[k][i] + total : total;
     }
   }
 }
@@ -467,10 +498,11 @@ __device__ __noinline__ void rows_product(Matrix m, int rows, int columns, const
   }
 }
 
-// to[k] = sum over rows r of m[r][k] in[r], for columns [0, columns).
+// to[k] = sum over rows r of m[r][k] in[r], for columns [0, columns); or is increased by it.
 template <class A>
 __device__ __noinline__ void columns_product(Matrix m, int rows, int columns, const A* in,
-                                             A* scratch, A* to) {
+                                             A* scratch, A* to, bool increase) {
+  __syncthreads();  // scratch may be in use
   Columns c(columns);
   const int width = c.units * kUnit;
   for (; c.mine(); c.k += c.parts > 1 ? c.units : static_cast<int>(blockDim.x)) {
@@ -494,7 +526,7 @@ __device__ __noinline__ void columns_product(Matrix m, int rows, int columns, co
     for (int j = 0; j < kUnit; ++j) scratch[c.part * width + at + j] = total[j];
   }
   A* const sums[1] = {to};
-  add_parts<1>(Columns(columns), columns, scratch, sums);
+  add_parts<1>(Columns(columns), columns, scratch, sums, increase);
 }
 
 // ---- the blocks that share an image ----

@@ -44,14 +44,14 @@ class ForwardBlock {
     const bool two = s_.form == Form::two_layers;
     const int c0 = view_.channels.begin, n = view_.channels.size();
     const int r = static_cast<int>(s_.hidden), inner = static_cast<int>(s_.inner());
-    w1_ = matrix(w.w1, w.dtype, c_, c0);
-    gates_ = matrix(w.w2, w.dtype, inner, int64_t(c0) * inner);
-    shifts_ = matrix(w.w2, w.dtype, inner, int64_t(c_ + c0) * inner);
+    w1_ = matrix_at(w.w1, w.dtype, c_, c0);
+    gates_ = matrix_at(w.w2, w.dtype, inner, int64_t(c0) * inner);
+    shifts_ = matrix_at(w.w2, w.dtype, inner, int64_t(c_ + c0) * inner);
     if (!p_.weights) return;
     char* at = shared_memory() + p_.at.weights;
-    if (two) at = keep(&w1_, r, n, at);
-    at = keep(&gates_, n, inner, at);
-    if (has_shift_) keep(&shifts_, n, inner, at);
+    if (two) keep(w1_, r, n, at);
+    keep(gates_, n, inner, at);
+    if (has_shift_) keep(shifts_, n, inner, at);
   }
 
   SENET_DEVICE void run() {
@@ -91,30 +91,6 @@ class ForwardBlock {
   SENET_DEVICE static const char* at(const void* data, int64_t element) {
     return static_cast<const char*>(data) + element * kBytes;
   }
-  SENET_DEVICE Matrix matrix(const void* data, DType dtype, int64_t pitch, int64_t first) const {
-    const char* p = static_cast<const char*>(data) + first * size_of(dtype);
-    const bool vector = reinterpret_cast<uintptr_t>(p) % 16 == 0 && pitch % kUnit == 0;
-    return {p, dtype, pitch, vector};
-  }
-  // Copies the rows and columns of *m that this block uses to `to`, and leads *m there.
-  SENET_DEVICE static char* keep(Matrix* m, int rows, int columns, char* to) {
-    const int size = size_of(m->dtype), pitch = (columns + kUnit - 1) / kUnit * kUnit;
-    for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
-      const int r = i / columns, k = i % columns;
-      const char* from = m->p + (r * m->pitch + k) * size;
-      char* there = to + (r * pitch + k) * size;
-      if (size == 2) {
-        *reinterpret_cast<uint16_t*>(there) = *reinterpret_cast<const uint16_t*>(from);
-      } else if (size == 4) {
-        *reinterpret_cast<float*>(there) = *reinterpret_cast<const float*>(from);
-      } else {
-        *reinterpret_cast<double*>(there) = *reinterpret_cast<const double*>(from);
-      }
-    }
-    *m = {to, m->dtype, pitch, true};
-    return to + (int64_t(rows) * pitch * size + 15) / 16 * 16;
-  }
-
   // Whether each block has but its own channels of vectors over channels.
   SENET_DEVICE bool split_channels() const {
     return p_.exchange != Exchange::none && p_.axis == Axis::channels;

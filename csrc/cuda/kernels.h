@@ -6,8 +6,12 @@
 namespace senet {
 namespace gpu {
 
-// The current device, queried once per process; capability 0 where there is none.
+// The current device, queried once; capability 0 where there is none.
 const Device& current_device();
+
+// What the plan of a call depends on, besides the device.
+Task task_of(const ForwardArgs& args);
+Task task_of(const BackwardArgs& args);
 
 // Cached per kind of call and device. Plans live as long as the process.
 const Plan& plan_forward(const ForwardArgs& args);

@@ -136,6 +136,9 @@ class Draft {
   // The slices of both matrices, their rows padded to whole units.
   int64_t weight_bytes() const {
     const int64_t size = element_size(t_.parameter_dtype), c = plan.local_channels;
+    if (s_.form == Form::one_layer && t_.backward) {
+      return round_up(s_.outputs * round_up(c, kUnit) * size, 16);
+    }
     const int64_t w2 =
         (s_.outputs > s_.channels ? 2 : 1) * round_up(c * round_up(s_.inner(), kUnit) * size, 16);
     if (s_.form == Form::one_layer) return w2;
@@ -375,7 +378,7 @@ const char* parse_policy(const char* text, Policy* policy) {
     }
     const bool choice = field == &policy->exchange || field == &policy->axis;
     const bool bad = number < 0 || (choice && number > (field == &policy->axis ? 1 : 2)) ||
-                     (field == &policy->threads && (number % 32 || number > 512)) ||
+                     (field == &policy->threads && (number % 32 || number > 256)) ||
                      (field == &policy->slots && number > 3) ||
                      (field == &policy->blocks && number > 64);
     if (bad) return "SENET_KERNELS_CUDA_PLAN: a value is out of range";
