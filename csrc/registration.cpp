@@ -287,7 +287,8 @@ struct Call {
 Call make_call(Tensor x, const OptionalTensor& affine_scale, const OptionalTensor& affine_shift,
                const OptionalTensor& lengths, int64_t options, senet::Form form, int64_t hidden,
                int64_t outputs) {
-  STD_TORCH_CHECK(!affine_scale && !affine_shift, "before_affine: the CPU kernels do not take it");
+  STD_TORCH_CHECK(affine_scale.has_value() == affine_shift.has_value(),
+                  "before_affine: expected both of its tensors, or none");
   STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor");
   STD_TORCH_CHECK(x.dim() >= 3, "x: expected [B, C, *spatial], got ", x.dim(), " dimensions");
   Call c{x, {}, dtype_of("x", x), senet::unpack_options(options), {}, nullptr, x, true, {}, {}};
@@ -311,6 +312,8 @@ Call make_call(Tensor x, const OptionalTensor& affine_scale, const OptionalTenso
   }
   c.shape.channels_last = last;
   c.parameters.dtype = c.dtype;
+  c.parameters.affine_scale = c.parameter("before_affine[0]", affine_scale, channels, 1);
+  c.parameters.affine_shift = c.parameter("before_affine[1]", affine_shift, channels, 1);
 
   if (lengths) {
     STD_TORCH_CHECK(lengths->is_cpu(), "lengths: expected a CPU tensor");
@@ -406,6 +409,15 @@ Tensor point_into_results(senet::ForwardArgs& args, const Result& y, bool save) 
   return mask;
 }
 
+// The gradients of the affine map, those that the two lowest bits of `wanted` ask for.
+void point_into_affine(senet::BackwardArgs& args, Result& dscale, Result& dshift,
+                       const OptionalTensor& scale, const OptionalTensor& shift, int64_t wanted) {
+  if (scale && (wanted & 1)) dscale = Result(*scale, is_matrix_dense(*scale));
+  if (shift && (wanted & 2)) dshift = Result(*shift, is_matrix_dense(*shift));
+  args.daffine_scale = dscale.data();
+  args.daffine_shift = dshift.data();
+}
+
 // What a backward kernel needs to go back through `after`.
 void give_after(senet::BackwardArgs& args, Call& c, const OptionalTensor& residual,
                 const Tensor& mask) {
@@ -475,11 +487,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
   // In the order of Needs in senet_kernels/ops.py.
   // d_residual is laid out like dx; the residual itself is not kept where it is not needed.
-  const OptionalTensor of[8] = {c.like, w1, b1, w2, b2, c.like, alpha, beta};
-  void** const into[8] = {&args.dx,  &args.dw1,       &args.db1,    &args.dw2,
-                          &args.db2, &args.dresidual, &args.dalpha, &args.dbeta};
+  const OptionalTensor of[10] = {c.like, w1,    b1,   w2,           b2,
+                                 c.like, alpha, beta, affine_scale, affine_shift};
+  void** const into[10] = {
+      &args.dx,        &args.dw1,    &args.db1,   &args.dw2,           &args.db2,
+      &args.dresidual, &args.dalpha, &args.dbeta, &args.daffine_scale, &args.daffine_shift};
   Result results[10];
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 10; ++i) {
     if (!of[i] || !(needs >> i & 1)) continue;
     const bool image = i == 0 || i == 5;
     results[i] = Result(*of[i], image ? c.direct : is_matrix_dense(*of[i]));
@@ -512,13 +526,12 @@ std::tuple<Tensor, Tensor, Tensor> squeeze_backward(Tensor dz, Tensor x,
   const Tensor of_mean = c.vectors("dz", dz, c.shape.channels);
   args.dz = of_mean.data_ptr();
   args.x = c.images("x", x);
-  Result dx;
-  if (needs & 1) {
-    dx = Result(c.like, c.direct);
-    args.dx = dx.data();
-    kernels().backward(args, runtime());
-  }
-  return {dx.finish(x), Result().finish(x), Result().finish(x)};
+  Result dx, daffine_scale, daffine_shift;
+  if (needs & 1) dx = Result(c.like, c.direct);
+  point_into_affine(args, daffine_scale, daffine_shift, affine_scale, affine_shift, needs >> 1);
+  args.dx = dx.data();
+  kernels().backward(args, runtime());
+  return {dx.finish(x), daffine_scale.finish(x), daffine_shift.finish(x)};
 }
 
 std::tuple<Tensor, Tensor> channel_scale(Tensor x, Tensor u, OptionalTensor residual,
@@ -549,7 +562,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_scale
 
   // In the order of the inputs.
   const auto wanted = [needs](int i) { return (needs >> i & 1) != 0; };
-  Result dx, dresidual, dalpha, dbeta;
+  Result dx, dresidual, dalpha, dbeta, daffine_scale, daffine_shift;
   if (wanted(0)) dx = Result(c.like, c.direct);
   if (wanted(2)) dresidual = Result(c.like, c.direct);
   if (alpha && wanted(3)) dalpha = Result(*alpha, is_matrix_dense(*alpha));
@@ -558,14 +571,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_scale
   args.dresidual = dresidual.data();
   args.dalpha = dalpha.data();
   args.dbeta = dbeta.data();
+  point_into_affine(args, daffine_scale, daffine_shift, affine_scale, affine_shift, needs >> 5);
   Tensor du = new_matrix(accumulation(x), wanted(1) ? c.shape.batch : 0, c.shape.outputs);
   if (wanted(1)) args.du = du.mutable_data_ptr();
   kernels().backward(args, runtime());
   du = wanted(1) ? Call::converted(du, u.scalar_type()) : new_vector(x.scalar_type(), 0);
-  return {dx.finish(x),        du,
-          dresidual.finish(x), dalpha.finish(x),
-          dbeta.finish(x),     Result().finish(x),
-          Result().finish(x)};
+  return {dx.finish(x),           du,
+          dresidual.finish(x),    dalpha.finish(x),
+          dbeta.finish(x),        daffine_scale.finish(x),
+          daffine_shift.finish(x)};
 }
 
 }  // namespace

@@ -59,10 +59,11 @@ struct Images {
   int64_t stride = 0;
 };
 
-// The parameters of the excitation, all of one dtype. Biases, alpha and beta may be null.
+// The parameters, all of one dtype. Biases, alpha and beta may be null, and the two of the affine
+// map before `before` together.
 struct Parameters {
   DType dtype;
-  const void *w1, *b1, *w2, *b2, *alpha, *beta;
+  const void *w1, *b1, *w2, *b2, *alpha, *beta, *affine_scale, *affine_shift;
 };
 
 struct ForwardArgs {
@@ -92,7 +93,7 @@ struct BackwardArgs {
   const void* dz;  // [B, C] in the accumulation type: of the squeeze alone, instead of dy
   // Results, dense; null where not asked for. Parameter gradients have the parameters' dtype.
   void *dx, *dresidual;
-  void *dw1, *db1, *dw2, *db2, *dalpha, *dbeta;
+  void *dw1, *db1, *dw2, *db2, *dalpha, *dbeta, *daffine_scale, *daffine_shift;
   void* du;  // [B, outputs] in the accumulation type: of the scaling alone
 };
 

@@ -41,7 +41,7 @@ def _rows() -> dict[str, tuple[str, ...]]:
         "channel_scale alone": row(True, False),
         "scale-and-shift (w2 with 2C rows)": row(True),
         "alpha, beta": row(True),
-        "before_affine": row(False),
+        "before_affine": row(True),
         "lengths": row(True),
         "residual": row(True),
         "inplace": row(True, False),

@@ -20,7 +20,14 @@ _TESTS = Path(__file__).parent
 @pytest.mark.parametrize(
     "backend", [b for b in FUSED_BACKENDS if b.name == "native"], indirect=True, ids=str
 )
-def test_variant_passes_the_oracle_tests(backend: BackendCase, isa: str) -> None:
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "native and not pairs_of_choices",
+        pytest.param("native and pairs_of_choices", marks=pytest.mark.slow),  # a minute each
+    ],
+)
+def test_variant_passes_the_oracle_tests(backend: BackendCase, isa: str, choice: str) -> None:
     if isa not in build_record()["isas"]:
         pytest.skip(f"the library was built without {isa}")
     if isa == torch.ops.senet_kernels.native_isa():
@@ -28,7 +35,7 @@ def test_variant_passes_the_oracle_tests(backend: BackendCase, isa: str) -> None
     environment = {**os.environ, "SENET_KERNELS_ISA": isa}
     selection = [str(_TESTS / name) for name in ("test_pointwise.py", "test_accuracy.py")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "native", *selection],
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", choice, *selection],
         env=environment,
         cwd=_TESTS.parent,
         capture_output=True,

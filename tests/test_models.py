@@ -86,7 +86,13 @@ def test_same_output_and_gradients(real: RealModel) -> None:
     assert [type(m) for m in model.modules()] == types
 
 
-@each_model
+@pytest.mark.parametrize(
+    "real",
+    [
+        pytest.param(real, id=str(real), marks=[pytest.mark.slow] if i % 3 else [])
+        for i, real in enumerate(REAL_MODELS)
+    ],
+)
 def test_float32_error(real: RealModel) -> None:
     """In float32 the fused model is as close to the float64 model as the original is."""
     model = real.make()

@@ -1,7 +1,8 @@
 // The backward pass. With m = dy after'(pre):
 //   ds = sum of m p, dshift = sum of m                 one read of dy and x
 //   du = [beta ds gate'(u), dshift], dh = (W2^T du) activation'(h), dz = W1^T dh
-//   dx = (m scale + dz / S) before'(x)                 a second read; of dy alone in plain SE
+//   dq = (m scale + dz / S) before'(q), dx = a dq      a second read; of dy alone in plain SE
+//   da = sum of dq x, db = sum of dq                   of an affine map, in that second read
 // and the parameters' gradients as sums over images of outer products, in a fixed order. The
 // scaling alone has no dz; the squeeze alone has nothing else.
 #pragma once
@@ -25,6 +26,8 @@ class BackwardPass {
                         runtime.threads)),
         has_shift_(s_.outputs > s_.channels),
         wants_sums_(s_.form != Form::scale || args.du || args.dalpha || args.dbeta),
+        wants_affine_(args.daffine_scale || args.daffine_shift),
+        wants_dq_(args.dx || wants_affine_),
         width_(has_shift_ ? 2 * s_.channels : s_.channels) {
     const int64_t images = std::max<int64_t>(plan_.threads, plan_.group);
     const int64_t slices = images * plan_.threads;
@@ -41,6 +44,12 @@ class BackwardPass {
     const int64_t sums = s_.channels_last ? carver.reserve(slices * width_) : 0;
     const int64_t chained = s_.channels_last ? carver.reserve(plan_.threads * width_) : 0;
     const int64_t none = args.lengths ? carver.reserve(s_.channels) : 0;
+    constexpr bool kMap = kBefore == kAffine;
+    const bool columns = kMap && s_.channels_last;
+    const int64_t affine = kMap ? carver.reserve(2 * s_.channels) : 0;
+    const int64_t of_affine = kMap ? carver.reserve(2 * s_.batch * s_.channels) : 0;
+    const int64_t affine_sums = columns ? carver.reserve(2 * slices * s_.channels) : 0;
+    const int64_t affine_chain = columns ? carver.reserve(2 * plan_.threads * s_.channels) : 0;
     A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
     ds_ = memory + ds;
     gates_ = memory + gates;
@@ -52,6 +61,11 @@ class BackwardPass {
     sums_ = memory + sums;
     chained_ = memory + chained;
     none_ = memory + none;
+    of_affine_ = memory + of_affine;
+    affine_sums_ = memory + affine_sums;
+    affine_chain_ = memory + affine_chain;
+    prologue_ =
+        make_prologue<A, kBefore>(a_.options.before, a_.parameters, s_.channels, memory + affine);
     if (args.lengths) std::fill(none_, none_ + s_.channels, A(0));
     // -0, which changes no number it is added to.
     if (s_.form == Form::scale) std::fill(dmean_, dmean_ + images * s_.channels, A(-0.0));
@@ -62,14 +76,17 @@ class BackwardPass {
       for (int64_t b = begin; b < end; ++b) {
         through_scale(b, slot, slot);
         if (s_.form == Form::two_layers) through_output_layer(b, 1, 0, 1);
-        if (a_.dx && s_.form != Form::scale) through_first_layer(b, 1, slot, 0, 1);
-        write_dx(b, 0, 1, slot);
+        if (wants_dq_ && s_.form != Form::scale) through_first_layer(b, 1, slot, 0, 1);
+        write_dx(b, 0, 1, slot, slot, slot);
+        add_affine_slices(b, slot, 1);
       }
     });
     for (int64_t b = plan_.alone; b < s_.batch; b += plan_.group) {
       team(b, std::min(plan_.group, s_.batch - b));
     }
-    if (a_.dw1 || a_.db1 || a_.dw2 || a_.db2 || a_.dalpha || a_.dbeta) parameter_gradients();
+    if (a_.dw1 || a_.db1 || a_.dw2 || a_.db2 || a_.dalpha || a_.dbeta || wants_affine_) {
+      parameter_gradients();
+    }
   }
 
  private:
@@ -105,16 +122,17 @@ class BackwardPass {
         for (int64_t i = begin; i < end; ++i) through_output_layer(b0, images, i, parts);
       });
     }
-    if (a_.dx && s_.form != Form::scale) {
+    if (wants_dq_ && s_.form != Form::scale) {
       share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) through_first_layer(b0, images, 0, i, parts);
       });
     }
-    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int) {
+    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
       for (int64_t task = begin; task < end; ++task) {
-        write_dx(b0 + task / slices, task % slices, slices, task / slices);
+        write_dx(b0 + task / slices, task % slices, slices, task / slices, task, slot);
       }
     });
+    for (int64_t g = 0; g < images; ++g) add_affine_slices(b0 + g, g * slices, slices);
   }
 
   // From dy to du for one whole image, on one thread.
@@ -166,22 +184,22 @@ class BackwardPass {
     const ImageRuns runs = runs_of(b);
     const A* scale = scale_ + at * s_.channels;
     const A* shift = shifts(b, scale);
-    const Fn before = a_.options.before, after = a_.options.after;
+    const Fn after = a_.options.after;
     if (s_.channels_last) {
       const Range range = slice(s_.positions, i, slices);
-      dot_columns<T, kBefore, kPlain>([&](int64_t r) { return runs(range.begin + r); },
-                                      range.end - range.begin, s_.channels, PerElement<A>{scale},
-                                      PerElement<A>{shift}, has_shift_, before, after, sums,
-                                      chained_ + slot * width_);
+      dot_columns<T, kPlain>([&](int64_t r) { return runs(range.begin + r); },
+                             range.end - range.begin, s_.channels, prologue_.from_channel(0),
+                             PerElement<A>{scale}, PerElement<A>{shift}, has_shift_, after, sums,
+                             chained_ + slot * width_);
       return;
     }
     const Range range = slice(s_.channels, i, slices);
     A* ds = ds_ + b * s_.channels;
     A* dshift = du_ + b * s_.outputs + s_.channels;
     for (int64_t c = range.begin; c < range.end; ++c) {
-      dot_run<T, kBefore, kPlain>(runs(c), s_.positions, Uniform<A>{broadcast<A>(scale[c])},
-                                  Uniform<A>{broadcast<A>(shift[c])}, has_shift_, before, after,
-                                  ds + c, dshift + c);
+      dot_run<T, kPlain>(runs(c), s_.positions, prologue_.of_channel(c),
+                         Uniform<A>{broadcast<A>(scale[c])}, Uniform<A>{broadcast<A>(shift[c])},
+                         has_shift_, after, ds + c, dshift + c);
     }
   }
 
@@ -238,43 +256,65 @@ class BackwardPass {
     }
   }
 
-  SENET_OUTLINE void write_dx(int64_t b, int64_t i, int64_t slices, int64_t at) {
-    if (!a_.dx && !a_.dresidual) return;
+  // Slice i of image b, whose factors are at place `at`. The affine map's sums: rows, in place;
+  // channels-last, over a range of positions, to place `task` for add_affine_slices.
+  SENET_OUTLINE void write_dx(int64_t b, int64_t i, int64_t slices, int64_t at, int64_t task,
+                              int slot) {
+    if (!wants_dq_ && !a_.dresidual) return;
     const ImageRuns runs = runs_of(b);
     const A* scale = scale_ + at * s_.channels;
     const A* shift = shifts(b, scale);
     const A* dmean = dmean_ + at * s_.channels;
     T* dx = a_.dx ? static_cast<T*>(a_.dx) + b * s_.image() : nullptr;
     T* dresidual = a_.dresidual ? static_cast<T*>(a_.dresidual) + b * s_.image() : nullptr;
-    const int64_t n = counted(s_, a_.lengths, b);
-    const Range range = slice(s_.channels_last ? s_.positions : s_.channels, i, slices);
+    const int64_t n = counted(s_, a_.lengths, b), width = 2 * s_.channels;
+    const auto row = [&](T* image, int64_t r) { return image ? image + r * runs.n : nullptr; };
+    if (s_.channels_last) {
+      const Range range = slice(s_.positions, i, slices);
+      ColumnSink<A, kBefore> sums(affine_sums_ + task * width, affine_chain_ + slot * width,
+                                  s_.channels);
+      backwards(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
+        dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.from_channel(0),
+                          PerElement<A>{scale}, PerElement<A>{shift}, has_shift_,
+                          PerElement<A>{kPlain || r < n ? dmean : none_}, a_.options.after, sums);
+        sums.end_run();
+      });
+      return sums.finish();
+    }
+    const Range range = slice(s_.channels, i, slices);
+    A* of_affine = of_affine_ + b * width;
     backwards(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
-      T* dx_row = dx ? dx + r * runs.n : nullptr;
-      T* dresidual_row = dresidual ? dresidual + r * runs.n : nullptr;
-      if (s_.channels_last) {
-        dx_run<T, kBefore, kPlain>(runs(r), dx_row, dresidual_row, runs.n, PerElement<A>{scale},
-                                   PerElement<A>{shift}, has_shift_,
-                                   PerElement<A>{kPlain || r < n ? dmean : none_},
-                                   a_.options.before, a_.options.after);
-        return;
-      }
+      ChannelSink<A, kBefore> sums;
       const auto with = [&](auto of_mean) SENET_LAMBDA {
-        dx_run<T, kBefore, kPlain>(runs(r), dx_row, dresidual_row, runs.n,
-                                   Uniform<A>{broadcast<A>(scale[r])},
-                                   Uniform<A>{broadcast<A>(shift[r])}, has_shift_, of_mean,
-                                   a_.options.before, a_.options.after);
+        dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.of_channel(r),
+                          Uniform<A>{broadcast<A>(scale[r])}, Uniform<A>{broadcast<A>(shift[r])},
+                          has_shift_, of_mean, a_.options.after, sums);
       };
-      if constexpr (!kPlain) {
-        if (a_.lengths) return with(Prefix<A>{broadcast<A>(dmean[r]), n});
+      if (!kPlain && a_.lengths) {
+        with(Prefix<A>{broadcast<A>(dmean[r]), n});
+      } else {
+        with(Uniform<A>{broadcast<A>(dmean[r])});
       }
-      with(Uniform<A>{broadcast<A>(dmean[r])});
+      sums.finish(of_affine + r, of_affine + s_.channels + r);
+    });
+  }
+
+  // Channels-last: the slices of image b, from place `task` on, together.
+  SENET_OUTLINE void add_affine_slices(int64_t b, int64_t task, int64_t slices) {
+    if (kBefore != kAffine || !s_.channels_last) return;
+    const int64_t width = 2 * s_.channels;
+    const A* sums = affine_sums_ + task * width;
+    for_vectors<A>(width, [&](int64_t c, auto lanes) {
+      Vec<A> total = get(sums + c, lanes);
+      for (int64_t i = 1; i < slices; ++i) total += get(sums + i * width + c, lanes);
+      put(of_affine_ + b * width + c, total, lanes);
     });
   }
 
   SENET_OUTLINE void parameter_gradients() {
     const bool worth = s_.batch * s_.weights() >= kSerialElements;
     const int64_t parts = worth ? plan_.threads : 1;
-    with_gradient_storage([&](auto zero) {
+    with_gradient_storage<T>(a_.parameters.dtype, [&](auto zero) {
       using P = decltype(zero);
       share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
@@ -290,91 +330,31 @@ class BackwardPass {
           }
         }
       });
-      sum_into(static_cast<P*>(a_.db2), s_.outputs, du_, nullptr);
-      sum_into(static_cast<P*>(a_.db1), s_.hidden, dh_, nullptr);
-      sum_into(static_cast<P*>(a_.dalpha), s_.channels, ds_, nullptr);
-      sum_into(static_cast<P*>(a_.dbeta), s_.channels, ds_, gates_);
+      const int64_t channels = s_.channels;
+      sum_into(static_cast<P*>(a_.db2), s_.outputs, du_, nullptr, s_.outputs);
+      sum_into(static_cast<P*>(a_.db1), s_.hidden, dh_, nullptr, s_.hidden);
+      sum_into(static_cast<P*>(a_.dalpha), channels, ds_, nullptr, channels);
+      sum_into(static_cast<P*>(a_.dbeta), channels, ds_, gates_, channels);
+      sum_into(static_cast<P*>(a_.daffine_scale), channels, of_affine_, nullptr, 2 * channels);
+      sum_into(static_cast<P*>(a_.daffine_shift), channels, of_affine_ + channels, nullptr,
+               2 * channels);
     });
   }
 
   template <class P>
-  void sum_into(P* out, int64_t n, const A* a, const A* b) {
-    if (out) sum_images(out, n, a, b, n, s_.batch);
-  }
-
-  // Calls body with a value of the parameters' storage type.
-  template <class Body>
-  void with_gradient_storage(Body body) {
-    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
-      body(T{});
-    } else {
-      a_.parameters.dtype == DType::f32 ? body(float{}) : body(T{});
-    }
+  void sum_into(P* out, int64_t n, const A* a, const A* b, int64_t stride) {
+    if (out) sum_images(out, n, a, b, stride, s_.batch);
   }
 
   const BackwardArgs& a_;
   const Shape& s_;
   const Runtime& runtime_;
   const Plan plan_;
-  const bool has_shift_, wants_sums_;
+  const bool has_shift_, wants_sums_, wants_affine_, wants_dq_;
   const int64_t width_;
   A *ds_, *gates_, *du_, *dh_, *hidden_, *scale_, *dmean_, *sums_, *chained_, *none_;
-};
-
-// Backward of the squeeze alone: dx = dz / S before'(x), in one pass over the images.
-template <class T, Fn kBefore>
-class SqueezeBackwardPass {
-  using A = Acc<T>;
-
- public:
-  SqueezeBackwardPass(const BackwardArgs& args, const Runtime& runtime)
-      : a_(args),
-        s_(args.shape),
-        runtime_(runtime),
-        plan_(make_plan(s_, 2 * sizeof(T), sizeof(T), runtime.threads)) {
-    Carver<A> carver;
-    const int64_t dmean = carver.reserve(s_.batch * s_.channels);
-    const int64_t none = carver.reserve(s_.channels);
-    A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
-    dmean_ = memory + dmean;
-    none_ = memory + none;
-    std::fill(none_, none_ + s_.channels, A(0));
-  }
-
-  void run() {
-    for (int64_t b = 0; b < s_.batch; ++b) {
-      const A positions = static_cast<A>(counted(s_, a_.lengths, b));
-      const A* dz = static_cast<const A*>(a_.dz) + b * s_.channels;
-      for_vectors<A>(s_.channels, [&](int64_t c, auto lanes) {
-        put(dmean_ + b * s_.channels + c, get(dz + c, lanes) / positions, lanes);
-      });
-    }
-    const int64_t runs = s_.channels_last ? s_.positions : s_.channels;
-    const int64_t n = s_.channels_last ? s_.channels : s_.positions;
-    share(runtime_, plan_, s_.batch * runs, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / runs, r = i % runs;
-        const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride + r * n;
-        T* dx = static_cast<T*>(a_.dx) + i * n;
-        const A* dmean = dmean_ + b * s_.channels;
-        const int64_t length = counted(s_, a_.lengths, b);
-        if (s_.channels_last) {
-          mean_run<T, kBefore>(x, dx, n, PerElement<A>{r < length ? dmean : none_},
-                               a_.options.before);
-        } else {
-          mean_run<T, kBefore>(x, dx, n, Prefix<A>{broadcast<A>(dmean[r]), length},
-                               a_.options.before);
-        }
-      }
-    });
-  }
-
- private:
-  const BackwardArgs& a_;
-  const Shape& s_;
-  const Runtime& runtime_;
-  const Plan plan_;
-  A *dmean_, *none_;
+  A *of_affine_, *affine_sums_, *affine_chain_;
+  Prologue<A, kBefore> prologue_;
 };
 
 }  // namespace

@@ -28,11 +28,14 @@ class ForwardPass {
     const int64_t scale = carver.reserve(images * s_.channels);
     const int64_t sums = s_.channels_last ? carver.reserve(slices * s_.channels) : 0;
     const int64_t chain = s_.channels_last ? carver.reserve(plan_.threads * s_.channels) : 0;
+    const int64_t affine = kBefore == kAffine ? carver.reserve(2 * s_.channels) : 0;
     A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
     hidden_ = memory + hidden;
     scale_ = memory + scale;
     sums_ = memory + sums;
     chain_ = memory + chain;
+    prologue_ =
+        make_prologue<A, kBefore>(a_.options.before, a_.parameters, s_.channels, memory + affine);
   }
 
   void run() {
@@ -93,18 +96,17 @@ class ForwardPass {
   // positions, whose sums stay in `sums` for finish_mean unless the slice is the whole image.
   SENET_OUTLINE void squeeze(int64_t b, int64_t i, int64_t slices, int slot, A* sums) {
     const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride;
-    const Fn before = a_.options.before;
     const int64_t n = counted(s_, a_.lengths, b);
     if (s_.channels_last) {
       const Range r = slice(n, i, slices);
-      sum_columns<T, kBefore>(x + r.begin * s_.channels, r.end - r.begin, s_.channels, before, sums,
-                              chain_ + slot * s_.channels);
+      sum_columns(x + r.begin * s_.channels, r.end - r.begin, s_.channels,
+                  prologue_.from_channel(0), sums, chain_ + slot * s_.channels);
       if (slices == 1) finish_mean(b, sums, 1, z(b), s_.channels);
     } else {
       const Range r = slice(s_.channels, i, slices);
       A* to = z(b) + r.begin;
-      sum_rows<T, kBefore>(x + r.begin * s_.positions, r.end - r.begin, s_.positions, n, before,
-                           to);
+      sum_rows(x + r.begin * s_.positions, r.end - r.begin, s_.positions, n, prologue_, r.begin,
+               to);
       finish_mean(b, to, 1, to, r.end - r.begin);
     }
   }
@@ -163,13 +165,13 @@ class ForwardPass {
       const T* add = residual ? residual + r * n : nullptr;
       uint8_t* row_bits = bits ? bits + r * bit_row : nullptr;
       if (s_.channels_last) {
-        scale_run<T, kBefore, kPlain>(from, add, y + r * n, row_bits, n, PerElement<A>{factors},
-                                      PerElement<A>{shifts}, has_shift, a_.options.before,
-                                      a_.options.after);
+        scale_run<T, kPlain>(from, add, y + r * n, row_bits, n, prologue_.from_channel(0),
+                             PerElement<A>{factors}, PerElement<A>{shifts}, has_shift,
+                             a_.options.after);
       } else {
-        scale_run<T, kBefore, kPlain>(
-            from, add, y + r * n, row_bits, n, Uniform<A>{broadcast<A>(factors[r])},
-            Uniform<A>{broadcast<A>(shifts[r])}, has_shift, a_.options.before, a_.options.after);
+        scale_run<T, kPlain>(from, add, y + r * n, row_bits, n, prologue_.of_channel(r),
+                             Uniform<A>{broadcast<A>(factors[r])},
+                             Uniform<A>{broadcast<A>(shifts[r])}, has_shift, a_.options.after);
       }
     });
   }
@@ -180,6 +182,7 @@ class ForwardPass {
   const Plan plan_;
   const bool squeezes_, scales_;
   A *hidden_, *scale_, *sums_, *chain_;
+  Prologue<A, kBefore> prologue_;
 };
 
 }  // namespace

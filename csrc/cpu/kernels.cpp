@@ -3,6 +3,7 @@
 // Compiled once per instruction set, with -DSENET_ISA=<namespace> and the set's own flags.
 #include "backward.h"
 #include "forward.h"
+#include "squeeze_backward.h"
 
 namespace senet {
 namespace SENET_ISA {
@@ -32,6 +33,7 @@ void run(const Args& args, const Runtime& runtime, bool plain) {
 
 template <template <class, Fn, bool> class Pass, class T, class Args>
 void with_before(const Args& args, const Runtime& runtime, bool plain) {
+  if (args.parameters.affine_scale) return Pass<T, kAffine, false>(args, runtime).run();
   if constexpr (kFewCases || std::is_same_v<T, double>) {
     run<Pass, Args, T, kAny>(args, runtime, plain);
   } else {

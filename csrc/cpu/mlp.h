@@ -27,6 +27,16 @@ SENET_INLINE void with_storage(DType dtype, const void* p, Body body) {
   }
 }
 
+// Calls body with a value of the parameters' storage type.
+template <class T, class Body>
+void with_gradient_storage(DType parameters, Body body) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+    body(T{});
+  } else {
+    parameters == DType::f32 ? body(float{}) : body(T{});
+  }
+}
+
 template <class A>
 SENET_OUTLINE A parameter_at(DType dtype, const void* p, int64_t i) {
   A out{};

@@ -122,6 +122,24 @@ SENET_OUTLINE void chain_map(Fn f, const A* at, A* values, int64_t n) {
   });
 }
 
+// to[i] = parameter i, in the accumulation type.
+template <class A>
+SENET_OUTLINE void widen(DType dtype, const void* from, A* to, int64_t n) {
+  with_storage<A>(dtype, from, [&](auto* typed) {
+    for_vectors<A>(n, [&](int64_t i, auto lanes) { put(to + i, get(typed + i, lanes), lanes); });
+  });
+}
+
+// The prologue of a call; `memory` is scratch of 2C.
+template <class A, Fn kBefore>
+Prologue<A, kBefore> make_prologue(Fn before, const Parameters& p, int64_t channels, A* memory) {
+  if constexpr (kBefore == kAffine) {
+    widen(p.dtype, p.affine_scale, memory, channels);
+    widen(p.dtype, p.affine_shift, memory + channels, channels);
+  }
+  return {before, memory, memory + channels};
+}
+
 // Turns gates of channels [c0, c1) into the factors of the scaling step: alpha + beta gate.
 template <class A>
 SENET_OUTLINE void gates_to_scale(const Parameters& p, int64_t c0, int64_t c1, A* scale) {

@@ -189,8 +189,10 @@ SENET_OUTLINE Vec<A> chain_of(Fn f, Vec<A> x, Vec<A> m) {
   return chain<A>(f, x, m);
 }
 
-// `before` as a template argument: one of the common functions, or kAny, known at run time only.
+// `before` as a template argument: one of the common functions; kAny, known at run time only; or
+// kAffine, the affine map and then a function known at run time.
 constexpr Fn kAny = static_cast<Fn>(-1);
+constexpr Fn kAffine = static_cast<Fn>(-2);
 template <Fn kFn, class A>
 SENET_INLINE Vec<A> before_value(Fn f, Vec<A> x) {
   if constexpr (kFn == kAny) {

@@ -8,6 +8,8 @@
 // a total.
 #pragma once
 
+#include <algorithm>
+
 #include "pointwise.h"
 
 namespace senet {
@@ -89,6 +91,70 @@ struct Prefix {
   }
 };
 
+// ---- the prologue: p = before(q), where q is x or a x + b ----
+
+// As a run applies it: to what stands at place i of the run. `backward` goes from dp to dq, and
+// `to_x` from dq to dx.
+template <class A, Fn kBefore>
+struct PlainPrologue {
+  static constexpr bool kReadsX = kBefore != Fn::identity;  // the derivative does
+  Fn fn;
+  template <class N>
+  SENET_INLINE Vec<A> forward(int64_t, N, Vec<A> x) const {
+    return before_value<kBefore, A>(fn, x);
+  }
+  template <class N>
+  SENET_INLINE Vec<A> backward(int64_t, N, Vec<A> x, Vec<A> dp) const {
+    return before_chain<kBefore, A>(fn, x, dp);
+  }
+  template <class N>
+  SENET_INLINE Vec<A> to_x(int64_t, N, Vec<A> dq) const {
+    return dq;
+  }
+};
+template <class A, class P>
+struct AffinePrologue {
+  static constexpr bool kReadsX = true;
+  Fn fn;
+  P a, b;
+  template <class N>
+  SENET_INLINE Vec<A> forward(int64_t i, N lanes, Vec<A> x) const {
+    const Vec<A> q = a.at(i, lanes) * x + b.at(i, lanes);
+    return fn == Fn::identity ? q : fn == Fn::relu ? value<A>(Fn::relu, q) : value_of<A>(fn, q);
+  }
+  template <class N>
+  SENET_INLINE Vec<A> backward(int64_t i, N lanes, Vec<A> x, Vec<A> dp) const {
+    if (fn == Fn::identity) return dp;
+    return chain_of<A>(fn, a.at(i, lanes) * x + b.at(i, lanes), dp);
+  }
+  template <class N>
+  SENET_INLINE Vec<A> to_x(int64_t i, N lanes, Vec<A> dq) const {
+    return a.at(i, lanes) * dq;
+  }
+};
+
+// Of a whole image: gives the prologue of the run that is channel c, or that has channels c, c + 1,
+// ... as its elements. a and b are null without an affine map.
+template <class A, Fn kBefore>
+struct Prologue {
+  Fn fn;
+  const A *a, *b;
+  SENET_INLINE auto of_channel(int64_t c) const {
+    if constexpr (kBefore == kAffine) {
+      return AffinePrologue<A, Uniform<A>>{fn, {broadcast<A>(a[c])}, {broadcast<A>(b[c])}};
+    } else {
+      return PlainPrologue<A, kBefore>{fn};
+    }
+  }
+  SENET_INLINE auto from_channel(int64_t c) const {
+    if constexpr (kBefore == kAffine) {
+      return AffinePrologue<A, PerElement<A>>{fn, {a + c}, {b + c}};
+    } else {
+      return PlainPrologue<A, kBefore>{fn};
+    }
+  }
+};
+
 // Asks for memory that a loop will come to. Hardware prefetchers stop at page ends, follow few
 // streams at once, and some do little for memory that is about to be written. The address may lie
 // beyond the end: a prefetch does not fault.
@@ -102,9 +168,9 @@ SENET_INLINE void will_write(const void* p, int64_t bytes = kAhead) {
 
 // ---- squeeze ----
 
-// Sum of before(x) over one run.
-template <class T, Fn kBefore>
-SENET_OUTLINE Acc<T> sum_run(const T* x, int64_t n, Fn before) {
+// Sum of p over one run.
+template <class T, class Q>
+SENET_OUTLINE Acc<T> sum_run(const T* x, int64_t n, Q prologue) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   Vec<A> total{};
@@ -113,45 +179,47 @@ SENET_OUTLINE Acc<T> sum_run(const T* x, int64_t n, Fn before) {
     const int64_t end = i + 4 * L * kChain < n ? i + 4 * L * kChain : n;
     Vec<A> s0{}, s1{}, s2{}, s3{};
     for (; i + 4 * L <= end; i += 4 * L) {
-      s0 += before_value<kBefore, A>(before, load(x + i));
-      s1 += before_value<kBefore, A>(before, load(x + i + L));
-      s2 += before_value<kBefore, A>(before, load(x + i + 2 * L));
-      s3 += before_value<kBefore, A>(before, load(x + i + 3 * L));
+      s0 += prologue.forward(i, Full{}, load(x + i));
+      s1 += prologue.forward(i + L, Full{}, load(x + i + L));
+      s2 += prologue.forward(i + 2 * L, Full{}, load(x + i + 2 * L));
+      s3 += prologue.forward(i + 3 * L, Full{}, load(x + i + 3 * L));
     }
     total += (s0 + s1) + (s2 + s3);
   }
   for_vectors<A>(n - i, [&](int64_t j, auto lanes) {
-    total += keep<A>(before_value<kBefore, A>(before, get(x + i + j, lanes)), lanes);
+    total += keep<A>(prologue.forward(i + j, lanes, get(x + i + j, lanes)), lanes);
   });
   return sum(total);
 }
 
-// out[r] = sum of before(x) over n elements from x + r * stride. Short runs go four at a time:
-// their cost is in adding up the lanes.
+// out[r] = sum of p over n elements from x + r * stride, which is channel c + r. Short runs go four
+// at a time: their cost is in adding up the lanes.
 template <class T, Fn kBefore>
-SENET_OUTLINE void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t n, Fn before,
-                            Acc<T>* out) {
+SENET_OUTLINE void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t n,
+                            Prologue<Acc<T>, kBefore> prologue, int64_t c, Acc<T>* out) {
   using A = Acc<T>;
   int64_t r = 0;
   if (n <= kChain * kLanes<A>) {
     for (; r + 4 <= rows; r += 4) {
       const T* p = x + r * stride;
+      const auto q0 = prologue.of_channel(c + r), q1 = prologue.of_channel(c + r + 1);
+      const auto q2 = prologue.of_channel(c + r + 2), q3 = prologue.of_channel(c + r + 3);
       Vec<A> s0{}, s1{}, s2{}, s3{};
       for_vectors<A>(n, [&](int64_t i, auto lanes) SENET_LAMBDA {
-        s0 += keep<A>(before_value<kBefore, A>(before, get(p + i, lanes)), lanes);
-        s1 += keep<A>(before_value<kBefore, A>(before, get(p + stride + i, lanes)), lanes);
-        s2 += keep<A>(before_value<kBefore, A>(before, get(p + 2 * stride + i, lanes)), lanes);
-        s3 += keep<A>(before_value<kBefore, A>(before, get(p + 3 * stride + i, lanes)), lanes);
+        s0 += keep<A>(q0.forward(i, lanes, get(p + i, lanes)), lanes);
+        s1 += keep<A>(q1.forward(i, lanes, get(p + stride + i, lanes)), lanes);
+        s2 += keep<A>(q2.forward(i, lanes, get(p + 2 * stride + i, lanes)), lanes);
+        s3 += keep<A>(q3.forward(i, lanes, get(p + 3 * stride + i, lanes)), lanes);
       });
       sum4(s0, s1, s2, s3, out + r);
     }
   }
-  for (; r < rows; ++r) out[r] = sum_run<T, kBefore>(x + r * stride, n, before);
+  for (; r < rows; ++r) out[r] = sum_run(x + r * stride, n, prologue.of_channel(c + r));
 }
 
-// total[c] = sum of before(x) over `rows` runs of n elements; `chain` is scratch of n.
-template <class T, Fn kBefore>
-SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, Acc<T>* total,
+// total[c] = sum of p over `rows` runs of n elements; `chain` is scratch of n.
+template <class T, class Q>
+SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Q prologue, Acc<T>* total,
                                Acc<T>* chain) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t i, auto lanes) { put(total + i, Vec<A>{}, lanes); });
@@ -163,18 +231,17 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, A
       const T* p = x + r * n;
       for_vectors<A>(n, [&](int64_t i, auto lanes) {
         for (int j = 0; j < 4; ++j) will_read(p + j * n + i, 4 * n * sizeof(T));
-        const Vec<A> a = before_value<kBefore, A>(before, get(p + i, lanes)) +
-                         before_value<kBefore, A>(before, get(p + n + i, lanes));
-        const Vec<A> b = before_value<kBefore, A>(before, get(p + 2 * n + i, lanes)) +
-                         before_value<kBefore, A>(before, get(p + 3 * n + i, lanes));
+        const Vec<A> a = prologue.forward(i, lanes, get(p + i, lanes)) +
+                         prologue.forward(i, lanes, get(p + n + i, lanes));
+        const Vec<A> b = prologue.forward(i, lanes, get(p + 2 * n + i, lanes)) +
+                         prologue.forward(i, lanes, get(p + 3 * n + i, lanes));
         put(chain + i, get(chain + i, lanes) + (a + b), lanes);
       });
     }
     for (; r < r1; ++r) {
       for_vectors<A>(n, [&](int64_t i, auto lanes) {
-        put(chain + i,
-            get(chain + i, lanes) + before_value<kBefore, A>(before, get(x + r * n + i, lanes)),
-            lanes);
+        const Vec<A> p = prologue.forward(i, lanes, get(x + r * n + i, lanes));
+        put(chain + i, get(chain + i, lanes) + p, lanes);
       });
     }
     for_vectors<A>(n, [&](int64_t i, auto lanes) {
@@ -183,18 +250,18 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Fn before, A
   }
 }
 
-// ---- forward: y = after(before(x) scale + shift + residual) ----
+// ---- forward: y = after(p scale + shift + residual) ----
 
 // kPlain: no shift, no residual, after is identity. y may be x: each vector is read before it is
 // written, none twice.
-template <class T, Fn kBefore, bool kPlain, class P>
-SENET_INLINE void scale_run(const T* x, const T* residual, T* y, uint8_t* bits, int64_t n, P scale,
-                            P shift, bool has_shift, Fn before, Fn after) {
+template <class T, bool kPlain, class Q, class P>
+SENET_INLINE void scale_run(const T* x, const T* residual, T* y, uint8_t* bits, int64_t n,
+                            Q prologue, P scale, P shift, bool has_shift, Fn after) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t i, auto lanes) {
     will_read(x + i);
     will_write(y + i);
-    Vec<A> v = before_value<kBefore, A>(before, get(x + i, lanes)) * scale.at(i, lanes);
+    Vec<A> v = prologue.forward(i, lanes, get(x + i, lanes)) * scale.at(i, lanes);
     if constexpr (!kPlain) {
       if (has_shift) v += shift.at(i, lanes);
       if (residual) v += get(residual + i, lanes);
@@ -236,15 +303,15 @@ SENET_INLINE Vec<Acc<T>> through_after(const BackRun<T>& in, int64_t i, N lanes,
 }
 
 // Over one run: sum of m p, and of m.
-template <class T, Fn kBefore, bool kPlain, class P>
-SENET_OUTLINE void dot_run(const BackRun<T>& in, int64_t n, P scale, P shift, bool has_shift,
-                           Fn before, Fn after, Acc<T>* ds, Acc<T>* dm) {
+template <class T, bool kPlain, class Q, class P>
+SENET_OUTLINE void dot_run(const BackRun<T>& in, int64_t n, Q prologue, P scale, P shift,
+                           bool has_shift, Fn after, Acc<T>* ds, Acc<T>* dm) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   Vec<A> total{}, total_m{};
   int64_t i = 0;
   const auto step = [&](int64_t j, auto lanes, Vec<A>& s, Vec<A>& sm) SENET_LAMBDA {
-    const Vec<A> p = before_value<kBefore, A>(before, get(in.x + j, lanes));
+    const Vec<A> p = prologue.forward(j, lanes, get(in.x + j, lanes));
     const Vec<A> m = through_after<T, kPlain>(in, j, lanes, p, scale, shift, has_shift, after);
     s += keep<A>(m * p, lanes);
     if (has_shift) sm += keep<A>(m, lanes);
@@ -273,10 +340,10 @@ SENET_OUTLINE void dot_run(const BackRun<T>& in, int64_t n, P scale, P shift, bo
 
 // The same per element, over `rows` runs of n: total[0..n) for m p, and [n..2n) for m.
 // `row(r)` gives run r; `chained` is scratch of 2n.
-template <class T, Fn kBefore, bool kPlain, class Row>
-SENET_OUTLINE void dot_columns(Row row, int64_t rows, int64_t n, PerElement<Acc<T>> scale,
-                               PerElement<Acc<T>> shift, bool has_shift, Fn before, Fn after,
-                               Acc<T>* total, Acc<T>* chained) {
+template <class T, bool kPlain, class Q, class Row>
+SENET_OUTLINE void dot_columns(Row row, int64_t rows, int64_t n, Q prologue,
+                               PerElement<Acc<T>> scale, PerElement<Acc<T>> shift, bool has_shift,
+                               Fn after, Acc<T>* total, Acc<T>* chained) {
   using A = Acc<T>;
   const int64_t width = has_shift ? 2 * n : n;
   for_vectors<A>(width, [&](int64_t i, auto lanes) { put(total + i, Vec<A>{}, lanes); });
@@ -288,11 +355,11 @@ SENET_OUTLINE void dot_columns(Row row, int64_t rows, int64_t n, PerElement<Acc<
       const bool pair = r + 1 < r1;
       for_vectors<A>(n, [&](int64_t i, auto lanes) {
         for (const T* p : {a.x, b.x, a.dy, b.dy}) will_read(p + i, 2 * n * sizeof(T));
-        const Vec<A> pa = before_value<kBefore, A>(before, get(a.x + i, lanes));
+        const Vec<A> pa = prologue.forward(i, lanes, get(a.x + i, lanes));
         const Vec<A> ma = through_after<T, kPlain>(a, i, lanes, pa, scale, shift, has_shift, after);
         Vec<A> s = ma * pa, sm = ma;
         if (pair) {
-          const Vec<A> pb = before_value<kBefore, A>(before, get(b.x + i, lanes));
+          const Vec<A> pb = prologue.forward(i, lanes, get(b.x + i, lanes));
           const Vec<A> mb =
               through_after<T, kPlain>(b, i, lanes, pb, scale, shift, has_shift, after);
           s += mb * pb;
@@ -308,35 +375,112 @@ SENET_OUTLINE void dot_columns(Row row, int64_t rows, int64_t n, PerElement<Acc<
   }
 }
 
-// dx = (m scale + dmean) before'(x), and dresidual = m; either may be null.
-template <class T, Fn kBefore, bool kPlain, class P, class D>
-SENET_INLINE void dx_run(const BackRun<T>& in, T* dx, T* dresidual, int64_t n, P scale, P shift,
-                         bool has_shift, D dmean, Fn before, Fn after) {
+// What the affine map's gradients add up, besides dx: da from dq x, db from dq. Of a run that is
+// one channel, or of runs whose elements are channels; nothing, where there is no affine map.
+template <class A>
+struct NoSums {
+  SENET_INLINE NoSums() {}
+  SENET_INLINE NoSums(A*, A*, int64_t) {}
+  template <class N>
+  SENET_INLINE void add(int64_t, N, Vec<A>, Vec<A>) {}
+  SENET_INLINE void end_run() {}
+  SENET_INLINE void finish() {}
+  SENET_INLINE void finish(A*, A*) {}
+};
+template <class A>
+class ChannelSums {
+ public:
+  template <class N>
+  SENET_INLINE void add(int64_t, N lanes, Vec<A> dq, Vec<A> x) {
+    a_ += keep<A>(dq * x, lanes);
+    b_ += keep<A>(dq, lanes);
+    if (++length_ == kChain) fold();
+  }
+  SENET_INLINE void finish(A* da, A* db) {
+    fold();
+    *da = sum(total_a_);
+    *db = sum(total_b_);
+  }
+
+ private:
+  SENET_INLINE void fold() {
+    total_a_ += a_, total_b_ += b_;
+    a_ = b_ = Vec<A>{};
+    length_ = 0;
+  }
+  Vec<A> a_{}, b_{}, total_a_{}, total_b_{};
+  int length_ = 0;
+};
+// total and chain: 2n each, [0..n) for da and [n..2n) for db.
+template <class A>
+class ColumnSums {
+ public:
+  SENET_INLINE ColumnSums(A* total, A* chain, int64_t n) : total_(total), chain_(chain), n_(n) {
+    std::fill(total, total + 2 * n, A(0));
+    std::fill(chain, chain + 2 * n, A(0));
+  }
+  template <class N>
+  SENET_INLINE void add(int64_t i, N lanes, Vec<A> dq, Vec<A> x) {
+    put(chain_ + i, get(chain_ + i, lanes) + dq * x, lanes);
+    put(chain_ + n_ + i, get(chain_ + n_ + i, lanes) + dq, lanes);
+  }
+  SENET_INLINE void end_run() {
+    if (++length_ == kChain) fold();
+  }
+  SENET_INLINE void finish() { fold(); }
+
+ private:
+  SENET_OUTLINE void fold() {
+    for_vectors<A>(2 * n_, [&](int64_t i, auto lanes) {
+      put(total_ + i, get(total_ + i, lanes) + get(chain_ + i, lanes), lanes);
+      put(chain_ + i, Vec<A>{}, lanes);
+    });
+    length_ = 0;
+  }
+  A *total_, *chain_;
+  int64_t n_;
+  int length_ = 0;
+};
+
+template <class A, Fn kBefore>
+using ChannelSink = std::conditional_t<kBefore == kAffine, ChannelSums<A>, NoSums<A>>;
+template <class A, Fn kBefore>
+using ColumnSink = std::conditional_t<kBefore == kAffine, ColumnSums<A>, NoSums<A>>;
+
+// dx = a dq, dq = (m scale + dmean) before'(q), and dresidual = m; either may be null. a is 1
+// without an affine map, whose own gradients go into `sums`.
+template <class T, bool kPlain, class Q, class P, class D, class Sums>
+SENET_INLINE void dx_run(const BackRun<T>& in, T* dx, T* dresidual, int64_t n, Q prologue, P scale,
+                         P shift, bool has_shift, D dmean, Fn after, Sums& sums) {
   using A = Acc<T>;
-  for_vectors<A>(n, [&](int64_t i, auto lanes) {
+  constexpr bool kSums = !std::is_same_v<Sums, NoSums<A>>;
+  for_vectors<A>(n, [&](int64_t i, auto lanes) SENET_LAMBDA {
     will_read(in.dy + i);
     if (dx) will_write(dx + i);
     Vec<A> x{}, p{};
-    if (kBefore != Fn::identity || !kPlain) x = get(in.x + i, lanes);
-    if (!kPlain) p = before_value<kBefore, A>(before, x);
+    if (Q::kReadsX || !kPlain || kSums) x = get(in.x + i, lanes);
+    if (!kPlain) p = prologue.forward(i, lanes, x);
     const Vec<A> m = through_after<T, kPlain>(in, i, lanes, p, scale, shift, has_shift, after);
     if (!kPlain && dresidual) put(dresidual + i, m, lanes);
-    if (dx) {
-      const Vec<A> dp = m * scale.at(i, lanes) + dmean.at(i, lanes);
-      put(dx + i, before_chain<kBefore, A>(before, x, dp), lanes);
-    }
+    if (!kSums && !dx) return;
+    const Vec<A> dp = m * scale.at(i, lanes) + dmean.at(i, lanes);
+    const Vec<A> dq = prologue.backward(i, lanes, x, dp);
+    sums.add(i, lanes, dq, x);
+    if (dx) put(dx + i, prologue.to_x(i, lanes, dq), lanes);
   });
 }
 
-// dx = dmean before'(x): what comes back through the mean alone.
-template <class T, Fn kBefore, class D>
-SENET_INLINE void mean_run(const T* x, T* dx, int64_t n, D dmean, Fn before) {
+// The same for what comes back through the mean alone: dq = dmean before'(q).
+template <class T, class Q, class D, class Sums>
+SENET_INLINE void mean_run(const T* x, T* dx, int64_t n, Q prologue, D dmean, Sums& sums) {
   using A = Acc<T>;
-  for_vectors<A>(n, [&](int64_t i, auto lanes) {
-    will_write(dx + i);
+  for_vectors<A>(n, [&](int64_t i, auto lanes) SENET_LAMBDA {
+    if (dx) will_write(dx + i);
     Vec<A> at{};
-    if (kBefore != Fn::identity) at = get(x + i, lanes);
-    put(dx + i, before_chain<kBefore, A>(before, at, dmean.at(i, lanes)), lanes);
+    if (Q::kReadsX) at = get(x + i, lanes);
+    const Vec<A> dq = prologue.backward(i, lanes, at, dmean.at(i, lanes));
+    sums.add(i, lanes, dq, at);
+    if (dx) put(dx + i, prologue.to_x(i, lanes, dq), lanes);
   });
 }
 
