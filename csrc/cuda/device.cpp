@@ -121,5 +121,9 @@ Task task_of(const BackwardArgs& a) {
 const Plan& plan_forward(const ForwardArgs& args) { return cached(task_of(args)); }
 const Plan& plan_backward(const BackwardArgs& args) { return cached(task_of(args)); }
 
+void poison(void* p, size_t bytes, void* stream) {
+  cudaMemsetAsync(p, 0xff, bytes, static_cast<cudaStream_t>(stream));
+}
+
 }  // namespace gpu
 }  // namespace senet

@@ -22,5 +22,8 @@ const Plan& plan_backward(const BackwardArgs& args);
 const char* forward(const ForwardArgs& args, const Plan& plan, void* scratch, void* stream);
 const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, void* stream);
 
+// Fills device memory with ones: NaN of every type. For tests.
+void poison(void* p, size_t bytes, void* stream);
+
 }  // namespace gpu
 }  // namespace senet
