@@ -246,6 +246,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = d.shared_per_multiprocessor;
       break;
+    case cudaDevAttrMaxRegistersPerMultiprocessor:
+      *value = 65536;
+      break;
     case cudaDevAttrCooperativeLaunch:
       *value = 1;
       break;
