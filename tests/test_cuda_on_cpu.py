@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -210,10 +209,9 @@ def test_policies_that_cannot_be(policy: str, message: str, force: Any) -> None:
 
 
 @pytest.fixture
-def outside_sanitizers() -> Iterator[None]:
+def outside_sanitizers() -> None:
     if os.environ.get(cuda_on_cpu.SANITIZED) == "1":
         pytest.skip("is such a process itself")
-    yield
 
 
 @pytest.mark.usefixtures("outside_sanitizers")

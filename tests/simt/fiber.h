@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <vector>
 
@@ -131,17 +132,21 @@ class Stacks {
 
  private:
   void grow() {
-    constexpr int kMany = 64;
-    constexpr size_t kEach = kGuardBytes + kStackBytes;
+    constexpr size_t kMany = 64, kEach = kGuardBytes + kStackBytes;
     void* memory = mmap(nullptr, kMany * kEach, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) std::abort();
-    for (int i = 0; i < kMany; ++i) {
+    if (memory == MAP_FAILED) {
+      std::perror("no memory for more threads to simulate");
+      std::abort();
+    }
+    for (size_t i = 0; i < kMany; ++i) {
       char* guard = static_cast<char*>(memory) + i * kEach;
-      mprotect(guard, kGuardBytes, PROT_NONE);
+      // Linux allows a process 65,530 mappings.
+      if (++count_ < 16'000) mprotect(guard, kGuardBytes, PROT_NONE);
       free_.push_back(guard + kGuardBytes);
     }
   }
+  size_t count_ = 0;
   std::vector<char*> free_;
 };
 
