@@ -16,15 +16,17 @@ const char* run(const BackwardLaunch& l, const Plan& plan, void* stream) {
 
 template <int kBytes>
 const char* run_vector(const BackwardLaunch& l, const Plan& plan, void* stream) {
+  if constexpr (kBytes == 2) {
+    if (l.a.options.before == Fn::relu) return run<kBytes, true, Fn::relu>(l, plan, stream);
+    if (l.a.options.before == Fn::hardswish) {
+      return run<kBytes, true, Fn::hardswish>(l, plan, stream);
+    }
+  }
   switch (l.a.options.before) {
     case Fn::identity:
       return run<kBytes, true, Fn::identity>(l, plan, stream);
-    case Fn::relu:
-      return run<kBytes, true, Fn::relu>(l, plan, stream);
     case Fn::silu:
       return run<kBytes, true, Fn::silu>(l, plan, stream);
-    case Fn::hardswish:
-      return run<kBytes, true, Fn::hardswish>(l, plan, stream);
     default:
       return run<kBytes, true, kAny>(l, plan, stream);
   }
@@ -49,15 +51,25 @@ const char* run_gradients(const BackwardLaunch& l, void* stream) {
   const bool two = s.form == Form::two_layers;
   const Fn none = Fn::identity;
   GradientsLaunch g{};
-  g.products[0] = {a.dw2,   l.du,  two ? a.h : a.z,      outputs, inner,
-                   outputs, inner, a.options.activation, two,     nullptr,
-                   0};
-  g.products[1] = {a.dw1, l.dh, a.z, r, c, r, c, none, false, nullptr, 0};
-  g.products[2] = {a.db2, nullptr, l.du, 0, outputs, 1, outputs, none, false, nullptr, 0};
-  g.products[3] = {a.db1, nullptr, l.dh, 0, r, 1, r, none, false, nullptr, 0};
-  g.products[4] = {a.dalpha, nullptr, l.ds, 0, c, 1, c, none, false, nullptr, 0};
-  g.products[5] = {a.dbeta, nullptr, l.ds, 0, c, 1, c, a.options.gate, true, a.u, outputs};
-  g.batch = s.batch;
+  const int64_t n = s.batch, parts = l.plan.axis == Axis::space ? n * l.plan.blocks : n;
+  const void *du = l.du, *dh = l.dh, *ds = l.ds, *h = two ? a.h : a.z;
+  // out, left, right, pitches, rows, columns, function of right, apply it, gates, pitch, images
+  const auto vector = [none](void* out, const void* right, int length, int64_t images) {
+    return OuterProduct{out, nullptr, right, 0, length, 1, length, none, false, nullptr, 0, images};
+  };
+  const Fn activation = a.options.activation;
+  g.products[0] = {a.dw2, du, h, outputs, inner, outputs, inner, activation, two, nullptr, 0, n};
+  g.products[1] = {a.dw1, dh, a.z, r, c, r, c, none, false, nullptr, 0, n};
+  g.products[2] = vector(a.db2, du, outputs, n);
+  g.products[3] = vector(a.db1, dh, r, n);
+  g.products[4] = vector(a.dalpha, ds, c, n);
+  g.products[5] = vector(a.dbeta, ds, c, n);
+  g.products[5].of_right = a.options.gate;
+  g.products[5].apply = true;
+  g.products[5].gates = a.u;
+  g.products[5].gates_pitch = outputs;
+  g.products[6] = vector(a.daffine_scale, l.da, c, parts);
+  g.products[7] = vector(a.daffine_shift, l.db, c, parts);
   g.dtype = a.parameters.dtype;
   int64_t blocks = 0;
   for (const OuterProduct& o : g.products) blocks += o.tiles();
@@ -76,20 +88,31 @@ const char* run_gradients(const BackwardLaunch& l, void* stream) {
 const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, void* stream) {
   if (plan.error) return plan.error;
   char* const memory = static_cast<char*>(scratch);
-  const bool parameters = args.dw1 || args.db1 || args.dw2 || args.db2 || args.dalpha || args.dbeta;
-  BackwardLaunch l{args, plan, memory, false, nullptr, nullptr, nullptr};
+  const bool layers = args.dw1 || args.db1 || args.dw2 || args.db2 || args.dalpha || args.dbeta;
+  const bool affine = args.daffine_scale || args.daffine_shift;
+  BackwardLaunch l{};
+  l.a = args;
+  l.plan = plan;
+  l.scratch = memory;
   const bool whole = args.shape.form == Form::two_layers || args.shape.form == Form::one_layer;
-  l.wants_sums = parameters || args.du || (whole && args.dx);
-  if (parameters) {
+  l.wants_sums = layers || args.du || (whole && (args.dx || affine));
+  l.needs_dz = args.dx || affine;
+  if (layers) {
     l.du = memory + plan.of_du;
     l.dh = memory + plan.of_dh;
   }
   if (args.du) l.du = args.du;
   if (args.dalpha || args.dbeta) l.ds = memory + plan.of_ds;
+  if (affine) {
+    const int64_t images = args.shape.batch * (plan.axis == Axis::space ? plan.blocks : 1);
+    l.da = memory + plan.of_daffine;
+    l.db = memory + plan.of_daffine +
+           images * args.shape.channels * (args.dtype == DType::f64 ? 8 : 4);
+  }
   if (args.shape.batch > 0 && args.shape.channels > 0) {
     if (const char* error = run(l, plan, stream)) return error;
   }
-  return parameters ? run_gradients(l, stream) : nullptr;
+  return layers || affine ? run_gradients(l, stream) : nullptr;
 }
 
 }  // namespace gpu

@@ -5,6 +5,8 @@
 //   du = [beta ds gate'(u), dshift], dh = (W2^T du) activation'(h), dz = W1^T dh
 //   dy     -- second pass -->  dx = (m scale + dz / S) before'(x), d_residual = m
 //
+// and with an affine map before `before`, two more sums: of dq x and of dq.
+//
 // Of the excitation only dh is a sum over channels, so an image split by channels exchanges R
 // numbers. dy stays in shared memory between the passes where it fits, and x is streamed past it:
 // the second pass of the plain operation does not read x at all. The scaling alone has no dz; the
@@ -21,9 +23,12 @@ struct BackwardLaunch {
   Plan plan;
   char* scratch;
   bool wants_sums;  // ds and what follows from it
-  void* du;         // [B, outputs], [B, R], [B, C], for the gradients of the parameters; or null
+  bool needs_dz;
+  void* du;  // [B, outputs], [B, R], [B, C], for the gradients of the parameters; or null
   void* dh;
   void* ds;
+  // [B, C] of each image, or [B blocks, C] of each part, for the affine map; both or null.
+  void *da, *db;
 };
 
 template <int kBytes, bool kVector, Fn kBefore>
@@ -48,7 +53,8 @@ class BackwardBlock {
         hidden_(array(p_.at.hidden)),
         scratch_(array(p_.at.scratch)),
         team_(make_team<A>(p_, launch.scratch)),
-        view_(make_view(s_, p_, team_.rank)) {
+        view_(make_view(s_, p_, team_.rank)),
+        affine_(a_.parameters, p_, view_.channels) {
     const Parameters& w = a_.parameters;
     const bool two = s_.form == Form::two_layers;
     const int c0 = view_.channels.begin, n = view_.channels.size();
@@ -79,7 +85,7 @@ class BackwardBlock {
       ring.prepare();
       for (int i = 0; i < p_.slots - 1; ++i) ring.start(i, image(i));
     }
-    __syncthreads();  // kept weights
+    __syncthreads();  // kept weights, affine map
     uint32_t i = 0;
     for (int64_t b = group; b < s_.batch; b += p_.groups, ++i) {
       const char* slot = nullptr;
@@ -89,13 +95,19 @@ class BackwardBlock {
         slot = ring.slot(i);
       }
       prepare(b);
-      if (l_.wants_sums) {
-        sum(b, slot);
-        through_gate(b);
-        if (s_.form != Form::scale) through_layers(b);
-      } else if (s_.form == Form::squeeze) {
+      if (s_.form == Form::squeeze) {
         const A* dz = static_cast<const A*>(a_.dz) + b * c_ + view_.channels.begin;
         divide_mean(b, [&](int c) { return dz[c]; });
+      }
+      // Each sum is a pass of its own: all but the first are rare, and one place for them makes a
+      // small kernel.
+      for (int i = 0; i < kSums; ++i) {
+        const Sum which = static_cast<Sum>(i);
+        if (wants(which)) sum(b, slot, which);
+        if (which != Sum::m || !l_.wants_sums) continue;
+        finish_sums();
+        through_gate(b);
+        if (s_.form != Form::scale) through_layers(b);
       }
       if (a_.dx || a_.dresidual) write(b, slot);
       team_.next_image();
@@ -167,65 +179,101 @@ class BackwardBlock {
     return a_.dx && (kBefore == kAny ? a_.options.before != Fn::identity : kBefore != Fn::identity);
   }
 
-  // ds_ of the channels of this block, and dshift_.
-  SENET_DEVICE void sum(int64_t b, const char* slot) {
+  // The sums over positions: ds, dshift, and, once dz is there, the affine map's gradients.
+  enum class Sum : int { mp, m, dq_x, dq };
+  static constexpr int kSums = 4;
+  SENET_DEVICE bool wants(Sum which) const {
+    switch (which) {
+      case Sum::mp:
+        return l_.wants_sums;
+      case Sum::m:
+        return l_.wants_sums && has_shift_;
+      default:
+        return l_.da != nullptr;
+    }
+  }
+  SENET_DEVICE A* place_of(int64_t b, Sum which) const {
+    if (which == Sum::mp || which == Sum::m) {
+      A* const first = split_space() ? team_.mine() : ds_;
+      return which == Sum::mp ? first : (split_space() ? first + c_ : dshift_);
+    }
+    const int64_t part = p_.axis == Axis::space ? b * p_.blocks + team_.rank : b;
+    return static_cast<A*>(which == Sum::dq_x ? l_.da : l_.db) + part * c_ + view_.channels.begin;
+  }
+
+  SENET_DEVICE void sum(int64_t b, const char* slot, Sum which) {
     const char* dy = at(a_.dy.data, b * a_.dy.stride);
     const char* x = at(a_.x.data, b * a_.x.stride);
     const char* residual = at(a_.residual.data, b * a_.residual.stride);
-    A* const first = split_space() ? team_.mine() : ds_;
-    A* const second = split_space() ? first + c_ : dshift_;
-    // A pass of its own for the shift, which is rare: the usual pass gets by with fewer registers.
-    for (int pass = 0; pass < (has_shift_ ? 2 : 1); ++pass) {
-      A* const to[1] = {pass == 0 ? first : second};
-      const auto term = [&](int64_t in_image, int64_t in_slice, int, int last, int channel, A* t) {
-        if (slot) {
-          load_unit<kBytes, kVector, From::shared>(slot + in_slice * kBytes, last, half_, t);
-        } else {
-          load_unit<kBytes, kVector, From::global>(dy + in_image * kBytes, last, half_, t);
-        }
-        A p[kUnit];
-        if (pass == 0 || needs_pre()) {
-          load_unit<kBytes, kVector, From::global>(x + in_image * kBytes, last, half_, p);
+    A* const to[1] = {place_of(b, which)};
+    const bool of_affine = which == Sum::dq_x || which == Sum::dq;
+    const bool reads_x = which != Sum::m || needs_pre();
+    const int limit = counted(s_, a_.lengths, b);
+    const auto term = [&](int64_t in_image, int64_t in_slice, int, int last, int channel, A* t) {
+      if (slot) {
+        load_unit<kBytes, kVector, From::shared>(slot + in_slice * kBytes, last, half_, t);
+      } else if (dy) {
+        load_unit<kBytes, kVector, From::global>(dy + in_image * kBytes, last, half_, t);
+      } else {
 #pragma unroll
-          for (int j = 0; j < kUnit; ++j) {
-            p[j] = before_value<kBefore, kFast>(a_.options.before, p[j]);
-          }
-        }
-        if (needs_pre()) {
-          A pre[kUnit];
-          if (residual) {
-            load_unit<kBytes, kVector, From::global>(residual + in_image * kBytes, last, half_,
-                                                     pre);
-          }
+        for (int j = 0; j < kUnit; ++j) t[j] = A(0);
+      }
+      // Channels-last a unit is of one position; in rows it may begin before its row.
+      const int64_t row = view_.last ? in_image / view_.pitch : view_.channels.begin + channel;
+      const int column = static_cast<int>(in_image - row * view_.pitch);
+      A q[kUnit] = {}, p[kUnit] = {};
+      if (reads_x) {
+        load_unit<kBytes, kVector, From::global>(x + in_image * kBytes, last, half_, p);
 #pragma unroll
-          for (int j = 0; j < kUnit; ++j) {
-            const int c = view_.last ? channel + j : channel;
-            A sum = p[j] * scale_[c];
-            if (has_shift_) sum += shift_[c];
-            pre[j] = residual ? sum + pre[j] : sum;
-          }
-          through_after(t, 0, pre);
-        } else if (a_.mask) {
-          const int64_t row = in_image / view_.pitch;
-          // In rows layout a unit may begin before its row, which `channel` tells.
-          const int64_t own = view_.last ? row : view_.channels.begin + channel;
-          const int from = static_cast<int>(in_image - own * view_.pitch);
-          through_after(t, row_bits(mask_row(b, own), bit_row(), from), nullptr);
+        for (int j = 0; j < kUnit; ++j) q[j] = p[j];
+        affine_.apply(view_, channel, q);
+      }
+      if (!of_affine) {  // otherwise the factor is x itself
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) {
+          p[j] = before_value<kBefore, kFast>(a_.options.before, q[j]);
+        }
+      }
+      if (needs_pre()) {
+        A pre[kUnit] = {};
+        if (residual) {
+          load_unit<kBytes, kVector, From::global>(residual + in_image * kBytes, last, half_, pre);
         }
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
-          const A product = pass == 0 ? t[j] * p[j] : t[j];
-          t[j] = kVector || j < last ? product : A(0);
+          const int c = view_.last ? channel + j : channel;
+          A sum = before_value<kBefore, kFast>(a_.options.before, q[j]) * scale_[c];
+          if (has_shift_) sum += shift_[c];
+          pre[j] = residual ? sum + pre[j] : sum;
         }
-      };
-      const int all = static_cast<int>(s_.positions);
-      if (pass) __syncthreads();  // scratch
-      if (view_.last) {
-        sum_columns<kVector, 1>(view_, all, scratch_, to, term);
-      } else {
-        sum_rows<kVector, 1>(view_, p_, all, scratch_, to, term);
+        through_after(t, 0, pre);
+      } else if (a_.mask) {
+        through_after(t, row_bits(mask_row(b, row), bit_row(), column), nullptr);
       }
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        A value = t[j];
+        if (of_affine) {
+          const int c = view_.last ? channel + j : channel;
+          const int64_t position = view_.last ? row : column + j;
+          value = value * scale_[c] + (position < limit ? mean_[c] : A(0));
+          value = before_chain<kBefore, kFast>(a_.options.before, q[j], value);
+        }
+        if (which == Sum::mp || which == Sum::dq_x) value *= p[j];
+        t[j] = kVector || j < last ? value : A(0);
+      }
+    };
+    const int all = static_cast<int>(s_.positions);
+    __syncthreads();  // scratch
+    if (view_.last) {
+      sum_columns<kVector, 1>(view_, all, scratch_, to, term);
+    } else {
+      sum_rows<kVector, 1>(view_, p_, all, scratch_, to, term);
     }
+  }
+
+  // ds_ of the channels of this block, and dshift_, out of the parts of a split in space.
+  SENET_DEVICE void finish_sums() {
     if (split_space()) {
       team_.meet();
       for (int c = threadIdx.x; c < c_; c += blockDim.x) {
@@ -292,7 +340,7 @@ class BackwardBlock {
       }
     }
     __syncthreads();
-    if (!a_.dx) return;
+    if (!l_.needs_dz) return;
     columns_product(w1_, rows, n, hidden_, scratch_, mean_, false);
     __syncthreads();
     divide_mean(b, [&](int c) { return mean_[c]; });
@@ -326,7 +374,10 @@ class BackwardBlock {
       } else if (dy) {
         load_unit<kBytes, kVector, From::stream>(dy + offset, count, half_, m);
       }
-      if (reads_x) load_unit<kBytes, kVector, From::stream>(x + offset, count, half_, v);
+      if (reads_x) {
+        load_unit<kBytes, kVector, From::stream>(x + offset, count, half_, v);
+        affine_.apply(view_, at, v);
+      }
       if (needs_pre()) {
         A pre[kUnit];
         at.spread(view_, scale_, other);
@@ -358,6 +409,11 @@ class BackwardBlock {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
         m[j] = before_chain<kBefore, kFast>(a_.options.before, v[j], m[j] + other[j]);
+      }
+      if (affine_.there) {
+        at.spread(view_, affine_.scale, other);
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) m[j] *= other[j];
       }
       store_unit<kBytes, kVector>(dx + offset, count, half_, m);
     }
@@ -395,11 +451,12 @@ class BackwardBlock {
                                                                                 *const scratch_;
   Team<A> team_;
   const View view_;
+  const Affine<A> affine_;
   Matrix w1_, gates_, shifts_;
 };
 
 template <int kBytes, bool kVector, int kBefore>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kBytes == 8 ? kForwardThreads : kBackwardThreads, 1)
     backward_kernel(const __grid_constant__ BackwardLaunch launch) {
   BackwardBlock<kBytes, kVector, static_cast<Fn>(kBefore)>(launch).run();
 }

@@ -20,7 +20,8 @@ namespace gpu {
 
 constexpr int kUnit = 8;
 constexpr int kChain = 64;  // at most so many additions in a row into one accumulator
-constexpr int kMaxThreads = 256;
+constexpr int kForwardThreads = 256;
+constexpr int kBackwardThreads = 384;  // at most
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
 // Accumulation type for elements of so many bytes.
@@ -324,6 +325,46 @@ struct Walk {
   }
 };
 
+// The affine map before `before`: q = a x + b with a and b of each channel of the slice, in shared
+// memory. It stays there for all images.
+template <class A>
+struct Affine {
+  const A *scale, *shift;
+  bool there;
+
+  SENET_DEVICE Affine(const Parameters& w, const Plan& p, Range channels) {
+    A* a = reinterpret_cast<A*>(shared_memory() + p.at.affine);
+    A* b = a + (p.local_channels + kUnit - 1) / kUnit * kUnit;
+    there = w.affine_scale != nullptr;
+    scale = a;
+    shift = b;
+    for (int c = threadIdx.x; there && c < channels.size(); c += blockDim.x) {
+      a[c] = parameter_at<A>(w.dtype, w.affine_scale, channels.begin + c);
+      b[c] = parameter_at<A>(w.dtype, w.affine_shift, channels.begin + c);
+    }
+  }
+  // Of a unit in a sum: of one channel, or, channels-last, of eight from `channel` on.
+  SENET_DEVICE void apply(const View& v, int channel, A* x) const {
+    if (!there) return;
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) {
+      const int c = v.last ? channel + j : channel;
+      x[j] = scale[c] * x[j] + shift[c];
+    }
+  }
+  template <bool kVector>
+  SENET_DEVICE void apply(const View& v, const Walk<kVector>& at, A* x) const {
+    if (!there) return;
+    A t[kUnit];
+    at.spread(v, scale, t);
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) x[j] *= t[j];
+    at.spread(v, shift, t);
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) x[j] += t[j];
+  }
+};
+
 // ---- sums over the slice ----
 
 // sums[k][c] of each channel c of the slice, for kSums quantities. `term(row, in_image, in_slice,
@@ -351,6 +392,7 @@ SENET_DEVICE void sum_rows(const View& v, const Plan& p, int limit, A* scratch, 
       int64_t e = start + int64_t(kUnit) * (lane + segment * lanes);
       while (e < end) {
         A part[kSums] = {};
+#pragma unroll 2
         for (int i = 0; i < kChain && e < end; ++i, e += step) {
           const int first = e < begin ? static_cast<int>(begin - e) : 0;
           const int last = end - e < kUnit ? static_cast<int>(end - e) : kUnit;
@@ -446,6 +488,7 @@ SENET_DEVICE void sum_columns(const View& v, int limit, A* scratch, A* const* su
     int row = c.part;
     while (row < rows) {
       A part[kSums * kUnit] = {};
+#pragma unroll 2
       for (int i = 0; i < kChain && row < rows; ++i, row += c.parts) {
         A t[kSums * kUnit];
         term(v.first + row * v.pitch + at, int64_t(row) * v.inner + at, 0, count, at, t);
@@ -482,6 +525,7 @@ __device__ __noinline__ void rows_product(Matrix m, int rows, int columns, const
       int k = lane * kUnit;
       while (k < columns) {
         A part = A(0);
+#pragma unroll 1
         for (int i = 0; i < kChain && k < columns; ++i, k += lanes * kUnit) {
           const int count = columns - k < kUnit ? columns - k : kUnit;
           A w[kUnit];
@@ -512,6 +556,7 @@ __device__ __noinline__ void columns_product(Matrix m, int rows, int columns, co
     int row = c.part;
     while (row < rows) {
       A part[kUnit] = {};
+#pragma unroll 2
       for (int i = 0; i < kChain && row < rows; ++i, row += c.parts) {
         A w[kUnit];
         load_weights(m, row, at, count, w);

@@ -8,7 +8,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "kernels.h"
+#include "launch.h"
 
 namespace senet {
 namespace gpu {
@@ -29,6 +29,7 @@ Device query(int ordinal) {
   d.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   d.threads_per_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
   d.registers_per_multiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor);
+  d.largest_cluster = d.capability >= 90 ? largest_cluster(d) : 1;
   d.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
   return d;
 }
@@ -63,8 +64,8 @@ const Plan& cached(const Task& task) {
                              task.shape.channels_last,
                              static_cast<int64_t>(task.dtype),
                              static_cast<int64_t>(task.parameter_dtype),
-                             task.backward + 2 * task.aligned + 4 * task.masked_out +
-                                 8 * task.needs_dx + 16 * task.needs_ds};
+                             task.backward + 2 * task.aligned + 4 * task.masks + 8 * task.needs_dx +
+                                 16 * task.needs_ds + 32 * task.affine + 64 * task.needs_daffine};
   std::string key(reinterpret_cast<const char*>(numbers), sizeof numbers);
   if (named) key += named;
 
@@ -99,7 +100,8 @@ Task task_of(const ForwardArgs& a) {
   const int64_t size = a.dtype == DType::f32 ? 4 : 2;
   t.aligned = is_aligned(a.x, size) && (!a.residual.data || is_aligned(a.residual, size)) &&
               (!a.y || is_aligned({a.y, a.y_stride}, size));
-  t.masked_out = a.mask != nullptr;
+  t.masks = a.options.after == Fn::relu;
+  t.affine = a.parameters.affine_scale != nullptr;
   return t;
 }
 
@@ -115,6 +117,8 @@ Task task_of(const BackwardArgs& a) {
               is_aligned(a.dresidual);
   t.needs_dx = a.dx != nullptr;
   t.needs_ds = a.dalpha || a.dbeta;
+  t.affine = a.parameters.affine_scale != nullptr;
+  t.needs_daffine = a.daffine_scale || a.daffine_shift;
   return t;
 }
 

@@ -39,7 +39,8 @@ class ForwardBlock {
         hidden_(array(p_.at.hidden)),
         scratch_(array(p_.at.scratch)),
         team_(make_team<A>(p_, launch.scratch)),
-        view_(make_view(s_, p_, team_.rank)) {
+        view_(make_view(s_, p_, team_.rank)),
+        affine_(a_.parameters, p_, view_.channels) {
     const Parameters& w = a_.parameters;
     const bool two = s_.form == Form::two_layers;
     const int c0 = view_.channels.begin, n = view_.channels.size();
@@ -65,7 +66,7 @@ class ForwardBlock {
       ring.prepare();
       for (int i = 0; i < p_.slots - 1; ++i) ring.start(i, image(i));
     }
-    __syncthreads();  // kept weights
+    __syncthreads();  // kept weights, affine map
     uint32_t i = 0;
     for (int64_t b = group; b < s_.batch; b += p_.groups, ++i) {
       const char* slot = nullptr;
@@ -103,12 +104,13 @@ class ForwardBlock {
     const int n = counted(s_, a_.lengths, b);
     const bool split_space = p_.exchange != Exchange::none && p_.axis == Axis::space;
     A* const to[1] = {split_space ? team_.mine() : sums_};
-    const auto term = [&](int64_t in_image, int64_t in_slice, int, int last, int, A* t) {
+    const auto term = [&](int64_t in_image, int64_t in_slice, int, int last, int channel, A* t) {
       if (slot) {
         load_unit<kBytes, kVector, From::shared>(slot + in_slice * kBytes, last, half_, t);
       } else {
         load_unit<kBytes, kVector, From::global>(x + in_image * kBytes, last, half_, t);
       }
+      affine_.apply(view_, channel, t);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
         t[j] = kVector || j < last ? before_value<kBefore, kFast>(a_.options.before, t[j]) : A(0);
@@ -215,6 +217,7 @@ class ForwardBlock {
       } else {
         load_unit<kBytes, kVector, From::stream>(x + offset, count, half_, v);
       }
+      affine_.apply(view_, at, v);
       at.spread(view_, scale_, factor);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
@@ -258,12 +261,13 @@ class ForwardBlock {
   A *const sums_, *const scale_, *const shift_, *const hidden_, *const scratch_;
   Team<A> team_;
   const View view_;
+  const Affine<A> affine_;
   Matrix w1_, gates_, shifts_;
 };
 
 // kBefore: the code of a function; -1 is any of them.
 template <int kBytes, bool kVector, int kBefore>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kForwardThreads, kBytes == 8 ? 1 : 2)
     forward_kernel(const __grid_constant__ ForwardLaunch launch) {
   ForwardBlock<kBytes, kVector, static_cast<Fn>(kBefore)>(launch).run();
 }

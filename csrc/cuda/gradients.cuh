@@ -24,6 +24,7 @@ struct OuterProduct {
   bool apply;
   const void* gates;  // ... or right is multiplied by of_right(gates[b][k])
   int64_t gates_pitch;
+  int64_t images;
   constexpr int64_t tiles() const {
     if (!out) return 0;
     return int64_t((rows + kTile - 1) / kTile) * ((columns + kTile - 1) / kTile);
@@ -31,9 +32,8 @@ struct OuterProduct {
 };
 
 struct GradientsLaunch {
-  static constexpr int kProducts = 6;
+  static constexpr int kProducts = 8;
   OuterProduct products[kProducts];
-  int64_t batch;
   DType dtype;  // of the parameters
 };
 
@@ -49,7 +49,8 @@ SENET_DEVICE void store_parameter(DType dtype, void* p, int64_t i, A v) {
 }
 
 template <class A>
-SENET_DEVICE void outer_tile(const OuterProduct& o, int64_t tile, int64_t batch, DType dtype) {
+SENET_DEVICE void outer_tile(const OuterProduct& o, int64_t tile, DType dtype) {
+  const int64_t batch = o.images;
   A* const sums = reinterpret_cast<A*>(shared_memory());  // [kTile][kTile]
   const int across = (o.columns + kTile - 1) / kTile;
   const int r0 = static_cast<int>(tile / across) * kTile;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     const OuterProduct& o = launch.products[i];
     const int64_t tiles = o.tiles();
     if (tile < tiles) {
-      outer_tile<A>(o, tile, launch.batch, launch.dtype);
+      outer_tile<A>(o, tile, launch.dtype);
       return;
     }
     tile -= tiles;

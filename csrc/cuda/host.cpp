@@ -39,9 +39,7 @@ void* current_stream(int32_t index) {
   return stream;
 }
 int32_t device_type() { return aoti_torch_device_type_cuda(); }
-bool holds(const Tensor& t, int32_t index) {
-  return t.is_cuda() && t.get_device_index() == index;
-}
+bool holds(const Tensor& t, int32_t index) { return t.is_cuda() && t.get_device_index() == index; }
 using OnDevice = torch::stable::accelerator::DeviceGuard;
 #endif
 
@@ -72,21 +70,20 @@ void run(const Args& args, int32_t index, const gpu::Plan& (*plan_of)(const Args
 }  // namespace
 
 const Host& cuda_host() {
-  static const Host host = {
-      "a CUDA tensor on the device of x",
-      device_type,
-      holds,
-      [](size_t) -> void* { return nullptr; },
-      [](const ForwardArgs& args, int32_t index) {
-        run(args, index, gpu::plan_forward, gpu::forward);
-      },
-      [](const BackwardArgs& args, int32_t index) {
-        run(args, index, gpu::plan_backward, gpu::backward);
-      },
-      [](void* p, size_t bytes, int32_t index) {
-        const OnDevice guard(index);
-        gpu::poison(p, bytes, current_stream(index));
-      }};
+  static const Host host = {"a CUDA tensor on the device of x",
+                            device_type,
+                            holds,
+                            [](size_t) -> void* { return nullptr; },
+                            [](const ForwardArgs& args, int32_t index) {
+                              run(args, index, gpu::plan_forward, gpu::forward);
+                            },
+                            [](const BackwardArgs& args, int32_t index) {
+                              run(args, index, gpu::plan_backward, gpu::backward);
+                            },
+                            [](void* p, size_t bytes, int32_t index) {
+                              const OnDevice guard(index);
+                              gpu::poison(p, bytes, current_stream(index));
+                            }};
   return host;
 }
 

@@ -13,6 +13,10 @@ inline const char* message(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// The most blocks that run as one cluster on the current device when each has a multiprocessor to
+// itself.
+int largest_cluster(const Device& device);
+
 // Each kernel keeps, per device, how much shared memory it has been allowed so far.
 struct Allowed {
   static constexpr int kDevices = 64;

@@ -15,8 +15,11 @@ constexpr int kUnit = 8;
 constexpr int64_t kSmallestSlice = 8 << 10;
 // What the runtime keeps of a multiprocessor's shared memory for each block.
 constexpr int64_t kReserved = 1024;
-// Registers of the kernels with the most, as tests/test_cuda_compile.py checks.
-constexpr int kRegisters = 128;
+// The most registers a thread has, by the kernels' launch bounds.
+int registers_of(const Task& t) {
+  if (t.dtype == DType::f64) return 256;
+  return t.backward ? 168 : 128;
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -35,8 +38,9 @@ class Draft {
     accumulator_ = t_.dtype == DType::f64 ? 8 : 4;
     plan.vector = t_.aligned && t_.dtype != DType::f64 && s_.image() % kUnit == 0 &&
                   (!s_.channels_last || s_.channels % kUnit == 0) &&
-                  // A byte of the mask is a unit of a row.
-                  (!t_.masked_out || s_.channels_last || s_.positions % kUnit == 0);
+                  // A byte of the mask is a unit of a row. Whether one is written or not: the
+                  // same sums, in the same order, with and without gradients.
+                  (!t_.masks || s_.channels_last || s_.positions % kUnit == 0);
   }
 
   Plan plan;
@@ -113,6 +117,7 @@ class Draft {
     p.at.scale = vectors(channels);
     p.at.shift = shifts ? vectors(channels) : p.at.scale;
     p.at.mean = t_.backward ? vectors(channels) : p.at.sums;
+    p.at.affine = vectors(t_.affine ? 2 * round_up(channels, kUnit) : 0);
     p.at.hidden = vectors(inner_vector());
     p.at.exchange = p.exchange == Exchange::cluster ? vectors(2 * p.exchanged) : p.at.sums;
     p.at.scratch = vectors(scratch);
@@ -125,10 +130,13 @@ class Draft {
     p.shared = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
     p.per_multiprocessor = static_cast<int>(std::max<int64_t>(
         1, std::min({d_.shared_per_multiprocessor / (shared_ + kReserved),
-                     int64_t(d_.registers_per_multiprocessor) / (kRegisters * p.threads),
+                     int64_t(d_.registers_per_multiprocessor) / (registers_of(t_) * p.threads),
                      int64_t(d_.threads_per_multiprocessor) / p.threads})));
   }
 
+  bool run_at_once() const {
+    return plan.blocks <= int64_t(d_.multiprocessors) * plan.per_multiprocessor;
+  }
   bool fits() const { return shared_ <= d_.shared_per_block; }
   int64_t slice_bytes() const { return slice_bytes_; }
   int64_t image_bytes() const { return s_.image() * element_; }
@@ -181,8 +189,7 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
   Plan& p = draft.plan;
   const bool clusters = device.capability >= 90;
   const bool wants = policy.exchange > 0;
-  const int64_t blocks_possible =
-      clusters ? device.largest_cluster() : (device.cooperative ? 32 : 1);
+  const int64_t blocks_possible = clusters ? device.largest_cluster : (device.cooperative ? 32 : 1);
 
   // Narrow channels-last images are cut in space: a slice of their channels would be a few bytes
   // here and a few bytes there.
@@ -203,7 +210,8 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
          draft.image_bytes() >= 2 * blocks * kSmallestSlice) {
     blocks *= 2;
   }
-  p.threads = 256;
+  // As many as the registers of a multiprocessor have room for: twice 256, or once 384.
+  p.threads = task.backward && task.dtype != DType::f64 ? 384 : 256;
   if (policy.threads > 0) p.threads = policy.threads;
   // Both passes read the image: forward, and backward what it keeps of it, dy.
   const bool two_passes = s.form == Form::two_layers || s.form == Form::one_layer;
@@ -215,7 +223,7 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
     p.resident = resident;
     p.slots = resident ? slots : 0;
     draft.work_out();
-    return draft.fits();
+    return draft.fits() && (p.exchange != Exchange::grid || draft.run_at_once());
   };
   const auto search = [&] {
     if (may_stay) {
@@ -228,7 +236,7 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
     for (int b = blocks; b <= most; b *= 2) {
       if (attempt(b, false, 0)) return true;
     }
-    return attempt(static_cast<int>(most), false, 0);
+    return attempt(static_cast<int>(most), false, 0) || attempt(1, false, 0);
   };
   if (!search()) return refuse("more channels than a multiprocessor's shared memory has room for");
 
@@ -247,7 +255,7 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
     attempt(b, resident, policy.slots > 0 ? policy.slots : 1);
     if (policy.exchange >= 0 && b > 1) p.exchange = static_cast<Exchange>(policy.exchange);
     draft.work_out();
-    if (p.exchange == Exchange::cluster && (!clusters || b > device.largest_cluster())) {
+    if (p.exchange == Exchange::cluster && (!clusters || b > device.largest_cluster)) {
       return refuse("SENET_KERNELS_CUDA_PLAN: this device has no such clusters");
     }
     if (p.exchange == Exchange::grid && !device.cooperative) {
@@ -267,8 +275,7 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
     p.groups = static_cast<int>(groups);
   };
   choose_groups();
-  if (p.exchange == Exchange::grid &&
-      int64_t(p.blocks) > int64_t(device.multiprocessors) * p.per_multiprocessor) {
+  if (p.exchange == Exchange::grid && !draft.run_at_once()) {
     return refuse("an image's blocks do not run at once on this device");
   }
   const int64_t turns = s.batch / std::max(1, p.groups);
@@ -314,12 +321,20 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
     p.of_du = carve(s.batch * s.outputs * accumulator);
     p.of_dh = carve(s.batch * s.hidden * accumulator);
     if (task.needs_ds) p.of_ds = carve(s.batch * s.channels * accumulator);
+    // Of each image, and of each part of it where it is split in space.
+    const int64_t parts = p.axis == Axis::space ? s.batch * p.blocks : s.batch;
+    if (task.needs_daffine) p.of_daffine = carve(2 * parts * s.channels * accumulator);
   }
   if (p.exchange == Exchange::grid) {
     p.of_exchange = carve(int64_t(2) * p.groups * p.blocks * p.exchanged * accumulator);
     p.of_counters = carve(int64_t(p.groups) * 128);
   }
   return p;
+}
+
+int usual_largest_cluster(int capability) {
+  if (capability < 90) return 1;
+  return capability < 110 ? 16 : 8;
 }
 
 std::string describe(const Plan& p) {

@@ -21,7 +21,7 @@ struct Device {
   int threads_per_multiprocessor = 0;
   int registers_per_multiprocessor = 65536;
   bool cooperative = false;
-  int largest_cluster() const { return capability >= 90 ? (capability < 110 ? 16 : 8) : 1; }
+  int largest_cluster = 1;  // blocks
 };
 
 // How the blocks that share an image exchange their sums.
@@ -43,7 +43,7 @@ struct Policy {
 
 // Where a block's arrays begin in its shared memory, in bytes.
 struct Carving {
-  int sums, scale, shift, mean, hidden, exchange, scratch, weights, barriers, slots;
+  int sums, scale, shift, mean, affine, hidden, exchange, scratch, weights, barriers, slots;
 };
 
 struct Plan {
@@ -68,7 +68,7 @@ struct Plan {
   int shared = 0;       // bytes per block
   int64_t scratch = 0;  // bytes of global memory for the call
   // Within scratch: per-image vectors for the parameters' gradients, buffers of the exchange.
-  int64_t of_du = 0, of_dh = 0, of_ds = 0, of_exchange = 0, of_counters = 0;
+  int64_t of_du = 0, of_dh = 0, of_ds = 0, of_daffine = 0, of_exchange = 0, of_counters = 0;
   const char* error = nullptr;  // why there is no plan for the call
 };
 
@@ -77,12 +77,14 @@ struct Task {
   Shape shape;
   DType dtype, parameter_dtype;
   bool backward;
-  bool aligned;             // 16-byte vectors are possible, as far as addresses and strides go
-  bool masked_out;          // writes the bit mask of after="relu"
-  bool needs_x;             // the second backward pass reads x
-  bool needs_dx, needs_ds;  // ds is wanted for dalpha or dbeta
-  bool operator==(const Task&) const = default;
+  bool aligned;                // 16-byte vectors are possible, as far as addresses and strides go
+  bool masks;                  // forward: after="relu", whose bit mask may be wanted
+  bool needs_dx, needs_ds;     // backward: of x, and for the gradients of alpha and beta
+  bool affine, needs_daffine;  // before_affine, and its gradients
 };
+
+// The largest cluster that devices of a capability have, as far as is known without asking one.
+int usual_largest_cluster(int capability);
 
 Plan make_plan(const Task& task, const Device& device, const Policy& policy);
 
