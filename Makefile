@@ -7,6 +7,9 @@ TORCH ?= torch==2.13.0
 # The CPU build of torch comes without Triton, whose interpreter the tests use; this one pairs with
 # the torch above.
 TRITON ?= triton==3.7.1
+# A newer one, in a folder of its own: only the test that compiles for clusters of blocks uses it.
+NEWER_TRITON ?= triton==3.8.0
+NEWER := build/triton38
 # Libraries whose models the tests convert. Those in the second line go in without their dependencies,
 # which are not needed and some of which would replace torch.
 MODELS ?= timm==1.0.31 transformers==5.23.0
@@ -32,14 +35,18 @@ PY := $(PYTHON)
 READY_BENCH := given-python
 READY_TEST := given-python
 READY_GPU :=
+READY_MODELS :=
 else
 PY := $(VENV)/bin/python
 READY_BENCH := $(STAMPS)/bench
 READY_TEST := $(STAMPS)/test
 READY_GPU := $(STAMPS)/bench $(STAMPS)/test
+READY_MODELS := $(STAMPS)/models
 endif
+FOR_MODELS := $(if $(filter models,$(ARGS)),$(READY_MODELS))
 OUT ?= build/gpu
 BUDGET ?= 540
+DEVICE ?= cuda
 
 .PHONY: help bench build gpu test test-all lint format clean given-python FORCE
 
@@ -52,14 +59,15 @@ help:  ## this list
 	@echo '  ARGS=...    arguments for the benchmarks or for pytest'
 	@echo '  OUT=...     folder for the results of gpu (default $(OUT))'
 	@echo '  BUDGET=...  seconds for gpu (default $(BUDGET))'
+	@echo '  DEVICE=cpu  a dry run of gpu: every stage, with a small task for the CPU'
 	@echo '  SENET_KERNELS_BUILD=auto|python|cpu|cuda, see setup.py'
 
-bench: $(READY_BENCH)  ## install what is needed, run the benchmarks
+bench: $(READY_BENCH) $(FOR_MODELS)  ## install what is needed, run the benchmarks
 	@echo '==> benchmarks'; time $(PY) -m benchmarks $(ARGS)
 
 # Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given.
 gpu: $(READY_GPU)  ## build, test, check and time on this machine's GPU; no network needed
-	@$(PY) tools/gpu.py --out '$(OUT)' --budget '$(BUDGET)' -- $(ARGS)
+	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' -- $(ARGS)
 
 test: $(READY_TEST)  ## lint, and the tests that need no GPU and no patience
 	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \
@@ -136,13 +144,19 @@ $(STAMPS)/models: | $(STAMPS)/torch
 	    $(PY) $(PIP) pillow numpy && $(PY) $(PIP) --no-deps $(MODELS_ALONE) && $(PY) $(PIP) $(MODELS); \
 	  else echo '    left out: they are for torch 2.13.0'; fi; touch $@; }
 
-$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models
-	@echo '==> senet_kernels[test,lint], native: $(SENET_KERNELS_BUILD)'; time { \
-	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint]' "$(TRITON); sys_platform == 'linux'"; \
+$(NEWER)/stamp: | $(STAMPS)/torch
+	@echo '==> $(NEWER_TRITON) into $(NEWER)'; time { \
+	  if [[ "$$(uname -s)" == Linux ]]; then \
+	    $(PY) $(PIP) --no-deps --upgrade --target $(NEWER) '$(NEWER_TRITON)'; \
+	  else echo '    left out: it is for Linux'; fi; mkdir -p $(NEWER); touch $@; }
+
+$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(NEWER)/stamp
+	@echo '==> senet_kernels[test,lint,train], native: $(SENET_KERNELS_BUILD)'; time { \
+	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint,train]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }
 
 given-python:
 	@echo '==> senet_kernels into $(PYTHON), native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-deps --no-build-isolation -e .; cat senet_kernels/_build.json; \
-	  $(call missing,matplotlib numpy pytest pytest_benchmark rich tqdm hypothesis triton) || \
+	  $(call missing,matplotlib numpy PIL pytest pytest_benchmark rich sklearn tqdm hypothesis triton) || \
 	    echo "    some targets or reports may need them: $(PYTHON) -m pip install ..."; }

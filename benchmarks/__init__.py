@@ -1,5 +1,6 @@
-"""Benchmarks of senet_kernels on the squeeze-excite layers of real networks.
+"""Benchmarks of senet_kernels on the squeeze-excite layers of real networks, and on the networks.
 
-``python -m benchmarks`` runs the main job, ``pytest benchmarks --benchmark-only`` a handful of key
-cases, ``python -m benchmarks.readme RECORD.json README.md`` renews the figures in the README.
+``python -m benchmarks [layers|models|sweep|report]``, ``pytest benchmarks --benchmark-only`` for a
+handful of key cases, ``python -m benchmarks.readme README.md docs/performance.md`` to renew the
+figures in both.
 """

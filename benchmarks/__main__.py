@@ -1,6 +1,7 @@
-"""``python -m benchmarks``: measure, report, write the record and the plot.
+"""``python -m benchmarks [layers|models|sweep|report]``: measure, report, write record and plots.
 
-Exit code 0: done; 1: some provider gave a wrong result; 130: interrupted, with what there was.
+Without a word it is ``layers``. Exit code 0: done; 1: some provider gave a wrong result; 130:
+interrupted, with what there was.
 """
 
 from __future__ import annotations
@@ -8,24 +9,40 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from . import records
+from .bench import Bench
+from .layer_run import LayerRun
+from .model_run import ModelRun
 from .options import parse
-from .plot import draw
-from .problem import Case
-from .run import Run
+from .plots import draw
+from .sweep import SweepRun
+
+RUNS: dict[str, Any] = {"layers": LayerRun, "models": ModelRun, "sweep": SweepRun}
+USAGE = """usage: python -m benchmarks [layers|models|sweep|report] [options]
+
+  layers  isolated layers of real networks (the default)
+  models  whole networks: training step and inference, and the price of SE
+  sweep   one layer, its batch, channels, positions and hidden width growing
+  report  tables, CSV, plots and one HTML page from records
+
+python -m benchmarks COMMAND --help lists the options.
+"""
 
 
-def _report(record: dict[str, Any]) -> None:
+def tables(record: dict[str, Any]) -> None:
     """The tables, where there is something to draw them with."""
     if not find_spec("rich"):
         print("no tables: rich is not installed; the record has the figures", file=sys.stderr)
         return
     from rich.console import Console
 
-    from .report import print_report
+    from .tables import print_report
 
     console = Console(soft_wrap=False)
     if not console.is_terminal:
@@ -33,11 +50,18 @@ def _report(record: dict[str, Any]) -> None:
     print_report(record, console)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(sys.argv[1:] if argv is None else argv)
+def _resume(run: Bench, path: Path) -> None:
+    with suppress(OSError, json.JSONDecodeError, records.InvalidRecord):
+        if run.resume(records.read(path)):
+            print(f"goes on from {path}: {len(run.record['results'])} results", file=sys.stderr)
+
+
+def measure(kind: str, argv: Sequence[str]) -> int:
+    """One run of ``kind``; the exit code."""
+    options = parse(kind, argv)
     bars: list[Any] = []
 
-    def progress(cases: list[Case]) -> Any:
+    def progress(cases: list[Any]) -> Any:
         if not find_spec("tqdm"):
             return cases
         from tqdm import tqdm
@@ -51,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(text, file=sys.stderr)
 
-    run = Run(options, tell)
+    name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{options.device.type}-{kind}.json"
+    path = options.record or options.out / name
+    run: Bench = RUNS[kind](options, tell, lambda record: records.write(record, path))
+    if options.record:
+        _resume(run, path)
     status = "complete"
     try:
         run.run(progress)
@@ -60,20 +88,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     for bar in bars:
         bar.close()
     record = run.finish(status)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{options.device.type}"
-    path = options.out / f"{stem}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    _report(record)
-    plotted = draw(record, path.with_suffix(".png"))
+    records.write(record, path)
+    tables(record)
+    plotted = draw(record, path)
+    missed = len(record["not_measured"])
     print(
-        f"{record['elapsed_s']:.0f} s, of which torch.compile {record['compile']['seconds']:.0f} s"
+        f"{len(record['results'])} results in {record['elapsed_s']:.0f} s, "
+        f"{record['compile']['seconds']:.0f} s of them torch.compile"
+        + (f"; {missed} cases not measured: the time was up" if missed else "")
     )
-    print(f"written: {path}{' and .png' if plotted else ''}")
+    print(f"written: {', '.join(map(str, [path, *plotted]))}")
     if status == "interrupted":
         return 130
     return 1 if run.wrong else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    kind = words.pop(0) if words and not words[0].startswith("-") else "layers"
+    if kind == "report":
+        from .page import main as report
+
+        return report(words)
+    if kind not in RUNS:
+        print(f"command: unknown {kind!r}\n{USAGE}", file=sys.stderr)
+        return 2
+    if words == ["--help"] and kind == "layers":
+        print(USAGE)
+    return measure(kind, words)
 
 
 if __name__ == "__main__":

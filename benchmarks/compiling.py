@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 COMPILE_SHARE = 0.5  # of the budget; the rest is for checks and timing
 
@@ -15,11 +15,14 @@ class CompileAccount:
     seconds: float = 0.0
     cases: int = 0
     last: float = 0.0
-    broken: str | None = None  # once it has failed, every case would fail again, slowly
+    broken: dict[str, str] = field(default_factory=dict)
+    most: float = 6.0  # what another case is taken to cost at most, in seconds
 
-    def refuse(self) -> str | None:
-        if self.broken:
-            return self.broken
+    def refuse(self, provider: str = "") -> str | None:
+        """Why a provider shall not compile another case; without a name, whether time is left.
+        Once one has failed, every case would fail again, slowly."""
+        if provider in self.broken:
+            return self.broken[provider]
         limit = COMPILE_SHARE * self.budget
         if self.budget and self.seconds + self.last > limit:
             return f"compile time budget of {limit:.0f} s spent"
@@ -29,7 +32,7 @@ class CompileAccount:
         self.seconds += seconds
         self.cases += 1
         # the first includes imports and precompiled headers, which no other case pays again
-        self.last = min(seconds, 6.0)
+        self.last = min(seconds, self.most)
 
 
 def graphs_so_far() -> int:

@@ -52,6 +52,42 @@ def _fused() -> dict[str, str | None]:
     return {"version": getattr(senet_kernels, "__version__", None)}
 
 
+def _caches() -> dict[str, int] | None:
+    """Bytes of a core's own data cache and of the last level, where Linux says so."""
+    levels: dict[int, int] = {}
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            kind = (folder / "type").read_text().strip()
+            size = re.fullmatch(r"(\d+)K", (folder / "size").read_text().strip())
+            level = int((folder / "level").read_text())
+        except (OSError, ValueError):
+            return None
+        if kind != "Instruction" and size:
+            levels[level] = int(size[1]) * 1024
+    if not levels:
+        return None
+    return {"core": levels.get(2, max(levels.values())), "last": levels[max(levels)]}
+
+
+def clocks(device: torch.device) -> dict[str, object]:
+    """What the clocks are at this moment: a figure taken while they were throttled is none."""
+    if device.type == "cuda":
+        fields = (
+            "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw",
+            "temperature.gpu", "clocks_throttle_reasons.active",
+        )  # fmt: skip
+        query = f"--query-gpu={','.join(fields)}"
+        found = _run("nvidia-smi", query, "--format=csv,noheader", f"--id={device.index or 0}")
+        values = found.split(", ") if found else []
+        return dict(zip(fields, values, strict=False))
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    mhz = [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", text, re.MULTILINE)]
+    return {"mhz_min": min(mhz), "mhz_max": max(mhz)} if mhz else {}
+
+
 def stamp(device: torch.device) -> dict[str, object]:
     """Environment of this run, ready for JSON."""
     commit = _run("git", "rev-parse", "HEAD")
@@ -69,6 +105,7 @@ def stamp(device: torch.device) -> dict[str, object]:
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        "caches": _caches(),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "device": "cpu",

@@ -1,127 +1,254 @@
-"""Command line of ``python -m benchmarks``."""
+"""Command lines of ``python -m benchmarks layers``, ``models`` and ``sweep``."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .networks import COMPILE_WITHOUT, FULL_ONLY, NETWORKS, VARIANTS, NetworkSpec
 from .problem import DTYPES, FORWARD, LAYOUTS, TRAINING
-from .providers import BASELINES, FUSED
+from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES
 from .workloads import DEFAULT_NETWORKS, Network, load_networks, select
 
 LOCAL_RESULTS = Path(__file__).with_name("results") / "local"
+AXES = ("batch", "channels", "positions", "hidden")
+AMP = "amp"  # bf16 by autocast, the parameters in fp32: for whole networks
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, after the defaults of the device were filled in."""
+    """What all runs have, after the defaults of the device were filled in."""
 
     device: torch.device
-    networks: list[Network]
     dtypes: list[str]
     layouts: list[str]
     batches: list[int]
     modes: list[str]
     providers: list[str]
-    explicit_providers: bool
-    neighbours: bool
-    small: bool
-    layers: bool
     threads: int
     budget: float
     seed: int
     out: Path
+    record: Path | None
     command: str
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Squeeze-excite layers of real networks: the fused backends beside eager "
-        "PyTorch, torch.compile and a plain copy, interleaved in one run. Options that select "
-        "something may be given several times.",
-    )
-    add = parser.add_argument
-    add("--network", action="append", help="network of workloads.json (repeatable)")
-    add("--layer", action="append", default=[], metavar="CxHxW", help="only this shape")
-    add("--dtype", action="append", choices=DTYPES, help="default: fp32 on CPU, bf16 on CUDA")
-    add("--layout", action="append", choices=LAYOUTS, help="default: both")
-    add("--batch", action="append", type=int, help="default: 8 on CPU, 256 on CUDA")
+@dataclass(frozen=True)
+class LayerOptions(Options):
+    """Of ``layers``."""
+
+    networks: list[Network] = field(default_factory=list)
+    neighbours: bool = False
+    small: bool = False
+    layers: bool = True
+
+
+@dataclass(frozen=True)
+class SweepOptions(LayerOptions):
+    """Of ``sweep``: the axes, and the point they meet in."""
+
+    axes: list[str] = field(default_factory=list)
+    base: dict[str, int] = field(default_factory=dict)
+    points: int = 0  # at most so many per axis; 0: all
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Of ``models``. ``batches`` is empty and ``size`` None where each network has its own."""
+
+    specs: list[NetworkSpec] = field(default_factory=list)
+    size: int | None = None
+    compile_all: bool = True  # and not only the networks that take little time to compile
+
+
+def _common(add: Any, *, dtypes: Sequence[str], budget: float) -> None:
+    add("--dtype", action="append", choices=dtypes, help="default: fp32 on CPU, bf16 on CUDA")
     add("--mode", action="append", choices=[FORWARD, TRAINING], help="default: both")
-    add(
-        "--provider",
-        action="append",
-        help=f"of {', '.join(BASELINES)}, and backends {', '.join(FUSED)}, reference; default: "
-        "the baselines and every fused backend that runs here",
-    )
-    add("--neighbours", action="store_true", help="with the pointwise steps before and after")
-    add("--full", action="store_true", help="all networks, fp32 and bf16, batches 1, 8, 32")
-    add("--small", action="store_true", help="only the overhead of a tiny call, 2x64x4x4")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add(
         "--budget",
         type=float,
         help="seconds to aim for: rounds and torch.compile adapt; 0 is no limit "
-        "(default: 180, and no limit with --full)",
+        f"(default: {budget:.0f}, and no limit with --full)",
     )
     add("--seed", type=int, default=0, help="of the data and of the order of providers")
-    add("--out", type=Path, default=LOCAL_RESULTS, metavar="DIR", help="for the JSON and the plot")
+    add("--out", type=Path, default=LOCAL_RESULTS, metavar="DIR", help="for the record and plots")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="name of the record, written after every case; if it is there and of the same "
+        "command, commit and device, what it has is not measured again",
+    )
+
+
+def _parser(kind: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {kind}",
+        description={
+            "layers": "Squeeze-excite layers of real networks: the fused backends beside eager "
+            "PyTorch, torch.compile and a plain copy, interleaved in one run.",
+            "models": "Whole networks: a training step and inference, as their library makes "
+            "them, with fuse_se_blocks, under torch.compile, and without SE.",
+            "sweep": "The cost of one layer as batch, channels, positions and hidden width grow, "
+            "each alone, and where one way of computing it overtakes another.",
+        }[kind]
+        + " Options that select something may be given several times.",
+    )
+    add = parser.add_argument
+    if kind == "models":
+        _common(add, dtypes=[*DTYPES, AMP], budget=280)
+        add("--network", action="append", choices=list(NETWORKS), help="default: most of them")
+        add("--batch", action="append", type=int, help="default: of the network and the device")
+        add("--size", type=int, help="height and width of the images (default: of the network; "
+            "160 on a CPU)")  # fmt: skip
+        add("--layout", action="append", choices=LAYOUTS,
+            help="default: contiguous on CPU, both on CUDA")  # fmt: skip
+        add("--provider", action="append", choices=VARIANTS, help="default: all but "
+            f"{COMPILE_WITHOUT}")  # fmt: skip
+        add("--full", action="store_true",
+            help="all networks and variants, both layouts, original image sizes")  # fmt: skip
+        return parser
+    _common(add, dtypes=list(DTYPES), budget=180)
+    add("--layout", action="append", choices=LAYOUTS, help="default: both")
+    fused = f"of {', '.join([*BASELINES, *COMPOSED])}, and backends {', '.join(FUSED)}, reference"
+    if kind == "layers":
+        add("--provider", action="append",
+            help=f"{fused}; default: the baselines (on a CPU without timm and "
+            "compile-max) and every fused backend")  # fmt: skip
+        add("--batch", action="append", type=int, help="default: 8 on CPU, 256 on CUDA")
+        add("--network", action="append", help="network of workloads.json (repeatable)")
+        add("--layer", action="append", default=[], metavar="CxHxW", help="only this shape")
+        add("--neighbours", action="store_true", help="with the pointwise steps before and after")
+        add("--full", action="store_true", help="all networks, fp32 and bf16, batches 1, 8, 32")
+        add("--small", action="store_true", help="only the overhead of a tiny call, 2x64x4x4")
+        return parser
+    add("--provider", action="append",
+        help=f"{fused}; default: eager, halves and every fused backend")  # fmt: skip
+    add("--axis", action="append", choices=AXES, help="default: all")
+    add("--batch", type=int, help="where the axes meet (default: 8 on CPU, 64 on CUDA)")
+    add("--channels", type=int, default=256, help="where the axes meet (256)")
+    add("--side", type=int, default=14, help="height and width where the axes meet (14)")
+    add("--hidden", type=int, default=16, help="where the axes meet (16)")
+    add("--points", type=int, default=0, help="at most so many per axis (default: all)")
+    add("--full", action="store_true", help="torch.compile too, no limit of time")
     return parser
 
 
-def _command(args: argparse.Namespace, argv: Sequence[str]) -> str:
-    """The command as typed, without ``--out``, which changes no figure and names a local path."""
+def without_option(command: str, option: str) -> str:
+    """A command without an option and its value."""
     kept, skip = [], False
-    for word in argv:
-        if skip or word.startswith("--out"):
-            skip = not skip and word == "--out"
+    for word in shlex.split(command):
+        if skip or word == option or word.startswith(f"{option}="):
+            skip = not skip and word == option
             continue
         kept.append(word)
-    return shlex.join(["python", "-m", "benchmarks", *kept])
+    return shlex.join(kept)
 
 
-def parse(argv: Sequence[str]) -> Options:
+def _command(kind: str, argv: Sequence[str]) -> str:
+    """The command as typed, without what changes no figure and names local paths."""
+    command = shlex.join(["python", "-m", "benchmarks", kind, *argv])
+    return without_option(without_option(command, "--out"), "--record")
+
+
+def parse(kind: str, argv: Sequence[str]) -> LayerOptions | SweepOptions | ModelOptions:
     """Options from the command line; exits with a message on anything unknown."""
-    parser = _parser()
+    parser = _parser(kind)
     args = parser.parse_args(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cuda = device.type == "cuda"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"device: torch {torch.__version__} finds no CUDA device here")
+    batches = args.batch if isinstance(args.batch, list) else [args.batch or 1]
+    if batches and min(batches) < 1:
+        parser.error(f"batch: expected at least 1, got {min(batches)}")
+    budget = args.budget
+    if budget is None:
+        budget = 0.0 if args.full else 280.0 if kind == "models" else 180.0
+    common = {
+        "device": device,
+        "modes": args.mode or [FORWARD, TRAINING],
+        "threads": args.threads or torch.get_num_threads(),
+        "budget": budget,
+        "seed": args.seed,
+        "out": args.out,
+        "record": args.record,
+        "command": _command(kind, argv),
+    }
+    if kind == "models":
+        return _models(args, common)
+    allowed = (*BASELINES, *COMPOSED, *FUSED, "reference")
+    if unknown := [name for name in args.provider or [] if name not in allowed]:
+        parser.error(f"provider: unknown {unknown[0]!r}; known: {', '.join(allowed)}")
+    return _layers(parser, args, common) if kind == "layers" else _sweep(parser, args, common)
+
+
+def _layers(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, common: dict[str, Any]
+) -> LayerOptions:
+    cuda = common["device"].type == "cuda"
     known = load_networks(neighbours=args.neighbours)
     names = args.network or (list(known) if args.full or args.layer else DEFAULT_NETWORKS)
     try:
         networks = select(known, names, args.layer)
     except ValueError as error:
         parser.error(str(error))
-    allowed = (*BASELINES, *FUSED, "reference")
-    if unknown := [name for name in args.provider or [] if name not in allowed]:
-        parser.error(f"provider: unknown {unknown[0]!r}; known: {', '.join(allowed)}")
-    if args.batch and min(args.batch) < 1:
-        parser.error(f"batch: expected at least 1, got {min(args.batch)}")
-    budget = args.budget
-    if budget is None:
-        budget = 0.0 if args.full else 180.0
-    return Options(
-        device=device,
+    return LayerOptions(
+        **common,
         networks=networks,
         dtypes=args.dtype or (["fp32", "bf16"] if args.full else ["bf16" if cuda else "fp32"]),
         layouts=args.layout or list(LAYOUTS),
         batches=args.batch or ([1, 8, 32] if args.full else [256 if cuda else 8]),
-        modes=args.mode or [FORWARD, TRAINING],
-        providers=args.provider or [*BASELINES, *FUSED],
-        explicit_providers=bool(args.provider),
+        providers=args.provider
+        or [n for n in (*BASELINES, *FUSED) if cuda or args.full or n not in GPU_BASELINES],
         neighbours=args.neighbours,
         # a selection of layers is somebody looking at those layers
         small=args.small or not (args.layer or args.network),
         layers=not args.small,
-        threads=args.threads or torch.get_num_threads(),
-        budget=budget,
-        seed=args.seed,
-        out=args.out,
-        command=_command(args, argv),
+    )
+
+
+def _sweep(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, common: dict[str, Any]
+) -> SweepOptions:
+    cuda = common["device"].type == "cuda"
+    batch = args.batch or (64 if cuda else 8)
+    base = {"batch": batch, "channels": args.channels, "side": args.side, "hidden": args.hidden}
+    if min(base.values()) < 1 or args.points < 0:
+        parser.error(f"expected positive extents, got {base} and points {args.points}")
+    wanted = ("eager-conv", "eager-linear", *(("compile",) if args.full else ()))
+    baselines = [name for name in BASELINES if name in wanted]
+    return SweepOptions(
+        **common,
+        dtypes=args.dtype or ["bf16" if cuda else "fp32"],
+        layouts=args.layout or list(LAYOUTS),
+        batches=[batch],
+        providers=args.provider or [*baselines, *COMPOSED, *FUSED],
+        axes=args.axis or list(AXES),
+        base=base,
+        points=args.points,
+    )
+
+
+def _models(args: argparse.Namespace, common: dict[str, Any]) -> ModelOptions:
+    cuda = common["device"].type == "cuda"
+    names = args.network or [n for n in NETWORKS if args.full or n not in FULL_ONLY]
+    return ModelOptions(
+        **common,
+        specs=[NETWORKS[name] for name in dict.fromkeys(names)],
+        size=args.size or (None if cuda or args.full else 160),
+        dtypes=args.dtype
+        or (["bf16", AMP] if cuda and args.full else ["bf16" if cuda else "fp32"]),
+        layouts=args.layout or (list(LAYOUTS) if cuda or args.full else ["contiguous"]),
+        batches=args.batch or [],
+        compile_all=cuda or args.full or bool(args.provider),
+        providers=args.provider
+        or [name for name in VARIANTS if args.full or name != COMPILE_WITHOUT],
     )

@@ -11,16 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from senet_kernels import backends
+from senet_kernels import backends, channel_scale, squeeze
+from senet_kernels._libraries import load
 
 from .problem import DTYPES, FORWARD, TRAINING, Problem
 from .workloads import Layer
 
 Call = Callable[[int], Any]  # argument: which copy of the buffers to use
 
-BASELINES = ("eager-conv", "eager-linear", "compile")
+BASELINES = ("eager-conv", "eager-linear", "timm", "compile", "compile-max")
+# Not in a default run on a CPU: one is eager-conv under another name, the other takes minutes.
+GPU_BASELINES = ("timm", "compile-max")
 FUSED = tuple(name for name in backends() if name != "reference")
 LIMIT = "clone"
+# The two halves of the op with library matrix products in between: the other strategy for layers
+# whose weights outweigh their images.
+COMPOSED = ("halves",)
 
 # In place where the networks themselves do it (activation after fc1, the step after the block).
 _ACTIVATION: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -31,6 +37,7 @@ _ACTIVATION: dict[str | None, Callable[[Tensor], Tensor]] = {
     "hardswish": lambda t: F.hardswish(t, inplace=True),
 }
 _GATE = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+_TIMM_NAMES = {"hardswish": "hard_swish", "hardsigmoid": "hard_sigmoid"}
 _BEFORE: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda t: t,
     "relu": F.relu,
@@ -115,6 +122,50 @@ class FusedSE(_Block):
         )
 
 
+class Halves(_Block):
+    """``squeeze``, torch's linear layers, ``channel_scale``: by whichever backend is chosen."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, linear=True)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        layer = self.layer
+        z = squeeze(x, before=layer.before)
+        u = self.fc2(z if layer.hidden is None else _ACTIVATION[layer.activation](self.fc1(z)))
+        return channel_scale(
+            x, u, gate=layer.gate, before=layer.before, after=layer.after, residual=residual
+        )
+
+
+class TimmBlock(_Block):
+    """timm's own ``SEModule`` on the same parameters, the steps around it in eager PyTorch.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: the layer is of a form that ``SEModule`` does not have.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        layer = self.layer
+        if layer.hidden is None or layer.shift:
+            raise ValueError("timm's SEModule has two layers, and no shift")
+        self.se = load("timm.layers").SEModule(
+            layer.channels,
+            rd_channels=layer.hidden,
+            act_layer=_TIMM_NAMES.get(layer.activation or "identity", layer.activation),
+            gate_layer=_TIMM_NAMES.get(layer.gate, layer.gate),
+        )
+        self.se.fc1, self.se.fc2 = self.fc1, self.fc2
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        layer = self.layer
+        y: Tensor = self.se(_BEFORE[layer.before](x))
+        if residual is not None:
+            y += residual
+        return _ACTIVATION[layer.after](y)
+
+
 class Clone(_Block):
     """The limit: one read and one write of x, in its own layout."""
 
@@ -131,7 +182,7 @@ class Provider:
 
     @property
     def fused(self) -> bool:
-        return self.name not in (*BASELINES, LIMIT)
+        return self.name not in (*BASELINES, *COMPOSED, LIMIT)
 
 
 def make_provider(name: str) -> Provider:
@@ -140,15 +191,27 @@ def make_provider(name: str) -> Provider:
         return Provider(name, EagerSE)
     if name == "eager-linear":
         return Provider(name, lambda problem: EagerSE(problem, linear=True))
+    if name == "timm":
+        return Provider(name, TimmBlock)
     if name == "compile":
         return Provider(name, lambda problem: torch.compile(EagerSE(problem), dynamic=False))
+    if name == "compile-max":
+        # CUDA graphs are for the timer to make, of every provider alike
+        mode = "max-autotune-no-cudagraphs"
+        return Provider(
+            name, lambda problem: torch.compile(EagerSE(problem), dynamic=False, mode=mode)
+        )
     if name == LIMIT:
         return Provider(name, Clone)
+    if name in COMPOSED:
+        return Provider(name, Halves)
     return Provider(name, lambda problem: FusedSE(problem, name))
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why a fused backend cannot run here, found by one tiny call; None where it can."""
+    if name in (*BASELINES, *COMPOSED):
+        return None
     try:
         import senet_kernels
 

@@ -1,25 +1,34 @@
-"""``python -m benchmarks.readme RECORD.json README.md``: renew the figures in a README.
+"""``python -m benchmarks.readme FILE.md ...``: renew the figures in Markdown files.
 
-Replaces what lies between ``<!-- benchmark:begin -->`` and ``<!-- benchmark:end -->`` by a table,
-the plot beside the record, and the command that made them. ``--check`` only says whether the block
-is what the record gives (exit code 1 if not).
+A file says itself what goes where. Between
+
+    <!-- benchmark:begin TABLE RECORD.json -->
+    <!-- benchmark:end -->
+
+comes what the record, a path from the file's folder, gives: ``TABLE`` is ``layers``, ``models`` or
+``sweep`` for all there is to say, or ``models-short`` for times and price alone. ``--check``
+changes nothing and only says whether the blocks are what the records give (exit code 1 if not).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import summary
-from .summary import Record, Row
+from . import digest, plots, records, summary
+from .digest import Lines
+from .page import loss_text, warnings
+from .summary import Record
 
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-
+BLOCK = re.compile(
+    r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+) -->\n).*?(<!-- benchmark:end -->)",
+    re.DOTALL,
+)
+TABLES = ("layers", "models", "models-short", "sweep")
 MOST_LOSSES = 8
 NOTE = (
     "Geometric mean over the distinct layers of each network; (n/m): only n of m layers have the "
@@ -27,103 +36,129 @@ NOTE = (
 )
 
 
-def _cells(row: Row, baselines: Sequence[str]) -> list[str]:
-    return [*(row.speedup[name].text("×") for name in baselines), row.over_limit.text("×")]
+def _table(lines: Lines) -> list[str]:
+    head, *rest = lines
+    rows = ["| " + " | ".join(line) + " |" for line in rest]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows]
 
 
-def _table(record: Record, contender: str) -> list[str]:
-    """Markdown lines: networks and layouts down, modes and baselines across."""
-    baselines = summary.baselines_of(record, contender)
-    modes = list(dict.fromkeys(entry["mode"] for entry in record["results"]))
-    lines: dict[tuple[str, str, str, int], list[str]] = {}
-    for mode in modes:
-        for row in summary.rows(record, mode):
-            if row.contender == contender:
-                key = (row.network, row.layout, row.dtype, row.batch)
-                lines.setdefault(key, []).extend(_cells(row, baselines))
-    kinds = {key[2:] for key in lines}
-    head = ["network", "layout", *(["type"] if len(kinds) > 1 else [])]
-    for mode in modes:
-        head += [f"{mode}: vs {name}" for name in baselines] + ["time / limit"]
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (network, layout, dtype, batch), cells in lines.items():
-        start = [network, layout, *([f"{dtype} b{batch}"] if len(kinds) > 1 else [])]
-        if network == "all layers":
-            start, cells = [f"**{text}**" for text in start], [f"**{text}**" for text in cells]
-        out.append("| " + " | ".join([*start, *cells]) + " |")
+def _stamp(record: Record) -> str:
+    blocks = dict.fromkeys((e["dtype"], e["batch"]) for e in record["results"])
+    what = ""
+    if record["kind"] == "layers":
+        what = ", " + ", ".join(f"{dtype} batch {batch}" for dtype, batch in blocks)
+    else:
+        what = ", " + ", ".join(dict.fromkeys(dtype for dtype, _ in blocks))
+    env = record["environment"]
+    commit = f", commit {env['commit'][:10]}" if env["commit"] else ""
+    return f"{plots.style.where(record)}{what}, {env['date'][:10]}{commit}."
+
+
+def _losses(record: Record) -> str:
+    found = summary.losses(record)
+    if not found:
+        return "Nothing is slower than what it has to beat by more than 5 %."
+    named = "; ".join(loss_text(loss) for loss in found[:MOST_LOSSES])
+    more = len(found) - MOST_LOSSES
+    tail = f"; and {more} smaller ones in the record" if more > 0 else ""
+    return f"Losses beyond 5 %, {len(found)} in all: {named}{tail}."
+
+
+def _layers(record: Record) -> list[str]:
+    out: list[str] = []
+    for contender in record["contenders"]:
+        lines = digest.contender_lines(record, contender)
+        out += ["", f"Speed-up of `{contender}`:", "", *_table(lines)]
+    out += ["", NOTE]
+    regimes = list(digest.regime_lines(record))
+    if len(regimes) > 1:
+        out += ["", "The same by what decides the time, over all networks and layouts:", ""]
+        out += _table(regimes)
+    out += ["", _losses(record)]
+    if record["small_call"]:
+        first = record["small_call"][0]
+        shape = f"{first['batch']}x{first['layer'].split('-')[0]}"
+        out += ["", *_table(digest.small_call(record)), ""]
+        out += [f"The small call is {shape}, {first['dtype']}: overhead."]
     return out
 
 
-def _small_call(record: Record) -> list[str]:
-    names = record["providers"]
-    out = ["| one small call | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for entry in record["small_call"]:
-        values = [summary.microseconds(entry, "wall", name) for name in names]
-        cells = [f"{value:.1f} µs" if value == value else "n/a" for value in values]
-        out.append(f"| {entry['mode']} | " + " | ".join(cells) + " |")
-    first = record["small_call"][0]
-    shape = first["layer"].split("-")[0]
-    return [*out, "", f"The small call is {first['batch']}x{shape}, {first['dtype']}: overhead."]
+def _others(record: Record, short: bool) -> list[str]:
+    out: list[str] = []
+    for title, lines in digest.blocks(record):
+        if short and title.startswith("memory"):
+            continue
+        out += ["", f"{title[0].upper()}{title[1:]}:", "", *_table(lines)]
+    return [*out, "", _losses(record)]
 
 
-def render(record: Record, plot: str | None) -> str:
-    """The block between the marks."""
-    env = record["environment"]
-    blocks = dict.fromkeys((e["dtype"], e["batch"]) for e in record["results"])
-    what = ", ".join(f"{dtype} batch {batch}" for dtype, batch in blocks)
-    where = env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads"
-    commit = f", commit {env['commit'][:10]}" if env["commit"] else ""
-    out = [f"{where}, torch {env['torch']}, {what}, {env['date'][:10]}{commit}."]
-    for contender in record["contenders"]:
-        out += ["", f"Speed-up of `{contender}`:", "", *_table(record, contender)]
-    out += [
-        "",
-        NOTE,
-    ]
-    losses = summary.losses(record)
-    if losses:
-        named = [
-            f"{contender} vs {baseline} {figure['ratio']:.2f}× ({entry['layer'].split('-')[0]} "
-            f"{summary.SHORT_LAYOUT[entry['layout']]} {entry['mode']})"
-            for contender, baseline, entry, figure in losses[:MOST_LOSSES]
-        ]
-        more = len(losses) - len(named)
-        tail = f"; and {more} smaller ones in the record" if more else ""
-        out += ["", f"Losses beyond 5 %, {len(losses)} in all: {'; '.join(named)}{tail}."]
-    else:
-        out += ["", "No layer is slower than a baseline by more than 5 %."]
-    if record["small_call"]:
-        out += ["", *_small_call(record)]
-    if plot:
-        out += ["", f"![Speed-up per layer]({plot})"]
+def render(record: Record, table: str, images: Sequence[tuple[str, str]]) -> str:
+    """The block between the marks; ``images`` are (title, path)."""
+    out = [_stamp(record)]
+    out += _layers(record) if table == "layers" else _others(record, table.endswith("-short"))
+    for text in warnings(record):
+        out += ["", f"**{text}**"]
+    for title, path in images:
+        out += ["", f"![{title}]({path})"]
     return "\n".join([*out, "", "```sh", record["command"], "```"])
 
 
-def replace_block(text: str, block: str) -> str:
-    """``text`` with its marked block replaced; ValueError where there is not exactly one."""
-    pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
-    found = len(pattern.findall(text))
-    if found != 1:
-        raise ValueError(f"expected one block {BEGIN} ... {END}, found {found}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{block}\n{END}", text)
+def _images(path: Path, record: Record, start: Path) -> list[tuple[str, str]]:
+    """Pictures beside a record, as a Markdown file in ``start`` names them."""
+    found = []
+    for suffix, _ in plots.DRAWINGS[record["kind"]]:
+        image = path.with_name(f"{path.stem}{suffix}.png")
+        if image.exists():
+            relative = Path(os.path.relpath(image.resolve(), start)).as_posix()
+            found.append((plots.TITLES[record["kind"], suffix], relative))
+    return found
+
+
+def renewed(text: str, start: Path) -> str:
+    """A Markdown text with its blocks as the records give them now.
+
+    Raises:
+        ValueError: there is no block, its table is unknown or does not fit the record.
+        OSError: a record cannot be read.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        table, path = match["table"], start / match["record"]
+        if table not in TABLES:
+            raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
+        record = records.read(path)
+        if table.partition("-")[0] != record["kind"]:
+            raise ValueError(f"{match['record']}: has {record['kind']}, {table} was asked for")
+        body = render(record, table, _images(path, record, start))
+        return f"{match[1]}{body}\n{match[4]}"
+
+    new, count = BLOCK.subn(block, text)
+    if not count:
+        raise ValueError("expected a block <!-- benchmark:begin TABLE RECORD.json --> ...")
+    return new
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
-    parser.add_argument("record", type=Path)
-    parser.add_argument("readme", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.md")
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(argv)
-    record = json.loads(args.record.read_text())
-    image = args.record.with_suffix(".png")
-    start = args.readme.resolve().parent
-    plot = Path(os.path.relpath(image.resolve(), start)).as_posix() if image.exists() else None
-    old = args.readme.read_text()
-    new = replace_block(old, render(record, plot))
-    if args.check:
-        return int(new != old)
-    args.readme.write_text(new)
-    return 0
+    changed = False
+    for path in args.files:
+        old = path.read_text()
+        try:
+            new = renewed(old, path.resolve().parent)
+        except (OSError, ValueError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            return 2
+        changed |= new != old
+        if not args.check:
+            path.write_text(new)
+    return int(changed and args.check)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .providers import BASELINES
+from .providers import BASELINES, LIMIT
+from .regimes import REGIMES, regime
 from .stats import geomean
 
 Record = dict[str, Any]
@@ -15,6 +16,11 @@ Entry = dict[str, Any]  # of record['results']
 LOSS = 0.95  # slower than a baseline by more than 5 %
 
 SHORT_LAYOUT = {"contiguous": "NCHW", "channels_last": "NHWC"}
+
+
+def entries_of(record: Record) -> list[Entry]:
+    """Everything that was measured."""
+    return [*record["results"], *record.get("small_call", [])]
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Row:
 
 def metric_of(record: Record) -> str:
     """``device`` where device times were taken, else ``wall``."""
-    entries = [*record["results"], *record["small_call"]]
+    entries = entries_of(record)
     return "device" if any(entry.get("speedup", {}).get("device") for entry in entries) else "wall"
 
 
@@ -130,22 +136,153 @@ def rows(record: Record, mode: str) -> Iterator[Row]:
             yield make_row(block, "all layers", contender, baselines, metric)
 
 
+def regime_rows(record: Record, mode: str) -> Iterator[Row]:
+    """One row per contender, dtype, batch and regime, over all networks and layouts.
+
+    ``Row.network`` is the regime. Nothing where the record does not know its caches.
+    """
+    metric = metric_of(record)
+    entries = [entry for entry in record["results"] if entry["mode"] == mode]
+    for contender in record["contenders"]:
+        baselines = baselines_of(record, contender)
+        for dtype, batch in dict.fromkeys((e["dtype"], e["batch"]) for e in entries):
+            for name in REGIMES:
+                own = [
+                    e
+                    for e in entries
+                    if (e["dtype"], e["batch"]) == (dtype, batch)
+                    and regime(e["bytes"], record["environment"]) == name
+                ]
+                if own:
+                    yield make_row(own, name, contender, baselines, metric)
+
+
+def ratio(entry: Entry, metric: str, contender: str, baseline: str) -> dict[str, float] | None:
+    """Speed-up of a contender over a baseline, with its interval; None where there is none."""
+    speedups = entry.get("speedup", {}).get(metric, {})
+    found: dict[str, float] | None = speedups.get(contender, {}).get(baseline)
+    return found
+
+
+def price(entry: Entry, metric: str, name: str) -> tuple[float, float, float] | None:
+    """What SE adds to a network's time, in per cent, with its interval: a variant beside the same
+    network without SE, compiled beside compiled where that was measured."""
+    compiled = name.startswith("compile")
+    without = "compile-no-se" if compiled else "no-se"
+    faster = ratio(entry, metric, name, without)
+    if faster is None and name == "original":
+        other = ratio(entry, metric, without, name)  # the original is no contender
+        if other is None:
+            return None
+        faster = {"ratio": 1 / other["ratio"], "ci_low": 1 / other["ci_high"],
+                  "ci_high": 1 / other["ci_low"]}  # fmt: skip
+    if faster is None:
+        return None
+    return tuple(100 * (1 / faster[k] - 1) for k in ("ratio", "ci_high", "ci_low"))  # type: ignore[return-value]
+
+
+def bandwidth(entry: Entry, metric: str, name: str) -> float:
+    """Bytes per second: the least traffic of the mode over a provider's time; NaN without one.
+
+    A copy's own traffic is 2N in any mode.
+    """
+    clones = 1.0 if name == LIMIT else entry["limit_in_clones"]
+    return clones * 2 * entry["bytes"] / (1e-6 * microseconds(entry, metric, name))
+
+
+# -- sweeps ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Between two values of an axis another provider becomes the fastest."""
+
+    at: float
+    before: str
+    after: str
+
+
+def sweep_points(
+    record: Record, axis: str, mode: str, dtype: str, layout: str
+) -> list[tuple[int, Entry]]:
+    """(value, entry) along an axis, as far as it was measured."""
+    line = next(
+        a for a in record["axes"] if (a["axis"], a["dtype"], a["layout"]) == (axis, dtype, layout)
+    )
+    entries = {
+        (e["layer"], e["batch"]): e
+        for e in record["results"]
+        if (e["mode"], e["dtype"], e["layout"]) == (mode, dtype, layout)
+    }
+    keys = [(point["value"], (point["layer"], point["batch"])) for point in line["points"]]
+    return [(value, entries[key]) for value, key in keys if key in entries]
+
+
+def crossovers(
+    points: list[tuple[int, Entry]], providers: list[str], metric: str, margin: float = 0.03
+) -> list[Crossing]:
+    """Where the fastest provider changes; leads within ``margin`` count as level.
+
+    The place is interpolated on logarithmic scales between the two values.
+    """
+    found: list[Crossing] = []
+    leader, last = "", (0, {})
+    for value, entry in points:
+        times = {n: t for n in providers if math.isfinite(t := microseconds(entry, metric, n))}
+        if not times:
+            continue
+        best = min(times, key=lambda name: times[name])
+        if leader not in times:
+            leader = best
+        elif times[best] < (1 - margin) * times[leader]:
+            before = [math.log(last[1][n]) for n in (best, leader)] if best in last[1] else [0, 0]
+            now = [math.log(times[n]) for n in (best, leader)]
+            gap, gap_now = max(0.0, before[0] - before[1]), now[1] - now[0]
+            part = gap / (gap + gap_now)
+            at = math.exp(math.log(last[0]) + part * (math.log(value) - math.log(last[0])))
+            found.append(Crossing(at, leader, best))
+            leader = best
+        last = (value, times)
+    return found
+
+
+# Of networks: what each variant has to beat. Without SE a network computes something else.
+MODEL_BASELINES = {
+    "fused": ("original",),
+    "neighbours": ("original",),
+    "compile-fused": ("compile", "original"),
+}
+
+
+def _must_beat(record: Record, contender: str, baseline: str) -> bool:
+    if record["kind"] == "models":
+        return baseline in MODEL_BASELINES.get(contender, ())
+    return True
+
+
 def losses(record: Record) -> list[tuple[str, str, Entry, dict[str, float]]]:
     """(contender, baseline, entry, speed-up) wherever a contender loses by more than 5 %."""
     metric = metric_of(record)
     found = [
         (contender, baseline, entry, figure)
-        for entry in [*record["results"], *record["small_call"]]
+        for entry in entries_of(record)
         for contender, over in entry.get("speedup", {}).get(metric, {}).items()
         for baseline, figure in over.items()
-        if figure["ratio"] < LOSS
+        if figure["ratio"] < LOSS and _must_beat(record, contender, baseline)
     ]
     return sorted(found, key=lambda item: item[3]["ratio"])
 
 
+def case_name(entry: Entry) -> str:
+    """What was measured, in a few words."""
+    layout = SHORT_LAYOUT[entry["layout"]]
+    what = entry["layer"].split("-")[0] if "layer" in entry else entry["network"]
+    return f"{what} {entry['dtype']} b{entry['batch']} {layout}"
+
+
 def disturbed(record: Record) -> tuple[int, int]:
     """How many measurements ran while other processes kept a fifth of a core busy, of how many."""
-    entries = [*record["results"], *record["small_call"]]
+    entries = entries_of(record)
     known = [load for e in entries if (load := e.get("cores_busy_elsewhere")) is not None]
     return sum(load > 0.2 for load in known), len(entries)
 
@@ -155,7 +292,7 @@ def missing(record: Record) -> dict[tuple[str, str, str], int]:
     found: dict[tuple[str, str, str], int] = {}
     for name, reason in record["unavailable"].items():
         found[name, "n/a", reason] = 0
-    for entry in [*record["results"], *record["small_call"]]:
+    for entry in entries_of(record):
         for name, status in entry["providers"].items():
             if status["status"] != "ok":
                 key = (name, status["status"], status.get("reason", ""))

@@ -1,7 +1,7 @@
 """Fused squeeze-and-excitation for PyTorch.
 
 ``squeeze_excite`` is the operation, ``FusedSEBlock`` the module; ``print(backends())`` shows what
-runs here, ``explain(...)`` why a call runs where it does.
+runs here, ``explain(...)`` why a call runs where it does; ``models`` has the SENet family.
 """
 
 from ._version import __version__
@@ -10,6 +10,7 @@ from .autograd import NativeSEFunction, TritonSEFunction
 from .convert import FusionReport, fuse_se_blocks, unfuse_se_blocks
 from .dispatch import Backends, BackendUnavailableError, backends, use_backend
 from .layers import TimmSE, TorchvisionSE
+from .models import add_se_blocks
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
 
@@ -26,10 +27,12 @@ __all__ = [
     "TorchvisionSE",
     "TritonSEFunction",
     "__version__",
+    "add_se_blocks",
     "backends",
     "channel_scale",
     "explain",
     "fuse_se_blocks",
+    "models",
     "pack_options",
     "squeeze",
     "squeeze_excite",

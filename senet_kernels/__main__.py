@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import platform
 import statistics
 import sys
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from ._libraries import load
 from .convert import fuse_se_blocks, unfuse_se_blocks
 from .dispatch import backends
 from .selftest import run as selftest
@@ -53,6 +53,7 @@ def _selftest() -> int:
 def _fuse(name: str, size: int, batch: int, device: str, seconds: float, neighbours: bool) -> int:
     """What fuse_se_blocks replaces in a model, how equal the outputs are, and the time of both."""
     model = _load(name).to(device).eval()
+    _wake(model)
     x = torch.randn(batch, _input_channels(model), size, size, device=device)
     with torch.no_grad():
         before = _first_tensor(model(x))
@@ -81,16 +82,27 @@ def _load(name: str) -> nn.Module:
         sys.exit(f"model: expected timm:NAME, torchvision:NAME or MODULE:CALLABLE, got {name!r}")
     try:
         if source == "timm":
-            model: Any = importlib.import_module("timm").create_model(rest)
+            model: Any = load("timm").create_model(rest)
         elif source == "torchvision":
-            model = importlib.import_module("torchvision.models").get_model(rest, weights=None)
+            model = load("torchvision.models").get_model(rest, weights=None)
         else:
-            model = getattr(importlib.import_module(source), rest)()
+            model = getattr(load(source), rest)()
     except (ImportError, AttributeError, RuntimeError, ValueError) as error:
         sys.exit(f"model: {name!r} cannot be made: {type(error).__name__}: {error}")
     if not isinstance(model, nn.Module):
         sys.exit(f"model: expected {name!r} to give a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _wake(model: nn.Module) -> None:
+    """Norms that start at zero (timm's and torchvision's ``zero_init_last``) hide from the output
+    whatever comes before them, a wrong block too: one half instead."""
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        weight = getattr(module, "weight", None)
+        if weight is not None and not nn.parameter.is_lazy(weight) and not weight.any():
+            nn.init.constant_(weight, 0.5)
 
 
 def _input_channels(model: nn.Module) -> int:

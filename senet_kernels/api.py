@@ -14,16 +14,19 @@ from .pointwise import Options, check_name, pack
 
 
 class Explanation(NamedTuple):
-    """Which backend a call runs on, and why not the others. Print it to read it."""
+    """Which backend a call runs on, why not the others, and what that backend says about it. Print
+    it to read it."""
 
     backend: str
     passed_over: tuple[tuple[str, str], ...]
     call: features.Call
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"runs on: {self.backend}"]
         lines += [f"not on {name}: {reason}" for name, reason in self.passed_over]
         lines.append(f"needs: {', '.join(features.required_features(self.call))}")
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -337,11 +340,13 @@ def explain(
 
     Computes nothing. Same arguments and errors as ``squeeze_excite``.
     """
-    plan, _ = _prepare(
+    plan, arguments = _prepare(
         x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
         beta, lengths, inplace, backend,
     )  # fmt: skip
-    return Explanation(plan.choice.backend, plan.choice.passed_over, plan.call)
+    chosen, passed_over = plan.choice
+    notes = dispatch.notes(chosen, arguments[0], arguments[1], arguments[3])
+    return Explanation(chosen, passed_over, plan.call, notes)
 
 
 def squeeze(
@@ -360,8 +365,8 @@ def squeeze(
     Args:
         x: ``[B, C, *spatial]``.
         before, before_affine, lengths: as in :func:`squeeze_excite`.
-        backend: as in :func:`squeeze_excite`; Triton has no kernel for this half. ``torch.func``
-            transforms, as forward-mode AD, always run on the reference.
+        backend: as in :func:`squeeze_excite`. ``torch.func`` transforms, as forward-mode AD,
+            always run on the reference.
 
     Returns:
         ``[B, C]`` in the dtype of x, summed in float32 (float64 for float64). Differentiable,
@@ -393,10 +398,11 @@ def squeeze(
     arguments = (x, affine_scale, affine_shift, lengths)
     if _is_reference(plan):
         return reference.squeeze_flat(plan.options, *arguments)
+    chosen = plan.choice.backend
     if _requires_grad(*arguments[:3]):
-        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, plan.code)
+        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, plan.code, chosen)
         return differentiable
-    z: Tensor = autograd.squeeze_op(*arguments, plan.code)
+    z: Tensor = autograd.squeeze_op(chosen)(*arguments, plan.code)
     return z
 
 
@@ -477,10 +483,11 @@ def channel_scale(
     arguments = (x, given, residual, alpha, beta, affine_scale, affine_shift)
     if _is_reference(plan):
         return reference.channel_scale_flat(plan.options, *arguments)
+    chosen = plan.choice.backend
     if _requires_grad(*arguments):
-        differentiable: Tensor = autograd.ChannelScaleFunction.apply(*arguments, plan.code)
+        differentiable: Tensor = autograd.ChannelScaleFunction.apply(*arguments, plan.code, chosen)
         return differentiable
-    y: Tensor = autograd.channel_scale_op(*arguments, plan.code, False)[0]
+    y: Tensor = autograd.channel_scale_op(chosen)(*arguments, plan.code, False)[0]
     return y
 
 

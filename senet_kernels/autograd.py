@@ -45,8 +45,14 @@ def inplace_op(backend: str) -> Any:
     return _op(f"{backend}_forward_")
 
 
-squeeze_op = _op("native_squeeze")
-channel_scale_op = _op("native_channel_scale")
+def squeeze_op(backend: str) -> Any:
+    """The raw op of a backend for the squeeze alone."""
+    return _op(f"{backend}_squeeze")
+
+
+def channel_scale_op(backend: str) -> Any:
+    """The raw op of a backend for the scaling alone."""
+    return _op(f"{backend}_channel_scale")
 
 
 class _Part(NamedTuple):
@@ -74,30 +80,39 @@ def _whole(backend: str) -> _Part:
     return _Part(backward, reference.squeeze_excite_flat, 5)
 
 
-def _squeeze_backward(
-    dz: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
-) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = _SQUEEZE_BACKWARD(dz, *inputs, lengths, options, needs)
-    return gradients
+def _squeeze(backend: str) -> _Part:
+    op = _op(f"{backend}_squeeze_backward")
+
+    def backward(
+        dz: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
+    ) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = op(dz, *inputs, lengths, options, needs)
+        return gradients
+
+    return _Part(backward, reference.squeeze_flat, None)
 
 
-def _channel_scale_backward(
-    dy: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
-) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = _CHANNEL_SCALE_BACKWARD(dy, *inputs, mask, options, needs)
-    return gradients
+def _channel_scale(backend: str) -> _Part:
+    op = _op(f"{backend}_channel_scale_backward")
+
+    def backward(
+        dy: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
+    ) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = op(dy, *inputs, mask, options, needs)
+        return gradients
+
+    return _Part(backward, _channel_scale_reference, 2)
 
 
 def _channel_scale_reference(options: Options, *arguments: Any) -> Tensor:
     return reference.channel_scale_flat(options, *arguments[:-1])
 
 
-_SQUEEZE_BACKWARD = _op("native_squeeze_backward")
-_CHANNEL_SCALE_BACKWARD = _op("native_channel_scale_backward")
+# The whole is called as its backend, a half "<backend> squeeze", "<backend> channel_scale".
 _PARTS = {
-    **{backend: _whole(backend) for backend in ops.BACKENDS_WITH_OPS},
-    "squeeze": _Part(_squeeze_backward, reference.squeeze_flat, None),
-    "channel_scale": _Part(_channel_scale_backward, _channel_scale_reference, 2),
+    f"{backend}{half}": part(backend)
+    for backend in ops.BACKENDS_WITH_OPS
+    for half, part in (("", _whole), (" squeeze", _squeeze), (" channel_scale", _channel_scale))
 }
 
 
@@ -340,17 +355,17 @@ _NATIVE_FORWARD = forward_op("native")
 _TRITON_FORWARD = forward_op("triton")
 
 
-def _half_backward(part: str, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _half_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     # What may need a gradient comes first among a half's arguments, in the order of its gradients.
     arguments = len(ctx.needs_input_grad)
     needs = sum(1 << i for i, needed in enumerate(ctx.needs_input_grad) if needed)
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    gradients = _backward(part, ctx.options, needs, ctx.saved_tensors, dy, differentiable)
+    gradients = _backward(ctx.part, ctx.options, needs, ctx.saved_tensors, dy, differentiable)
     return (*gradients, *[None] * (arguments - len(gradients)))
 
 
 class SqueezeFunction(torch.autograd.Function):
-    """The squeeze alone by the C++ kernels."""
+    """The squeeze alone by a backend's kernels."""
 
     @staticmethod
     def forward(
@@ -360,19 +375,20 @@ class SqueezeFunction(torch.autograd.Function):
         affine_shift: Tensor | None,
         lengths: Tensor | None,
         options: int,
+        backend: str,
     ) -> Tensor:
-        ctx.options = options
+        ctx.options, ctx.part = options, f"{backend} squeeze"
         ctx.save_for_backward(x, affine_scale, affine_shift, lengths, None, None)
-        z: Tensor = squeeze_op(x, affine_scale, affine_shift, lengths, options)
+        z: Tensor = squeeze_op(backend)(x, affine_scale, affine_shift, lengths, options)
         return z
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
-        return _half_backward("squeeze", ctx, dz)
+        return _half_backward(ctx, dz)
 
 
 class ChannelScaleFunction(torch.autograd.Function):
-    """The scaling alone by the C++ kernels."""
+    """The scaling alone by a backend's kernels."""
 
     @staticmethod
     def forward(
@@ -385,10 +401,11 @@ class ChannelScaleFunction(torch.autograd.Function):
         affine_scale: Tensor | None,
         affine_shift: Tensor | None,
         options: int,
+        backend: str,
     ) -> Tensor:
         rest = (alpha, beta, affine_scale, affine_shift)
-        y, mask = channel_scale_op(x, u, residual, *rest, options, True)
-        ctx.options = options
+        y, mask = channel_scale_op(backend)(x, u, residual, *rest, options, True)
+        ctx.options, ctx.part = options, f"{backend} channel_scale"
         kept = residual if _keeps_residual(options) else None
         ctx.save_for_backward(x, u, kept, *rest, None, None, mask)
         result: Tensor = y
@@ -396,7 +413,7 @@ class ChannelScaleFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return _half_backward("channel_scale", ctx, dy)
+        return _half_backward(ctx, dy)
 
 
 class _TransformableSE(torch.autograd.Function):

@@ -30,6 +30,18 @@ class Entry(NamedTuple):
     note: str  # what it computes, or why it was refused
 
 
+def report(**sections: tuple[Entry, ...]) -> str:
+    """Entries as text: a line of counts, then a line for each."""
+    lines = [", ".join(f"{title} {len(entries)}" for title, entries in sections.items())]
+    for title, entries in sections.items():
+        rows = [(title, e.name or "(the model)", e.kind, e.note) for e in entries]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
+        for *cells, note in rows:
+            padded = (c.ljust(w) for c, w in zip(cells, widths, strict=True))
+            lines.append("  ".join([*padded, note]))
+    return "\n".join(lines)
+
+
 class FusionReport(NamedTuple):
     """What :func:`fuse_se_blocks` did. Print it to read it."""
 
@@ -37,14 +49,7 @@ class FusionReport(NamedTuple):
     refused: tuple[Entry, ...]
 
     def __str__(self) -> str:
-        lines = [f"replaced {len(self.replaced)}, refused {len(self.refused)}"]
-        for title, entries in (("replaced", self.replaced), ("refused", self.refused)):
-            rows = [(title, e.name or "(the model)", e.kind, e.note) for e in entries]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
-            for *cells, note in rows:
-                padded = (c.ljust(w) for c, w in zip(cells, widths, strict=True))
-                lines.append("  ".join([*padded, note]))
-        return "\n".join(lines)
+        return report(replaced=self.replaced, refused=self.refused)
 
 
 class _Fused(nn.Module):

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import features
 from .backends import native, triton
@@ -87,6 +88,12 @@ def choose(call: Call, requested: str) -> Choice:
             return Choice(backend, passed_over)
         passed_over = (*passed_over, (backend, reason))
     raise AssertionError("the reference takes every call")
+
+
+def notes(backend: str, x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
+    """What ``backend`` has to say about how it would run a call of the whole operation."""
+    say = getattr(_MODULES.get(backend), "notes", None)
+    return () if say is None else tuple(say(x, w1, w2))
 
 
 def only_reference(what: str, argument: str | None) -> None:

@@ -25,8 +25,8 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 
 
 def _rows() -> dict[str, tuple[str, ...]]:
-    def row(native_cpu: bool, triton_any: bool = True) -> tuple[str, ...]:
-        fused = {"native": native_cpu, "triton": triton_any}
+    def row(native_cpu: bool) -> tuple[str, ...]:
+        fused = {"native": native_cpu, "triton": True}
         return tuple(FUSED if fused[backend] else FALLS_BACK for backend, _ in COLUMNS)
 
     rows = {
@@ -37,14 +37,14 @@ def _rows() -> dict[str, tuple[str, ...]]:
         "parameters in float32 under autocast": row(True),
         "two layers": row(True),
         "single layer (w1=None)": row(True),
-        "squeeze alone": row(True, False),
-        "channel_scale alone": row(True, False),
+        "squeeze alone": row(True),
+        "channel_scale alone": row(True),
         "scale-and-shift (w2 with 2C rows)": row(True),
         "alpha, beta": row(True),
         "before_affine": row(True),
         "lengths": row(True),
         "residual": row(True),
-        "inplace": row(True, False),
+        "inplace": row(True),
     }
     rows |= {f"activation {name}": row(True) for name in ACTIVATIONS}
     rows |= {f"gate {name}": row(True) for name in GATES}

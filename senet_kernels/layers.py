@@ -49,7 +49,7 @@ def _make(layer: Callable[..., nn.Module]) -> nn.Module:
         return layer(inplace=True)
 
 
-def _divisible(value: float, divisor: int) -> int:
+def divisible(value: float, divisor: int) -> int:
     """timm's ``make_divisible`` with ``round_limit=0``: the nearest multiple, at least one."""
     return max(divisor, int(value + divisor / 2) // divisor * divisor)
 
@@ -100,7 +100,7 @@ class TimmSE(FusedSEBlock):
     ) -> None:
         if not rd_channels:
             width = channels * rd_ratio
-            rd_channels = rd_round_fn(width) if rd_round_fn else _divisible(width, rd_divisor)
+            rd_channels = rd_round_fn(width) if rd_round_fn else divisible(width, rd_divisor)
         super().__init__(
             channels,
             hidden=rd_channels,

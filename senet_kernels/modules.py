@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import api, dispatch
 from .pointwise import POINTWISE, check_name
+
+#: What computes the gate: two layers; one of C by C (effective SE, arXiv:1911.06667); two that
+#: share a weight; or nothing, the gate being a constant.
+EXCITATIONS = ("two", "single", "tied", "constant")
+
+
+class _TiedConv2d(nn.Module):
+    """The second layer of a tied excitation: the first's weight transposed, a bias of its own."""
+
+    def __init__(
+        self,
+        hidden: int,
+        channels: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.bias: nn.Parameter | None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+            nn.init.uniform_(self.bias, -(hidden**-0.5), hidden**-0.5)  # as a convolution's
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, h: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(h, weight.transpose(0, 1), self.bias)
 
 
 def _not_plain(layer: nn.Module) -> str | None:
@@ -15,10 +45,14 @@ def _not_plain(layer: nn.Module) -> str | None:
 
     The fused op computes what an unwatched 1x1 convolution computes.
     """
-    if type(layer) is not nn.Conv2d or "forward" in layer.__dict__:
-        return f"is a {type(layer).__name__} or has its own forward"
-    if layer.weight.shape[2:] != (1, 1) or layer.groups != 1 or layer.padding not in _NO_PADDING:
-        return "is not a plain 1x1 convolution"
+    if type(layer) is nn.Conv2d:
+        ordinary = layer.groups == 1 and layer.padding in _NO_PADDING
+        if not ordinary or layer.weight.shape[2:] != (1, 1):
+            return "is not a plain 1x1 convolution"
+    elif type(layer) is not _TiedConv2d:
+        return f"is a {type(layer).__name__}"
+    if "forward" in layer.__dict__:
+        return "has its own forward"
     if (
         layer._forward_hooks
         or layer._forward_pre_hooks
@@ -51,11 +85,19 @@ class FusedSEBlock(nn.Module):
         scale_and_shift: ``fc2`` has 2C outputs; the second half is added (Leela Chess Zero).
         weighted_sum: learn ``alpha`` and ``beta`` (``[C]``, initially 0 and 1):
             ``y = alpha p + beta g p``.
+        excitation: ``"two"`` layers; ``"single"``: one C by C layer, ``fc2``, and no activation;
+            ``"tied"``: W2 is W1 transposed, so that ``fc2`` has a bias only, and the gradients of
+            both uses add up in ``fc1.weight``; ``"constant"``: scale-and-shift by a gate that
+            does not depend on x, ``y = alpha p + beta`` with ``alpha`` and ``beta`` (``[C]``,
+            initially 1 and 0) learned. There is no ``fc1``, ``fc2`` or ``hidden`` in it, and
+            it runs as :func:`senet_kernels.channel_scale`.
         backend: see :func:`senet_kernels.squeeze_excite`.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: channels, reduction or hidden is not a positive integer, or a name is unknown.
+        ValueError: channels, reduction or hidden is not a positive integer, a name is unknown, or
+            options exclude each other (tied or constant with scale_and_shift, constant with
+            weighted_sum).
     """
 
     def __init__(
@@ -71,6 +113,7 @@ class FusedSEBlock(nn.Module):
         bias: bool = True,
         scale_and_shift: bool = False,
         weighted_sum: bool = False,
+        excitation: str = "two",
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -82,21 +125,43 @@ class FusedSEBlock(nn.Module):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if excitation not in EXCITATIONS:
+            raise ValueError(f"excitation: expected one of {EXCITATIONS}, got {excitation!r}")
+        if scale_and_shift and excitation in ("tied", "constant"):
+            raise ValueError(
+                f"scale_and_shift: expected False with excitation={excitation!r}, got True"
+            )
+        if weighted_sum and excitation == "constant":
+            raise ValueError("weighted_sum: expected False with excitation='constant', got True")
         self.channels = channels
-        self.hidden = hidden if hidden is not None else max(1, channels // reduction)
+        self.excitation = excitation
         self.activation = check_name("activation", activation)
         self.gate = check_name("gate", gate)
         self.before = check_name("before", before)
         self.after = check_name("after", after)
         self.backend = backend
         outputs = 2 * channels if scale_and_shift else channels
-        self.fc1 = nn.Conv2d(channels, self.hidden, 1, bias=bias, device=device, dtype=dtype)
-        self.fc2 = nn.Conv2d(self.hidden, outputs, 1, bias=bias, device=device, dtype=dtype)
+        # Any: what a user puts in the place of a layer is called as it is.
+        self.fc1: Any = None
+        self.fc2: Any = None
+        self.hidden: int | None = None
+        if excitation in ("two", "tied"):
+            self.hidden = hidden if hidden is not None else max(1, channels // reduction)
+            self.fc1 = nn.Conv2d(channels, self.hidden, 1, bias=bias, device=device, dtype=dtype)
+        if excitation == "tied":
+            assert self.hidden is not None
+            self.fc2 = _TiedConv2d(self.hidden, channels, bias, device, dtype)
+        elif excitation != "constant":
+            inputs = channels if self.hidden is None else self.hidden
+            self.fc2 = nn.Conv2d(inputs, outputs, 1, bias=bias, device=device, dtype=dtype)
         self.alpha: nn.Parameter | None
         self.beta: nn.Parameter | None
-        if weighted_sum:
+        if weighted_sum or excitation == "constant":
             self.alpha = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
             self.beta = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+            if excitation == "constant":  # the identity
+                nn.init.ones_(self.alpha)
+                nn.init.zeros_(self.beta)
         else:
             self.register_parameter("alpha", None)
             self.register_parameter("beta", None)
@@ -106,13 +171,17 @@ class FusedSEBlock(nn.Module):
     ) -> Tensor:
         """``[B, C, *spatial] -> [B, C, *spatial]``; see :func:`senet_kernels.squeeze_excite`."""
         fc1, fc2 = self.fc1, self.fc2
+        if fc2 is None:
+            return self._scale_and_shift(x, residual, lengths)
         for name, layer in (("fc1", fc1), ("fc2", fc2)):
-            reason = _not_plain(layer)
+            reason = None if layer is None else _not_plain(layer)
             if reason is not None:
                 dispatch.only_reference(f"this block: its child {name} {reason}", self.backend)
                 return self._layer_by_layer(x, residual, lengths)
+        w1, b1 = (None, None) if fc1 is None else (fc1.weight, fc1.bias)
+        w2 = fc1.weight.flatten(1).t() if type(fc2) is _TiedConv2d else fc2.weight
         return api.squeeze_excite(
-            x, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+            x, w1, b1, w2, fc2.bias,
             activation=self.activation, gate=self.gate, before=self.before, after=self.after,
             residual=residual, alpha=self.alpha, beta=self.beta, lengths=lengths,
             backend=self.backend,
@@ -120,11 +189,29 @@ class FusedSEBlock(nn.Module):
 
     def _layer_by_layer(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Tensor:
         z = api.squeeze(x, before=self.before, lengths=lengths, backend=self.backend)
-        h = POINTWISE[self.activation].fn(self.fc1(z[:, :, None, None]))
-        u = self.fc2(h).flatten(1)
+        h = z[:, :, None, None]
+        if self.fc1 is not None:
+            h = POINTWISE[self.activation].fn(self.fc1(h))
+        tied = (self.fc1.weight,) if type(self.fc2) is _TiedConv2d else ()
+        u = self.fc2(h, *tied)
         return api.channel_scale(
-            x, u, gate=self.gate, before=self.before, after=self.after, residual=residual,
-            alpha=self.alpha, beta=self.beta, backend=self.backend,
+            x, u.flatten(1), gate=self.gate, before=self.before, after=self.after,
+            residual=residual, alpha=self.alpha, beta=self.beta, backend=self.backend,
+        )  # fmt: skip
+
+    def _scale_and_shift(
+        self, x: Tensor, residual: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        if lengths is not None:
+            raise ValueError(
+                "lengths: expected None with excitation='constant' (nothing is averaged)"
+            )
+        assert self.alpha is not None
+        assert self.beta is not None
+        u = torch.cat((self.alpha, self.beta)).expand(x.shape[0], -1)
+        return api.channel_scale(
+            x, u, gate="identity", before=self.before, after=self.after, residual=residual,
+            backend=self.backend,
         )  # fmt: skip
 
     def _load_from_state_dict(
@@ -144,8 +231,12 @@ class FusedSEBlock(nn.Module):
         """The settings, for ``print(model)``."""
         names = ("activation", "gate", "before", "after")
         shown = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) != "identity"]
-        if self.alpha is not None:
+        if self.excitation != "two":
+            shown.insert(0, f"excitation={self.excitation!r}")
+        if self.hidden is not None:
+            shown.insert(0, f"hidden={self.hidden}")
+        if self.alpha is not None and self.excitation != "constant":
             shown.append("weighted_sum=True")
         if self.backend is not None:
             shown.append(f"backend={self.backend!r}")
-        return ", ".join([f"channels={self.channels}, hidden={self.hidden}", *shown])
+        return ", ".join([f"channels={self.channels}", *shown])

@@ -1,9 +1,9 @@
 """Schemas and fake kernels of the raw ops. Needs torch alone: no compiled library, no Triton.
 
-Each backend implements the same two ops, ``<backend>_forward`` and ``<backend>_backward``; the
-native one also ``native_forward_``, which overwrites x, and the halves of the operation,
-``native_squeeze`` and ``native_channel_scale``, with their ``_backward``. They are private and
-carry no autograd formula: :mod:`senet_kernels.autograd` supplies it.
+Each backend implements the same ops: ``<backend>_forward`` and ``<backend>_backward``;
+``<backend>_forward_``, which overwrites x; and the halves of the operation, ``<backend>_squeeze``
+and ``<backend>_channel_scale``, with their ``_backward``. They are private and carry no autograd
+formula: :mod:`senet_kernels.autograd` supplies it.
 
 ``saved`` is what the forward pass keeps for the backward pass besides its inputs: the pooled
 input z ``[B, C]``, the hidden pre-activation ``[B, R]`` and the pre-gate u ``[B, C or 2C]``, one
@@ -270,26 +270,33 @@ _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 # The instruction set the CPU kernels run on; takes no tensors.
 library.define("native_isa() -> str")
 _OPS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "native_forward_": (INPLACE_SCHEMA, _inplace_fake),
-    "native_squeeze": (SQUEEZE_SCHEMA, _squeeze_fake),
-    "native_squeeze_backward": (SQUEEZE_BACKWARD_SCHEMA, _squeeze_backward_fake),
-    "native_channel_scale": (CHANNEL_SCALE_SCHEMA, _channel_scale_fake),
-    "native_channel_scale_backward": (CHANNEL_SCALE_BACKWARD_SCHEMA, _channel_scale_backward_fake),
+    "forward": (FORWARD_SCHEMA, _forward_fake),
+    "forward_": (INPLACE_SCHEMA, _inplace_fake),
+    "backward": (BACKWARD_SCHEMA, _backward_fake),
+    "squeeze": (SQUEEZE_SCHEMA, _squeeze_fake),
+    "squeeze_backward": (SQUEEZE_BACKWARD_SCHEMA, _squeeze_backward_fake),
+    "channel_scale": (CHANNEL_SCALE_SCHEMA, _channel_scale_fake),
+    "channel_scale_backward": (CHANNEL_SCALE_BACKWARD_SCHEMA, _channel_scale_backward_fake),
 }
+NATIVE_OPS = tuple(f"native_{name}" for name in _OPS)
+
+
+def _overwriting(op: str) -> Callable[..., None]:
+    """The op, saying that it overwrites x. Autograd must know, or it would compute with the new x
+    where an earlier op saved the old one."""
+
+    def call(keys: Any, x: Tensor, *rest: Any) -> None:
+        torch.autograd.graph.increment_version(x)
+        overload = getattr(torch.ops.senet_kernels, op).default
+        overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, x, *rest)
+
+    return call
+
+
 for _backend in BACKENDS_WITH_OPS:
-    _OPS[f"{_backend}_forward"] = (FORWARD_SCHEMA, _forward_fake)
-    _OPS[f"{_backend}_backward"] = (BACKWARD_SCHEMA, _backward_fake)
-for _name, (_schema, _fake) in _OPS.items():
-    library.define(f"{_name}{_schema}", tags=_TAGS)
-    torch.library.register_fake(f"senet_kernels::{_name}", _fake, lib=library)
-NATIVE_OPS = tuple(name for name in _OPS if name.startswith("native_"))
-
-
-def _inplace_and_say_so(keys: Any, x: Tensor, *rest: Any) -> None:
-    # Autograd must know, or it would compute with the new x where an earlier op saved the old one.
-    torch.autograd.graph.increment_version(x)
-    op = torch.ops.senet_kernels.native_forward_.default
-    op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, x, *rest)
-
-
-library.impl("native_forward_", _inplace_and_say_so, "ADInplaceOrView", with_keyset=True)
+    for _name, (_schema, _fake) in _OPS.items():
+        _op = f"{_backend}_{_name}"
+        library.define(f"{_op}{_schema}", tags=_TAGS)
+        torch.library.register_fake(f"senet_kernels::{_op}", _fake, lib=library)
+    _op = f"{_backend}_forward_"
+    library.impl(_op, _overwriting(_op), "ADInplaceOrView", with_keyset=True)

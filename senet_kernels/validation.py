@@ -158,19 +158,26 @@ def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
             )
 
 
-def check_inplace(x: Tensor, others: dict[str, Tensor | None]) -> None:
-    """``x`` must own each of its elements once, and share none with another argument."""
+def overlaps(x: Tensor) -> bool:
+    """Whether elements of ``x`` may lie on top of each other in memory."""
     extents = sorted(
         (stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1
     )
     reach = 1
     for stride, size in extents:
         if stride < reach and x.numel():
-            raise ValueError(
-                "inplace: expected an x whose elements do not overlap in memory, got shape "
-                f"{_shape(x)} with strides {list(x.stride())}"
-            )
+            return True
         reach = stride * (size - 1) + reach
+    return False
+
+
+def check_inplace(x: Tensor, others: dict[str, Tensor | None]) -> None:
+    """``x`` must own each of its elements once, and share none with another argument."""
+    if overlaps(x):
+        raise ValueError(
+            "inplace: expected an x whose elements do not overlap in memory, got shape "
+            f"{_shape(x)} with strides {list(x.stride())}"
+        )
     # Compilers do not know addresses yet, and watch aliases themselves; under torch.func transforms
     # the result is made apart and copied over x.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

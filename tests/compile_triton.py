@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what came out as JSON.
 
 ``python compile_triton.py CAPABILITY`` reads option sets as JSON lines from standard input: the
-fields of ``problems.Spec`` and the device's ``multiprocessors``. It runs the ops' own host code on
+fields of ``problems.Spec``, the device's ``multiprocessors``, and ``inplace``. It runs the ops' own host code on
 meta tensors, with every launch turned into a compilation: so these are the very kernels, constants
 and argument specialisations a call would use. A process of its own, since Triton's driver is
 replaced and a compiler that fails may abort.
@@ -14,6 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from senet_kernels import ops, pack_options
-from senet_kernels.backends.triton import launch, operands
-from senet_kernels.backends.triton.plan import Device
+from senet_kernels.backends.triton import halves, launch, operands
+from senet_kernels.backends.triton.plan import Device, why_no_cluster
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -56,20 +58,29 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", text)}
 
 
-def _report(kernel: Any, compiled: Any) -> dict[str, Any]:
-    ptx = compiled.asm["ptx"]
+def _report(kernel: Any, compiled: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    vectors = 0  # of 16 bytes that a thread has of a tile
+    if "BS" in arguments:
+        size = arguments["x"].element_size()
+        elements = arguments["G"] * arguments["BC"] * arguments["BS"]
+        vectors = elements * size // (16 * 32 * metadata.num_warps * metadata.num_ctas)
     return {
         "kernel": kernel.__name__,
         "hash": compiled.hash,
-        "shared": compiled.metadata.shared,
+        "shared": metadata.shared,
+        "blocks": metadata.num_ctas,
+        "warps": metadata.num_warps,
+        "vectors": vectors,
         "loads_16": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
         "stores_16": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
+        "cluster_barriers": ptx.count("barrier.cluster.wait"),
         **_resources(compiled.asm["cubin"]),
     }
 
 
-def _calls(given: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of the forward and backward op for one option set."""
+def _calls(given: dict[str, Any]) -> list[Callable[[], object]]:
+    """The calls of ops for one option set, forward and backward."""
     dtype = getattr(torch, given["dtype"])
     batch, channels, *space = given["shape"]
     hidden = given.get("hidden")
@@ -86,29 +97,47 @@ def _calls(given: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     def if_given(name: str) -> torch.Tensor | None:
         return vector(channels) if given.get(name) else None
 
-    biases = given.get("bias", True)
-    w1 = None if hidden is None else vector(hidden, channels)
-    tensors = (
-        image(),
-        w1,
-        None if hidden is None or not biases else vector(hidden),
-        vector(outputs, channels if hidden is None else hidden),
-        vector(outputs) if biases else None,
-        image() if given.get("residual") else None,
-        if_given("weighted"), if_given("weighted"), if_given("affine"), if_given("affine"),
-        torch.empty(batch, dtype=torch.int64, device="meta") if given.get("lengths") else None,
-    )  # fmt: skip
+    x, dy = image(), image()
+    residual = image() if given.get("residual") else None
+    alpha, beta = if_given("weighted"), if_given("weighted")
+    affine = if_given("affine"), if_given("affine")
+    lengths = torch.empty(batch, dtype=torch.int64, device="meta") if given.get("lengths") else None
     names = ("activation", "gate", "before", "after")
     defaults = ("relu", "sigmoid", None, None)
     options = pack_options(**{n: given.get(n, d) for n, d in zip(names, defaults, strict=True)})
+    keeps = given.get("after") == "relu"
+    mask = torch.empty(ops.mask_numel(x) if keeps else 0, dtype=torch.uint8, device="meta")
+
+    def needs(*tensors: torch.Tensor | None) -> int:
+        return sum(1 << i for i, t in enumerate(tensors) if t is not None)
+
+    if given.get("part") == "squeeze":
+        arguments = (x, *affine, lengths, options)
+        backward = (vector(batch, channels), *arguments, needs(x, *affine))
+        return [partial(halves.squeeze, *arguments), partial(halves.squeeze_backward, *backward)]
+    if given.get("part") == "channel_scale":
+        tensors = (x, vector(batch, outputs), residual, alpha, beta, *affine)
+        backward = (dy, *tensors, mask, options, needs(*tensors))
+        return [
+            partial(halves.channel_scale, *tensors, options, True),
+            partial(halves.channel_scale_backward, *backward),
+        ]
+    biases = given.get("bias", True)
+    w1 = None if hidden is None else vector(hidden, channels)
+    w2 = vector(outputs, channels if hidden is None else hidden)
+    b1 = None if hidden is None or not biases else vector(hidden)
+    b2 = vector(outputs) if biases else None
+    tensors = (x, w1, b1, w2, b2, residual, alpha, beta, *affine)
+    if given.get("inplace"):
+        return [partial(launch.forward_, *tensors, lengths, options)]
     saved = torch.empty(
-        ops.saved_numel(tensors[0], w1, tensors[3]), device="meta",
+        ops.saved_numel(x, w1, w2), device="meta",
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )  # fmt: skip
-    keeps = given.get("after") == "relu"
-    mask = torch.empty(ops.mask_numel(tensors[0]) if keeps else 0, dtype=torch.uint8, device="meta")
-    needs = sum(1 << i for i, t in enumerate(tensors[:10]) if t is not None)
-    return (*tensors, options, True), (image(), *tensors, saved, mask, options, needs)
+    return [
+        partial(launch.forward, *tensors, lengths, options, True),
+        partial(launch.backward, dy, *tensors, lengths, saved, mask, options, needs(*tensors)),
+    ]
 
 
 def main() -> None:
@@ -120,7 +149,8 @@ def main() -> None:
         def launch_nothing(*args: Any, **kwargs: Any) -> None:
             compiled = self.warmup(*args, grid=grid, **kwargs)
             if compiled.hash not in known:
-                known[compiled.hash] = _report(self, compiled)
+                arguments = dict(zip(self.arg_names, args, strict=False))
+                known[compiled.hash] = _report(self, compiled, arguments)
             seen.append(known[compiled.hash])
 
         return launch_nothing
@@ -129,14 +159,14 @@ def main() -> None:
     JITFunction.__getitem__ = compile_instead
     for line in sys.stdin:
         given = json.loads(line)
-        device = Device(divmod(capability, 10), given.pop("multiprocessors"))
+        known_as = divmod(capability, 10)
+        clusters = why_no_cluster(known_as, triton.__version__) is None
+        device = Device(known_as, given.pop("multiprocessors"), clusters)
         operands._device = lambda _, device=device: device
         launch.forget()
         seen.clear()
-        forward, backward = _calls(given)
-        launch.forward(*forward)
-        if given.get("backward", True):
-            launch.backward(*backward)
+        for call in _calls(given):
+            call()
         print(json.dumps(seen), flush=True)
 
 

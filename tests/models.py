@@ -5,9 +5,7 @@ Each library is optional: ``make test`` installs them all, elsewhere what is mis
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,32 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-_schemas: list[torch.library.Library] = []
+from benchmarks.networks import randomise
+from senet_kernels._libraries import load
 
 
 def library(name: str) -> ModuleType:
     """An optional library, imported; the test is skipped where it is not installed."""
-    if name.split(".")[0] in ("timm", "torchvision", "segmentation_models_pytorch", "transformers"):
-        _make_torchvision_importable()
-    return pytest.importorskip(name, exc_type=ImportError)
-
-
-def _make_torchvision_importable() -> None:
-    # torchvision built for CUDA beside a torch without it: its library does not load, and its
-    # Python part then misses the schemas of two ops, which no model here calls.
     try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[module]
-        _schemas.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for op in ("nms", "qnms"):
-            _schemas[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
+        return load(name)
+    except ImportError as error:
+        pytest.skip(f"{name}: {error}")
 
 
 @dataclass(frozen=True)
@@ -69,22 +51,6 @@ class RealModel:
 
     def __str__(self) -> str:
         return self.name
-
-
-def randomise(model: nn.Module) -> None:
-    """Break initialisations that hide a block: zeros, and norms that pass everything on."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.weight.uniform_(0.7, 1.3)
-                module.bias.uniform_(-0.3, 0.3)
-                module.running_mean.uniform_(-0.1, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-                fan_in = module.weight[0].numel()
-                module.weight.normal_(0, 1.0 / fan_in**0.5)
-                if module.bias is not None:
-                    module.bias.normal_(0, 0.3)
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:

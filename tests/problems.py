@@ -151,9 +151,11 @@ class Problem:
         return tuple(n for n, t in self.tensors.items() if t is not None)
 
     def double(self) -> Problem:
-        """The same values in float64."""
-        tensors = {n: None if t is None else t.double() for n, t in self.tensors.items()}
-        return replace(self, tensors=tensors, dy=self.dy.double(), dtype=torch.float64)
+        """The same values in float64, contiguous: over other strides torch's own sums are worse."""
+        tensors = {
+            n: None if t is None else t.double().contiguous() for n, t in self.tensors.items()
+        }
+        return replace(self, tensors=tensors, dy=self.dy.double().contiguous(), dtype=torch.float64)
 
     def call(
         self, fn: Callable[..., Tensor], tensors: dict[str, Any] | None = None, **extra: Any

@@ -79,7 +79,10 @@ _PARTS: tuple[dict[str, Any], ...] = (
     {"part": "channel_scale", "gate": "sigmoid"},
     {"part": "channel_scale", "residual": "contiguous", "after": "relu", "shift": True},
     {"part": "channel_scale", "before": "silu", "weighted": True},
+    {"part": "squeeze", "affine": True, "before": "relu"},
+    {"part": "channel_scale", "affine": True},
 )
+_AFFINE = ({"affine": True, "before": "hardswish"}, *_PARTS[-2:])
 # The steps that the kernels compile apart, in every dtype and dense layout.
 _BLOCKS: tuple[dict[str, Any], ...] = (
     {},
@@ -92,6 +95,8 @@ _BLOCKS: tuple[dict[str, Any], ...] = (
     {"residual": "contiguous", "after": "silu"},
     {"after": "gelu"},
     {"bias": False},
+    {"affine": True},
+    {"affine": True, "before": "silu", "residual": "contiguous", "after": "relu"},
     *_PARTS,
 )
 
@@ -157,7 +162,9 @@ _TEAM_SHAPES = ((1, 48, 40, 40), (1, 7, 64, 65), (5, 24, 30, 31), (2, 96, 3, 3))
 
 
 def _thread_specs(backend: BackendCase) -> list[Spec]:
-    grid = itertools.product(_TEAM_SHAPES, DENSE_LAYOUTS[:2], (*_BLOCKS[2:5:2], *_PARTS[1:6:2]))
+    grid = itertools.product(
+        _TEAM_SHAPES, DENSE_LAYOUTS[:2], (*_BLOCKS[2:5:2], *_PARTS[1:6:2], *_AFFINE)
+    )
     return [
         replace(Spec(shape, 6, torch.float32, layout, device=backend.device), **options)
         for shape, layout, options in grid

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from senet_kernels import __version__, selftest
+from senet_kernels import __version__, convert, selftest
 from senet_kernels.__main__ import main
 from senet_kernels.pointwise import POINTWISE
 
@@ -60,6 +60,11 @@ def with_se():
 def with_act():
     return nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU(), Gate())
 
+def hidden():  # by its last norm, as timm's and torchvision's ResNets start
+    model = nn.Sequential(nn.Conv2d(5, 8, 3), Gate(), nn.BatchNorm2d(8))
+    nn.init.zeros_(model[2].weight)
+    return model
+
 def without():
     return nn.Conv2d(3, 8, 3)
 
@@ -83,6 +88,12 @@ def test_fuse(
     assert main(["fuse", "my_models:with_act", *options, "--neighbours"]) == 0
     assert "neighbours: before relu" in capsys.readouterr().out
     assert main(["fuse", "my_models:without", *options]) == 1
+    capsys.readouterr()
+    # A block that is off by a thousandth shows, whatever stands behind it.
+    excite = convert._excite
+    monkeypatch.setattr(convert, "_excite", lambda *a, **k: 1.001 * excite(*a, **k))
+    assert main(["fuse", "my_models:hidden", *options]) == 0
+    assert "output: largest difference 1.0e-03" in capsys.readouterr().out
     for wrong in ("seresnet50", "my_models:nothing", "no_such_module:x", "my_models:number"):
         with pytest.raises(SystemExit, match="model: "):
             main(["fuse", wrong, *options])

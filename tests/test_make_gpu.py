@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from typing import Any
 
 import pytest
 
-from tools import gpu
+from benchmarks import records
+from tools import gpu, stage_runner
+from tools.stage_runner import Runner, SkipStage, Stage, Task
 
 PYTHON = sys.executable
 
 
-def _stage(name: str, code: str, share: float = 0.5, **more: Any) -> gpu.Stage:
-    return gpu.Stage(name, share, lambda seconds: gpu.Task([PYTHON, "-c", code]), **more)
+def _stage(name: str, code: str, share: float = 0.5, **more: Any) -> Stage:
+    return Stage(name, share, lambda seconds: Task([PYTHON, "-c", code]), **more)
 
 
 def _is_gone(pid: int) -> bool:
@@ -38,29 +41,29 @@ def _is_gone(pid: int) -> bool:
 
 
 @pytest.fixture
-def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], gpu.Runner]:
-    monkeypatch.setattr(gpu, "LEAST", 0.5)
-    monkeypatch.setattr(gpu, "RESERVE", 0.0)
-    return lambda budget: gpu.Runner(tmp_path / "out", budget)
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Runner]:
+    monkeypatch.setattr(stage_runner, "LEAST", 0.5)
+    monkeypatch.setattr(stage_runner, "RESERVE", 0.0)
+    return lambda budget: Runner(tmp_path / "out", budget)
 
 
-def _summary(runner: gpu.Runner) -> dict[str, Any]:
+def _summary(runner: Runner) -> dict[str, Any]:
     return json.loads((runner.out / "summary.json").read_text())
 
 
-def test_a_failure_does_not_stop_the_next(runner: Callable[[float], gpu.Runner]) -> None:
-    def broken(seconds: float) -> gpu.Task:
+def test_a_failure_does_not_stop_the_next(runner: Callable[[float], Runner]) -> None:
+    def broken(seconds: float) -> Task:
         raise KeyError("prepared badly")
 
-    def refused(seconds: float) -> gpu.Task:
-        raise gpu.SkipStage("not in the mood")
+    def refused(seconds: float) -> Task:
+        raise SkipStage("not in the mood")
 
     run = runner(60)
     assert not run.run([
         _stage("failing", "import sys; print('why'); sys.exit(3)"),
-        gpu.Stage("absent", 0.5, lambda seconds: gpu.Task(["/no/such/program"])),
-        gpu.Stage("broken", 0.5, broken),
-        gpu.Stage("refused", 0.5, refused),
+        Stage("absent", 0.5, lambda seconds: Task(["/no/such/program"])),
+        Stage("broken", 0.5, broken),
+        Stage("refused", 0.5, refused),
         _stage("suspicious", "print('1 fault')", finds_fault=lambda log: "1 fault" in log),
         _stage("fine", "print('42 of 42')", conclude=str.strip),
     ])  # fmt: skip
@@ -79,7 +82,7 @@ def test_a_failure_does_not_stop_the_next(runner: Callable[[float], gpu.Runner])
     assert all(name in text and s["status"] in text for name, s in lines.items())
 
 
-def test_no_failure_is_success(runner: Callable[[float], gpu.Runner]) -> None:
+def test_no_failure_is_success(runner: Callable[[float], Runner]) -> None:
     assert runner(60).run([_stage("fine", "")])
 
 
@@ -92,7 +95,9 @@ time.sleep(600)
 """
 
 
-def test_what_hangs_is_killed_with_its_children(runner: Callable[[float], gpu.Runner]) -> None:
+def test_what_hangs_is_killed_with_its_children(
+    runner: Callable[[float], Runner],
+) -> None:
     run = runner(10)
     begin = time.monotonic()
     assert not run.run([_stage("stubborn", _STUBBORN, share=0.2), _stage("next", "")])
@@ -105,14 +110,14 @@ def test_what_hangs_is_killed_with_its_children(runner: Callable[[float], gpu.Ru
     assert all(map(_is_gone, pids))
 
 
-def test_children_left_behind_are_killed(runner: Callable[[float], gpu.Runner]) -> None:
+def test_children_left_behind_are_killed(runner: Callable[[float], Runner]) -> None:
     code = "import subprocess as s, sys; print(s.Popen([sys.executable, '-c', '{}']).pid)"
     run = runner(30)
     assert run.run([_stage("careless", code.format("import time; time.sleep(600)"))])
     assert _is_gone(int((run.out / "careless.log").read_text()))
 
 
-def test_interrupted_before_killed(runner: Callable[[float], gpu.Runner]) -> None:
+def test_interrupted_before_killed(runner: Callable[[float], Runner]) -> None:
     code = """
 import sys, time
 try:
@@ -128,7 +133,7 @@ except KeyboardInterrupt:
     assert stage["detail"].endswith("half of it")
 
 
-def test_the_budget_is_for_all(runner: Callable[[float], gpu.Runner]) -> None:
+def test_the_budget_is_for_all(runner: Callable[[float], Runner]) -> None:
     run = runner(3)
     begin = time.monotonic()
     assert not run.run([_stage(name, "import time; time.sleep(600)", 1.0) for name in "abc"])
@@ -139,15 +144,15 @@ def test_the_budget_is_for_all(runner: Callable[[float], gpu.Runner]) -> None:
     assert "no time left" in stages[2]["detail"]
 
 
-def test_the_summary_is_true_at_any_moment(runner: Callable[[float], gpu.Runner]) -> None:
+def test_the_summary_is_true_at_any_moment(runner: Callable[[float], Runner]) -> None:
     run = runner(60)
     seen: list[list[str]] = []
 
-    def look(seconds: float) -> gpu.Task:
+    def look(seconds: float) -> Task:
         seen.append([s["status"] for s in _summary(run)["stages"]])
-        return gpu.Task([PYTHON, "-c", f"print(open({str(run.out / 'summary.json')!r}).read())"])
+        return Task([PYTHON, "-c", f"print(open({str(run.out / 'summary.json')!r}).read())"])
 
-    run.run([_stage("first", ""), gpu.Stage("second", 0.5, look)])
+    run.run([_stage("first", ""), Stage("second", 0.5, look)])
     assert seen == [["ok"]]
     during = json.loads((run.out / "second.log").read_text())
     assert [s["status"] for s in during["stages"]] == ["ok", "running"]
@@ -157,9 +162,11 @@ def test_the_summary_is_true_at_any_moment(runner: Callable[[float], gpu.Runner]
 def test_stages_without_a_gpu(tmp_path: Path, argument: tuple[str, ...]) -> None:
     (tmp_path / "environment.json").write_text('{"device": "cpu", "torch": "2.11.0"}')
     stages = {stage.name: stage for stage in gpu.stages(tmp_path, argument)}
-    for name in stages.keys() - {"environment", "build"}:
-        with pytest.raises(gpu.SkipStage, match=r"no CUDA device that torch 2\.11\.0 can use"):
+    for name in stages.keys() - {"environment", "build", "report"}:
+        with pytest.raises(SkipStage, match=r"no CUDA device that torch 2\.11\.0 can use"):
             stages[name].prepare(60)
+    with pytest.raises(SkipStage, match="no record"):
+        stages["report"].prepare(60)
     assert "build_ext" in stages["build"].prepare(60).command[-1]
 
 
@@ -170,11 +177,14 @@ def test_stages_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     stages = {stage.name: stage for stage in gpu.stages(tmp_path, ("--batch", "1"))}
     assert stages["build"].prepare(60).environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert "gpu and not slow" in stages["tests"].prepare(60).command
-    assert stages["benchmark"].prepare(100).command[-2:] == ["--batch", "1"]
+    layers = stages["layers"].prepare(100).command
+    assert layers[-2:] == ["--batch", "1"]
+    assert float(layers[layers.index("--budget") + 1]) <= 0.8 * 100
+    assert "interpret" not in str(stages["kernels"].prepare(60).environment).lower()
     # Without what they need.
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    with pytest.raises(gpu.SkipStage, match="compute-sanitizer is not on PATH"):
+    with pytest.raises(SkipStage, match="compute-sanitizer is not on PATH"):
         stages["memcheck"].prepare(60)
     there = gpu.find_spec
     monkeypatch.setattr(gpu, "find_spec", lambda n: None if n == "hypothesis" else there(n))
@@ -182,7 +192,7 @@ def test_stages_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "--ignore=tests/test_properties.py" in task.command
     assert "hypothesis is not installed" in task.note
     monkeypatch.setattr(gpu, "find_spec", lambda n: None if n == "pytest" else there(n))
-    with pytest.raises(gpu.SkipStage, match="not installed: pytest"):
+    with pytest.raises(SkipStage, match="not installed: pytest"):
         stages["tests"].prepare(60)
 
 
@@ -218,3 +228,176 @@ def test_what_pytest_says() -> None:
     assert not stage.finds_fault(log)
     assert stage.finds_fault("=== 83 skipped, 1069 deselected in 3.82s ===\n")
     assert stage.finds_fault("")
+
+
+# -- going on from an earlier run ------------------------------------------------------------------
+
+
+def test_what_was_ok_is_kept(runner: Callable[[float], Runner], tmp_path: Path) -> None:
+    stages = [_stage("fine", "print(1)"), _stage("broken", "import sys; sys.exit(2)")]
+    first = runner(60)
+    assert not first.run(stages)
+    found = stage_runner.take_up(first.out, fresh=False)
+    assert found["stages"][0]["status"] == "ok"
+    (first.out / "fine.log").unlink()
+    again = Runner(first.out, 60, earlier=found)
+    assert again.run([stages[0], _stage("broken", "print('mended')")])
+    fine, broken = _summary(again)["stages"]
+    assert (fine["earlier"], fine["detail"]) == (True, "1")
+    assert (broken["earlier"], broken["detail"]) == (False, "mended")
+    assert not (first.out / "fine.log").exists()  # it did not run
+    assert "(earlier) 1" in (first.out / "summary.txt").read_text()
+
+
+def test_what_is_partial_goes_on(runner: Callable[[float], Runner]) -> None:
+    first = runner(60)
+    log = "12 results in 9 s, 0 s of them torch.compile; 3 cases not measured: the time was up"
+    (layers,) = (s for s in gpu.stages(first.out) if s.name == "layers")
+    assert layers.is_partial(log)
+    assert not layers.is_partial(log.partition(";")[0])
+    assert layers.conclude(f"{log}\nwritten: layers.json\n") == log
+    again = _stage("layers", f"print({log!r})", is_partial=layers.is_partial)
+    assert first.run([again])
+    run = Runner(first.out, 60, earlier=stage_runner.take_up(first.out, fresh=False))
+    assert run.run([again])
+    assert not _summary(run)["stages"][0]["earlier"]
+
+
+def test_a_stage_left_out_keeps_what_is_known(
+    runner: Callable[[float], Runner],
+) -> None:
+    first = runner(60)
+    first.run([_stage("a", ""), _stage("b", "")])
+    again = Runner(first.out, 60, earlier=stage_runner.take_up(first.out, False))
+    again.run([_stage("c", "")])
+    assert [s["stage"] for s in _summary(again)["stages"]] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("why", ["fresh", "other sources"])
+def test_a_new_start(
+    runner: Callable[[float], Runner], monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    first = runner(60)
+    first.run([_stage("fine", "")])
+    (first.out / "tests.passed").write_text("tests/test_x.py::test_y\n")
+    (first.out / "layers.json").write_text("{}")
+    if why == "other sources":
+        monkeypatch.setattr(stage_runner, "fingerprint", lambda: "0")
+    assert stage_runner.take_up(first.out, why == "fresh") == {}
+    assert not (first.out / "tests.passed").exists()
+    assert not (first.out / "layers.json").exists()
+    assert (first.out / "layers.before.json").exists()
+
+
+def test_another_device_begins_anew(runner: Callable[[float], Runner]) -> None:
+    def environment(device: str) -> Stage:
+        path = str(first.out / "environment.json")
+        code = f"import json; json.dump({{'device': {device!r}}}, open({path!r}, 'w'))"
+        return _stage("environment", code, always=True)
+
+    first = runner(60)
+    assert first.run([environment("A"), _stage("fine", "print(1)")])
+    for device, kept in (("A", True), ("B", False)):
+        found = stage_runner.take_up(first.out, fresh=False)
+        again = Runner(first.out, 60, earlier=found)
+        assert again.run([environment(device), _stage("fine", "print(1)")])
+        assert [s["earlier"] for s in _summary(again)["stages"]] == [False, kept]
+
+
+def test_the_last_stage_has_time(runner: Callable[[float], Runner]) -> None:
+    run = runner(4)
+    last = _stage("report", "print('here')", always=True, reserved=3.0)
+    run.run([_stage("greedy", "import time; time.sleep(600)", 1.0), last])
+    greedy, report = _summary(run)["stages"]
+    assert greedy["limit_s"] <= 1.0
+    assert (report["status"], report["detail"]) == ("ok", "here")
+
+
+def test_passed_tests_are_not_run_again(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pathlib, pytest\n"
+        "@pytest.mark.parametrize('i', range(3))\n"
+        "def test_one(i):\n"
+        "    assert i < 2 or pathlib.Path('mended').exists()\n"
+    )
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.resume_tests"]
+    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT),
+                   "SENET_KERNELS_PASSED": str(tmp_path / "some.passed")}  # fmt: skip
+
+    def run() -> str:
+        done = subprocess.run([*command, "test_some.py"], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        return done.stdout
+
+    assert "1 failed, 2 passed" in run()
+    (tmp_path / "mended").touch()
+    assert "1 passed, 2 deselected" in run()
+    assert "3 passed" in run()  # nothing is left: all once more, rather than none
+
+
+# -- the dry run -----------------------------------------------------------------------------------
+
+
+_FAKE_SANITIZER = """#!/bin/sh
+while [ "$1" != "--target-processes" ]; do shift; done
+shift 2
+"$@" && echo "========= ERROR SUMMARY: 0 errors"
+"""
+_FAKE_NCU = """#!/bin/sh
+while [ "$1" != "application-only" ]; do shift; done
+shift
+"$@" || exit
+echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+echo '"0","k","dram__bytes_read.sum","byte","1,024"'
+echo '"0","k","dram__bytes_write.sum","byte","512"'
+"""
+
+
+@pytest.fixture
+def fake_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU machine has, in name: they run the command and say that all is well."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("compute-sanitizer", _FAKE_SANITIZER), ("ncu", _FAKE_NCU)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def _dry_run(out: Path, budget: int, *stages: str) -> dict[str, dict[str, Any]]:
+    words = ["--out", str(out), "--budget", str(budget), "--device", "cpu"]
+    for name in stages:
+        words += ["--stage", name]
+    command = [PYTHON, "-m", "tools.gpu", *words]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "dry run" in (out / "summary.txt").read_text()
+    lines = json.loads((out / "summary.json").read_text())["stages"]
+    return {line["stage"]: line for line in lines}
+
+
+def test_dry_run_of_the_sweep_and_the_report(tmp_path: Path, fake_tools: None) -> None:
+    out = tmp_path / "out"
+    stages = _dry_run(out, 240, "sweep", "report")
+    assert {line["status"] for line in stages.values()} == {"ok"}
+    assert records.read(out / "sweep.json")["status"] == "complete"
+    assert (out / "report.html").stat().st_size > 10_000
+    assert (out / "sweep.csv").exists()
+
+
+@pytest.mark.slow
+def test_dry_run_of_every_stage(tmp_path: Path, fake_tools: None) -> None:
+    """But the build: it would change the library under the other tests."""
+    names = [stage.name for stage in gpu.stages(tmp_path) if stage.name != "build"]
+    out = tmp_path / "out"
+    stages = _dry_run(out, 900, *names)
+    assert list(stages) == names
+    assert {name: line["status"] for name, line in stages.items()} == dict.fromkeys(names, "ok")
+    for kind in ("layers", "models", "sweep"):
+        assert records.read(out / f"{kind}.json")["results"]
+    layers = records.read(out / "layers.json")
+    measured = [p.get("dram_bytes") for e in layers["results"] for p in e["providers"].values()]
+    assert 1536 in measured
+    again = _dry_run(out, 900, *names)
+    assert [n for n in names if not again[n]["earlier"]] == ["environment", "report"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from problems import Spec, build, check
-from senet_kernels import squeeze_excite
+from senet_kernels import explain, squeeze_excite
 from senet_kernels.backends import triton
 from senet_kernels.backends.triton import plan, tuning
 from senet_kernels.backends.triton.plan import (
@@ -25,6 +25,7 @@ from senet_kernels.backends.triton.plan import (
     is_legal,
     make_plan,
     make_resident_plan,
+    why_no_cluster,
 )
 
 interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -44,7 +45,7 @@ def _nothing_prepared() -> Iterator[None]:
 def _workload_shapes() -> list[Shape]:
     path = Path(__file__).parent.parent / "benchmarks" / "workloads.json"
     return [
-        Shape(batch, la["channels"], la["height"] * la["width"], la["hidden"] or 0,
+        Shape(batch, la["channels"], la["height"] * la["width"], la["hidden"],
               la["channels"], last)
         for network in json.loads(path.read_text())["networks"]
         for la in network["layers"]
@@ -58,8 +59,7 @@ _ODD = [
     for b in (0, 1, 5, 65537)
     for c in (0, 1, 3, 17, 4097)
     for s in (0, 1, 49, 1 << 20)
-    for r in (0, 1, 257)
-    for o in (1, 2)
+    for r, o in ((None, 0), (None, 1), (0, 1), (1, 2), (257, 1))
     for last in (False, True)
 ]
 
@@ -75,24 +75,29 @@ def test_plans_cover_the_image_in_legal_tiles(device: Device, itemsize: int) -> 
         assert p.tiles * p.BC >= shape.channels, (shape, p)
         assert p.splits * p.steps * p.BS >= shape.positions, (shape, p)
         assert (p.splits - 1) * p.steps * p.BS < max(1, shape.positions), (shape, p)
-        groups = plan.ceil_div(shape.batch, p.G)
+        groups = plan.ceil_div(shape.batch, p.G * p.W)
         assert p.programs == groups * p.tiles * p.splits, (shape, p)
         assert p.steps <= 64, "longer chains of additions cost accuracy"
         assert p.G * p.BC * p.BS <= 16384, "too large for registers"
         assert (p.BC if shape.last else p.BS) % 8 == 0, "a byte of the mask has eight bits"
 
 
-def test_resident_plans_hold_whole_images() -> None:
-    plans = [(s, make_resident_plan(s, 2, H200)) for s in _workload_shapes() + _ODD]
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("clusters", [False, True], ids=["blocks", "clusters"])
+def test_resident_plans_hold_whole_images(forward: bool, clusters: bool) -> None:
+    device = H200._replace(clusters=clusters)
+    shapes = _workload_shapes() + _ODD
+    plans = [(s, make_resident_plan(s, 2, device, forward=forward)) for s in shapes]
     for shape, p in plans:
         if p is not None:
             assert shape.channels <= p.BC
             assert shape.positions <= p.BS
-            assert p.G * p.BC * p.BS <= 8192, "too large for registers"
+            assert p.G * p.BC * p.BS <= 8192 * p.blocks, "too large for registers"
             assert p.programs * p.G >= shape.batch
             assert (p.BC if shape.last else p.BS) % 8 == 0, "a byte of the mask has eight bits"
-    assert any(p is not None for _, p in plans)
     assert any(p is None for _, p in plans)
+    blocks = {p.blocks for _, p in plans if p is not None}
+    assert blocks == ({1, 2, 4, 8} if clusters else {1})
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
@@ -103,7 +108,6 @@ def test_candidates_are_legal(forward: bool) -> None:
         assert found[0] == fixed_choice(shape, 2, H200, forward)
         assert len(set(found)) == len(found)
         assert all(is_legal(choice, shape) for choice in found), (shape, found)
-        assert forward or not any(choice.resident for choice in found)
         several += len(found) > 3
     assert several > 50
 
@@ -141,7 +145,13 @@ _SPECS = (
     Spec((2, 260, 7, 9), 3, torch.float32, "channels_last", shift=True, weighted=True),
     Spec((2, 300, 3, 5), 20, torch.bfloat16, "channels_last", after="relu"),
     Spec((2, 9, 30, 31), None, torch.float64, shift=True, after="relu", residual="permuted"),
-)
+    # Rows that begin anywhere, moved as runs.
+    Spec((2, 144, 7, 9), 6, torch.bfloat16, residual="contiguous", after="relu"),
+    Spec((2, 72, 9, 19), 5, before="silu", affine=True, shift=True, lengths=True),
+    Spec((2, 20, 40, 41), dtype=torch.bfloat16, part="squeeze", lengths=True, affine=True),
+    Spec((2, 20, 40, 41), part="channel_scale", layout="channels_last", residual="contiguous",
+         after="relu", shift=True, weighted=True, gate="tanh", before="silu", affine=True),
+)  # fmt: skip
 
 
 @interpreted
@@ -155,7 +165,13 @@ _FORCED = (
     Plan(G=2, BC=8, BS=8, BR=4, BK=2, tiles=2, splits=2, steps=2, programs=0, warps=4),
     Plan(G=4, BC=16, BS=8, BR=2, BK=1, tiles=1, splits=4, steps=1, programs=0, warps=4),
     Plan(G=1, BC=16, BS=32, BR=8, BK=16, tiles=1, splits=1, steps=1, programs=0, warps=4),
-)
+    Plan(G=1, BC=8, BS=8, BR=4, BK=2, tiles=2, splits=2, steps=2, programs=0, warps=4, W=2),
+    Plan(G=1, BC=16, BS=32, BR=2, BK=1, tiles=1, splits=1, steps=1, programs=0, warps=4, W=4),
+    Plan(G=2, BC=8, BS=32, BR=4, BK=2, tiles=2, splits=1, steps=1, programs=0, warps=4,
+         flat=True),
+    Plan(G=1, BC=8, BS=32, BR=8, BK=2, tiles=2, splits=1, steps=1, programs=0, warps=4, W=2,
+         flat=True),
+)  # fmt: skip
 
 
 @interpreted
@@ -165,8 +181,9 @@ def test_every_cut_gives_the_result(
     forced: Plan, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the plan: it decides about speed only."""
-    programs = plan.ceil_div(3, forced.G) * forced.tiles * forced.splits
-    choice = Choice(forced._replace(programs=programs))
+    programs = plan.ceil_div(3, forced.G * forced.W) * forced.tiles * forced.splits
+    flat = forced.flat and layout == "contiguous"
+    choice = Choice(forced._replace(programs=programs, flat=flat))
     monkeypatch.setattr(tuning, "fixed_choice", lambda *_: choice)
     for hidden, shift in ((5, True), (None, False)):
         spec = Spec((3, 13, 3, 9), hidden, layout=layout, residual=layout, shift=shift,
@@ -211,32 +228,96 @@ def test_offsets_are_wide_where_they_must_be() -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the kernels launched."""
-    from triton.runtime.interpreter import InterpretedFunction
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, int]]]:
+    """The kernels launched, and with which options."""
+    from senet_kernels.backends.triton import launch
 
-    names: list[str] = []
-    launcher = InterpretedFunction.__getitem__
+    seen: list[tuple[str, dict[str, int]]] = []
+    call = launch.Launch.__call__
 
-    def record(self: Any, grid: Any) -> Any:
-        names.append(self.fn.__name__)
-        return launcher(self, grid)
+    def record(self: launch.Launch, *pointers: Any) -> None:
+        seen.append((self.kernel.fn.__name__, self._options))
+        call(self, *pointers)
 
-    monkeypatch.setattr(InterpretedFunction, "__getitem__", record)
-    return names
+    monkeypatch.setattr(launch.Launch, "__call__", record)
+    return seen
+
+
+_OF_IMAGES = ["resident_kernel"], ["resident_backward_kernel", "parameters_kernel"]
+_SHARED = ["squeeze_kernel", "scale_kernel"], ["dots_kernel", "dx_kernel", "parameters_kernel"]
 
 
 @interpreted
-def test_at_most_two_launches_forward_and_three_backward(launches: list[str]) -> None:
-    for options in ({}, {"layout": "channels_last", "residual": "contiguous", "after": "relu"}):
-        problem = build(Spec((2, 16, 5, 7), 4, **options))
-        leaves = problem.leaves()
-        y = problem.call(squeeze_excite, leaves, backend="triton")
-        assert len(launches) <= 2
-        launches.clear()
-        y.backward(problem.dy)
-        assert len(launches) <= 3
-        launches.clear()
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, _OF_IMAGES),
+        ({"layout": "channels_last", "residual": "contiguous", "after": "relu"}, _OF_IMAGES),
+        ({"shape": (2, 20, 30, 31)}, _SHARED),
+        ({"hidden": None}, _SHARED),
+        ({"part": "squeeze"}, (["squeeze_kernel"], ["half_backward_kernel"])),
+        ({"part": "squeeze", "shape": (2, 2, 70, 31)},
+         (["squeeze_kernel", "add_parts_kernel"], ["half_backward_kernel"])),
+        ({"part": "channel_scale"},
+         (["scale_kernel"], ["half_backward_kernel", "half_parameters_kernel"])),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_launches_of_a_step(
+    launches: list[tuple[str, Any]], options: dict[str, Any],
+    expected: tuple[list[str], list[str]],
+) -> None:  # fmt: skip
+    problem = build(replace(Spec((2, 16, 5, 7), 4), **options))
+    y = problem.call(squeeze_excite, problem.leaves(), backend="triton")
+    assert [name for name, _ in launches] == expected[0]
+    launches.clear()
+    y.backward(problem.dy)
+    assert [name for name, _ in launches] == expected[1]
+
+
+_ON_CLUSTERS = (
+    Spec((2, 40, 15, 16), 5, torch.bfloat16, residual="contiguous", after="relu"),
+    Spec((2, 144, 7, 9), 6, layout="channels_last", before="silu", affine=True, shift=True,
+         weighted=True, lengths=True),
+)  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("spec", _ON_CLUSTERS, ids=str)
+def test_images_in_clusters(
+    spec: Spec, on_device: Callable[[Device], None], launches: list[tuple[str, dict[str, int]]]
+) -> None:
+    """The launch is what differs: the interpreter runs a cluster as one program."""
+    on_device(H200._replace(clusters=True))
+    check(build(spec), squeeze_excite, backend="triton")
+    blocks = {name: options.get("num_ctas") for name, options in launches}
+    assert blocks == {"resident_kernel": 2, "resident_backward_kernel": 2,
+                      "parameters_kernel": None}  # fmt: skip
+
+
+def test_why_there_are_no_clusters() -> None:
+    assert why_no_cluster((9, 0), "3.8.0") is None
+    assert why_no_cluster((12, 0), "3.10.1+git") is None
+    assert "clusters begin with 9.0" in (why_no_cluster((8, 9), "3.8.0") or "")
+    assert "Triton 3.7.1 does not compile" in (why_no_cluster((9, 0), "3.7.1") or "")
+
+
+@interpreted
+def test_explain_says_how_a_call_is_cut(on_device: Callable[[Device], None]) -> None:
+    def notes(*shape: int, device: Device = H200) -> str:
+        on_device(device)
+        x, w = torch.empty(shape), torch.empty(16, shape[1])
+        return str(explain(x, w, None, w.T, None, backend="triton"))
+
+    small = notes(2, 16, 5, 7)
+    assert "forward: one launch over images, 1 on chip per program" in small
+    assert "no image in a cluster of blocks: the interpreter has no device" in small
+    large = notes(2, 200, 15, 16)
+    assert "backward: two launches over images, shared by 13 programs" in large
+    clusters = notes(2, 200, 15, 16, device=H200._replace(clusters=True))
+    assert "forward: one launch over images, each on chip in a cluster of 8 blocks" in clusters
+    heavy = notes(256, 2048, 5, 5)
+    assert "two launches over images, 8 at a time" in heavy
 
 
 @interpreted
@@ -269,11 +350,11 @@ def test_what_a_prepared_call_depends_on() -> None:
     kept = 0
     for changed in others:
         check(build(replace(base, **changed)), squeeze_excite, backend="triton")
-        assert len(launch._forwards) + len(launch._backwards) > kept, changed
-        kept = len(launch._forwards) + len(launch._backwards)
+        assert len(launch._calls) > kept, changed
+        kept = len(launch._calls)
     # A kind that is known, with other values.
     check(build(replace(base, seed=1)), squeeze_excite, backend="triton")
-    assert len(launch._forwards) + len(launch._backwards) == kept
+    assert len(launch._calls) == kept
 
 
 @interpreted
@@ -283,17 +364,17 @@ def test_prepared_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST_KINDS", 3)
     for batch in range(1, 6):
         check(build(Spec((batch, 8, 2, 2), 2)), squeeze_excite, backend="triton")
-        assert len(launch._forwards) <= 3
-        assert len(launch._backwards) <= 3
+        assert len(launch._calls) <= 3
 
 
 @interpreted
 def test_what_the_sanitizer_sees() -> None:
     """``make gpu``'s script knows every kernel, and its first case is right."""
-    from senet_kernels.backends.triton import launch
+    from senet_kernels.backends.triton import halves, launch
     from tools import gpu_kernels
 
-    assert {n for n in vars(launch) if n.endswith("_kernel")} == gpu_kernels.KERNELS
+    known = {n for module in (launch, halves) for n in vars(module) if n.endswith("_kernel")}
+    assert known == gpu_kernels.KERNELS
     gpu_kernels.run("cpu", *gpu_kernels.CASES[0])
 
 
@@ -426,7 +507,7 @@ def test_autotuning_is_refused_during_graph_capture(
 _ENTRY: dict[str, Any] = {
     "direction": "forward", "dtype": "float32", "capability": [9, 0], "multiprocessors": 132,
     "shape": Shape(3, 20, 30, 4, 20, False)._asdict(), "resident": False,
-    "plan": {"G": 1, "BC": 16, "BS": 8, "BR": 4, "BK": 2, "tiles": 2, "splits": 2, "steps": 2,
+    "clusters": False, "plan": {"G": 1, "BC": 16, "BS": 8, "BR": 4, "BK": 2, "tiles": 2, "splits": 2, "steps": 2,
              "programs": 12, "warps": 4},
 }  # fmt: skip
 
@@ -437,7 +518,7 @@ _ENTRY: dict[str, Any] = {
         ("not JSON", "not a file of Triton plans"),
         ("[]", "not a file of Triton plans"),
         ({"schema": "other/1", "plans": []}, "expected schema 'senet_kernels.triton_plans/1'"),
-        ({"plans": [{**_ENTRY, "direction": "sideways"}]}, "expected forward or backward"),
+        ({"plans": [{**_ENTRY, "direction": "sideways"}]}, "expected one of forward, backward"),
         ({"plans": [{**_ENTRY, "plan": {"G": 1}}]}, "not a file of Triton plans"),
         ({"plans": [{**_ENTRY, "resident": True}]}, "does not fit"),
         ({"plans": [{**_ENTRY, "plan": {**_ENTRY["plan"], "BC": 8}}]}, "does not fit"),

@@ -1,11 +1,16 @@
 """``make gpu``: what this repository can find out on a machine with a GPU, within a budget.
 
-``python tools/gpu.py --out FOLDER --budget SECONDS [-- ARGUMENTS OF THE BENCHMARKS]``
+``python -m tools.gpu --out FOLDER --budget SECONDS [-- ARGUMENTS OF THE BENCHMARKS]``
 
-Stages run one after another, each in processes of its own with a time limit and a log in the
-folder; one that fails or hangs does not stop the next. What a stage needs and does not find makes
-it *skipped*, with the reason. ``summary.json`` and ``summary.txt`` are renewed after every stage,
-so that they are true whenever the run is cut off.
+Stages run one after another, the most valuable first, each in processes of its own with a time
+limit and a log in the folder; one that fails or hangs does not stop the next. What a stage needs
+and does not find makes it *skipped*, with the reason. ``summary.json`` and ``summary.txt`` are
+renewed after every stage, so that they are true whenever the run is cut off.
+
+Run again with the same folder, it goes on: stages that were ok are kept, and within a stage the
+tests that passed and the cases that were measured. ``--fresh``, or any change of the sources, the
+device or torch, begins anew. ``--device cpu`` is a dry run: every stage, with a small task for the
+CPU in place of the GPU's. It proves the stages, not the kernels.
 
 Needs nothing but Python here, torch in the stages, no network, and installs nothing. Exit code 0:
 no stage failed (some may have been skipped); 1: one failed or ran out of time; 130: interrupted.
@@ -20,229 +25,27 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = "senet_kernels.gpu/1"
+from tools.stage_runner import (
+    GRACE,
+    RECORDS,
+    ROOT,
+    Runner,
+    SkipStage,
+    Stage,
+    Task,
+    no_gpu,
+    read_environment,
+    take_up,
+)
 
-# A stage past its limit is interrupted, so that it can report what it has, and killed after this.
-GRACE = 15.0
-# Less than this is not worth starting a stage for.
-LEAST = 3.0
-# Kept back for the summary.
-RESERVE = 2.0
-
-OK, FAILED, TIMEOUT, SKIPPED, RUNNING = "ok", "failed", "timeout", "skipped", "running"
-
-
-class SkipStage(Exception):
-    """A stage cannot run here; the message says why."""
-
-
-@dataclass
-class Task:
-    """What a stage runs."""
-
-    command: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
-    note: str = ""  # what was left out
-
-
-@dataclass
-class Stage:
-    """One stage. ``share`` is the part of the whole budget it may take."""
-
-    name: str
-    share: float
-    prepare: Callable[[float], Task]  # from the seconds it has; raises SkipStage
-    conclude: Callable[[str], str] = lambda log: ""  # one line out of its log
-    # Whether the log tells of a failure that the exit code does not.
-    finds_fault: Callable[[str], bool] = lambda log: False
-
-
-@dataclass
-class Result:
-    """A line of the summary."""
-
-    stage: str
-    status: str
-    seconds: float = 0.0
-    limit_s: float | None = None
-    returncode: int | None = None
-    detail: str = ""
-    log: str | None = None
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # all gone
-        os.killpg(process.pid, number)
-
-
-def execute(command: Sequence[str], log: Path, limit: float, environment: dict[str, str]) -> int:
-    """Run a command in a process group of its own; returns its exit code.
-
-    Raises:
-        TimeoutError: it took longer than ``limit`` seconds. Nothing of its group is left.
-        OSError: it could not be started.
-    """
-    grace = min(GRACE, limit / 4)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; children inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            return process.wait(limit - grace)
-        except subprocess.TimeoutExpired:
-            _signal_group(process, signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(grace)
-            raise TimeoutError from None
-        finally:
-            _signal_group(process, signal.SIGKILL)  # children that outlived it, too
-            # Else it is stuck in the driver, and there is nothing more to be done about it.
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(2)
-
-
-class Runner:
-    """Runs stages within ``budget`` seconds and keeps the summary in ``out`` true."""
-
-    def __init__(
-        self, out: Path, budget: float, say: Callable[[str], None] = lambda text: None
-    ) -> None:
-        self.out = out
-        self.budget = budget
-        self.results: list[Result] = []
-        self._say = say
-        self._begin = time.monotonic()
-        out.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self._begin
-
-    def run(self, stages: Sequence[Stage]) -> bool:
-        """Run all stages; whether none failed."""
-        try:
-            for stage in stages:
-                self._run(stage)
-                last = self.results[-1]
-                self._say(f"    {last.status}, {last.seconds:.0f} s. {last.detail}")
-        finally:
-            self._write()
-        return not any(result.status in (FAILED, TIMEOUT) for result in self.results)
-
-    def _run(self, stage: Stage) -> None:
-        self._say(f"==> {stage.name}")
-        result = Result(stage.name, RUNNING)
-        self.results.append(result)
-        limit = min(stage.share * self.budget, self.budget - self.elapsed - RESERVE)
-        start = time.monotonic()
-        try:
-            if limit < LEAST:
-                raise SkipStage(f"no time left of {self.budget:.0f} s")
-            task = stage.prepare(limit)
-            log = self.out / f"{stage.name}.log"
-            result.log, result.limit_s = log.name, round(limit, 1)
-            self._write()
-            self._execute(stage, task, log, limit, result)
-        except SkipStage as reason:
-            result.status, result.detail = SKIPPED, str(reason)
-        except KeyboardInterrupt:
-            result.status, result.detail = FAILED, "interrupted"
-            raise
-        except Exception as error:  # of the stage's own code: the other stages must go on
-            result.status, result.detail = FAILED, f"{type(error).__name__}: {error}"
-        finally:
-            result.seconds = round(time.monotonic() - start, 1)
-            self._write()
-
-    def _execute(self, stage: Stage, task: Task, log: Path, limit: float, result: Result) -> None:
-        try:
-            result.returncode = execute(task.command, log, limit, task.environment)
-            result.status = FAILED if result.returncode else OK
-        except TimeoutError:
-            result.status = TIMEOUT
-        except OSError as error:
-            result.status, result.detail = FAILED, f"could not be started: {error}"
-            return
-        text = log.read_text(errors="replace")
-        if result.status == OK and stage.finds_fault(text):
-            result.status = FAILED
-        lines = [stage.conclude(text) or last_line(text), task.note]
-        if result.status == TIMEOUT:
-            lines.insert(0, f"stopped at its limit of {limit:.0f} s")
-        result.detail = "; ".join(line for line in lines if line)
-        if result.status != OK:
-            self._say("\n".join(f"    | {line}" for line in text.splitlines()[-15:]))
-
-    def _write(self) -> None:
-        environment = read_environment(self.out)
-        summary: dict[str, Any] = {
-            "schema": SCHEMA,
-            "commit": environment.get("commit"),
-            "device": environment.get("device"),
-            "budget_s": self.budget,
-            "elapsed_s": round(self.elapsed, 1),
-            "stages": [asdict(result) for result in self.results],
-        }
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (self.out / "summary.txt").write_text(self.text())
-
-    def text(self) -> str:
-        """The summary for a person."""
-        environment = read_environment(self.out)
-        missing = no_gpu(self.out)
-        rows = [
-            f"device: {environment.get('device', 'unknown')}"
-            + (f" (nothing ran on a GPU: {missing})" if missing else ""),
-            f"commit: {environment.get('commit') or 'unknown'}"
-            + (" with uncommitted changes" if environment.get("uncommitted_changes") else ""),
-            f"{self.elapsed:.0f} of {self.budget:.0f} s",
-            "",
-        ]
-        width = max((len(result.stage) for result in self.results), default=0)
-        rows += [
-            f"{r.stage:{width}}  {r.status:7}  {r.seconds:6.1f} s  {r.detail}".rstrip()
-            for r in self.results
-        ]
-        return "\n".join(rows) + "\n"
-
-
-def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else ""
-
-
-def read_environment(out: Path) -> dict[str, Any]:
-    """What the first stage found; empty where it failed."""
-    try:
-        found: dict[str, Any] = json.loads((out / "environment.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def no_gpu(out: Path) -> str | None:
-    """Why nothing can run on a GPU; None where there is one, or where that is not known."""
-    environment = read_environment(out)
-    if environment.get("device") != "cpu":
-        return None
-    return f"no CUDA device that torch {environment.get('torch')} can use"
-
-
-# -- the stages of this repository -----------------------------------------------------------------
+# Kept back for the report at the end.
+REPORT = 20.0
+DRY_NOTE = "dry run: small tasks on the CPU in place of the GPU's"
 
 
 def _need(*modules: str) -> None:
@@ -282,6 +85,15 @@ def _no_test_passed(log: str) -> bool:
     return not re.search(r"\b\d+ passed\b", _pytest_conclusion(log))
 
 
+def _benchmark_conclusion(log: str) -> str:
+    found = re.findall(r"^\d+ (?:results in|calls measured).*$", log, re.MULTILINE)
+    return found[-1] if found else ""
+
+
+def _time_was_up(log: str) -> bool:
+    return bool(re.search(r"time (?:is|was) up", _benchmark_conclusion(log)))
+
+
 def _sanitizer_conclusion(log: str) -> str:
     found = re.findall(r"^=+ (.*SUMMARY:.*)$", log, re.MULTILINE)
     return found[-1] if found else ""
@@ -293,34 +105,48 @@ def _sanitizer_fault(log: str) -> bool:
     return not re.search(r"SUMMARY: 0 (errors|hazards)", log)
 
 
-def stages(out: Path, benchmark_arguments: Sequence[str] = ()) -> list[Stage]:
-    """The stages in their order. Correctness comes before speed, which takes what time is left."""
-    python = sys.executable
-    inherited = os.environ.get("PYTHONPATH")
-    path = {"PYTHONPATH": str(ROOT) + (os.pathsep + inherited if inherited else "")}
+class Stages:
+    """The stages of this repository, on a GPU or, ``dry``, with small tasks on the CPU."""
 
-    def environment(seconds: float) -> Task:
-        return Task([python, "tools/gpu_environment.py", str(out / "environment.json")], path)
+    def __init__(self, out: Path, arguments: Sequence[str] = (), *, dry: bool = False) -> None:
+        self.out, self.arguments, self.dry = out, list(arguments), dry
+        self.python = sys.executable
+        inherited = os.environ.get("PYTHONPATH")
+        self.path = {"PYTHONPATH": str(ROOT) + (os.pathsep + inherited if inherited else "")}
+        # Kernels on CPU tensors run in Triton's interpreter.
+        self.of_kernels = {**self.path, **({"TRITON_INTERPRET": "1"} if dry else {})}
+        self.device = "cpu" if dry else "cuda"
 
-    def build(seconds: float) -> Task:
+    def _need_device(self, *modules: str) -> None:
+        if not self.dry and (reason := no_gpu(self.out)):
+            raise SkipStage(f"{reason} (DEVICE=cpu makes a dry run)")
+        _need("torch", *modules)
+
+    # -- build and correctness ---------------------------------------------------------------------
+
+    def environment(self, seconds: float) -> Task:
+        target = str(self.out / "environment.json")
+        return Task([self.python, "tools/gpu_environment.py", target], self.path)
+
+    def build(self, seconds: float) -> Task:
         _need("torch", "setuptools")
-        variables = dict(path)
-        capability = read_environment(out).get("capability")
+        variables = dict(self.path)
+        capability = read_environment(self.out).get("capability")
         if capability and "TORCH_CUDA_ARCH_LIST" not in os.environ:
             variables["TORCH_CUDA_ARCH_LIST"] = capability
         # In place: what pip would install stays out of somebody's environment.
-        command = f"{shlex.quote(python)} setup.py build_ext --inplace"
+        command = f"{shlex.quote(self.python)} setup.py build_ext --inplace"
         return Task(["sh", "-c", f"{command} && cat senet_kernels/_build.json"], variables)
 
-    def on_gpu(*modules: str) -> None:
-        if reason := no_gpu(out):
-            raise SkipStage(reason)
-        _need("torch", *modules)
+    def kernels(self, seconds: float) -> Task:
+        self._need_device("triton")
+        return Task([self.python, "tools/gpu_kernels.py", self.device], self.of_kernels)
 
-    def pytest(*arguments: str) -> Task:
-        on_gpu("pytest")
-        command = [python, "-m", "pytest", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
-        command += ["-v", "--durations=10", *arguments]
+    def _pytest(self, name: str, *arguments: str) -> Task:
+        self._need_device("pytest")
+        which = "not gpu and not slow" if self.dry else "gpu and not slow"
+        command = [self.python, "-m", "pytest", "-m", which, "-p", "no:cacheprovider"]
+        command += ["-p", "tools.resume_tests", "-v", "--durations=10", *arguments]
         note = []
         if find_spec("xdist"):
             # Compiling is what takes the time, and that is the processors' work.
@@ -328,51 +154,108 @@ def stages(out: Path, benchmark_arguments: Sequence[str] = ()) -> list[Stage]:
         if not find_spec("hypothesis"):
             command.append("--ignore=tests/test_properties.py")
             note.append("hypothesis is not installed: test_properties.py left out")
-        return Task(command, path, "; ".join(note))
+        passed = {"SENET_KERNELS_PASSED": str(self.out / f"{name}.passed")}
+        return Task(command, {**self.of_kernels, **passed}, "; ".join(note))
 
-    def tests(seconds: float) -> Task:
-        return pytest("tests/test_gpu.py")
+    def tests(self, seconds: float) -> Task:
+        return self._pytest("tests", "tests/test_gpu.py")
 
-    def suite(seconds: float) -> Task:
-        return pytest("tests", "--ignore=tests/test_gpu.py")
+    def suite(self, seconds: float) -> Task:
+        if self.dry:  # the gate runs the suite on a CPU anyway
+            return self._pytest("suite", "tests/test_pointwise.py")
+        return self._pytest("suite", "tests", "--ignore=tests/test_gpu.py")
 
-    def kernels(seconds: float) -> Task:
-        on_gpu("triton")
-        return Task([python, "tools/gpu_kernels.py"], path)
-
-    def sanitizer(tool: str) -> Callable[[float], Task]:
+    def sanitizer(self, tool: str) -> Callable[[float], Task]:
         def prepare(seconds: float) -> Task:
-            on_gpu("triton")
+            self._need_device("triton")
             command = [_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9"]
             command += ["--target-processes", "application-only"]
             # Every tensor an allocation of its own: or reading past one's end reads its neighbour.
-            variables = {**path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            return Task([*command, python, "tools/gpu_kernels.py"], variables)
+            variables = {**self.of_kernels, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            command += [self.python, "tools/gpu_kernels.py", self.device]
+            return Task(command, variables)
 
         return prepare
 
-    def benchmark(seconds: float) -> Task:
-        on_gpu("numpy")
+    # -- measurements ------------------------------------------------------------------------------
+
+    def launches(self, seconds: float) -> Task:
+        self._need_device()
+        return Task([self.python, "-m", "benchmarks.launches", self.device], self.path)
+
+    def _benchmark(self, kind: str, seconds: float, *small: str) -> Task:
+        self._need_device("numpy")
         # It overruns its budget by up to a sixth; interrupted, it reports what it has.
-        aim = max(5, int(0.8 * (seconds - GRACE)))
-        command = [python, "-m", "benchmarks", "--device", "cuda", "--budget", str(aim)]
+        aim = max(5, int(0.8 * (seconds - min(GRACE, seconds / 4))))
+        command = [self.python, "-m", "benchmarks", kind, "--device", self.device]
+        command += ["--budget", str(aim), "--record", str(self.out / f"{kind}.json")]
         missing = [name for name in ("rich", "tqdm", "matplotlib") if find_spec(name) is None]
         note = f"not installed: {', '.join(missing)}: plainer output" if missing else ""
-        return Task([*command, "--out", str(out), *benchmark_arguments], path, note)
+        return Task([*command, *(small if self.dry else ())], self.path, note)
 
-    checks = {"conclude": _sanitizer_conclusion, "finds_fault": _sanitizer_fault}
-    tested = {"conclude": _pytest_conclusion, "finds_fault": _no_test_passed}
-    return [
-        Stage("environment", 0.1, environment),
-        Stage("build", 0.3, build, _build_conclusion),
-        # The quickest answer of all; what it compiles the sanitizer finds compiled.
-        Stage("kernels", 0.1, kernels),
-        Stage("tests", 0.25, tests, **tested),
-        *(Stage(tool, 0.1, sanitizer(tool), **checks)
-          for tool in ("memcheck", "racecheck", "synccheck")),
-        Stage("suite", 0.2, suite, **tested),
-        Stage("benchmark", 1.0, benchmark),
-    ]  # fmt: skip
+    def layers(self, seconds: float) -> Task:
+        small = ("--network", "lc0_10x128", "--batch", "1", "--layout", "contiguous",
+                 "--provider", "eager-linear", "--provider", "native")  # fmt: skip
+        task = self._benchmark("layers", seconds, *small)
+        return Task([*task.command, *self.arguments], task.environment, task.note)
+
+    def models(self, seconds: float) -> Task:
+        small = ("--network", "lc0_10x128", "--batch", "1", "--provider", "original",
+                 "--provider", "neighbours", "--provider", "no-se")  # fmt: skip
+        return self._benchmark("models", seconds, *small)
+
+    def sweep(self, seconds: float) -> Task:
+        small = ("--axis", "batch", "--points", "2", "--channels", "16", "--side", "4",
+                 "--batch", "2", "--layout", "contiguous")  # fmt: skip
+        return self._benchmark("sweep", seconds, *small)
+
+    def bytes(self, seconds: float) -> Task:
+        self._need_device()
+        ncu, record = _tool("ncu"), self.out / "layers.json"
+        if not record.exists():
+            raise SkipStage("there is no record of the layers to measure again")
+        aim = max(3, int(seconds - min(GRACE, seconds / 4) - 2))
+        command = [self.python, "-m", "benchmarks.dram", str(record), "--device", self.device]
+        found = {**self.path, "PATH": f"{Path(ncu).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        return Task([*command, "--budget", str(aim)], found)
+
+    def report(self, seconds: float) -> Task:
+        found = [str(self.out / f"{name}.json") for name in RECORDS]
+        found = [path for path in found if Path(path).exists()]
+        if not found:
+            raise SkipStage("there is no record to report on")
+        _need("torch", "numpy", "jinja2")
+        command = [self.python, "-m", "benchmarks", "report", *found, "--quiet"]
+        return Task([*command, "--out", str(self.out)], self.path)
+
+    def all(self) -> list[Stage]:
+        """In the order of their value: whether it is right, how fast, whether it is clean, then
+        what takes the time that is left."""
+        checks = {"conclude": _sanitizer_conclusion, "finds_fault": _sanitizer_fault}
+        tested = {"conclude": _pytest_conclusion, "finds_fault": _no_test_passed}
+        timed = {"conclude": _benchmark_conclusion, "is_partial": _time_was_up}
+        return [
+            Stage("environment", 0.1, self.environment, always=True),
+            Stage("build", 0.3, self.build, _build_conclusion),
+            # The quickest answer of all; what it compiles the sanitizer finds compiled.
+            Stage("kernels", 0.1, self.kernels),
+            Stage("tests", 0.2, self.tests, **tested),
+            Stage("launches", 0.1, self.launches),
+            Stage("layers", 0.2, self.layers, **timed),
+            Stage("memcheck", 0.1, self.sanitizer("memcheck"), **checks),
+            Stage("models", 0.3, self.models, **timed),
+            Stage("racecheck", 0.1, self.sanitizer("racecheck"), **checks),
+            Stage("synccheck", 0.1, self.sanitizer("synccheck"), **checks),
+            Stage("suite", 0.3, self.suite, **tested),
+            Stage("bytes", 0.2, self.bytes, **timed),
+            Stage("sweep", 0.4, self.sweep, **timed),
+            Stage("report", 0.2, self.report, reserved=REPORT, always=True),
+        ]
+
+
+def stages(out: Path, arguments: Sequence[str] = (), *, dry: bool = False) -> list[Stage]:
+    """The stages in their order."""
+    return Stages(out, arguments, dry=dry).all()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -382,7 +265,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for logs, records and the summary")
     add("--budget", type=float, default=540.0, help="seconds for everything (default: 540)")
-    add("arguments", nargs="*", metavar="ARG", help="for the benchmarks, after --")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
+    add("--fresh", action="store_true", help="do not go on from an earlier run in the folder")
+    add("--stage", action="append", metavar="NAME", help="only this one (repeatable); environment "
+        "comes with it")  # fmt: skip
+    add("arguments", nargs="*", metavar="ARG", help="for the benchmark of the layers, after --")
     args = parser.parse_args(argv)
     if args.budget <= 0:
         parser.error(f"budget: expected more than 0 seconds, got {args.budget}")
@@ -390,10 +277,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     # SIGINT may be ignored in what a script started in the background; the stages inherit that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    dry = args.device == "cpu"
+    chosen = stages(out, args.arguments, dry=dry)
+    if args.stage:
+        if unknown := set(args.stage) - {stage.name for stage in chosen}:
+            known = ", ".join(stage.name for stage in chosen)
+            parser.error(f"stage: unknown {', '.join(sorted(unknown))}; known: {known}")
+        chosen = [s for s in chosen if s.name in (*args.stage, "environment")]
+    earlier = take_up(out, args.fresh)
+    if earlier.get("note") != (DRY_NOTE if dry else ""):
+        earlier = take_up(out, fresh=True)
     (out / "environment.json").unlink(missing_ok=True)  # of an earlier run
-    runner = Runner(out, args.budget, lambda text: print(text, flush=True))
+    runner = Runner(
+        out, args.budget, lambda text: print(text, flush=True), earlier, DRY_NOTE if dry else ""
+    )
     try:
-        right = runner.run(stages(out, args.arguments))
+        right = runner.run(chosen)
     except KeyboardInterrupt:
         return 130
     finally:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from senet_kernels import squeeze_excite
-from senet_kernels.backends.triton import launch
+from senet_kernels import channel_scale, squeeze, squeeze_excite
+from senet_kernels.backends.triton import halves, launch
 
 KERNELS = {
-    "resident_kernel", "squeeze_kernel", "scale_kernel", "dots_kernel", "dx_kernel",
-    "parameters_kernel",
+    "resident_kernel", "squeeze_kernel", "scale_kernel", "resident_backward_kernel",
+    "dots_kernel", "dx_kernel", "parameters_kernel", "add_parts_kernel", "half_backward_kernel",
+    "half_parameters_kernel",
 }  # fmt: skip
 
 # Shape, hidden channels, dtype, channels-last, options.
@@ -29,7 +30,17 @@ CASES: tuple[tuple[tuple[int, ...], int | None, torch.dtype, bool, dict[str, Any
     ((2, 36, 33, 31), 5, torch.bfloat16, False, {"after": "relu", "residual": True}),
     ((2, 131, 11, 13), 9, torch.float16, True, {"before": "hardswish", "weighted": True}),
     ((2, 20, 33, 31), None, torch.float32, False, {"lengths": True, "affine": True}),
-)
+    # Rows moved as runs, by several programs; weights read once for several images.
+    ((3, 136, 7, 9), 6, torch.bfloat16, False, {"after": "relu", "residual": True}),
+    ((19, 1032, 2, 4), 40, torch.float16, True, {"before": "silu"}),
+    # The halves.
+    ((1, 3, 70, 33), None, torch.float32, False, {"part": squeeze, "lengths": True,
+                                                  "affine": True}),
+    ((2, 20, 70, 33), None, torch.bfloat16, True, {"part": channel_scale, "weighted": True,
+                                                   "residual": True, "after": "relu"}),
+    # Overwriting x.
+    ((2, 36, 33, 31), 5, torch.float32, False, {"inplace": True, "before": "silu"}),
+)  # fmt: skip
 
 
 def run(
@@ -52,6 +63,7 @@ def run(
         t = normal(*shape).detach()
         return (t.to(memory_format=torch.channels_last) if last else t).requires_grad_()
 
+    part, inplace = options.pop("part", squeeze_excite), options.pop("inplace", False)
     inner = hidden or channels
     rows = channels * (2 if options.pop("shift", False) else 1)
     x, dy = image(), image().detach()
@@ -66,15 +78,27 @@ def run(
         named["before_affine"] = normal(channels), normal(channels)
     if options.pop("lengths", False):
         named["lengths"] = torch.full((batch,), space[0] * space[1] - 3, device=device)
+    arguments: tuple[Any, ...] = (x, w1, b1, w2, b2)
+    if part is squeeze:
+        arguments, dy = (x,), dy[:, :, 0, 0].contiguous()
+        del named["residual"]
+    elif part is channel_scale:
+        arguments = (x, normal(batch, rows))
     leaves = [
         t
-        for t in (x, w1, b1, w2, b2, *named.values(), *named.get("before_affine", ()))
+        for t in (*arguments, *named.values(), *named.get("before_affine", ()))
         if isinstance(t, torch.Tensor) and t.requires_grad
     ]
     results = []
     for backend in ("triton", "reference"):
-        y = squeeze_excite(x, w1, b1, w2, b2, **named, **options, backend=backend)
-        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+        y = part(*arguments, **named, **options, backend=backend)
+        result = (y.detach(), *torch.autograd.grad(y, leaves, dy))
+        if inplace:
+            with torch.no_grad():
+                given = x.clone()
+                part(given, *arguments[1:], **named, **options, inplace=True, backend=backend)
+            result = (*result, given)
+        results.append(result)
     bound = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     for got, want in zip(*results, strict=True):
         scale = want.double().abs().max().clamp(min=1e-3)
@@ -85,6 +109,7 @@ def run(
 
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+    assert {n for m in (launch, halves) for n in vars(m) if n.endswith("_kernel")} == KERNELS
     launched: set[str] = set()
     call = launch.Launch.__call__
 

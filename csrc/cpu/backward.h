@@ -49,7 +49,7 @@ class BackwardPass {
     const int64_t affine = kMap ? carver.reserve(2 * s_.channels) : 0;
     const int64_t of_affine = kMap ? carver.reserve(2 * s_.batch * s_.channels) : 0;
     const int64_t affine_sums = columns ? carver.reserve(2 * slices * s_.channels) : 0;
-    const int64_t affine_chain = columns ? carver.reserve(2 * plan_.threads * s_.channels) : 0;
+    const int64_t affine_chain = columns ? carver.reserve(4 * plan_.threads * s_.channels) : 0;
     A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
     ds_ = memory + ds;
     gates_ = memory + gates;
@@ -271,7 +271,7 @@ class BackwardPass {
     const auto row = [&](T* image, int64_t r) { return image ? image + r * runs.n : nullptr; };
     if (s_.channels_last) {
       const Range range = slice(s_.positions, i, slices);
-      ColumnSink<A, kBefore> sums(affine_sums_ + task * width, affine_chain_ + slot * width,
+      ColumnSink<A, kBefore> sums(affine_sums_ + task * width, affine_chain_ + 2 * slot * width,
                                   s_.channels);
       backwards(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
         dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.from_channel(0),

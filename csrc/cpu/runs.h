@@ -392,32 +392,43 @@ class ChannelSums {
  public:
   template <class N>
   SENET_INLINE void add(int64_t, N lanes, Vec<A> dq, Vec<A> x) {
-    a_ += keep<A>(dq * x, lanes);
-    b_ += keep<A>(dq, lanes);
-    if (++length_ == kChain) fold();
+    a_.add(keep<A>(dq * x, lanes));
+    b_.add(keep<A>(dq, lanes));
+    if (++length_ % kChain == 0) fold();
   }
   SENET_INLINE void finish(A* da, A* db) {
-    fold();
-    *da = sum(total_a_);
-    *db = sum(total_b_);
+    *da = a_.total();
+    *db = b_.total();
   }
 
  private:
-  SENET_INLINE void fold() {
-    total_a_ += a_, total_b_ += b_;
-    a_ = b_ = Vec<A>{};
-    length_ = 0;
+  // A sum of sums of sums: of large maps, and of all images.
+  struct Sum {
+    Vec<A> chain{}, middle{}, top{};
+    SENET_INLINE void add(Vec<A> v) { chain += v; }
+    SENET_INLINE void fold(bool far) {
+      middle += chain;
+      chain = Vec<A>{};
+      if (far) top += middle, middle = Vec<A>{};
+    }
+    SENET_INLINE A total() const { return sum(top + (middle + chain)); }
+  };
+  SENET_OUTLINE void fold() {
+    const bool far = length_ % (kChain * kChain) == 0;
+    a_.fold(far);
+    b_.fold(far);
   }
-  Vec<A> a_{}, b_{}, total_a_{}, total_b_{};
-  int length_ = 0;
+  Sum a_, b_;
+  int64_t length_ = 0;
 };
-// total and chain: 2n each, [0..n) for da and [n..2n) for db.
+// total: 2n, [0..n) for da and [n..2n) for db; chain: scratch of 4n.
 template <class A>
 class ColumnSums {
  public:
-  SENET_INLINE ColumnSums(A* total, A* chain, int64_t n) : total_(total), chain_(chain), n_(n) {
+  SENET_INLINE ColumnSums(A* total, A* chain, int64_t n)
+      : total_(total), chain_(chain), middle_(chain + 2 * n), n_(n) {
     std::fill(total, total + 2 * n, A(0));
-    std::fill(chain, chain + 2 * n, A(0));
+    std::fill(chain, chain + 4 * n, A(0));
   }
   template <class N>
   SENET_INLINE void add(int64_t i, N lanes, Vec<A> dq, Vec<A> x) {
@@ -425,21 +436,21 @@ class ColumnSums {
     put(chain_ + n_ + i, get(chain_ + n_ + i, lanes) + dq, lanes);
   }
   SENET_INLINE void end_run() {
-    if (++length_ == kChain) fold();
+    if (++length_ % kChain == 0) fold(length_ % (kChain * kChain) == 0);
   }
-  SENET_INLINE void finish() { fold(); }
+  SENET_INLINE void finish() { fold(true); }
 
  private:
-  SENET_OUTLINE void fold() {
+  SENET_OUTLINE void fold(bool far) {
     for_vectors<A>(2 * n_, [&](int64_t i, auto lanes) {
-      put(total_ + i, get(total_ + i, lanes) + get(chain_ + i, lanes), lanes);
+      const Vec<A> middle = get(middle_ + i, lanes) + get(chain_ + i, lanes);
       put(chain_ + i, Vec<A>{}, lanes);
+      put(middle_ + i, far ? Vec<A>{} : middle, lanes);
+      if (far) put(total_ + i, get(total_ + i, lanes) + middle, lanes);
     });
-    length_ = 0;
   }
-  A *total_, *chain_;
-  int64_t n_;
-  int length_ = 0;
+  A *total_, *chain_, *middle_;
+  int64_t n_, length_ = 0;
 };
 
 template <class A, Fn kBefore>

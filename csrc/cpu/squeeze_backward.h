@@ -25,7 +25,7 @@ class SqueezeBackwardPass {
     const int64_t none = carver.reserve(s_.channels);
     const int64_t affine = kMap ? carver.reserve(2 * s_.channels) : 0;
     const int64_t sums = kMap ? carver.reserve(2 * s_.channels) : 0;
-    const int64_t columns = kMap ? carver.reserve(4 * s_.channels) : 0;
+    const int64_t columns = kMap ? carver.reserve(6 * s_.channels) : 0;
     A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
     dmean_ = memory + dmean;
     none_ = memory + none;
@@ -63,7 +63,7 @@ class SqueezeBackwardPass {
   // Channels-last: runs of the channels in the range.
   SENET_OUTLINE void columns(Range range) {
     const int64_t c = range.begin, n = range.end - range.begin;
-    A* total = columns_ + 4 * c;
+    A* total = columns_ + 6 * c;
     ColumnSink<A, kBefore> sums(total, total + 2 * n, n);
     for (int64_t b = 0; b < s_.batch; ++b) {
       const int64_t length = counted(s_, a_.lengths, b);

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+from torch import Tensor
+
 from senet_kernels import ops
 
 NAME = "triton"
@@ -46,20 +48,40 @@ def describe() -> str:
     return f"Triton {version('triton')}, {how}"
 
 
+def notes(x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
+    """How a call with these tensors would be cut, and what stands in the way of a better cut."""
+    from . import operands, plan, tuning
+
+    kind = operands.examine((x, w1, None, w2), 0)
+    lines = [
+        f"{direction}: {plan.describe(tuning.planned(direction, kind.shape, x, kind.device))}"
+        for direction in ("forward", "backward")
+    ]
+    reason = operands.why_no_clusters(x.device)
+    if reason is not None:
+        lines.append(f"no image in a cluster of blocks: {reason}")
+    return tuple(lines)
+
+
 # The interpreter keeps what a program knows of itself in globals.
 _one_at_a_time = threading.Lock() if INTERPRETED else nullcontext()
 
 
-def _on_first_call(direction: str) -> Callable[..., Any]:
-    def op(*args: Any) -> Any:
+def _on_first_call(module: str, op: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
         if UNAVAILABLE is not None:
             raise RuntimeError(f"backend 'triton' is not available: {UNAVAILABLE}")
         with _one_at_a_time:
-            return getattr(importlib.import_module(f"{__name__}.launch"), direction)(*args)
+            return getattr(importlib.import_module(f"{__name__}.{module}"), op)(*args)
 
-    return op
+    return call
 
 
-for _direction in ("forward", "backward"):
-    for _device in DEVICES:
-        ops.library.impl(f"triton_{_direction}", _on_first_call(_direction), _device.upper())
+_OPS = {
+    "launch": ("forward", "forward_", "backward"),
+    "halves": ("squeeze", "squeeze_backward", "channel_scale", "channel_scale_backward"),
+}
+for _module, _names in _OPS.items():
+    for _name in _names:
+        for _device in DEVICES:
+            ops.library.impl(f"triton_{_name}", _on_first_call(_module, _name), _device.upper())

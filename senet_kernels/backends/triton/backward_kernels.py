@@ -6,25 +6,31 @@ With m = dy after'(pre):
    their part of W2ᵀ du: linear in ds again, so parts add up as in the forward pass.
 2. ``dx_kernel``: dh from those parts, dz = W1ᵀ dh, dx = (m scale + dz / n) before'(q) a.
 3. ``parameters_kernel``: sums over the batch, each by one program in a fixed order.
+
+The squeeze alone has only dz / n, the scaling alone nothing that dx must wait for: one launch over
+images each, then a small one for what is summed over programs.
 """
 
 import triton
 import triton.language as tl
 
-from .forward_kernels import SIZES
+from .forward_kernels import SIZES, load_u, store_u
 from .pointwise import IDENTITY, RELU, chain, value
 from .tiles import (
     load_mask,
+    load_tile,
     locate,
     make_scale,
     mean_divisor,
+    of_group,
     outgoing,
     per_channel,
     per_row,
-    pointers,
     prologue,
     rows_of,
     saved_at,
+    set_group,
+    store_tile,
     sum_parts,
 )
 
@@ -32,30 +38,93 @@ BACKWARD_SIZES = (*SIZES, "dy_stride_units")
 
 
 @triton.jit
-def through_after(
-    dy, p, scale, shift, mask, residual, first_image, first_channel, s, ok, residual_stride,
-    channels, positions,
-    AFTER: tl.constexpr, SHIFT: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr,
+def load_gradient(
+    dy, x, residual, mask, a_row, b_row, scale, shift, first_image, first_channel, s0, ok,
+    x_stride, dy_stride, residual_stride, batch, channels, positions,
+    READS_X: tl.constexpr, AFFINE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+    SHIFT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """m = dy after'(pre); 0 outside of the image. ``scale`` and ``shift`` are ``[rows, 1]``."""
+    """x as it is, q, p, and m = dy after'(pre), which is 0 outside of the image. ``scale`` and
+    ``shift`` are ``[rows, 1]``. Unless ``READS_X`` only m means anything."""
+    s = s0 + tl.arange(0, BS)
+    grad = load_tile(
+        dy, first_image, first_channel, s, ok, dy_stride, batch, channels, positions,
+        LAST, FLAT, ACC, INDEX, G, BC,
+    )  # fmt: skip
+    if READS_X:
+        raw = load_tile(
+            x, first_image, first_channel, s, ok, x_stride, batch, channels, positions,
+            LAST, FLAT, ACC, INDEX, G, BC,
+        )  # fmt: skip
+    else:
+        raw = grad
+    q, p = prologue(raw, a_row, b_row, AFFINE, BEFORE)
     if AFTER == IDENTITY:
-        m = dy
+        m = grad
     elif AFTER == RELU:
         kept = load_mask(
-            mask, first_image, first_channel, s, ok, channels, positions, LAST, INDEX, G, BC
-        )
-        m = tl.where(kept, dy, 0.0)
+            mask, first_image, first_channel, s0, batch, channels, positions,
+            LAST, INDEX, G, BC, BS,
+        )  # fmt: skip
+        m = tl.where(kept, grad, 0.0)
     else:
-        at = residual
-        if residual is not None:
-            at = pointers(
-                residual, first_image, first_channel, s, residual_stride, channels, positions,
-                LAST, INDEX, G, BC,
+        pre = outgoing(
+            p, scale, shift, residual, first_image, first_channel, s, ok, residual_stride, batch,
+            channels, positions, SHIFT, LAST, FLAT, ACC, INDEX, G, BC,
+        )  # fmt: skip
+        m = tl.where(ok, chain(AFTER, pre, grad), 0.0)
+    return raw, q, p, m
+
+
+@triton.jit
+def store_gradient(
+    m, q, scale, dmean, a_row, end, lengths, dx, dresidual, first_image, first_channel, s, ok,
+    batch, channels, positions,
+    SCALED: tl.constexpr, THROUGH_MEAN: tl.constexpr, SUMMED: tl.constexpr, AFFINE: tl.constexpr,
+    BEFORE: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Writes dx and the residual's gradient, where they are wanted; returns dq (if ``SUMMED`` or
+    dx is wanted). ``SCALED``: x reaches y directly; ``THROUGH_MEAN``: by the mean."""
+    dense_stride = channels.to(tl.int64) * positions
+    if dresidual is not None:
+        store_tile(
+            dresidual, m, first_image, first_channel, s, ok, dense_stride, batch, channels,
+            positions, LAST, FLAT, INDEX, G, BC,
+        )  # fmt: skip
+    dq = q
+    if dx is not None or SUMMED:
+        if THROUGH_MEAN:
+            dp = dmean + tl.zeros_like(q)
+            if lengths is not None:
+                dp = tl.where(s[None, :] < end[:, None], dp, 0.0)
+            if SCALED:
+                dp += m * scale
+        else:
+            dp = m * scale
+        dq = chain(BEFORE, q, dp)
+        if dx is not None:
+            store_tile(
+                dx, dq * a_row[:, None] if AFFINE else dq, first_image, first_channel, s, ok,
+                dense_stride, batch, channels, positions, LAST, FLAT, INDEX, G, BC,
             )  # fmt: skip
-        pre = outgoing(p, scale, shift, at, ok, SHIFT, ACC)
-        m = tl.where(ok, chain(AFTER, pre, dy), 0.0)
-    return m
+    return dq
+
+
+@triton.jit
+def affine_sums(sum_da, sum_db, da_parts, db_parts, where, ok, G: tl.constexpr, BC: tl.constexpr):
+    """Writes a program's part of the gradients of ``before_affine``, from ``[rows, BS]`` each."""
+    tl.store(da_parts + where, tl.reshape(tl.sum(sum_da, axis=1), [G, BC]), mask=ok)
+    tl.store(db_parts + where, tl.reshape(tl.sum(sum_db, axis=1), [G, BC]), mask=ok)
+
+
+@triton.jit
+def mean_gradient(dz, lengths, image, live_image, positions, ACC: tl.constexpr):
+    """What each position that counts gets of dz, ``[images, BC]``."""
+    end, n = mean_divisor(lengths, image, live_image, positions, ACC)
+    dmean = dz / tl.where(n > 0, n, 1.0)[:, None]
+    return tl.where(n[:, None] > 0, dmean, float("nan"))
 
 
 @triton.jit
@@ -63,17 +132,29 @@ def factors(
     saved, alpha, beta, image, of_channel, ok, batch, channels, hidden,
     GATE: tl.constexpr, TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The pre-gate, scale and shift of the program's channels, ``[G, BC]``, from what was saved."""
+    """The pre-gate, scale and shift of the program's channels, ``[images, BC]``, from what was
+    saved."""
     h_at, u_at = saved_at(batch, channels, hidden, TWO_LAYERS)
-    if SHIFT:
-        where = (u_at + image * (2 * channels))[:, None] + of_channel[None, :]
-        shift = tl.load(saved + where + channels, mask=ok, other=0.0)
-    else:
-        where = (u_at + image * channels)[:, None] + of_channel[None, :]
-        shift = tl.zeros(where.shape, ACC)
-    gate_in = tl.load(saved + where, mask=ok, other=0.0)
+    gate_in, shift = load_u(saved + u_at, image, of_channel, ok, channels, SHIFT, ACC)
     scale = make_scale(gate_in, alpha, beta, of_channel, channels, GATE, ACC)
     return gate_in, scale, shift
+
+
+@triton.jit
+def factor_rows(
+    saved, alpha, beta, first_image, of_channel, batch, channels, hidden,
+    GATE: tl.constexpr, TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Scale and shift of a group of images, ``[rows, 1]``: read again for each group, since those
+    of all a program's images would take too many registers."""
+    image = first_image + tl.arange(0, G)
+    ok = (image < batch)[:, None] & (of_channel < channels)[None, :]
+    gate_in, scale, shift = factors(
+        saved, alpha, beta, image, of_channel, ok, batch, channels, hidden,
+        GATE, TWO_LAYERS, SHIFT, ACC,
+    )  # fmt: skip
+    return per_row(scale, G * BC), per_row(shift, G * BC)
 
 
 @triton.jit
@@ -86,8 +167,23 @@ def through_gate(ds, gate_in, beta, of_channel, channels, GATE: tl.constexpr, AC
 
 
 @triton.jit
+def through_activation(
+    dh, saved, dh_out, image, ok_image, first, r, batch, channels, hidden,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """The gradient before the activation, ``[images, len(r)]``; written where ``first``."""
+    ok = ok_image[:, None] & (r < hidden)[None, :]
+    where = image[:, None] * hidden + r[None, :]
+    h_at = batch.to(tl.int64) * channels
+    h = tl.load(saved + h_at + where, mask=ok, other=0.0)
+    dh = tl.where(ok, chain(ACTIVATION, h, dh), 0.0)
+    tl.store(dh_out + where, dh, mask=ok & first)
+    return dh
+
+
+@triton.jit
 def transposed_rows(w, v, row, ok_row, r, columns, ACC: tl.constexpr):
-    """``w[row, r] v[., row]``: ``[G, rows, len(r)]``, to be summed over rows."""
+    """``w[row, r] v[., row]``: ``[images, rows, len(r)]``, to be summed over rows."""
     where = row.to(tl.int64)[:, None] * columns + r[None, :]
     tile = tl.load(w + where, mask=ok_row[:, None] & (r < columns)[None, :], other=0.0).to(ACC)
     return tile[None, :, :] * v[:, :, None]
@@ -98,13 +194,13 @@ def dots_kernel(
     dy, x, residual, mask, affine_scale, affine_shift, w2, alpha, beta, saved,
     dots_parts, hidden_parts,  # out: [B, splits, outputs], [B, parts, inner extent]
     batch, channels_units, positions_units, x_stride_units, dy_stride_units,
-    residual_stride_units, hidden, tiles, splits, steps,
+    residual_stride_units, hidden, tiles, splits, steps, walk,
     GATE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
-    TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr,
-    INDEX: tl.constexpr,
+    TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr,
     UNIT_C: tl.constexpr, UNIT_S: tl.constexpr, UNIT_X: tl.constexpr, UNIT_DY: tl.constexpr,
     UNIT_RES: tl.constexpr,
-    G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
+    W: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     channels = channels_units * UNIT_C
     positions = positions_units * UNIT_S
@@ -113,57 +209,53 @@ def dots_kernel(
     residual_stride = residual_stride_units.to(tl.int64) * UNIT_RES
     AFFINE: tl.constexpr = affine_scale is not None
     ROWS: tl.constexpr = G * BC
+    IMAGES: tl.constexpr = W * G
 
-    first_image, first_channel, tile, split = locate(tl.program_id(0), tiles, splits, G, BC)
-    image = first_image + tl.arange(0, G)
+    first_image, first_channel, tile, split = locate(tl.program_id(0), tiles, splits, IMAGES, BC)
+    image = first_image + tl.arange(0, IMAGES)
     of_channel = first_channel + tl.arange(0, BC)
     live_image = image < batch
     ok_mean = live_image[:, None] & (of_channel < channels)[None, :]
+
+    g, c = rows_of(G, BC)
+    c = first_channel + c
+    a_row = per_channel(affine_scale, c, channels, 1.0, ACC)
+    b_row = per_channel(affine_shift, c, channels, 0.0, ACC)
+    ds = tl.zeros([IMAGES, BC], ACC)
+    dshift = tl.zeros([IMAGES, BC], ACC)
+    for k in range(walk if W > 1 else 1):
+        first = first_image + k * G
+        live = (first + g < batch) & (c < channels)
+        scale_row, shift_row = factor_rows(
+            saved, alpha, beta, first, of_channel, batch, channels, hidden,
+            GATE, TWO_LAYERS, SHIFT, ACC, G, BC,
+        )  # fmt: skip
+        sum_mp = tl.zeros([ROWS, BS], ACC)
+        sum_m = tl.zeros([ROWS, BS], ACC)
+        for i in range(steps):
+            s0 = (split * steps + i) * BS
+            s = s0 + tl.arange(0, BS)
+            ok = live[:, None] & (s < positions)[None, :]
+            raw, q, p, m = load_gradient(
+                dy, x, residual, mask, a_row, b_row, scale_row, shift_row, first, first_channel,
+                s0, ok, x_stride, dy_stride, residual_stride, batch, channels, positions,
+                True, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC, BS,
+            )  # fmt: skip
+            if AFFINE:
+                p = tl.where(ok, p, 0.0)
+            sum_mp += m * p
+            if SHIFT:
+                sum_m += m
+        ds = set_group(ds, tl.reshape(tl.sum(sum_mp, axis=1), [G, BC]), k, W)
+        if SHIFT:
+            dshift = set_group(dshift, tl.reshape(tl.sum(sum_m, axis=1), [G, BC]), k, W)
+
     gate_in, scale, shift = factors(
         saved, alpha, beta, image, of_channel, ok_mean, batch, channels, hidden,
         GATE, TWO_LAYERS, SHIFT, ACC,
     )  # fmt: skip
-    scale_row = per_row(scale, ROWS)
-    shift_row = per_row(shift, ROWS)
-
-    g, c = rows_of(G, BC)
-    b, c = first_image + g, first_channel + c
-    live = (b < batch) & (c < channels)
-    a_row = per_channel(affine_scale, c, channels, 1.0, ACC)
-    b_row = per_channel(affine_shift, c, channels, 0.0, ACC)
-    sum_mp = tl.zeros([ROWS, BS], ACC)
-    sum_m = tl.zeros([ROWS, BS], ACC)
-    for i in range(steps):
-        s = (split * steps + i) * BS + tl.arange(0, BS)
-        ok = live[:, None] & (s < positions)[None, :]
-        at_x = pointers(
-            x, first_image, first_channel, s, x_stride, channels, positions,
-            LAST, INDEX, G, BC,
-        )  # fmt: skip
-        at_dy = pointers(
-            dy, first_image, first_channel, s, dy_stride, channels, positions,
-            LAST, INDEX, G, BC,
-        )  # fmt: skip
-        raw = tl.load(at_x, mask=ok, other=0.0).to(ACC)
-        grad = tl.load(at_dy, mask=ok, other=0.0).to(ACC)
-        q, p = prologue(raw, a_row, b_row, AFFINE, BEFORE)
-        m = through_after(
-            grad, p, scale_row, shift_row, mask, residual, first_image, first_channel, s, ok,
-            residual_stride, channels, positions, AFTER, SHIFT, LAST, ACC, INDEX, G, BC,
-        )  # fmt: skip
-        if AFFINE:
-            p = tl.where(ok, p, 0.0)
-        sum_mp += m * p
-        if SHIFT:
-            sum_m += m
-
-    ds = tl.reshape(tl.sum(sum_mp, axis=1), [G, BC])
-    dshift = tl.reshape(tl.sum(sum_m, axis=1), [G, BC])
-    outputs = channels * (2 if SHIFT else 1)
-    where_o = (image * splits + split)[:, None] * outputs + of_channel[None, :]
-    tl.store(dots_parts + where_o, ds, mask=ok_mean)
-    if SHIFT:
-        tl.store(dots_parts + where_o + channels, dshift, mask=ok_mean)
+    row = image * splits + split
+    store_u(dots_parts, ds, dshift, row, of_channel, ok_mean, channels, SHIFT)
     du = through_gate(ds, gate_in, beta, of_channel, channels, GATE, ACC)
     du = tl.where(ok_mean, du, 0.0)
     if TWO_LAYERS:
@@ -180,9 +272,7 @@ def dots_kernel(
             where_h = part[:, None] * hidden + r[None, :]
             tl.store(hidden_parts + where_h, tl.sum(terms, axis=1), mask=ok_h)
     else:  # the one layer's output gradient is what goes back to every channel
-        tl.store(hidden_parts + where_o, du, mask=ok_mean)
-        if SHIFT:
-            tl.store(hidden_parts + where_o + channels, dshift, mask=ok_mean)
+        store_u(hidden_parts, du, dshift, row, of_channel, ok_mean, channels, SHIFT)
 
 
 @triton.jit(do_not_specialize=BACKWARD_SIZES)
@@ -192,13 +282,14 @@ def dx_kernel(
     dx, dresidual, ds_out, du_out, dh_out,  # out; dh_out None for a single layer
     da_parts, db_parts,  # out: [B, splits, C] each, or None
     batch, channels_units, positions_units, x_stride_units, dy_stride_units,
-    residual_stride_units, hidden, inner, tiles, splits, steps, parts,
+    residual_stride_units, hidden, inner, tiles, splits, steps, walk, parts,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     TWO_LAYERS: tl.constexpr, SHIFT: tl.constexpr, READS_X: tl.constexpr,
-    LAST: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
     UNIT_C: tl.constexpr, UNIT_S: tl.constexpr, UNIT_X: tl.constexpr, UNIT_DY: tl.constexpr,
     UNIT_RES: tl.constexpr,
-    G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    W: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     channels = channels_units * UNIT_C
     positions = positions_units * UNIT_S
@@ -207,10 +298,11 @@ def dx_kernel(
     residual_stride = residual_stride_units.to(tl.int64) * UNIT_RES
     AFFINE: tl.constexpr = affine_scale is not None
     ROWS: tl.constexpr = G * BC
+    IMAGES: tl.constexpr = W * G
 
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the last images are in the cache
-    first_image, first_channel, tile, split = locate(pid, tiles, splits, G, BC)
-    image = first_image + tl.arange(0, G)
+    first_image, first_channel, tile, split = locate(pid, tiles, splits, IMAGES, BC)
+    image = first_image + tl.arange(0, IMAGES)
     of_channel = first_channel + tl.arange(0, BC)
     live_image = image < batch
     ok_mean = live_image[:, None] & (of_channel < channels)[None, :]
@@ -220,95 +312,166 @@ def dx_kernel(
     )  # fmt: skip
 
     # dh (for a single layer du stands in its place), and dz = Wᵀ dh of our channels.
-    dz = tl.zeros([G, BR, BC], ACC)
+    dz = tl.zeros([IMAGES, BR, BC], ACC)
     for r0 in range(0, inner, BR):
         r = r0 + tl.arange(0, BR)
-        dh = sum_parts(hidden_parts, image, live_image, parts, r, inner, G, BK, ACC)
+        dh = sum_parts(hidden_parts, image, live_image, parts, r, inner, IMAGES, BK, ACC)
         if TWO_LAYERS:
-            ok_h = live_image[:, None] & (r < hidden)[None, :]
-            where_h = image[:, None] * hidden + r[None, :]
-            h_at = batch.to(tl.int64) * channels
-            h = tl.load(saved + h_at + where_h, mask=ok_h, other=0.0)
-            dh = tl.where(ok_h, chain(ACTIVATION, h, dh), 0.0)
-            tl.store(dh_out + where_h, dh, mask=ok_h & (tile + split == 0))
+            dh = through_activation(
+                dh, saved, dh_out, image, live_image, tile + split == 0, r, batch, channels,
+                hidden, ACTIVATION,
+            )  # fmt: skip
         if dx is not None or da_parts is not None:
             dz += transposed_rows(w, dh, r, r < inner, of_channel, channels, ACC)
+    dmean = mean_gradient(tl.sum(dz, axis=1), lengths, image, live_image, positions, ACC)
     outputs = channels * (2 if SHIFT else 1)
-    first = ok_mean & (split == 0)
-    where_o = image[:, None] * outputs + of_channel[None, :]
-    ds = sum_parts(dots_parts, image, live_image, splits, of_channel, outputs, G, BK, ACC)
-    tl.store(ds_out + image[:, None] * channels + of_channel[None, :], ds, mask=first)
+    first_split = ok_mean & (split == 0)
+    ds = sum_parts(dots_parts, image, live_image, splits, of_channel, outputs, IMAGES, BP, ACC)
+    tl.store(ds_out + image[:, None] * channels + of_channel[None, :], ds, mask=first_split)
     du = through_gate(ds, gate_in, beta, of_channel, channels, GATE, ACC)
-    tl.store(du_out + where_o, du, mask=first)
+    dshift = tl.zeros_like(du)
     if SHIFT:
         dshift = sum_parts(
-            dots_parts, image, live_image, splits, channels + of_channel, outputs, G, BK, ACC
+            dots_parts, image, live_image, splits, channels + of_channel, outputs, IMAGES, BP, ACC
         )
-        tl.store(du_out + where_o + channels, dshift, mask=first)
+    store_u(du_out, du, dshift, image, of_channel, first_split, channels, SHIFT)
+
+    g, c = rows_of(G, BC)
+    c = first_channel + c
+    a_row = per_channel(affine_scale, c, channels, 1.0, ACC)
+    b_row = per_channel(affine_shift, c, channels, 0.0, ACC)
+    for k in range(walk if W > 1 else 1):
+        first = first_image + k * G
+        b = first + g
+        live = (b < batch) & (c < channels)
+        end, n_row = mean_divisor(lengths, b, live, positions, ACC)
+        scale_row, shift_row = factor_rows(
+            saved, alpha, beta, first, of_channel, batch, channels, hidden,
+            GATE, TWO_LAYERS, SHIFT, ACC, G, BC,
+        )  # fmt: skip
+        dmean_row = per_row(of_group(dmean, k, W), ROWS)
+        sum_da = tl.zeros([ROWS, BS], ACC)
+        sum_db = tl.zeros([ROWS, BS], ACC)
+        for i in range(steps):
+            s0 = (split * steps + i) * BS
+            s = s0 + tl.arange(0, BS)
+            ok = live[:, None] & (s < positions)[None, :]
+            raw, q, p, m = load_gradient(
+                dy, x, residual, mask, a_row, b_row, scale_row, shift_row, first, first_channel,
+                s0, ok, x_stride, dy_stride, residual_stride, batch, channels, positions,
+                READS_X, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC, BS,
+            )  # fmt: skip
+            dq = store_gradient(
+                m, q, scale_row, dmean_row, a_row, end, lengths, dx, dresidual, first,
+                first_channel, s, ok, batch, channels, positions,
+                True, True, da_parts is not None, AFFINE, BEFORE, LAST, FLAT, INDEX, G, BC,
+            )  # fmt: skip
+            if da_parts is not None:
+                dq = tl.where(ok, dq, 0.0)
+                sum_da += dq * raw
+                sum_db += dq
+        if da_parts is not None:
+            of_these = first + tl.arange(0, G)
+            ok_sums = (of_these < batch)[:, None] & (of_channel < channels)[None, :]
+            where_a = (of_these * splits + split)[:, None] * channels + of_channel[None, :]
+            affine_sums(sum_da, sum_db, da_parts, db_parts, where_a, ok_sums, G, BC)
+
+
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
+def half_backward_kernel(
+    dy, dz, x, u, residual, mask, affine_scale, affine_shift, lengths, alpha, beta,
+    dx, dresidual,  # out, or None
+    dots_parts, da_parts, db_parts,  # out: [B, splits, C or 2C], [B, splits, C] twice; or None
+    batch, channels_units, positions_units, x_stride_units, dy_stride_units,
+    residual_stride_units, tiles, splits, steps,
+    GATE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, SHIFT: tl.constexpr,
+    READS_X: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    UNIT_C: tl.constexpr, UNIT_S: tl.constexpr, UNIT_X: tl.constexpr, UNIT_DY: tl.constexpr,
+    UNIT_RES: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """dx of the squeeze alone, from dz ``[B, C]`` (dy and u are None), or of the scaling alone,
+    from dy (dz is None), and what a program can say of the sums over space."""
+    channels = channels_units * UNIT_C
+    positions = positions_units * UNIT_S
+    x_stride = x_stride_units.to(tl.int64) * UNIT_X
+    dy_stride = dy_stride_units.to(tl.int64) * UNIT_DY
+    residual_stride = residual_stride_units.to(tl.int64) * UNIT_RES
+    AFFINE: tl.constexpr = affine_scale is not None
+    SCALED: tl.constexpr = dy is not None
+    ROWS: tl.constexpr = G * BC
+
+    first_image, first_channel, tile, split = locate(tl.program_id(0), tiles, splits, G, BC)
+    image = first_image + tl.arange(0, G)
+    of_channel = first_channel + tl.arange(0, BC)
+    live_image = image < batch
+    ok_mean = live_image[:, None] & (of_channel < channels)[None, :]
+    if SCALED:
+        gate_in, shift = load_u(u, image, of_channel, ok_mean, channels, SHIFT, ACC)
+        scale = make_scale(gate_in, alpha, beta, of_channel, channels, GATE, ACC)
+        dmean = scale
+    else:
+        where = image[:, None] * channels + of_channel[None, :]
+        given = tl.load(dz + where, mask=ok_mean, other=0.0).to(ACC)
+        dmean = mean_gradient(given, lengths, image, live_image, positions, ACC)
+        scale = dmean
+        shift = dmean
+    scale_row, shift_row, dmean_row = per_row(scale, ROWS), per_row(shift, ROWS), per_row(dmean, ROWS)
 
     g, c = rows_of(G, BC)
     b, c = first_image + g, first_channel + c
     live = (b < batch) & (c < channels)
     end, n_row = mean_divisor(lengths, b, live, positions, ACC)
-    end_image, n = mean_divisor(lengths, image, live_image, positions, ACC)
-    dmean = tl.sum(dz, axis=1) / tl.where(n > 0, n, 1.0)[:, None]
-    dmean = tl.where(n[:, None] > 0, dmean, float("nan"))
-    scale_row = per_row(scale, ROWS)
-    shift_row = per_row(shift, ROWS)
-    dmean_row = per_row(dmean, ROWS)
     a_row = per_channel(affine_scale, c, channels, 1.0, ACC)
     b_row = per_channel(affine_shift, c, channels, 0.0, ACC)
-    dense_stride = channels.to(tl.int64) * positions
+    sum_mp = tl.zeros([ROWS, BS], ACC)
+    sum_m = tl.zeros([ROWS, BS], ACC)
     sum_da = tl.zeros([ROWS, BS], ACC)
     sum_db = tl.zeros([ROWS, BS], ACC)
     for i in range(steps):
-        s = (split * steps + i) * BS + tl.arange(0, BS)
+        s0 = (split * steps + i) * BS
+        s = s0 + tl.arange(0, BS)
         ok = live[:, None] & (s < positions)[None, :]
-        at_dy = pointers(
-            dy, first_image, first_channel, s, dy_stride, channels, positions,
-            LAST, INDEX, G, BC,
-        )  # fmt: skip
-        grad = tl.load(at_dy, mask=ok, other=0.0).to(ACC)
-        if READS_X:
-            at_x = pointers(
-                x, first_image, first_channel, s, x_stride, channels, positions,
-                LAST, INDEX, G, BC,
+        if SCALED:
+            raw, q, p, m = load_gradient(
+                dy, x, residual, mask, a_row, b_row, scale_row, shift_row, first_image,
+                first_channel, s0, ok, x_stride, dy_stride, residual_stride, batch, channels,
+                positions,
+                READS_X, AFFINE, BEFORE, AFTER, SHIFT, LAST, FLAT, ACC, INDEX, G, BC, BS,
             )  # fmt: skip
-            raw = tl.load(at_x, mask=ok, other=0.0).to(ACC)
+            if dots_parts is not None:
+                if AFFINE:
+                    p = tl.where(ok, p, 0.0)
+                sum_mp += m * p
+                if SHIFT:
+                    sum_m += m
         else:
-            raw = grad
-        q, p = prologue(raw, a_row, b_row, AFFINE, BEFORE)
-        m = through_after(
-            grad, p, scale_row, shift_row, mask, residual, first_image, first_channel, s, ok,
-            residual_stride, channels, positions, AFTER, SHIFT, LAST, ACC, INDEX, G, BC,
-        )  # fmt: skip
-        if dresidual is not None:
-            at_dresidual = pointers(
-                dresidual, first_image, first_channel, s, dense_stride, channels, positions,
-                LAST, INDEX, G, BC,
-            )  # fmt: skip
-            tl.store(at_dresidual, m.to(dresidual.dtype.element_ty), mask=ok)
-        if dx is not None or da_parts is not None:
-            if lengths is not None:
-                through_mean = tl.where(s[None, :] < end[:, None], dmean_row, 0.0)
-            else:
-                through_mean = dmean_row
-            dq = chain(BEFORE, q, m * scale_row + through_mean)
-            if dx is not None:
-                grad_x = dq * a_row[:, None] if AFFINE else dq
-                at_dx = pointers(
-                    dx, first_image, first_channel, s, dense_stride, channels, positions,
-                    LAST, INDEX, G, BC,
+            raw = tl.zeros([ROWS, BS], ACC)
+            if READS_X:
+                raw = load_tile(
+                    x, first_image, first_channel, s, ok, x_stride, batch, channels, positions,
+                    LAST, FLAT, ACC, INDEX, G, BC,
                 )  # fmt: skip
-                tl.store(at_dx, grad_x.to(dx.dtype.element_ty), mask=ok)
-            if da_parts is not None:
-                dq = tl.where(ok, dq, 0.0)
-                sum_da += dq * raw
-                sum_db += dq
+            q, p = prologue(raw, a_row, b_row, AFFINE, BEFORE)
+            m = raw
+        dq = store_gradient(
+            m, q, scale_row, dmean_row, a_row, end, lengths, dx, dresidual, first_image,
+            first_channel, s, ok, batch, channels, positions,
+            SCALED, not SCALED, da_parts is not None, AFFINE, BEFORE, LAST, FLAT, INDEX, G, BC,
+        )  # fmt: skip
+        if da_parts is not None:
+            dq = tl.where(ok, dq, 0.0)
+            sum_da += dq * raw
+            sum_db += dq
+    row = image * splits + split
+    if dots_parts is not None:
+        ds = tl.reshape(tl.sum(sum_mp, axis=1), [G, BC])
+        dshift = tl.reshape(tl.sum(sum_m, axis=1), [G, BC])
+        store_u(dots_parts, ds, dshift, row, of_channel, ok_mean, channels, SHIFT)
     if da_parts is not None:
-        where_a = (image * splits + split)[:, None] * channels + of_channel[None, :]
-        tl.store(da_parts + where_a, tl.reshape(tl.sum(sum_da, axis=1), [G, BC]), mask=ok_mean)
-        tl.store(db_parts + where_a, tl.reshape(tl.sum(sum_db, axis=1), [G, BC]), mask=ok_mean)
+        where_a = row[:, None] * channels + of_channel[None, :]
+        affine_sums(sum_da, sum_db, da_parts, db_parts, where_a, ok_mean, G, BC)
 
 
 @triton.jit
@@ -336,18 +499,20 @@ def outer_products(
 
 @triton.jit
 def column_sums(
-    a, factor, out, rows, columns, factor_stride, i, F: tl.constexpr,
+    a, factor, out, rows, columns, a_stride, factor_stride, per_factor, i, F: tl.constexpr,
     ACC: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """``out[i] = sum over rows of a[row, i]``, times ``F(factor[row, i])`` where given."""
+    """``out[i] = sum over rows of a[row, i]``, times ``F(factor[row // per_factor, i])`` where
+    given."""
     if out is not None:
         total = tl.zeros([BB, i.shape[0]], ACC)
         for b0 in range(0, rows, BB):
             b = (b0 + tl.arange(0, BB)).to(tl.int64)
             ok = (b < rows)[:, None] & (i < columns)[None, :]
-            v = tl.load(a + b[:, None] * columns + i[None, :], mask=ok, other=0.0)
+            v = tl.load(a + b[:, None] * a_stride + i[None, :], mask=ok, other=0.0)
             if factor is not None:
-                f = tl.load(factor + b[:, None] * factor_stride + i[None, :], mask=ok, other=0.0)
+                where = (b // per_factor)[:, None] * factor_stride + i[None, :]
+                f = tl.load(factor + where, mask=ok, other=0.0).to(ACC)
                 v = tl.where(ok, v * value(F, f), 0.0)
             total += v
         tl.store(out + i, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=i < columns)
@@ -378,10 +543,46 @@ def parameters_kernel(
             )
     else:
         i = (pid - w2_tiles - w1_tiles) * BV + tl.arange(0, BV)
-        column_sums(du, None, db2, batch, outputs, 0, i, IDENTITY, ACC, BB)
-        column_sums(dh, None, db1, batch, hidden, 0, i, IDENTITY, ACC, BB)
-        column_sums(ds, None, dalpha, batch, channels, 0, i, IDENTITY, ACC, BB)
-        column_sums(ds, u, dbeta, batch, channels, outputs, i, GATE, ACC, BB)
-        rows = batch * splits
-        column_sums(da_parts, None, daffine_scale, rows, channels, 0, i, IDENTITY, ACC, BB)
-        column_sums(db_parts, None, daffine_shift, rows, channels, 0, i, IDENTITY, ACC, BB)
+        rows, n = batch * splits, channels
+        column_sums(du, None, db2, batch, outputs, outputs, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(dh, None, db1, batch, hidden, hidden, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(ds, None, dalpha, batch, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(ds, u, dbeta, batch, n, n, outputs, 1, i, GATE, ACC, BB)
+        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
+
+
+@triton.jit(do_not_specialize=("batch", "channels", "outputs", "splits", "du_tiles"))
+def half_parameters_kernel(
+    dots_parts, u, beta, da_parts, db_parts,
+    du, dalpha, dbeta, daffine_scale, daffine_shift,  # out, or None
+    batch, channels, outputs, splits, du_tiles,
+    GATE: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr,
+    BB: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """What ``half_backward_kernel`` left in parts: du, by tiles of images and channels, then the
+    sums over the batch."""
+    pid = tl.program_id(0)
+    if pid < du_tiles:
+        if du is not None:
+            across = tl.cdiv(channels, BV)
+            image = (pid // across).to(tl.int64) * BB + tl.arange(0, BB)
+            c = (pid % across) * BV + tl.arange(0, BV)
+            live = image < batch
+            ok = live[:, None] & (c < channels)[None, :]
+            ds = sum_parts(dots_parts, image, live, splits, c, outputs, BB, BP, ACC)
+            gate_in, shift = load_u(u, image, c, ok, channels, SHIFT, ACC)
+            dshift = tl.zeros_like(ds)
+            if SHIFT:
+                dshift = sum_parts(
+                    dots_parts, image, live, splits, channels + c, outputs, BB, BP, ACC
+                )
+            du_gate = through_gate(ds, gate_in, beta, c, channels, GATE, ACC)
+            store_u(du, du_gate, dshift, image, c, ok, channels, SHIFT)
+    else:
+        i = (pid - du_tiles) * BV + tl.arange(0, BV)
+        rows, n, o = batch * splits, channels, outputs
+        column_sums(dots_parts, None, dalpha, rows, n, o, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(dots_parts, u, dbeta, rows, n, o, o, splits, i, GATE, ACC, BB)
+        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)

@@ -9,27 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from senet_kernels.ops import Needs, after_code, mask_numel, saved_numel
-from senet_kernels.pointwise import POINTWISE
+from senet_kernels.pointwise import POINTWISE, Options
+from senet_kernels.validation import overlaps
 
 from . import tuning
 from .backward_kernels import dots_kernel, dx_kernel, parameters_kernel
 from .forward_kernels import scale_kernel, squeeze_kernel
 from .operands import Inputs, Kind, examine, units, wide
-from .plan import Choice, Plan, ceil_div
-from .resident_kernel import resident_kernel
+from .plan import Choice, Plan, ceil_div, power_of_two
+from .resident_kernels import resident_backward_kernel, resident_kernel
 
 _ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
-_KEEPS_NO_RESIDUAL = (POINTWISE["identity"].code, POINTWISE["relu"].code)
+KEEPS_NO_RESIDUAL = (POINTWISE["identity"].code, POINTWISE["relu"].code)
 
-# Of the kernel that sums over the batch: images at a time, a tile of a weight, a vector's columns.
-_BATCH_BLOCK, _TILE_ROWS, _TILE_COLUMNS, _VECTOR = 8, 32, 32, 128
+# Of kernels that sum over the batch: images at a time, a tile of a weight, a vector's columns.
+BATCH_BLOCK, _TILE_ROWS, _TILE_COLUMNS, VECTOR = 8, 32, 32, 128
 
 # Kinds of calls that are kept. Who has more (a new shape in every step) prepares some again.
 _MOST_KINDS = 4096
@@ -37,7 +38,7 @@ _MOST_KINDS = 4096
 _NO_GUARD = nullcontext()
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Launches go to the current stream of the device of x."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return _NO_GUARD
@@ -57,14 +58,15 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, programs: int, values: Mapping[str, Any], *, warps: int
+        self, kernel: Any, programs: int, values: Mapping[str, Any], *, warps: int, blocks: int = 1
     ) -> None:
-        """``values`` has every argument that is no pointer, and may have more."""
+        """``values`` has every argument that is no pointer, and may have more. A program is a
+        cluster of so many ``blocks``."""
         names = kernel.arg_names
         pointers = sum(name not in values for name in names)
         self.kernel = kernel
         self._programs = programs
-        self._options = {"num_warps": warps}
+        self._options = {"num_warps": warps} | ({"num_ctas": blocks} if blocks > 1 else {})
         self._rest = tuple(values[name] for name in names[pointers:])
         self._compiled: Callable[..., None] | None = None
 
@@ -77,20 +79,27 @@ class Launch:
                 self._compiled = kernel[(self._programs, 1, 1)]
 
 
-def _values(kind: Kind, plan: Plan) -> dict[str, Any]:
-    """What both passes' kernels take besides pointers. Extents and strides go in units."""
+def launch_values(kind: Kind, plan: Plan, y_stride: int | None = None) -> dict[str, Any]:
+    """What the kernels take besides pointers. Extents and strides go in units. Images of y are
+    dense unless ``y_stride`` is given."""
     shape, options = kind.shape, kind.options
+    two_layers = shape.hidden is not None
     values: dict[str, Any] = {
-        "batch": shape.batch, "hidden": shape.hidden,
+        "batch": shape.batch, "hidden": shape.hidden or 0,
         "tiles": plan.tiles, "splits": plan.splits, "steps": plan.steps,
-        "parts": plan.tiles * plan.splits if shape.hidden else plan.splits,
-        "LAST": shape.last, "TWO_LAYERS": shape.hidden > 0,
-        "SHIFT": shape.outputs > shape.channels,
+        "walk": plan.W,
+        "parts": plan.tiles * plan.splits if two_layers else plan.splits,
+        "LAST": shape.last, "TWO_LAYERS": two_layers, "SHIFT": kind.shift,
+        "FLAT": shape.positions if plan.flat else 0,
         "ACC": _ACCUMULATE[kind.accumulate], "INDEX": tl.int64 if wide(kind, plan) else tl.int32,
-        "G": plan.G, "BC": plan.BC, "BS": plan.BS, "BR": plan.BR, "BK": plan.BK,
+        "W": plan.W, "G": plan.G, "BC": plan.BC, "BS": plan.BS, "BR": plan.BR, "BK": plan.BK,
+        "BP": min(power_of_two(plan.splits), plan.BK), "BB": BATCH_BLOCK, "BV": VECTOR,
     }  # fmt: skip
     values |= {name.upper(): POINTWISE[f].code for name, f in options._asdict().items()}
-    extents = {"channels": ("C", shape.channels), "positions": ("S", shape.positions)}
+    extents = {
+        "channels": ("C", shape.channels), "positions": ("S", shape.positions),
+        "y_stride": ("Y", shape.image if y_stride is None else y_stride),
+    }  # fmt: skip
     for name, letter in (("x", "X"), ("dy", "DY"), ("residual", "RES")):
         extents[f"{name}_stride"] = letter, kind.strides.get(name, 0)
     for name, (letter, extent) in extents.items():
@@ -98,106 +107,115 @@ def _values(kind: Kind, plan: Plan) -> dict[str, Any]:
     return values
 
 
+def launch_over_images(kernel: Any, plan: Plan, values: Mapping[str, Any]) -> Launch:
+    """A launch that the plan is for."""
+    return Launch(kernel, plan.programs, values, warps=plan.warps, blocks=plan.blocks)
+
+
 class Forward:
     """Forward calls of one kind."""
 
-    def __init__(self, inputs: Inputs, kind: Kind, save: bool, plan: Plan, resident: bool) -> None:
-        """``resident``: the plan is for one launch, whole images in a program."""
+    def __init__(
+        self, inputs: Inputs, kind: Kind, save: bool, choice: Choice, inplace: bool = False
+    ) -> None:
+        """``inplace``: where x has a layout of the kernels, y is x."""
         x, w1, _, w2, *_ = inputs
         assert x is not None
         assert w2 is not None
-        shape = kind.shape
-        self.kind, self.save, self.resident = kind, save, resident
+        shape, plan = kind.shape, choice.plan
+        self.kind, self.save, self.resident = kind, save, choice.resident
         self.saved = saved_numel(x, w1, w2) if save else 0
         self.keeps_mask = save and kind.options.after == "relu"
         self.mask = mask_numel(x) if self.keeps_mask else 0
-        values = _values(kind, plan)
-        if resident:
-            self.one_launch = Launch(resident_kernel, plan.programs, values, warps=plan.warps)
+        self.y_is_x = inplace and 0 not in kind.copied
+        values = launch_values(kind, plan, kind.strides["x"] if self.y_is_x else None)
+        if self.resident:
+            self.one_launch = launch_over_images(resident_kernel, plan, values)
             return
         # The mean of a program that has all positions is final: straight into what is saved.
         self.z_is_final = plan.splits == 1 and save
         self.z = (shape.batch, plan.splits, shape.channels)
-        self.hidden = (shape.batch, values["parts"], shape.hidden)
-        self.squeeze = Launch(squeeze_kernel, plan.programs, values, warps=plan.warps)
+        self.hidden = (shape.batch, values["parts"], shape.hidden or 0)
+        self.squeeze = launch_over_images(squeeze_kernel, plan, values)
         values["hidden"] = shape.inner
-        self.scale = Launch(scale_kernel, plan.programs, values, warps=plan.warps)
+        self.scale = launch_over_images(scale_kernel, plan, values)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         kind, like = self.kind, inputs[0]
         assert like is not None
         x, w1, b1, w2, b2, residual, alpha, beta, a, b, lengths = kind.arranged(inputs)
-        y = kind.dense(like)
+        y = like if self.y_is_x else kind.dense(like)
         saved = kind.scratch(like, self.saved)
         mask = like.new_empty((self.mask,), dtype=torch.uint8)
         kept = saved if self.save else None
         bits = mask if self.keeps_mask else None
         if self.resident:
-            with _on(like):
+            with on_device(like):
                 self.one_launch(
                     x, residual, a, b, lengths, w1, b1, w2, b2, alpha, beta, y, kept, bits
                 )
-            return kind.finish(y, like), saved, mask
+        else:
+            z = None
+            if self.z_is_final:
+                z = saved
+            elif self.save or w1 is None:
+                z = kind.scratch(like, *self.z)
+            hidden = None if w1 is None else kind.scratch(like, *self.hidden)
+            with on_device(like):
+                self.squeeze(x, a, b, lengths, w1, z, hidden)
+                self.scale(
+                    x, residual, a, b, b1, w2, b2, alpha, beta, z if hidden is None else hidden,
+                    None if self.z_is_final else z, None, y, kept, bits,
+                )  # fmt: skip
+        return (y if self.y_is_x else kind.finish(y, like)), saved, mask
 
-        z = None
-        if self.z_is_final:
-            z = saved
-        elif self.save or w1 is None:
-            z = kind.scratch(like, *self.z)
-        hidden = None if w1 is None else kind.scratch(like, *self.hidden)
-        with _on(like):
-            self.squeeze(x, a, b, lengths, w1, z, hidden)
-            self.scale(
-                x, residual, a, b, b1, w2, b2, alpha, beta, z if hidden is None else hidden,
-                None if self.z_is_final else z, y, kept, bits,
-            )  # fmt: skip
-        return kind.finish(y, like), saved, mask
+
+def reads_x_twice(options: Options, affine: Tensor | None) -> bool:
+    """Whether dx needs x, and not only dy."""
+    after = options.after not in ("identity", "relu")
+    return affine is not None or options.before != "identity" or after
 
 
 class Backward:
     """Backward calls of one kind."""
 
     def __init__(
-        self, inputs: Inputs, kind: Kind, saved: Tensor, mask: Tensor, needs: int, plan: Plan
+        self, inputs: Inputs, kind: Kind, saved: Tensor, mask: Tensor, needs: int, choice: Choice
     ) -> None:
         x, w1, b1, w2, b2, _, alpha, beta, a, b, *_ = inputs
         assert x is not None
         assert w2 is not None
-        shape, after = kind.shape, kind.options.after
+        shape, plan = kind.shape, choice.plan
         if saved.numel() != saved_numel(x, w1, w2) or saved.dtype != kind.accumulate:
             raise RuntimeError("saved: expected what the forward op returned for these arguments")
-        if after == "relu" and mask.numel() != mask_numel(x):
-            raise RuntimeError("mask: expected what the forward op returned for these arguments")
-        self.kind = kind
-        self.masked = after == "relu"
+        check_mask(kind, x, mask)
+        self.kind, self.resident = kind, choice.resident
+        self.masked = kind.options.after == "relu"
         # In the order of Needs. The residual's gradient is laid out like x.
         like = (x, w1, b1, w2, b2, x, alpha, beta, a, b)
-        self.wanted = tuple(t is not None and bool(needs & (1 << i)) for i, t in enumerate(like))
+        self.wanted = wanted(like, needs)
 
-        values = _values(kind, plan)
-        values["inner"] = inner = shape.hidden or shape.outputs
-        values["READS_X"] = (
-            a is not None
-            or kind.options.before != "identity"
-            or after not in ("identity", "relu")
-        )  # fmt: skip
-        self.dots = (shape.batch, plan.splits, shape.outputs)
-        self.hidden = (shape.batch, values["parts"], inner)
+        values = launch_values(kind, plan)
+        values["inner"] = inner = shape.outputs if shape.hidden is None else shape.hidden
+        values["READS_X"] = reads_x_twice(kind.options, a)
         self.affine = None
         if needs & (Needs.AFFINE_SCALE | Needs.AFFINE_SHIFT):
             self.affine = (shape.batch, plan.splits, shape.channels)
-        self.launches = (
-            Launch(dots_kernel, plan.programs, values, warps=plan.warps),
-            Launch(dx_kernel, plan.programs, values, warps=plan.warps),
-        )
+        if self.resident:
+            self.one_launch = launch_over_images(resident_backward_kernel, plan, values)
+        else:
+            self.dots = (shape.batch, plan.splits, shape.outputs)
+            self.hidden = (shape.batch, values["parts"], inner)
+            self.to_dots = launch_over_images(dots_kernel, plan, values)
+            self.to_dx = launch_over_images(dx_kernel, plan, values)
 
+        hidden = shape.hidden or 0
         w2_tiles = _weight_tiles(shape.outputs, shape.inner) if self.wanted[3] else 0
-        w1_tiles = _weight_tiles(shape.hidden, shape.channels) if self.wanted[1] else 0
-        vectors = ceil_div(max(shape.outputs, shape.hidden), _VECTOR)
+        w1_tiles = _weight_tiles(hidden, shape.channels) if self.wanted[1] else 0
+        vectors = ceil_div(max(shape.outputs, hidden), VECTOR)
         values |= {
             "channels": shape.channels, "outputs": shape.outputs, "w2_tiles": w2_tiles,
-            "w1_tiles": w1_tiles, "BB": _BATCH_BLOCK, "BO": _TILE_ROWS, "BI": _TILE_COLUMNS,
-            "BV": _VECTOR,
+            "w1_tiles": w1_tiles, "BO": _TILE_ROWS, "BI": _TILE_COLUMNS,
         }  # fmt: skip
         self.parameters = None
         if any(self.wanted[1:5]) or any(self.wanted[6:]):
@@ -209,87 +227,123 @@ class Backward:
         assert like is not None
         x, w1, b1, w2, b2, residual, alpha, beta, a, b, lengths, dy = kind.arranged(inputs)
         originals = (like, *inputs[1:5], like, *inputs[6:10])
-        # Parameters' gradients are written dense, see _finish.
-        written = [
-            None if not wanted or t is None
-            else kind.dense(like) if t is like
-            else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            for wanted, t in zip(self.wanted, originals, strict=True)
-        ]  # fmt: skip
+        written = empty_gradients(kind, like, originals, self.wanted)
         dx, dw1, db1, dw2, db2, dresidual, *rest = written
-        dots, hidden = kind.scratch(like, *self.dots), kind.scratch(like, *self.hidden)
         ds = kind.scratch(like, shape.batch, shape.channels)
         du = kind.scratch(like, shape.batch, shape.outputs)
-        dh = None if w1 is None else kind.scratch(like, shape.batch, shape.hidden)
+        dh = None if w1 is None else kind.scratch(like, shape.batch, shape.hidden or 0)
         da = db = None
         if self.affine is not None:
             da, db = kind.scratch(like, *self.affine), kind.scratch(like, *self.affine)
         bits = mask if self.masked else None
-        to_dots, to_dx = self.launches
-        with _on(like):
-            to_dots(dy, x, residual, bits, a, b, w2, alpha, beta, saved, dots, hidden)
-            to_dx(
-                dy, x, residual, bits, a, b, lengths, w2 if w1 is None else w1, alpha, beta, saved,
-                dots, hidden, dx, dresidual, ds, du, dh, da, db,
-            )  # fmt: skip
+        with on_device(like):
+            if self.resident:
+                self.one_launch(
+                    dy, x, residual, bits, a, b, lengths, w1, w2, alpha, beta, saved,
+                    dx, dresidual, ds, du, dh, da, db,
+                )  # fmt: skip
+            else:
+                dots, hidden = kind.scratch(like, *self.dots), kind.scratch(like, *self.hidden)
+                self.to_dots(dy, x, residual, bits, a, b, w2, alpha, beta, saved, dots, hidden)
+                self.to_dx(
+                    dy, x, residual, bits, a, b, lengths, w2 if w1 is None else w1, alpha, beta,
+                    saved, dots, hidden, dx, dresidual, ds, du, dh, da, db,
+                )  # fmt: skip
             if self.parameters is not None:
                 self.parameters(ds, du, dh, saved, da, db, dw1, db1, dw2, db2, *rest)
-        return tuple(self._finish(t, o, like) for t, o in zip(written, originals, strict=True))
+        return finished(kind, like, written, originals)
 
-    def _finish(self, written: Tensor | None, original: Tensor | None, like: Tensor) -> Tensor:
-        """A gradient in the strides of what it belongs to; empty where none was asked for."""
-        if written is None or original is None:
-            return like.new_empty((0,))
-        if original is like:
-            return self.kind.finish(written, like)
-        if original.is_contiguous() and original.stride() == written.stride():
-            return written
-        return torch.empty_like(original).copy_(written)
+
+def check_mask(kind: Kind, x: Tensor, mask: Tensor) -> None:
+    """The mask must be that of such a call."""
+    if kind.options.after == "relu" and mask.numel() != mask_numel(x):
+        raise RuntimeError("mask: expected what the forward op returned for these arguments")
+
+
+def wanted(of: Inputs, needs: int) -> tuple[bool, ...]:
+    """Which gradients are asked for, of those that there are."""
+    return tuple(t is not None and bool(needs & (1 << i)) for i, t in enumerate(of))
+
+
+def empty_gradients(
+    kind: Kind, x: Tensor, of: Inputs, wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """What kernels write gradients to: images in their layout, parameters dense."""
+    return [
+        None if not needed or t is None
+        else kind.dense(x) if t is x
+        else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for needed, t in zip(wanted, of, strict=True)
+    ]  # fmt: skip
+
+
+def finished(
+    kind: Kind, x: Tensor, written: list[Tensor | None], of: Inputs
+) -> tuple[Tensor, ...]:
+    """The gradients in the strides of what they belong to; empty where none was asked for."""
+    return tuple(
+        x.new_empty((0,)) if w is None or t is None
+        else kind.finish(w, x) if t is x
+        else w if t.is_contiguous() and t.stride() == w.stride()
+        else torch.empty_like(t).copy_(w)
+        for w, t in zip(written, of, strict=True)
+    )  # fmt: skip
 
 
 def _weight_tiles(rows: int, columns: int) -> int:
     return ceil_div(rows, _TILE_ROWS) * ceil_div(columns, _TILE_COLUMNS)
 
 
-_forwards: dict[Any, Forward] = {}
-_backwards: dict[Any, Backward] = {}
-_Call = TypeVar("_Call")
+_calls: dict[Any, Any] = {}
 
 
 def forget() -> None:
     """Drop every prepared call: what they depend on has changed."""
-    _forwards.clear()
-    _backwards.clear()
+    _calls.clear()
 
 
 tuning.on_change(forget)
 
 
-def _key(inputs: Inputs, *more: Any) -> tuple[Any, ...]:
-    """All that a prepared call depends on: Triton compiles apart for pointers that are multiples
-    of 16. What PyTorch allocates for results always is."""
-    return (
+def prepared(op: str, tensors: Inputs, *more: Any, prepare: Callable[[], Any]) -> Any:
+    """The prepared call for such tensors, whose first is x: the one that was kept, or a new one.
+
+    It depends on all that is in the key: Triton compiles apart for pointers that are multiples of
+    16. (What PyTorch allocates for results always is.)
+    """
+    key = (
+        op,
         *more,
         *[
             None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)
-            for t in inputs
+            for t in tensors
         ],
     )
-
-
-def _keep(calls: dict[Any, _Call], key: Any, x: Tensor, prepare: Callable[[], _Call]) -> _Call:
-    """Prepare a call of a new kind."""
-    if _is_capturing(x):
-        raise RuntimeError(
-            "squeeze_excite: a call with these shapes, dtypes, layouts and options was never made "
-            "before, so its kernels may have to be compiled, or timed where autotuning is on. This "
-            "cannot be done while a CUDA graph is being captured: make the call once before the "
-            "capture, as a warm-up"
-        )
-    if len(calls) >= _MOST_KINDS:
-        calls.clear()
-    call = calls[key] = prepare()
+    call = _calls.get(key)
+    if call is None:
+        x = tensors[0]
+        if x is not None and _is_capturing(x):
+            raise RuntimeError(
+                f"triton_{op}: a call with these shapes, dtypes, layouts and options was never "
+                "made before, so its kernels may have to be compiled, or timed where autotuning is "
+                "on. This cannot be done while a CUDA graph is being captured: make the call once "
+                "before the capture, as a warm-up"
+            )
+        if len(_calls) >= _MOST_KINDS:
+            _calls.clear()
+        call = _calls[key] = prepare()
     return call
+
+
+def tuned(
+    direction: str, kind: Kind, x: Tensor, make: Callable[[Choice], Any], *arguments: Any
+) -> Choice:
+    """The choice for a call of this kind; ``make(choice)(*arguments)`` is what may be timed."""
+
+    def ready(choice: Choice) -> Callable[[], object]:
+        return partial(make(choice), *arguments)
+
+    return tuning.choose(direction, kind.shape, x, kind.device, ready)
 
 
 def forward(
@@ -309,23 +363,49 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``triton_forward``; see :mod:`senet_kernels.ops`."""
     inputs = (x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths)
-    key = _key(inputs, options, save)
-    call = _forwards.get(key) or _keep(
-        _forwards, key, x, lambda: _prepare_forward(x, inputs, options, save)
-    )
-    return call(inputs)
+
+    def prepare() -> Forward:
+        kind = examine(inputs, options)
+        make = partial(Forward, inputs, kind, save)
+        return make(tuned("forward", kind, x, make, inputs))
+
+    result: tuple[Tensor, Tensor, Tensor] = prepared(
+        "forward", inputs, options, save, prepare=prepare
+    )(inputs)
+    return result
 
 
-def _prepare_forward(x: Tensor, inputs: Inputs, options: int, save: bool) -> Forward:
-    kind = examine(inputs, options)
+def forward_(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    affine_scale: Tensor | None,
+    affine_shift: Tensor | None,
+    lengths: Tensor | None,
+    options: int,
+) -> None:
+    """``triton_forward_``: overwrites x."""
+    inputs = (x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths)
 
-    def prepared(choice: Choice) -> Forward:
-        return Forward(inputs, kind, save, choice.plan, choice.resident)
+    def prepare() -> Forward:
+        if overlaps(x):
+            raise RuntimeError(
+                "x: expected elements that do not overlap in memory, got shape "
+                f"{list(x.shape)} with strides {list(x.stride())}"
+            )
+        kind = examine(inputs, options)
+        # What is timed must leave x as it is.
+        choice = tuned("forward", kind, x, partial(Forward, inputs, kind, False), inputs)
+        return Forward(inputs, kind, False, choice, inplace=True)
 
-    def ready(choice: Choice) -> Callable[[], object]:
-        return partial(prepared(choice), inputs)
-
-    return prepared(tuning.choose("forward", kind.shape, x, kind.device, ready))
+    y = prepared("forward_", inputs, options, prepare=prepare)(inputs)[0]
+    if y is not x:
+        x.copy_(y)
 
 
 def backward(
@@ -347,25 +427,16 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     """``triton_backward``; see :mod:`senet_kernels.ops`."""
-    if after_code(options) in _KEEPS_NO_RESIDUAL:
+    if after_code(options) in KEEPS_NO_RESIDUAL:
         residual = None
     inputs = (x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths, dy)
-    key = _key((*inputs, saved, mask), options, needs)
-    call = _backwards.get(key) or _keep(
-        _backwards, key, x, lambda: _prepare_backward(x, inputs, saved, mask, options, needs)
-    )
-    return call(inputs, saved, mask)
 
+    def prepare() -> Backward:
+        kind = examine(inputs, options)
+        make = partial(Backward, inputs, kind, saved, mask, needs)
+        return make(tuned("backward", kind, x, make, inputs, saved, mask))
 
-def _prepare_backward(
-    x: Tensor, inputs: Inputs, saved: Tensor, mask: Tensor, options: int, needs: int
-) -> Backward:
-    kind = examine(inputs, options)
-
-    def prepared(choice: Choice) -> Backward:
-        return Backward(inputs, kind, saved, mask, needs, choice.plan)
-
-    def ready(choice: Choice) -> Callable[[], object]:
-        return partial(prepared(choice), inputs, saved, mask)
-
-    return prepared(tuning.choose("backward", kind.shape, x, kind.device, ready))
+    result: tuple[Tensor, ...] = prepared(
+        "backward", (*inputs, saved, mask), options, needs, prepare=prepare
+    )(inputs, saved, mask)
+    return result

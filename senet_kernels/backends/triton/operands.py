@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from senet_kernels.pointwise import Options, unpack
 from senet_kernels.reference import accumulate_dtype
 from senet_kernels.validation import DTYPES
 
-from .plan import Device, Plan, Shape
+from .plan import Device, Plan, Shape, why_no_cluster
 
 # Channels and positions are counted in 32 bits, with a tile to spare.
 _LARGEST_EXTENT = 2**30
@@ -27,14 +28,18 @@ _LARGEST_EXTENT = 2**30
 INTERPRETER = Device((0, 0), 1)
 
 
-# The ops' tensors, in the order of their arguments; dy, the backward op's first, stands last here.
+# The ops' tensors, in the order of their arguments; what a backward op has first stands last.
 NAMES = (
     "x", "w1", "b1", "w2", "b2", "residual", "alpha", "beta", "affine_scale", "affine_shift",
     "lengths", "dy",
 )  # fmt: skip
-_IMAGES = ("residual", "dy")  # besides x
+# Those of the halves, forward and backward, at one place for each.
+HALF_NAMES = (
+    "x", "u", "residual", "alpha", "beta", "affine_scale", "affine_shift", "lengths", "dy", "dz",
+)  # fmt: skip
+_IMAGES = ("x", "residual", "dy")
 
-#: As many of NAMES as an op has; None where not given.
+#: As many of these as an op has; None where not given.
 Inputs = tuple[Tensor | None, ...]
 
 
@@ -46,8 +51,9 @@ class Kind(NamedTuple):
     options: Options
     accumulate: torch.dtype
     direct: bool  # whether y and dx, laid out as eager has them, are in a layout of the kernels
+    shift: bool
     strides: dict[str, int]  # from image to image, of the images given, as the kernels see them
-    copied: tuple[int, ...]  # positions of the inputs that have no layout of the kernels
+    copied: dict[int, str]  # positions and names of the inputs that have no layout of the kernels
 
     def arranged(self, inputs: Inputs) -> Inputs:
         """The inputs in layouts of the kernels."""
@@ -55,10 +61,10 @@ class Kind(NamedTuple):
             return inputs
         x, arranged = inputs[0], list(inputs)
         assert x is not None
-        for i in self.copied:
+        for i, name in self.copied.items():
             t = inputs[i]
             assert t is not None
-            arranged[i] = self.dense(x).copy_(t) if NAMES[i] in self.strides else t.contiguous()
+            arranged[i] = self.dense(x).copy_(t) if name in _IMAGES else t.contiguous()
         return tuple(arranged)
 
     def dense(self, x: Tensor) -> Tensor:
@@ -105,54 +111,76 @@ def _check_images(name: str, t: Tensor, x: Tensor) -> None:
         )
 
 
-def _check_parameter(name: str, t: Tensor, w2: Tensor, *extents: int) -> None:
+def _check_vector(name: str, t: Tensor, like: Tensor, whose: str, *extents: int) -> None:
     trailing = t.shape[len(extents) :]
     if tuple(t.shape[: len(extents)]) != extents or math.prod(trailing) != 1:
         raise RuntimeError(f"{name}: expected shape {list(extents)}, got {list(t.shape)}")
-    if t.dtype != w2.dtype or t.device != w2.device:
+    if t.dtype != like.dtype or t.device != like.device:
         raise RuntimeError(
-            f"{name}: expected {w2.dtype} on {w2.device} (those of w2), got {t.dtype} on {t.device}"
+            f"{name}: expected {like.dtype} on {like.device} (those of {whose}), "
+            f"got {t.dtype} on {t.device}"
         )
+
+
+def why_no_clusters(device: torch.device) -> str | None:
+    """Why a program cannot be a cluster of blocks on this device; None where it can."""
+    if device.type == "cpu":
+        return "the interpreter has no device"
+    properties = torch.cuda.get_device_properties(device)
+    return why_no_cluster((properties.major, properties.minor), version("triton"))
 
 
 def _device(device: torch.device) -> Device:
     if device.type == "cpu":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    return Device((properties.major, properties.minor), properties.multi_processor_count)
+    return Device(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        clusters=why_no_clusters(device) is None,
+    )
 
 
-def examine(inputs: Inputs, options: int) -> Kind:
-    """Check what a raw call may get wrong, and choose the layout."""
-    given = {name: t for name, t in zip(NAMES, inputs, strict=False) if t is not None}
-    x, w2 = given["x"], given["w2"]
+def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kind:
+    """Check what a raw call may get wrong, and choose the layout. ``names`` are the inputs'."""
+    given = {name: t for name, t in zip(names, inputs, strict=False) if t is not None}
+    x = given["x"]
     if x.dim() < 3 or x.dtype not in DTYPES:
         raise RuntimeError(
             f"x: expected [B, C, *spatial] of a floating dtype, got {list(x.shape)} {x.dtype}"
         )
     batch, channels = x.shape[:2]
-    positions, outputs = x.shape[2:].numel(), w2.shape[0]
-    hidden = given["w1"].shape[0] if "w1" in given else 0
-    if outputs not in (channels, 2 * channels):
-        raise RuntimeError(f"w2: expected {channels} or {2 * channels} rows, got {outputs}")
-    if max(outputs, positions, hidden) > _LARGEST_EXTENT:
+    positions = x.shape[2:].numel()
+    hidden = given["w1"].shape[0] if "w1" in given else None
+    outputs, columns = 0, channels
+    if "w2" in given:
+        outputs = columns = given["w2"].shape[0]
+    elif "u" in given:
+        columns = given["u"].shape[1] if given["u"].dim() > 1 else 0
+    if columns not in (channels, 2 * channels):
+        what = "w2: expected {} rows" if outputs else "u: expected {} columns"
+        raise RuntimeError(what.format(f"{channels} or {2 * channels}") + f", got {columns}")
+    if max(columns, positions, hidden or 0) > _LARGEST_EXTENT:
         raise RuntimeError(f"x, w1: expected extents up to {_LARGEST_EXTENT}, got {list(x.shape)}")
-    if w2.dtype != x.dtype and (w2.dtype != torch.float32 or x.dtype == torch.float64):
-        raise RuntimeError(f"w2: expected {x.dtype} (that of x) or float32, got {w2.dtype}")
 
     last, direct = _layout(x.shape, x.stride())
     shape = Shape(batch, channels, positions, hidden, outputs, last)
     extents = {
-        "w1": (hidden, channels), "b1": (hidden,), "w2": (outputs, shape.inner), "b2": (outputs,),
-        "alpha": (channels,), "beta": (channels,), "affine_scale": (channels,),
-        "affine_shift": (channels,),
+        "w2": (outputs, shape.inner), "u": (batch, columns), "w1": (hidden or 0, channels),
+        "b1": (hidden or 0,), "b2": (outputs,), "alpha": (channels,), "beta": (channels,),
+        "affine_scale": (channels,), "affine_shift": (channels,),
     }  # fmt: skip
+    # The first of the parameters decides about the dtype of all.
+    whose = next((name for name in extents if name in given), "x")
+    like = given[whose]
+    if like.dtype != x.dtype and (like.dtype != torch.float32 or x.dtype == torch.float64):
+        raise RuntimeError(f"{whose}: expected {x.dtype} (that of x) or float32, got {like.dtype}")
     strides: dict[str, int] = {}
-    copied: list[int] = []
-    for i, (name, t) in enumerate(zip(NAMES, inputs, strict=False)):
+    copied: dict[int, str] = {}
+    for i, (name, t) in enumerate(zip(names, inputs, strict=False)):
         if t is None:
             continue
-        if name == "x" or name in _IMAGES:
+        if name in _IMAGES:
             _check_images(name, t, x)
             dense = _image_is_dense(t, last)
             strides[name] = t.stride(0) if dense else shape.image
@@ -160,14 +188,17 @@ def examine(inputs: Inputs, options: int) -> Kind:
             if tuple(t.shape) != (batch,):
                 raise RuntimeError(f"lengths: expected shape {[batch]}, got {list(t.shape)}")
             dense = t.is_contiguous()
+        elif name == "dz":
+            _check_vector(name, t, x, "x", batch, channels)
+            dense = t.is_contiguous()
         else:
-            _check_parameter(name, t, w2, *extents[name])
+            _check_vector(name, t, like, whose, *extents[name])
             dense = t.is_contiguous()
         if not dense:
-            copied.append(i)
+            copied[i] = name
     return Kind(
-        shape, _device(x.device), unpack(options), accumulate_dtype(x.dtype), direct, strides,
-        tuple(copied),
+        shape, _device(x.device), unpack(options), accumulate_dtype(x.dtype), direct,
+        columns > channels, strides, copied,
     )  # fmt: skip
 
 

@@ -1,9 +1,14 @@
 """What the kernels share: how a program's tile lies in the image, and the steps on it.
 
-A tile is ``[G * BC, BS]``: BC channels of G images, BS positions. A program owns such rows and
-walks its share of the positions. One text serves both layouts: rows of positions
-(``LAST`` false) and channels-last. Extents come as a count of units of 1 to 16, the unit being a
-constant: so the compiler knows as much about alignment as is true, without a build per extent.
+A tile is ``[G * BC, BS]``: BC channels of G images, BS positions. A program owns BC channels of
+``W * G`` images, takes W such groups one after another, and walks its share of the positions. One
+text serves both layouts: rows of positions (``LAST`` false) and channels-last. Extents come as a
+count of units of 1 to 16, the unit being a constant: so the compiler knows as much about alignment
+as is true, without a build per extent.
+
+Rows of 49 or 196 positions begin anywhere, but channels lie one after another: where ``FLAT`` (then
+the number of positions, all of which are in the tile) the tile is moved as one aligned run per
+image, 16 bytes at a time, and put into rows through shared memory.
 """
 
 import triton
@@ -13,12 +18,32 @@ from .pointwise import value
 
 
 @triton.jit
-def locate(pid, tiles, splits, G: tl.constexpr, BC: tl.constexpr):
+def locate(pid, tiles, splits, IMAGES: tl.constexpr, BC: tl.constexpr):
     """What program ``pid`` has, image by image: its first image and channel, tile and split."""
     split = pid % splits
     tile = (pid // splits) % tiles
     # int64, since products with it may pass 2^31.
-    return (pid // splits // tiles).to(tl.int64) * G, tile * BC, tile, split
+    return (pid // splits // tiles).to(tl.int64) * IMAGES, tile * BC, tile, split
+
+
+@triton.jit
+def of_group(v, k, W: tl.constexpr):
+    """The rows of ``[W * G, BC]`` that belong to group k of the program's images: ``[G, BC]``. A
+    program has several groups only of one image each. (Loops over groups get their number as an
+    argument, ``walk``: a constant one would be unrolled, which no registers suffice for.)"""
+    if W > 1:
+        v = tl.sum(tl.where((tl.arange(0, W) == k)[:, None], v, 0.0), axis=0)[None, :]
+    return v
+
+
+@triton.jit
+def set_group(v, group, k, W: tl.constexpr):
+    """``v`` with these rows."""
+    if W > 1:
+        v = tl.where((tl.arange(0, W) == k)[:, None], group, v)
+    else:
+        v = group
+    return v
 
 
 @triton.jit
@@ -48,6 +73,76 @@ def pointers(
         base += first_image * image_stride + first_channel.to(tl.int64) * positions
         local = (g * stride + c * positions.to(INDEX))[:, None] + s[None, :]
     return base + local
+
+
+@triton.jit
+def flat_run(
+    base, first_image, first_channel, image_stride, batch, channels,
+    FLAT: tl.constexpr, INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """The tile as a run per image, ``[G * BC * BS]``: image and place in the run of each element,
+    its pointer, and whether it is in the image."""
+    i = tl.arange(0, G * BC * BS)
+    g, at = i // (BC * BS), i % (BC * BS)
+    there = (at < BC * FLAT) & (at < (channels - first_channel) * FLAT)
+    if G > 1:
+        there = there & (first_image + g < batch)
+        local = g.to(INDEX) * image_stride.to(INDEX) + at
+    else:
+        there = there & (first_image < batch)
+        local = at
+    base += first_image * image_stride + first_channel.to(tl.int64) * FLAT
+    return g, at, base + local, there
+
+
+@triton.jit
+def load_tile(
+    base, first_image, first_channel, s, ok, image_stride, batch, channels, positions,
+    LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``[rows, BS]`` of the accumulation type; 0 where not ``ok``."""
+    BS: tl.constexpr = s.shape[0]
+    if FLAT:
+        g, at, where, there = flat_run(
+            base, first_image, first_channel, image_stride, batch, channels, FLAT, INDEX, G, BC, BS
+        )
+        run = tl.load(where, mask=there, other=0.0)
+        source = g * (BC * BS) + (at // BS) * FLAT + at % BS
+        tile = tl.gather(run, tl.where(at % BS < FLAT, source, 0), 0)
+        tile = tl.where(ok, tl.reshape(tile, [G * BC, BS]).to(ACC), 0.0)
+    else:
+        where = pointers(
+            base, first_image, first_channel, s, image_stride, channels, positions,
+            LAST, INDEX, G, BC,
+        )  # fmt: skip
+        tile = tl.load(where, mask=ok, other=0.0).to(ACC)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base, tile, first_image, first_channel, s, ok, image_stride, batch, channels, positions,
+    LAST: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Writes ``[rows, BS]`` in the type of the image."""
+    BS: tl.constexpr = s.shape[0]
+    tile = tile.to(base.dtype.element_ty)
+    if FLAT:
+        g, at, where, there = flat_run(
+            base, first_image, first_channel, image_stride, batch, channels, FLAT, INDEX, G, BC, BS
+        )
+        source = g * (BC * BS) + (at // FLAT) * BS + at % FLAT
+        source = tl.where(at < BC * FLAT, source, 0)
+        run = tl.gather(tl.reshape(tile, [G * BC * BS]), source, 0)
+        tl.store(where, run, mask=there)
+    else:
+        where = pointers(
+            base, first_image, first_channel, s, image_stride, channels, positions,
+            LAST, INDEX, G, BC,
+        )  # fmt: skip
+        tl.store(where, tile, mask=ok)
 
 
 @triton.jit
@@ -102,26 +197,33 @@ def sum_parts(
 
 
 @triton.jit
-def outgoing(p, scale, shift, residual, ok, SHIFT: tl.constexpr, ACC: tl.constexpr):
-    """What goes into ``after``: p scale + shift + residual (pointers, or None)."""
+def outgoing(
+    p, scale, shift, residual, first_image, first_channel, s, ok, residual_stride,
+    batch, channels, positions,
+    SHIFT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
+    INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """What goes into ``after``: p scale + shift + residual."""
     pre = p * scale
     if SHIFT:
         pre += shift
     if residual is not None:
-        pre += tl.load(residual, mask=ok, other=0.0).to(ACC)
+        pre += load_tile(
+            residual, first_image, first_channel, s, ok, residual_stride, batch, channels,
+            positions, LAST, FLAT, ACC, INDEX, G, BC,
+        )  # fmt: skip
     return pre
 
 
 @triton.jit
-def store_mask(
-    keep, mask, first_image, first_channel, s0, batch, channels, positions,
+def mask_bytes(
+    mask, first_image, first_channel, s0, batch, channels, positions,
     LAST: tl.constexpr, INDEX: tl.constexpr,
     G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A bit per element, rows of the image padded to bytes; ``keep`` is 0 or 1."""
+    """Pointers to the bytes that have a tile's bits, and which of them there are. Rows of the
+    image are padded to bytes: ``[rows, BS // 8]``, or channels-last ``[rows // 8, BS]``."""
     if LAST:
-        bits = tl.reshape(keep, [G * BC // 8, 8, BS]) << tl.arange(0, 8)[None, :, None]
-        packed = tl.sum(bits, axis=1)
         row_bytes = (channels + 7) // 8
         g, at = rows_of(G, BC // 8)
         s = s0 + tl.arange(0, BS)
@@ -131,8 +233,6 @@ def store_mask(
         ok = ((first_image + g < batch) & (first_channel // 8 + at < row_bytes))[:, None]
         ok = ok & (s < positions)[None, :]
     else:
-        bits = tl.reshape(keep, [G * BC, BS // 8, 8]) << tl.arange(0, 8)[None, None, :]
-        packed = tl.sum(bits, axis=2)
         row_bytes = (positions + 7) // 8
         g, c = rows_of(G, BC)
         at = s0 // 8 + tl.arange(0, BS // 8)
@@ -140,29 +240,44 @@ def store_mask(
         where = ((g.to(INDEX) * channels + c) * row_bytes)[:, None] + at[None, :]
         ok = ((first_image + g < batch) & (first_channel + c < channels))[:, None]
         ok = ok & (at < row_bytes)[None, :]
-    tl.store(mask + where, packed.to(tl.uint8), mask=ok)
+    return mask + where, ok
+
+
+@triton.jit
+def store_mask(
+    keep, mask, first_image, first_channel, s0, batch, channels, positions,
+    LAST: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """A bit per element; ``keep`` is 0 or 1."""
+    if LAST:
+        bits = tl.reshape(keep, [G * BC // 8, 8, BS]) << tl.arange(0, 8)[None, :, None]
+        packed = tl.sum(bits, axis=1)
+    else:
+        bits = tl.reshape(keep, [G * BC, BS // 8, 8]) << tl.arange(0, 8)[None, None, :]
+        packed = tl.sum(bits, axis=2)
+    where, ok = mask_bytes(
+        mask, first_image, first_channel, s0, batch, channels, positions, LAST, INDEX, G, BC, BS
+    )
+    tl.store(where, packed.to(tl.uint8), mask=ok)
 
 
 @triton.jit
 def load_mask(
-    mask, first_image, first_channel, s, ok, channels, positions,
-    LAST: tl.constexpr, INDEX: tl.constexpr, G: tl.constexpr, BC: tl.constexpr,
+    mask, first_image, first_channel, s0, batch, channels, positions,
+    LAST: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Whether ``after="relu"`` let the elements through."""
-    g, c = rows_of(G, BC)
+    """Whether ``after="relu"`` let the elements through, ``[rows, BS]``."""
+    where, ok = mask_bytes(
+        mask, first_image, first_channel, s0, batch, channels, positions, LAST, INDEX, G, BC, BS
+    )
+    packed = tl.load(where, mask=ok, other=0).to(tl.int32)
     if LAST:
-        row_bytes = (channels + 7) // 8
-        mask += first_image * positions * row_bytes + first_channel // 8
-        row = g.to(INDEX)[:, None] * positions + s.to(INDEX)[None, :]
-        where = row * row_bytes + (c // 8)[:, None]
-        bit = (c % 8)[:, None]
+        bits = packed[:, None, :] >> tl.arange(0, 8)[None, :, None]
     else:
-        row_bytes = (positions + 7) // 8
-        mask += (first_image * channels + first_channel) * row_bytes
-        where = ((g.to(INDEX) * channels + c) * row_bytes)[:, None] + (s // 8)[None, :]
-        bit = (s % 8)[None, :]
-    packed = tl.load(mask + where, mask=ok, other=0).to(tl.int32)
-    return ((packed >> bit) & 1) != 0
+        bits = packed[:, :, None] >> tl.arange(0, 8)[None, None, :]
+    return tl.reshape(bits & 1, [G * BC, BS]) != 0
 
 
 @triton.jit

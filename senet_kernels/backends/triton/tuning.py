@@ -25,6 +25,9 @@ from torch import Tensor
 from .plan import Choice, Device, Plan, Shape, candidates, fixed_choice, is_legal
 
 SCHEMA = "senet_kernels.triton_plans/1"
+DIRECTIONS = (
+    "forward", "backward", "squeeze", "squeeze_backward", "channel_scale", "channel_scale_backward",
+)  # fmt: skip
 
 
 class Key(NamedTuple):
@@ -61,7 +64,7 @@ def save(path: str | os.PathLike[str]) -> None:
         {
             "direction": key.direction, "dtype": key.dtype,
             "capability": list(key.device.capability),
-            "multiprocessors": key.device.multiprocessors,
+            "multiprocessors": key.device.multiprocessors, "clusters": key.device.clusters,
             "shape": key.shape._asdict(), "plan": choice.plan._asdict(),
             "resident": choice.resident,
         }
@@ -90,12 +93,12 @@ def load(path: str | os.PathLike[str]) -> None:
 
 def _entry(entry: dict[str, Any]) -> tuple[Key, Choice]:
     direction = entry["direction"]
-    if direction not in ("forward", "backward"):
-        raise ValueError(f"direction: expected forward or backward, got {direction!r}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
     shape = Shape(**entry["shape"])
-    device = Device(tuple(entry["capability"]), entry["multiprocessors"])
+    device = Device(tuple(entry["capability"]), entry["multiprocessors"], entry["clusters"])
     choice = Choice(Plan(**entry["plan"]), entry["resident"])
-    if not is_legal(choice, shape) or (choice.resident and direction == "backward"):
+    if not is_legal(choice, shape) or (choice.plan.blocks > 1 and not device.clusters):
         raise ValueError(f"plan: {choice} does not fit {shape}")
     return Key(direction, shape, entry["dtype"], device), choice
 
@@ -122,15 +125,25 @@ def choose(
     if _file is not None:
         path, _file = _file, None
         load(path)
-    key = Key(direction, shape, str(x.dtype).removeprefix("torch."), device)
+    key = _key(direction, shape, x, device)
+    if key in _pinned or not _enabled:
+        return planned(direction, shape, x, device)
     cut = shape, x.element_size(), device, direction == "forward"
-    if key in _pinned:
-        return _pinned[key]
-    if not _enabled:
-        return fixed_choice(*cut)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         choice = _pinned[key] = _fastest(candidates(*cut), prepare)
     return choice
+
+
+def planned(direction: str, shape: Shape, x: Tensor, device: Device) -> Choice:
+    """The plan that a call would get if nothing was timed."""
+    key = _key(direction, shape, x, device)
+    return _pinned.get(key) or fixed_choice(
+        shape, x.element_size(), device, direction == "forward"
+    )
+
+
+def _key(direction: str, shape: Shape, x: Tensor, device: Device) -> Key:
+    return Key(direction, shape, str(x.dtype).removeprefix("torch."), device)
 
 
 def _fastest(choices: list[Choice], prepare: Callable[[Choice], Callable[[], object]]) -> Choice:

@@ -1,4 +1,4 @@
-"""One picture of a record: speed-up over eager per layer."""
+"""Speed-up over eager, layer by layer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import summary
-from .summary import SHORT_LAYOUT, Entry, Record
+from benchmarks import summary
+from benchmarks.summary import SHORT_LAYOUT, Entry, Record
+
+from .style import COLOURS, FALLBACK, pyplot, quiet_axis, where
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LAYERS = 48  # more cannot be told apart
-BAR_COLOURS = ("#2563eb", "#f59e0b", "#10b981")
-MARKS = {"eager-linear": ("o", "#6b7280"), "compile": ("D", "#dc2626")}
+MARKS = {"eager-linear": "o", "timm": "s", "compile": "D", "compile-max": "d"}
 
 
 def _bars(record: Record, layout: str, mode: str) -> list[tuple[str, Entry]]:
@@ -60,11 +61,7 @@ def draw(record: Record, path: Path) -> bool:
     baselines = summary.baselines_of(record, "")
     if not record["results"] or not baselines:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     metric = summary.metric_of(record)
     over = baselines[0]
     layouts = [name for name in SHORT_LAYOUT if any(e["layout"] == name for e in record["results"])]
@@ -86,16 +83,23 @@ def draw(record: Record, path: Path) -> bool:
         for k, contender in enumerate(record["contenders"]):
             heights = [_ratio(entry, metric, contender, over) for _, entry in bars]
             places = [i - 0.4 + width * (k + 0.5) for i in range(len(bars))]
-            axis.bar(places, heights, width, color=BAR_COLOURS[k % 3], label=contender, zorder=2)
+            axis.bar(
+                places,
+                heights,
+                width,
+                color=COLOURS.get(contender, FALLBACK),
+                label=contender,
+                zorder=2,
+            )
             if len(record["contenders"]) == 1:
                 _write_heights(axis, heights)
-        for name, (marker, colour) in marks.items():
+        for name, marker in marks.items():
             if name not in record["contenders"]:
                 heights = [_ratio(entry, metric, name, over) for _, entry in bars]
                 axis.plot(
                     heights,
                     marker,
-                    color=colour,
+                    color=COLOURS[name],
                     markersize=4.5,
                     markeredgecolor="white",
                     markeredgewidth=0.6,
@@ -126,9 +130,7 @@ def draw(record: Record, path: Path) -> bool:
         axis.set_xlim(-0.7, len(bars) - 0.3)
         axis.set_title(f"{mode}, {SHORT_LAYOUT[layout]}", loc="left", fontsize=10)
         axis.set_ylabel(f"speed-up over {over}", fontsize=8)
-        axis.grid(axis="y", color="#e5e7eb", zorder=0)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        quiet_axis(axis, "y")
         names = [name for name, _ in bars]
         for i in range(1, len(names)):
             if names[i] != names[i - 1]:
@@ -143,11 +145,9 @@ def draw(record: Record, path: Path) -> bool:
                 )  # fmt: skip
     labels = [entry["layer"].split("-")[0].replace("x", "\u00d7") for _, entry in bars]
     axes[-1, 0].set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
-    env, first = record["environment"], record["results"][0]
-    where = env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads"
+    first = record["results"][0]
     figure.suptitle(
-        f"Squeeze-excite layers, {first['dtype']}, batch {first['batch']} \u2013 "
-        f"{where}, torch {env['torch']}",
+        f"Squeeze-excite layers, {first['dtype']}, batch {first['batch']} \u2013 {where(record)}",
         fontsize=11,
     )
     handles, names = axes[0, 0].get_legend_handles_labels()

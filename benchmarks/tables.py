@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import summary
-from .summary import SHORT_LAYOUT, Mean, Record, Row
+from . import digest, summary
+from .summary import Mean, Record, Row
 
 MOST_LOSSES = 20
 
@@ -34,7 +35,7 @@ def _worst(row: Row) -> Text:
     return Text(f"{ratio:.2f}x  {layer.split('-')[0]}", style=style)
 
 
-def _table(record: Record, mode: str, rows: list[Row]) -> Table:
+def _table(record: Record, mode: str, rows: list[Row], first: str = "network") -> Table:
     baselines = list(dict.fromkeys(name for row in rows for name in row.speedup))
     many = len({(row.contender, row.dtype, row.batch) for row in rows}) > 1
     limit = next(e["limit_in_clones"] for e in record["results"] if e["mode"] == mode)
@@ -44,7 +45,7 @@ def _table(record: Record, mode: str, rows: list[Row]) -> Table:
     )
     if many:
         table.add_column("provider, type")
-    table.add_column("network", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     table.add_column("layout", no_wrap=True, min_width=6)
     table.add_column("layers", justify="right", no_wrap=True, min_width=6)
     for name in baselines:
@@ -82,6 +83,24 @@ def _small(record: Record) -> Table:
     return table
 
 
+def _plain(title: str, lines: Sequence[Sequence[str]]) -> Table:
+    """A table of ready text, the first line its head."""
+    table = Table(title=title, title_justify="left")
+    for index, head in enumerate(lines[0]):
+        table.add_column(head, justify="left" if index == 0 else "right")
+    for line in lines[1:]:
+        table.add_row(*(cell.replace("**", "").replace("`", "") for cell in line))
+    return table
+
+
+def _print_layers(record: Record, console: Console) -> None:
+    for mode in dict.fromkeys(entry["mode"] for entry in record["results"]):
+        if rows := list(summary.rows(record, mode)):
+            console.print(_table(record, mode, rows))
+        if rows := list(summary.regime_rows(record, mode)):
+            console.print(_table(record, mode, rows, "regime"))
+
+
 def print_report(record: Record, console: Console) -> None:
     """Tables, losses, and whatever has no figure."""
     env = record["environment"]
@@ -89,11 +108,12 @@ def print_report(record: Record, console: Console) -> None:
     what = ", ".join(f"{dtype} batch {batch}" for dtype, batch in blocks)
     where = env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads"
     console.print(f"\n[bold]{where}[/], torch {env['torch']}{', ' + what if what else ''}")
-    for mode in dict.fromkeys(entry["mode"] for entry in record["results"]):
-        rows = list(summary.rows(record, mode))
-        if rows:
-            console.print(_table(record, mode, rows))
-    if record["results"]:
+    if record["kind"] == "layers":
+        _print_layers(record, console)
+    else:
+        for title, lines in digest.blocks(record):
+            console.print(_plain(title, lines))
+    if record["kind"] == "layers" and record["results"]:
         console.print(
             "Geometric mean over the distinct layers, each counted once; (n/m): only n of m layers "
             "have the figure.\ntime/clone: over the least traffic, at the speed of a same-size "
@@ -101,7 +121,7 @@ def print_report(record: Record, console: Console) -> None:
             style="dim",
             highlight=False,
         )
-    if record["small_call"]:
+    if record.get("small_call"):
         console.print(_small(record))
     _print_losses(record, console)
     for (name, status, reason), count in summary.missing(record).items():
@@ -127,14 +147,13 @@ def _print_losses(record: Record, console: Console) -> None:
     found = summary.losses(record)
     if not found:
         if record["results"]:
-            console.print("losses: no layer slower than a baseline by more than 5 %")
+            console.print("losses: nothing slower than a baseline by more than 5 %")
         return
     console.print(f"[red]losses[/]: {len(found)} slower than a baseline by more than 5 %")
     for contender, baseline, entry, figure in found[:MOST_LOSSES]:
         console.print(
             f"  {figure['ratio']:.2f}x [{figure['ci_low']:.2f}, {figure['ci_high']:.2f}]  "
-            f"{contender} vs {baseline}: {entry['layer']} {entry['dtype']} b{entry['batch']} "
-            f"{SHORT_LAYOUT[entry['layout']]} {entry['mode']}",
+            f"{contender} vs {baseline}: {summary.case_name(entry)} {entry['mode']}",
             markup=False,
             highlight=False,
         )

@@ -1,0 +1,306 @@
+"""The isolated layers: plan, check, time, record, within a budget of seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import launches
+from .bench import OVERRUN, Bench, Status, drop_compiled, memory_available
+from .compiling import COMPILE_SHARE, graphs_so_far
+from .memory import peak_bytes, saved_bytes
+from .options import LayerOptions
+from .problem import (
+    FORWARD,
+    FORWARD_GRAPH,
+    TOLERANCE,
+    TRAINING,
+    Case,
+    Problem,
+    largest_error,
+    limit_in_clones,
+    oracle,
+)
+from .providers import (
+    BASELINES,
+    COMPOSED,
+    LIMIT,
+    Provider,
+    chosen_backend,
+    make_call,
+    make_provider,
+    one_line,
+    results,
+    unavailable,
+)
+from .timing import Rounds, cold_copies
+from .workloads import Layer
+
+SMALL = Case(Layer(64, 4, 4, 4, "relu", "sigmoid"), "fp32", "contiguous", 2)
+ALWAYS_COMPLETE = 2  # networks
+LEAST_SECONDS = 0.5  # for the rounds of a case while the budget lasts: enough for a small layer
+
+
+@dataclass
+class LayerBench(Bench):
+    """Cases that are one squeeze-excite layer each."""
+
+    providers: list[Provider] = field(init=False)
+
+    key_fields: ClassVar[tuple[str, ...]] = ("layer", "dtype", "layout", "batch")
+    rival: ClassVar[str] = "compile"
+    options: LayerOptions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options = self.options
+        missing = self.record["unavailable"]
+        names = []
+        for name in options.providers:
+            reason = unavailable(name, options.device)
+            if reason is None:
+                names.append(name)
+            else:
+                missing[name] = reason
+        self.providers = [make_provider(name) for name in [*names, LIMIT]]
+        # whose speed-ups are reported: the fused backends, or else what there is beside eager
+        fused = [name for name in names if name not in BASELINES and name not in COMPOSED]
+        self.record |= {
+            "neighbours": options.neighbours,
+            "providers": names,
+            "contenders": fused or names[-1:],
+        }
+
+    def is_done(self, case: Case) -> bool:
+        return (case.layer.name, case.dtype, case.layout, case.batch) in self.done
+
+    def measure_all(
+        self,
+        cases: list[Case],
+        keep: Callable[[Case], bool],
+        progress: Callable[[list[Case]], Any],
+    ) -> None:
+        """Measure the cases in order; past the budget only those to ``keep``."""
+        cases = [case for case in cases if not self.is_done(case)]
+        weights = [case.bytes + 2**22 for case in cases]
+        setups: list[float] = []
+        for index, case in enumerate(progress(cases)):
+            if not keep(case) and self.spent() > OVERRUN:
+                self.record["not_measured"].append(case.name)
+                continue
+            self.tell(f"b{case.batch} {case.layer.shape} {case.layout}")
+            begin = time.perf_counter()
+            seconds = self._share(weights[index:], setups)
+            before = self.compile.seconds
+            entries = self._case(case, self.options.modes, seconds)
+            self.record["results"] += entries
+            timed = sum(entry["timed_s"] for entry in entries)
+            compiled = self.compile.seconds - before
+            setups.append(time.perf_counter() - begin - timed - compiled)
+            self.save(self.record)
+
+    def _share(self, weights: list[int], setups: list[float]) -> float:
+        """Seconds to spend on the rounds of the next case: its part of what is left."""
+        budget = self.options.budget
+        if not budget:
+            return float("inf")
+        left = len(weights)
+        setup = left * (sum(setups) / len(setups) if setups else 0.3)
+        account = self.compile
+        compiling = 0.0
+        if account.refuse() is None and any(p.name.startswith(self.rival) for p in self.providers):
+            each = account.seconds / account.cases if account.cases else 3.0
+            rest = COMPILE_SHARE * budget - account.seconds
+            compiling = min(rest, left * len(self.options.modes) * each)
+        free = budget - (time.perf_counter() - self.start) - setup - compiling
+        return max(0.0, free) * weights[0] / sum(weights)
+
+    def _case(
+        self, case: Case, modes: list[str], seconds: float, most: int = 30
+    ) -> list[dict[str, Any]]:
+        """Check every provider on one case, then time those that are right."""
+        device = self.options.device
+        torch.manual_seed(self.options.seed)
+        shared = {
+            **asdict(case.layer),
+            "layer": case.layer.name,
+            "dtype": case.dtype,
+            "layout": case.layout,
+            "batch": case.batch,
+            "bytes": case.bytes,
+        }
+        needed = 64 * case.bytes / (4 if case.dtype == "fp32" else 2)  # fp64 oracle included
+        if needed > memory_available(device):
+            reason = {"status": "n/a", "reason": "not enough memory"}
+            names = [p.name for p in self.providers]
+            return [
+                {**shared, "mode": mode, "timed_s": 0.0, "providers": dict.fromkeys(names, reason)}
+                for mode in modes
+            ]
+        # x and dy each have their copies; one of both is touched per call
+        copies = cold_copies(device, case.bytes)
+        problem = Problem.create(case, device, copies=copies, seed=self.options.seed)
+        shared["chosen_backend"] = chosen_backend(problem)
+        want = oracle(problem)
+        checked = {p.name: self._check(p, problem, want, modes) for p in self.providers}
+        del want
+        entries = []
+        for mode in modes:
+            part = seconds * (0.3 if mode != TRAINING and len(modes) > 1 else 0.7)
+            late = self.spent() > 1
+            part = part if late else max(part, LEAST_SECONDS)
+            rounds = Rounds(least=3 if late else 5, most=most, seconds=part)
+            entry = {**shared, "mode": mode}
+            entry |= self._time(problem, mode, checked, rounds)
+            entries.append(entry)
+        drop_compiled(module for module, _ in checked.values())
+        return entries
+
+    def _check(
+        self, provider: Provider, problem: Problem, want: dict[str, Tensor], modes: list[str]
+    ) -> tuple[nn.Module | None, dict[str, Status]]:
+        """Build a provider and hold output and gradients against the oracle.
+
+        Returns the module and, per mode, a status: ok (with the error), wrong, or n/a.
+        """
+        compiles = provider.name.startswith(self.rival)
+        if compiles and (reason := self.compile.refuse(provider.name)):
+            return None, {mode: {"status": "n/a", "reason": reason} for mode in modes}
+        case = problem.case
+        tolerance = TOLERANCE[case.dtype]
+        module: nn.Module | None = None
+        statuses: dict[str, Status] = {}
+        try:
+            module = provider.build(problem)
+            if provider.name == LIMIT:
+                return module, {mode: {"status": "ok"} for mode in modes}
+            for mode in modes:
+                graphs, begin = graphs_so_far() if compiles else 0, time.perf_counter()
+                with torch.set_grad_enabled(mode != FORWARD):
+                    if mode == FORWARD:
+                        got = {"y": make_call(module, problem, FORWARD)(0)}
+                    else:
+                        got = results(module, problem)
+                status: Status = {}
+                if compiles:
+                    spent = time.perf_counter() - begin
+                    self.compile.spend(spent)
+                    status["compile"] = {"graphs": graphs_so_far() - graphs, "seconds": spent}
+                error = largest_error(got, want, got)
+                right = error <= tolerance
+                status |= {"status": "ok" if right else "wrong", "error": error}
+                if not right:
+                    status["reason"] = f"error {error:.2g} of the largest value, over {tolerance}"
+                statuses[mode] = status
+        except Exception as error:  # a backend may refuse a case, a compiler may be missing
+            reason = one_line(error)
+            if compiles:
+                self.compile.broken[provider.name] = reason
+                torch.compiler.reset()
+            for mode in modes:
+                statuses.setdefault(mode, {"status": "n/a", "reason": reason})
+        return module, statuses
+
+    def _time(
+        self,
+        problem: Problem,
+        mode: str,
+        checked: dict[str, tuple[nn.Module | None, dict[str, Status]]],
+        rounds: Rounds,
+    ) -> dict[str, Any]:
+        """Statistics of every provider that passed, and speed-ups of the fused over the others."""
+        out = {name: dict(statuses[mode]) for name, (_, statuses) in checked.items()}
+        modules = {
+            name: module
+            for name, (module, _) in checked.items()
+            if module is not None and out[name]["status"] == "ok"
+        }
+        factor = limit_in_clones(problem.case.layer, mode)
+        with torch.set_grad_enabled(mode != FORWARD):
+            calls = {name: make_call(module, problem, mode) for name, module in modules.items()}
+            timed = self.time_calls(
+                calls,
+                self.timers(len(problem.x)),
+                rounds,
+                out,
+                BASELINES,
+                self.record["contenders"],
+                (LIMIT, factor),
+            )
+            for name, call in calls.items():
+                if name != LIMIT:
+                    out[name] |= self._account(call, modules[name], problem, mode)
+        return {"limit_in_clones": factor, **timed, "providers": out}
+
+    def _account(
+        self, call: Callable[[int], Any], module: nn.Module, problem: Problem, mode: str
+    ) -> dict[str, Any]:
+        """What a call costs besides time: launches, peak memory, bytes saved for backward."""
+        device = self.options.device
+        found: dict[str, Any] = {}
+        try:
+            if device.type == "cuda" or not hasattr(module, "_orig_mod"):
+                found["launches"] = launches.count(lambda: call(0), device)
+            if (peak := peak_bytes(lambda: call(0), device)) is not None:
+                found["peak_bytes"] = peak
+            if mode != FORWARD:
+                forward = make_call(module, problem, FORWARD_GRAPH)
+                # x and the residual are the network's in any case, saved or not
+                inputs = [problem.x[0], *problem.weights.values(), *module.parameters()]
+                inputs += [r for r in problem.residual[:1] if r is not None]
+                found["saved_bytes"] = saved_bytes(lambda: forward(0), inputs)
+        except Exception as error:  # a profiler may be forbidden; the times stand without it
+            found["account_failed"] = one_line(error)
+        return found
+
+
+@dataclass
+class LayerRun(LayerBench):
+    """``python -m benchmarks layers``: the layers of real networks."""
+
+    kind: ClassVar[str] = "layers"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.record |= {
+            "networks": [
+                {
+                    "network": network.name,
+                    "source": network.source,
+                    "layers": [{"layer": layer.name, "count": n} for layer, n in network.layers],
+                }
+                for network in self.options.networks
+            ],
+            "small_call": [],
+        }
+
+    def cases(self) -> list[Case]:
+        """Distinct cases, the networks' order kept, so that what runs first is what counts most."""
+        options = self.options
+        found = {
+            Case(layer, dtype, layout, batch): None
+            for batch in options.batches
+            for dtype in options.dtypes
+            for network in options.networks
+            for layer, _ in network.layers
+            for layout in options.layouts
+        }
+        return list(found)
+
+    def run(self, progress: Callable[[list[Any]], Any]) -> None:
+        """Measure everything; ``progress`` wraps the list of cases (a progress bar)."""
+        if self.options.small and not self.record["small_call"]:
+            self.tell("small call")
+            modes = [FORWARD, FORWARD_GRAPH, TRAINING]
+            self.record["small_call"] += self._case(SMALL, modes, seconds=4.0, most=300)
+            self.save(self.record)
+        if not self.options.layers:
+            return
+        first = self.options.networks[:ALWAYS_COMPLETE]
+        kept = {layer for network in first for layer, _ in network.layers}
+        self.measure_all(self.cases(), lambda case: case.layer in kept, progress)

@@ -1,0 +1,308 @@
+"""The figures of docs/senet.md, each by a command: ``python docs/senet_claims.py size`` and so on.
+
+``accuracy``, ``scale`` and ``gate`` train networks on scikit-learn's digits with
+``senet_kernels.train`` (``pip install 'senet-kernels[train]'``); finished runs stay in
+``build/senet`` and are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from senet_kernels import FusedSEBlock, use_backend
+from senet_kernels.flops import multiply_adds
+from senet_kernels.models import create_model
+
+RUNS = Path("build/senet")
+
+#: The paper's table 2 (re-implementation): GFLOPs, which are multiply-adds, plain and with SE.
+PAPER = {
+    "resnet50": (3.86, 3.87), "resnet101": (7.58, 7.60), "resnet152": (11.30, 11.32),
+    "resnext50_32x4d": (4.24, 4.25), "resnext101_32x4d": (7.99, 8.00),
+}  # fmt: skip
+
+
+def _parameters(name: str, **options: Any) -> float:
+    with torch.device("meta"):
+        model = create_model(name, **options)
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def _gmac(name: str, **options: Any) -> float:
+    with torch.device("meta"):
+        model = create_model(name, **options)
+    return multiply_adds(model, (1, 3, 224, 224)) / 1e9
+
+
+def size() -> None:
+    """Parameters and multiply-adds at 224 pixels, beside the paper's."""
+    print("| network | GMAC paper | GMAC here | with SE, paper | with SE, here | M parameters "
+          "| with SE |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
+    for name, (plain, with_se) in PAPER.items():
+        options = {"stride_in_1x1": True} if name.startswith("resnet") else {}
+        counted = [_gmac(n, **options) for n in (name, f"se_{name}")]
+        millions = [_parameters(n, **options) for n in (name, f"se_{name}")]
+        print(f"| {name} | {plain} | {counted[0]:.3f} | {with_se} | {counted[1]:.3f} "
+              f"| {millions[0]:.2f} | {millions[1]:.2f} |")  # fmt: skip
+    name = "senet154"
+    print(f"| {name} | | {_gmac('resnext152_64x4d'):.2f} | 20.7 | {_gmac(name):.2f} "
+          f"| {_parameters('resnext152_64x4d'):.2f} | {_parameters(name):.2f} |")  # fmt: skip
+    for form in ("two", "single", "tied"):
+        options = {"excitation": form, "stride_in_1x1": True}
+        print(f"se_resnet50 excitation={form}: {_parameters('se_resnet50', **options):.2f} M, "
+              f"{_gmac('se_resnet50', **options):.4f} GMAC")  # fmt: skip
+
+
+@contextmanager
+def _kept() -> Iterator[dict[int, int]]:
+    """Bytes of the tensors autograd keeps for backward, by their storages."""
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield storages
+
+
+def _training_bytes(name: str, backend: str, size: int, batch: int) -> tuple[float, float]:
+    """MB kept for backward besides the parameters, and MB of parameters."""
+    model = create_model(name)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    x = torch.randn(batch, 3, size, size)
+    with use_backend(backend), _kept() as storages:
+        loss = model(x).sum()
+    kept = sum(n for pointer, n in storages.items() if pointer not in own)
+    del loss
+    return kept / 1e6, sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+
+
+def memory() -> None:
+    """What training keeps for backward, per image of 224 pixels, float32."""
+    for name, backend in (
+        ("resnet50", "reference"), ("se_resnet50", "reference"), ("se_resnet50", "native")
+    ):  # fmt: skip
+        kept, parameters = _training_bytes(name, backend, 224, 2)
+        print(f"{name} ({backend}): {kept / 2:.1f} MB an image, {parameters:.1f} MB of parameters")
+
+
+def _median(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Seconds, medians of interleaved rounds."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i:  # the first warms up
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in taken.items()}
+
+
+def step_time(rounds: int = 5, batch: int = 4) -> None:
+    """Time of a training step and of inference, ResNet-50 at 224 pixels."""
+    x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
+    labels = torch.arange(batch)
+
+    def calls(name: str, backend: str) -> dict[str, Callable[[], None]]:
+        model = create_model(name).to(memory_format=torch.channels_last)
+
+        def train() -> None:
+            model.train()
+            with use_backend(backend):
+                F.cross_entropy(model(x), labels).backward()
+            model.zero_grad()
+
+        def infer() -> None:
+            model.eval()
+            with use_backend(backend), torch.no_grad():
+                model(x)
+
+        return {f"step {name} {backend}": train, f"inference {name} {backend}": infer}
+
+    every = calls("resnet50", "reference")
+    every |= calls("se_resnet50", "reference") | calls("se_resnet50", "native")
+    print(f"batch {batch}, float32, channels-last, {torch.get_num_threads()} threads")
+    for name, seconds in _median(every, rounds).items():
+        print(f"{name}: {seconds * 1e3:.0f} ms")
+
+
+#: Name -> model and arguments of create_model.
+FORMS = {
+    "plain": ("resnet20", ""),
+    "two": ("se_resnet20", ""),
+    "tied": ("se_resnet20", "excitation=tied"),
+    "single": ("se_resnet20", "excitation=single"),
+    "article": ("se_resnet20", "excitation=tied formula=weighted"),
+    "weighted": ("se_resnet20", "formula=weighted"),
+    "literal": ("se_resnet20", "formula=literal"),
+    "plain8": ("resnet8", ""),
+    "two8": ("se_resnet8", ""),
+}
+
+
+def _folder(form: str, seed: int, fraction: float) -> Path:
+    return RUNS / f"{form}-{fraction}-{seed}"
+
+
+def _epochs(fraction: float) -> int:
+    """30 of 1437 training images; twice as many of few."""
+    return 30 if fraction <= 0.5 else 60
+
+
+def _train(*arguments: object) -> None:
+    command = [sys.executable, "-m", "senet_kernels.train", *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def _run(form: str, seed: int, fraction: float) -> dict[str, Any]:
+    """The summary of a training run, which is made if it is not there."""
+    folder = _folder(form, seed, fraction)
+    if not (folder / "summary.json").exists():
+        model, arguments = FORMS[form]
+        _train("--model", model, "--seed", seed, "--test-fraction", fraction,
+               "--epochs", _epochs(fraction), "--out", folder,
+               "--overwrite", "--measure-train", "--no-progress",
+               *(["--model-args", *arguments.split()] if arguments else []))  # fmt: skip
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def accuracy(forms: list[str], seeds: int, fraction: float) -> None:
+    """Test accuracy, and how far training accuracy is above it, in per cent over seeds."""
+    print(f"test fraction {fraction}, {seeds} seeds: median (lowest to highest)")
+    print("| form | test | train minus test | train loss | test loss | parameters |")
+    print("|---|---|---|---|---|---|")
+    for form in forms:
+        found = [_run(form, seed, fraction) for seed in range(seeds)]
+        test = [100 * s["test_accuracy"] for s in found]
+        gap = [100 * (s["train_accuracy"] - s["test_accuracy"]) for s in found]
+        losses = [
+            f"{statistics.median(s[f'{part}_loss'] for s in found):.4f}"
+            for part in ("train", "test")
+        ]
+        print(f"| {form} | {_spread(test)} | {_spread(gap)} | {' | '.join(losses)} "
+              f"| {found[0]['parameters']:,} |", flush=True)  # fmt: skip
+
+
+def _evaluate(folder: Path, *arguments: object) -> float:
+    command = [sys.executable, "-m", "senet_kernels.train", "--evaluate", "--no-progress",
+               "--init-from", folder, *arguments]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    return 100 * float(json.loads(done.stdout.splitlines()[-1])["test_accuracy"])
+
+
+def scale(forms: list[str], seeds: int) -> None:
+    """Test accuracy where the digit is zoomed on the same canvas, and where images are larger."""
+    options = [("--test-scale", s) for s in (0.75, 0.9, 1.1, 1.25)]
+    options += [("--test-size", n) for n in (7, 9, 10, 12)]
+    print(
+        "| form | " + " | ".join(f"{o[0].removeprefix('--test-')} {o[1]}" for o in options) + " |"
+    )
+    print("|---" * (len(options) + 1) + "|")
+    for form in forms:
+        cells = []
+        for option in options:
+            values = []
+            for seed in range(seeds):
+                _run(form, seed, 0.2)
+                values.append(_evaluate(_folder(form, seed, 0.2), *option))
+            cells.append(_spread(values))
+        print(f"| {form} | {' | '.join(cells)} |", flush=True)
+
+
+def _gates(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    """The gate of every channel of every block, [B, C] each."""
+    found = []
+
+    def keep(block: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+        z = args[0].mean((2, 3), keepdim=True)
+        found.append(torch.sigmoid(block.fc2(F.relu(block.fc1(z)))).flatten(1))
+
+    handles = [
+        module.register_forward_hook(keep)
+        for module in model.modules()
+        if isinstance(module, FusedSEBlock)
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def gate() -> None:
+    """What the gate sees: a block with its positions permuted; then the gates of a trained model
+    over test images."""
+    torch.manual_seed(0)
+    block = FusedSEBlock(64, 16).double()
+    x = torch.randn(4, 64, 14, 14, dtype=torch.float64)
+    order = torch.randperm(196)
+
+    def permute(t: Tensor) -> Tensor:
+        return t.flatten(2)[:, :, order].reshape(t.shape)
+
+    off = (block(permute(x)) - permute(block(x))).abs().max()
+    print(f"positions permuted before the block or after it: outputs differ by {off:.1e}")
+    gates = (block(x) / x).flatten(2)
+    print(f"a channel's gate over the 196 positions of an image: differs by "
+          f"{(gates.amax(2) - gates.amin(2)).max():.1e}")  # fmt: skip
+
+    from sklearn.datasets import load_digits
+
+    _run("two", 0, 0.2)
+    saved = torch.load(_folder("two", 0, 0.2) / "last.pt", weights_only=True)
+    model = create_model("se_resnet20", 10, 1).eval()
+    model.load_state_dict(saved["weights"])
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    images = (images - images.mean()) / images.std()
+    labels = torch.tensor(digits.target)
+    print("trained se_resnet20, test and training digits: mean of the gates; their standard")
+    print("deviations between channels, between digits' means, among images of one digit")
+    for i, g in enumerate(_gates(model, images)):
+        means = torch.stack([g[labels == digit].mean(0) for digit in range(10)])
+        within = torch.stack([g[labels == digit].std(0) for digit in range(10)]).mean()
+        print(f"block {i + 1}: mean {g.mean():.2f}, channels {g.mean(0).std():.3f}, "
+              f"digits {means.std(0).mean():.3f}, within a digit {within:.3f}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    what = parser.add_subparsers(dest="what", required=True)
+    for command in (size, memory, step_time, gate):
+        what.add_parser(command.__name__.replace("_", "-"), help=command.__doc__)
+    trained = what.add_parser("accuracy", help=accuracy.__doc__)
+    trained.add_argument("--fraction", type=float, default=0.2, help="of the images, for testing")
+    for sub in (trained, what.add_parser("scale", help=scale.__doc__)):
+        sub.add_argument("--forms", nargs="+", default=["plain", "two"], choices=FORMS)
+        sub.add_argument("--seeds", type=int, default=5)
+    given = parser.parse_args()
+    if given.what == "accuracy":
+        accuracy(given.forms, given.seeds, given.fraction)
+    elif given.what == "scale":
+        scale(given.forms, given.seeds)
+    else:
+        {"size": size, "memory": memory, "step-time": step_time, "gate": gate}[given.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Records of the benchmark suite, what follows from them, and what people read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import (
+    digest,
+    page,
+    readme,
+    records,
+    regimes,
+    stats,
+    summary,
+)
+from benchmarks.sweep import thinned
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# -- statistics and summaries ----------------------------------------------------------------------
+
+
+def test_statistics() -> None:
+    found = stats.summarise([3e-6, 1e-6, 2e-6, 5e-6, 4e-6])
+    assert found["median_us"] == pytest.approx(3)
+    assert (found["q1_us"], found["q3_us"]) == (pytest.approx(2), pytest.approx(4))
+    assert found["ci_low_us"] <= 3 <= found["ci_high_us"]
+    twice = stats.speedup([2.0, 2.2, 1.8] * 5, [1.0, 1.1, 0.9] * 5)
+    assert twice["ratio"] == pytest.approx(2)
+    assert twice["ci_low"] <= 2 <= twice["ci_high"]
+
+
+def _point(**times: float) -> dict[str, Any]:
+    return {"providers": {n: {"status": "ok", "wall": {"median_us": t}} for n, t in times.items()}}
+
+
+def test_crossovers() -> None:
+    points = [(1, _point(a=1, b=4)), (4, _point(a=4, b=4.05)), (16, _point(a=16, b=4))]
+    (found,) = summary.crossovers(points, ["a", "b"], "wall")
+    assert (found.before, found.after) == ("a", "b")
+    assert 4 < found.at < 5
+    # Within the margin nobody leads.
+    level = [(1, _point(a=1.00, b=1.01)), (2, _point(a=1.01, b=1.00))]
+    assert summary.crossovers(level, ["a", "b"], "wall") == []
+    # Symmetric on logarithmic scales: half way.
+    even = [(2, _point(a=1, b=2)), (8, _point(a=2, b=1))]
+    assert summary.crossovers(even, ["a", "b"], "wall")[0].at == pytest.approx(4)
+
+
+def test_price() -> None:
+    over = {"fused": {"no-se": {"ratio": 0.8, "ci_low": 0.5, "ci_high": 1.0}},
+            "no-se": {"original": {"ratio": 1.5, "ci_low": 1.2, "ci_high": 2.0}}}  # fmt: skip
+    entry = {"speedup": {"wall": over}}
+    assert summary.price(entry, "wall", "fused") == pytest.approx((25, 0, 100))
+    assert summary.price(entry, "wall", "original") == pytest.approx((50, 20, 100))
+    assert summary.price(entry, "wall", "neighbours") is None
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "environment", "expected"),
+    [
+        (2, {"device": "H200", "l2_bytes": 50 << 20}, "latency"),
+        (40, {"device": "H200", "l2_bytes": 50 << 20}, "cache"),
+        (100, {"device": "H200", "l2_bytes": 50 << 20}, "mixed"),
+        (200, {"device": "H200", "l2_bytes": 50 << 20}, "memory"),
+        (1, {"device": "cpu", "caches": {"core": 1 << 20, "last": 32 << 20}}, "latency"),
+        (12, {"device": "cpu", "caches": {"core": 1 << 20, "last": 32 << 20}}, "cache"),
+        (30, {"device": "cpu", "caches": {"core": 1 << 20, "last": 32 << 20}}, "mixed"),
+        (33, {"device": "cpu", "caches": {"core": 1 << 20, "last": 32 << 20}}, "memory"),
+        (33, {"device": "cpu", "caches": None}, None),
+    ],
+)
+def test_regimes(megabytes: int, environment: dict[str, Any], expected: str | None) -> None:
+    assert regimes.regime(megabytes << 20, environment) == expected
+
+
+def test_thinned() -> None:
+    assert thinned((1, 2, 4, 8, 16), 0) == (1, 2, 4, 8, 16)
+    assert thinned((1, 2, 4, 8, 16), 3) == (1, 4, 16)
+    assert thinned((1, 2, 4, 8, 16), 1) == (1,)
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+COMMITTED = page.committed()
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_records(path: Path) -> None:
+    record = records.read(path)
+    assert record["environment"]["commit"]
+    assert not record["environment"]["uncommitted_changes"]
+    assert record["status"] == "complete"
+    assert records.dumps(record) == path.read_text()
+    rows = list(records.rows(record))
+    assert len(rows) >= len(record["results"])
+    assert len({tuple(row) for row in rows}) == 1  # the columns
+
+
+def test_schema_refuses(tmp_path: Path) -> None:
+    record = records.read(COMMITTED[0])
+    entry = record["results"][0]
+    name = next(iter(entry["providers"]))
+
+    def fails(change: Callable[[dict[str, Any]], Any], place: str) -> None:
+        broken = json.loads(json.dumps(record))
+        change(broken)
+        with pytest.raises(records.InvalidRecord, match=place):
+            records.validate(broken)
+
+    fails(lambda r: r.pop("command"), "'command' is missing")
+    fails(lambda r: r.update(kind="dreams"), "record.kind: expected one of")
+    fails(lambda r: r.update(surprise=1), "unexpected 'surprise'")
+    fails(lambda r: r["results"][0].update(batch=True), r"results\[0\].batch: expected integer")
+    fails(lambda r: r["results"][0].update(batch=0), "expected at least 1, got 0")
+    fails(lambda r: r["results"][0].pop("bytes"), "'bytes' is missing")
+    fails(lambda r: r["results"][0]["providers"][name].update(status="fine"), "status: expected")
+    with pytest.raises(records.InvalidRecord, match="expected object"):
+        records.validate([])
+    (tmp_path / "torn.json").write_text('{"schema": ')
+    with pytest.raises(records.InvalidRecord, match=r"torn.json: not JSON"):
+        records.read(tmp_path / "torn.json")
+
+
+def test_schema_is_json_schema() -> None:
+    """Our validator and jsonschema's, where that is installed, are of one mind."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(records.SCHEMA_FILE.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for path in COMMITTED:
+        jsonschema.validate(json.loads(path.read_text()), schema)
+
+
+def test_numbers_in_a_record() -> None:
+    text = records.dumps({"a": [{"b": 1.23456789e-7, "c": math.inf}, {"d": 12}], "e": "µ"})
+    assert json.loads(text) == {"a": [{"b": 1.2346e-07, "c": None}, {"d": 12}], "e": "µ"}
+    assert len(text.splitlines()) == 7
+
+
+# -- what people read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_figures_are_those_of_the_records(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert readme.renewed(text, (ROOT / name).parent) == text, "run python -m benchmarks.readme"
+
+
+def test_readme_mistakes() -> None:
+    with pytest.raises(ValueError, match="expected a block"):
+        readme.renewed("nothing", ROOT)
+    record = COMMITTED[0].relative_to(ROOT).as_posix()
+    text = f"<!-- benchmark:begin everything {record} -->\n<!-- benchmark:end -->"
+    with pytest.raises(ValueError, match="expected one of layers"):
+        readme.renewed(text, ROOT)
+
+
+def test_page_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / f"{COMMITTED[0].stem}.png"
+    image.write_bytes(b"\x89PNG")
+    monkeypatch.setattr("benchmarks.plots.draw", lambda record, path: [image])
+    record = records.read(COMMITTED[0])
+    record["environment"]["cpu"] = "<b>&"
+    text = page.render([(COMMITTED[0], record)], tmp_path)
+    assert "data:image/png;base64,iVBORw" in text
+    assert "http" not in text.replace("https://", "")
+    assert "&lt;b&gt;&amp;" in text
+    assert record["command"] in text
+    for _, lines in digest.blocks(record):
+        assert all(f"<td>{c.strip('*').replace('`', '')}</td>" in text for c in lines[1][:1])

@@ -1,0 +1,393 @@
+"""The benchmark suite: its gate catches what is wrong, its records say what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+
+from benchmarks import (
+    digest,
+    dram,
+    launches,
+    memory,
+    networks,
+    records,
+    summary,
+    timing,
+)
+from benchmarks.__main__ import main
+
+CPU = torch.device("cpu")
+LAYER = ("layers", "--network", "lc0_10x128", "--batch", "1", "--layout", "contiguous",
+         "--provider", "eager-linear", "--provider", "reference", "--mode", "forward",
+         "--budget", "0.5")  # fmt: skip
+MODEL = ("models", "--network", "tiny", "--budget", "0.5", "--provider", "original",
+         "--provider", "neighbours", "--provider", "no-se")  # fmt: skip
+
+
+def _tiny() -> nn.Module:
+    return networks.Tower(2, 8, hidden=4)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that takes no time."""
+    spec = networks.NetworkSpec("tiny", _tiny, "here", 112, 8, 2, 2)
+    monkeypatch.setitem(networks.NETWORKS, "tiny", spec)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
+    """Runs a command line without its plots; gives the exit code and the record."""
+    monkeypatch.setattr("benchmarks.__main__.draw", lambda record, path: [])
+
+    def run(*words: str) -> tuple[int, Any]:
+        path = tmp_path / "record.json"
+        code = main([*words, "--device", "cpu", "--record", str(path)])
+        return code, records.read(path)
+
+    return run
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def test_layers(run: Callable[..., tuple[int, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    code, record = run(*LAYER)
+    assert (code, record["kind"], record["status"]) == (0, "layers", "complete")
+    (entry,) = record["results"]
+    assert entry["providers"].keys() == {"eager-linear", "reference", "clone"}
+    assert entry["providers"]["eager-linear"]["wall"]["samples"] >= 3
+    assert entry["providers"]["reference"]["launches"]["operators"] >= 5
+    assert "--record" not in record["command"]
+    assert "256x8x8" not in capsys.readouterr().out
+
+
+def test_the_module_of_timm(run: Callable[..., tuple[int, Any]]) -> None:
+    from models import library
+
+    library("timm")
+    words = ("--network", "mobilenetv3_large_100", "--layer", "960x7x7", "--batch", "1",
+             "--neighbours", "--layout", "channels_last", "--budget", "0.5")  # fmt: skip
+    code, record = run("layers", *words, "--provider", "timm", "--provider", "reference")
+    assert code == 0
+    assert {e["providers"]["timm"]["status"] for e in record["results"]} == {"ok"}
+    _, record = run(*LAYER, "--provider", "timm")
+    assert record["results"][0]["providers"]["timm"]["reason"].endswith("and no shift")
+
+
+def test_a_word_is_not_needed(run: Callable[..., tuple[int, Any]]) -> None:
+    assert run(*LAYER[1:])[1]["command"] == run(*LAYER)[1]["command"]
+
+
+def test_going_on_from_a_record(run: Callable[..., tuple[int, Any]]) -> None:
+    _, first = run(*LAYER)
+    _, again = run(*LAYER[:-1], "0.7")  # another budget is no other measurement
+    assert again["results"] == first["results"]
+    assert again["resumed"] == [first["environment"]["date"]]
+    _, other = run(*LAYER, "--seed", "1")
+    assert "resumed" not in other
+    assert other["results"] != first["results"]
+
+
+def test_models(tiny: None, run: Callable[..., tuple[int, Any]]) -> None:
+    code, record = run(*MODEL)
+    assert (code, record["kind"]) == (0, "models")
+    forward, training = record["results"]
+    assert (forward["mode"], training["mode"]) == ("forward", "forward+backward")
+    assert training["se_modules"] == 2
+    for entry in (forward, training):
+        assert {p["status"] for p in entry["providers"].values()} == {"ok"}
+        assert summary.price(entry, "wall", "original") is not None
+    saved = {n: p["saved_bytes"] for n, p in training["providers"].items()}
+    assert 0 < saved["no-se"] < min(saved["original"], saved["neighbours"])
+    calls = {n: p["launches"]["operators"] for n, p in training["providers"].items()}
+    assert calls["neighbours"] < calls["original"]
+    titles = [title for title, _ in digest.blocks(record)]
+    assert "the price of SE" in titles
+
+
+def test_a_wrong_network_has_no_figure(
+    tiny: None, run: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse = networks.Tower.fuse
+
+    def broken(self: networks.Tower, neighbours: bool) -> int:
+        count = fuse(self, neighbours)
+        self.blocks[1].se.gate = "hardsigmoid"
+        return count
+
+    monkeypatch.setattr(networks.Tower, "fuse", broken)
+    code, record = run(*MODEL)
+    assert code == 1
+    for entry in record["results"]:
+        status = entry["providers"]["neighbours"]
+        assert status["status"] == "wrong"
+        assert "wall" not in status
+        assert entry["providers"]["original"]["status"] == "ok"
+
+
+class _Blind(nn.Module):
+    """The right output, and no gradient through the block."""
+
+    def __init__(self, se: nn.Module) -> None:
+        super().__init__()
+        self.se = se
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y: Tensor = self.se(x.detach(), residual=residual)
+        return y
+
+
+def test_a_wrong_gradient_is_found(
+    tiny: None, run: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse = networks.Tower.fuse
+
+    def broken(self: networks.Tower, neighbours: bool) -> int:
+        count = fuse(self, neighbours)
+        self.blocks[0].se = _Blind(self.blocks[0].se)
+        return count
+
+    monkeypatch.setattr(networks.Tower, "fuse", broken)
+    code, record = run(*MODEL)
+    assert code == 1
+    forward, training = (e["providers"]["neighbours"] for e in record["results"])
+    assert forward["status"] == "ok"
+    assert training["status"] == "wrong"
+    assert training["reason"].startswith("gradients")
+
+
+def test_nothing_fused_is_not_timed_as_fused(
+    tiny: None, run: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks.Tower, "fuse", lambda self, neighbours: 0)
+    _, record = run(*MODEL)
+    found = record["results"][0]["providers"]["neighbours"]
+    assert found["status"] == "n/a"
+    assert "replaced nothing" in found["reason"]
+
+
+@pytest.mark.slow
+def test_compiled_models(tiny: None, run: Callable[..., tuple[int, Any]]) -> None:
+    words = [*MODEL, "--provider", "compile", "--provider", "compile-fused"]
+    words[words.index("0.5")] = "0"
+    code, record = run(*words, "--mode", "forward")
+    assert code == 0
+    for name in ("compile", "compile-fused"):
+        found = record["results"][0]["providers"][name]
+        assert found["status"] == "ok", found
+        assert found["compile"]["graphs"] == 1
+        assert found["compile"]["recompiles"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("nonsense",), "unknown 'nonsense'"),
+        (("layers", "--provider", "magic"), "unknown 'magic'"),
+        (("models", "--network", "lenet"), "lenet"),
+        (("sweep", "--channels", "0"), "positive extents"),
+        (("layers", "--batch", "0"), "at least 1"),
+    ],
+)
+def test_mistakes(words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert text in capsys.readouterr().err
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fused", "neighbours"])
+def test_variants_share_parameters_and_outputs(name: str) -> None:
+    spec = networks.NetworkSpec("tiny", _tiny, "here", 112, 8, 2, 2)
+    model = networks.build(spec).eval()
+    other = networks.variant(model, name)
+    assert {id(p) for p in other.parameters()} == {id(p) for p in model.parameters()}
+    assert all(a is not b for a, b in zip(model.buffers(), other.buffers(), strict=True))
+    x = spec.input(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-5)
+        without = networks.variant(model, "no-se")
+        assert (without(x) - model(x)).abs().max() > 0.1 * model(x).abs().max()
+
+
+def test_timm_network_without_its_blocks() -> None:
+    from models import library
+
+    library("timm")
+    model = networks.build(networks.NETWORKS["mobilenetv3_large_100"])
+    names = networks.se_modules(model)
+    assert len(names) == 8
+    without = networks.variant(model, "no-se")
+    assert all(isinstance(without.get_submodule(n), nn.Identity) for n in names)
+    assert not any(isinstance(model.get_submodule(n), nn.Identity) for n in names)
+
+
+# -- memory and launches ---------------------------------------------------------------------------
+
+
+def test_saved_bytes() -> None:
+    x, w = torch.ones(1000, requires_grad=True), torch.ones(1000, requires_grad=True)
+    assert memory.saved_bytes(lambda: x.exp()) == 4000  # its output
+    assert memory.saved_bytes(lambda: x * w) == 8000
+    assert memory.saved_bytes(lambda: x * w, [w]) == 4000
+    assert memory.saved_bytes(lambda: x * x[:1], [w]) == 4000  # a view is of the same storage
+    assert memory.saved_bytes(lambda: x + w) == 0
+    assert memory.peak_bytes(lambda: x + w, CPU) is None
+
+
+def test_operators() -> None:
+    x = torch.ones(4, 4)
+    assert launches.count(lambda: (x.t() + x).relu().t(), CPU) == {"operators": 2}
+
+
+def test_kernels_of_a_profile() -> None:
+    events = [
+        SimpleNamespace(name="void se_forward<8>", device_type=DeviceType.CUDA),
+        SimpleNamespace(name="Memset (Device)", device_type=DeviceType.CUDA),
+        SimpleNamespace(
+            name="Optimizer.step", device_type=DeviceType.CUDA, is_user_annotation=True
+        ),
+        SimpleNamespace(name="aten::relu", device_type=DeviceType.CPU),
+    ]
+    assert launches.of_events(events) == {"kernels": 1, "copies": 1}
+    seen = launches.profiled(lambda: torch.ones(2).relu(), CPU)
+    assert any(event.name == "aten::relu" for event in seen)
+    assert launches.of_events(seen) == {"kernels": 0, "copies": 0}
+
+
+_NCU = """==PROF== Connected to process 1
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","forward","dram__bytes_read.sum","byte","1,000,000"
+"0","forward","dram__bytes_write.sum","byte","500"
+"1","second","dram__bytes_read.sum","byte","7"
+"1","second","sm__cycles.sum","cycle","99"
+"""
+
+
+def test_bytes_that_ncu_counted() -> None:
+    assert dram.parse(_NCU) == (1_000_507, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("==ERROR== ERR_NVGPUCTRPERM - no permission\n", "ERR_NVGPUCTRPERM - no permission"),
+        ("", "no table"),
+        (_NCU.replace('"byte"', '"Mbyte"'), "expected bytes"),
+        ("\n".join(_NCU.splitlines()[:2]), "no kernel"),
+    ],
+)
+def test_ncu_without_counters(text: str, reason: str) -> None:
+    with pytest.raises(dram.NoCounters, match=reason):
+        dram.parse(text)
+
+
+# -- a GPU's timers, with a clock in place of the GPU ----------------------------------------------
+
+
+class _Graph:
+    """Replays the calls that ran while it was captured."""
+
+    recording: list[Callable[[], None]] | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """``torch.cuda`` as far as the timers use it; time passes only as the calls say."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+            self.at = math.nan
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    @contextmanager
+    def graph(made: _Graph, pool: object) -> Iterator[None]:
+        assert pool == "the pool"
+        _Graph.recording = made.calls
+        try:
+            yield
+        finally:
+            _Graph.recording = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Event": Event, "CUDAGraph": _Graph, "graph": graph, "synchronize": lambda: None,
+        "Stream": lambda: stream, "current_stream": lambda: stream,
+        "stream": lambda s: nullcontext(), "graph_pool_handle": lambda: "the pool",
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return now
+
+
+@pytest.mark.parametrize("kind", [timing.CudaTimer, timing.GraphTimer])
+def test_timers_of_a_gpu(clock: list[float], kind: type[Any]) -> None:
+    """Every call counts, and the buffers take turns."""
+    copies, cost = 3, {0: 1e-5, 1: 2e-5, 2: 3e-5}
+    seen: list[int] = []
+
+    def call(index: int) -> None:
+        def work() -> None:
+            seen.append(index)
+            clock[0] += cost[index]
+
+        if _Graph.recording is None:
+            work()
+        else:
+            _Graph.recording.append(work)
+
+    timer = kind(copies)
+    timer.prepare(call)
+    seen.clear()
+    seconds = timer.sample(call)
+    assert seconds == pytest.approx(2e-5, rel=0.1)
+    assert set(seen) == {0, 1, 2}
+    counts = [seen.count(i) for i in range(copies)]
+    assert max(counts) - min(counts) <= 1
+    done = timing.measure(kind(copies), {"a": call}, timing.Rounds(least=4, most=4), Random(0))
+    assert len(done.seconds["a"]) == 4
+    assert not done.failed
+
+
+def test_a_refused_capture_is_a_reason(clock: list[float]) -> None:
+    def call(index: int) -> None:
+        if _Graph.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    done = timing.measure(timing.GraphTimer(2), {"a": call}, timing.Rounds(), Random(0))
+    assert "capturing" in str(done.failed["a"])
+    assert not done.seconds

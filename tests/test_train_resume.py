@@ -1,0 +1,182 @@
+"""A resumed run ends with the bits of one that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import senet_kernels
+from senet_kernels.train import TrainError, checkpoint, train
+from senet_kernels.train.__main__ import main
+from senet_kernels.train.record import read_rows
+from training import SHORT, assert_same_bits, checkpoint_of, losses, needs_images, short_run
+
+pytestmark = needs_images
+
+# Dropout draws on torch's random numbers, fp16 has a scaler, two stages have two optimisers.
+_COURSE: dict[str, Any] = {
+    "model_args": "drop_rate=0.3 formula=weighted", "precision": "fp16", "clip": 1.0,
+    "stages": "none:2,se:1", "batch_size": 128,
+}  # fmt: skip
+
+
+def _epochs(out: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in read_rows(out)
+        if row["kind"] == "epoch"
+    ]
+
+
+def test_resumed_anywhere(tmp_path: Path) -> None:
+    """Mid-epoch, at an epoch's end, at a stage's end: five sessions make up the same run."""
+    whole = short_run(tmp_path / "whole", **_COURSE)
+    short_run(tmp_path / "parts", **_COURSE, checkpoint_every=2, stop_after=3)
+    per_epoch = whole["steps"] // 3
+    for steps in (per_epoch - 3, per_epoch, 2, 0):
+        summary = short_run(tmp_path / "parts", resume="auto", stop_after=steps)
+    assert summary["complete"]
+    got, right = checkpoint_of(tmp_path / "parts"), checkpoint_of(tmp_path / "whole")
+    assert_same_bits(got["weights"], right["weights"])
+    assert got["scaler"] == right["scaler"]
+    assert torch.equal(got["ranks"][0]["rng"], right["ranks"][0]["rng"])
+    momentum = got["optimizer"]["state"]
+    assert momentum.keys() == right["optimizer"]["state"].keys()
+    for name, state in right["optimizer"]["state"].items():
+        assert torch.equal(momentum[name]["momentum_buffer"], state["momentum_buffer"])
+    # The files read as if there had been no interruption.
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert _epochs(tmp_path / "parts") == _epochs(tmp_path / "whole")
+    table = (tmp_path / "parts" / "metrics.csv").read_text()
+    assert table.count("\n") == 4
+
+
+def test_lines_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
+    """A killed run has logged more than its last checkpoint knows, and perhaps half a line."""
+    short_run(tmp_path, stop_after=3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "steps": 4, "loss": 99.0, "lr": 1, "epoch": 1}\n{"kind": "st')
+    (tmp_path / "last.pt.part").write_bytes(b"half a checkpoint")
+    short_run(tmp_path, resume=str(tmp_path))
+    assert 99.0 not in losses(tmp_path)
+    steps = [row["steps"] for row in read_rows(tmp_path) if row["kind"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_refuses_what_is_not_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    short_run(out, stop_after=2)
+
+    def error(*arguments: str) -> str:
+        assert main(["--resume", str(out), *arguments]) == 2
+        return capsys.readouterr().err
+
+    said = error("--model", "se_resnet20")
+    assert "is of another model: --model 'se_resnet8', not 'se_resnet20'" in said
+    assert "--init-from" in said
+    assert "another model" in error("--model-args", "excitation=tied")
+    said = error("--lr", "0.5", "--seed", "3")
+    assert "of a run with other options: --lr 0.1, not 0.5; --seed 0, not 3" in said
+    torch.save({**checkpoint_of(out), "data": "elsewhere"}, out / "last.pt")
+    with pytest.raises(TrainError, match="other images"):
+        train({}, str(out))
+    with pytest.raises(TrainError, match="no checkpoint"):
+        train({}, str(tmp_path / "nothing"))
+    weights = tmp_path / "weights.pt"
+    torch.save({"weights": checkpoint_of(out)["weights"]}, weights)
+    with pytest.raises(TrainError, match="not a checkpoint to resume"):
+        train({}, str(weights))
+
+
+def test_auto_resume_begins_where_there_is_nothing(tmp_path: Path) -> None:
+    """One command for a machine that may be taken away at any time."""
+    first = train({**SHORT, "out": str(tmp_path), "stop_after": 4}, "auto")
+    assert not first["complete"]
+    second = train({**SHORT, "out": str(tmp_path)}, "auto")
+    assert second["complete"]
+    assert train({**SHORT, "out": str(tmp_path)}, "auto")["steps"] == second["steps"]
+    with pytest.raises(TrainError, match="needs the run's folder, or --out"):
+        train(SHORT, "auto")
+
+
+def test_checkpoints_change_nothing(tmp_path: Path) -> None:
+    short_run(tmp_path / "often", checkpoint_every=1, log_every=1, epochs=1)
+    short_run(tmp_path / "never", log_every=1000, epochs=1)
+    often, never = checkpoint_of(tmp_path / "often"), checkpoint_of(tmp_path / "never")
+    assert_same_bits(often["weights"], never["weights"])
+
+
+def test_a_checkpoint_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the process dies while writing, the name holds the old file."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"n": 1})
+    real = torch.save
+
+    def dies(content: Any, file: Any) -> None:
+        real(content, file)
+        file.flush()
+        assert torch.load(path, weights_only=True) == {"n": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"n": 2})
+    assert torch.load(path, weights_only=True) == {"n": 1}
+
+
+_KILLED = ["--model", "se_resnet8", "--epochs", "5", "--checkpoint-every", "7", "--log-every", "1",
+           "--model-args", "drop_rate=0.2", "--no-tensorboard"]  # fmt: skip
+
+
+def _command(*arguments: str) -> subprocess.Popen[bytes]:
+    root = Path(senet_kernels.__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "senet_kernels.train", *arguments],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def _wait_for_steps(out: Path, process: subprocess.Popen[bytes], steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(losses(out)) < steps:
+        assert process.poll() is None, (process.communicate()[1] or b"").decode()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume(tmp_path: Path) -> None:
+    """SIGKILL three times in the middle of epochs; the final weights have the same bits."""
+    whole = _command(*_KILLED, "--out", str(tmp_path / "whole"))
+    _, said = whole.communicate(timeout=200)
+    assert whole.returncode == 0, said.decode()[-2000:]
+
+    out = tmp_path / "killed"
+    for kill_after in (17, 45, 73):
+        process = _command(*_KILLED, "--out", str(out), "--resume")
+        _wait_for_steps(out, process, kill_after)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        progress = checkpoint_of(out)["progress"]
+        assert progress["steps"] <= len(losses(out))
+    last = _command("--resume", str(out))
+    _, said = last.communicate(timeout=200)
+    assert last.returncode == 0, said.decode()[-2000:]
+
+    got, right = checkpoint_of(out), checkpoint_of(tmp_path / "whole")
+    assert_same_bits(got["weights"], right["weights"])
+    assert losses(out) == losses(tmp_path / "whole")
+    assert _epochs(out) == _epochs(tmp_path / "whole")
+    sessions = [row for row in read_rows(out) if row["kind"] == "run"]
+    assert len(sessions) == 4
