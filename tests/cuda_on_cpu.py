@@ -104,10 +104,15 @@ def simulation() -> Simulation:
 def sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a Python command with AddressSanitizer, whose library must be the first one there, and
     UndefinedBehaviorSanitizer; :func:`simulation` is then the library compiled for them."""
-    name = [*build.compiler(), "-print-file-name=libasan.so"]
+
+    def of_compiler(name: str) -> str:
+        command = [*build.compiler(), f"-print-file-name={name}"]
+        return subprocess.check_output(command, text=True).strip()
+
     environment = os.environ | {
         SANITIZED: "1",
-        "LD_PRELOAD": subprocess.check_output(name, text=True).strip(),
+        # The C++ library too: what throws is intercepted at the start or not at all.
+        "LD_PRELOAD": f"{of_compiler('libasan.so')} {of_compiler('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaves memory to the system
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",

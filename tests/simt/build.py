@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 OUT = ROOT / "build" / "simt"
-RUNTIME = ("scheduler.cpp", "runtime.cpp")
+RUNTIME = ("scheduler.cpp", "calls.cpp", "runtime.cpp")
 
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-DSENET_SIMT=1", f"-I{HERE / 'include'}", f"-I{HERE}"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]

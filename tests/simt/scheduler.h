@@ -7,7 +7,6 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <random>
 #include <source_location>
 #include <string>
 #include <vector>
