@@ -48,13 +48,15 @@ INTERPRETED_CASES = {
 }
 # The same for the simulation of CUDA, which takes about a fiftieth of a second for a call.
 SIMULATED_CASES = {
-    "test_pairs_of_choices": 120,
-    "test_odd_shapes": 60,
-    "test_blocks": 30,
+    "test_pairs_of_choices": 100,
+    "test_odd_shapes": 50,
+    "test_blocks": 24,
     # About threads of a CPU, and processes.
     "test_thread_counts": 0,
     "test_same_bits_in_fresh_processes": 0,
-    "others": 8,
+    # Hundreds of evaluations each.
+    "test_first_and_second_derivatives": 3,
+    "others": 6,
 }
 
 

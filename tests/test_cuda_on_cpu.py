@@ -150,6 +150,19 @@ def test_policies(policy: str, device: int, spec: Spec, force: Any) -> None:
                 problem.run(squeeze_excite, backend="native")
 
 
+@pytest.mark.parametrize(
+    "policy", ["", "exchange=none,resident=1", "exchange=cluster,blocks=2,resident=0"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_long_rows(policy: str, dtype: torch.dtype, force: Any) -> None:
+    """Several warps share the sum of a row."""
+    force(policy)
+    problem = build(Spec((3, 4, 50, 44), 2, dtype, before="relu"))
+    for seed in range(6):
+        with cuda_on_cpu.plugged_in(seed, SMALL_90):
+            check(problem, squeeze_excite, backend="native")
+
+
 def _bits(problem: Problem) -> list[bytes]:
     results = problem.run(squeeze_excite, backend="native")
     return [t.contiguous().view(torch.uint8).numpy().tobytes() for t in results.values()]

@@ -121,6 +121,19 @@ template <class F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute attribute, int value) {
   return simt::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
+struct cudaFuncAttributes {
+  int ptxVersion = 0, binaryVersion = 0;
+};
+// As if every kernel had been compiled for the device it is asked about.
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  attributes->ptxVersion = attributes->binaryVersion = 10 * major + minor;
+  return cudaSuccess;
+}
 template <class F>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int threads,
                                                           size_t shared_bytes) {
