@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdlib>
+#include <string>
+#include <vector>
 
 #include "se.h"
 
@@ -23,6 +25,10 @@ struct Host {
 
 const Host& cpu_host();
 const Host& cuda_host();
+// How the CUDA kernels would be launched, in words. `call`: form, batch, channels, positions,
+// hidden, outputs, channels-last, dtype, dtype of the parameters, backward. `device`: the members
+// of gpu::Device, or the index of one that is there.
+std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device);
 // The one for x, which is on one of them.
 const Host& host_of(const torch::stable::Tensor& x);
 

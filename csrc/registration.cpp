@@ -308,5 +308,8 @@ STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CUDA, m) { senet::register_ops(m); }
 #endif
 STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CompositeExplicitAutograd, m) {
   m.impl("native_isa", TORCH_BOX(&senet::cpu_isa));
+#if SENET_CUDA
+  m.impl("native_plan", TORCH_BOX(&senet::cuda_plan));
+#endif
 }
 #endif

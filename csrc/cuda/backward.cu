@@ -7,41 +7,12 @@ namespace senet {
 namespace gpu {
 namespace {
 
-template <int kBytes, bool kVector, Fn kBefore>
-const char* run(const BackwardLaunch& l, const Plan& plan, void* stream) {
-  static Allowed allowed;
-  return launch(backward_kernel<kBytes, kVector, static_cast<int>(kBefore)>, allowed, plan,
-                int64_t(plan.groups) * plan.blocks, l, stream);
-}
-
-template <int kBytes>
-const char* run_vector(const BackwardLaunch& l, const Plan& plan, void* stream) {
-  if constexpr (kBytes == 2) {
-    if (l.a.options.before == Fn::relu) return run<kBytes, true, Fn::relu>(l, plan, stream);
-    if (l.a.options.before == Fn::hardswish) {
-      return run<kBytes, true, Fn::hardswish>(l, plan, stream);
-    }
+struct BackwardKernels {
+  template <int kBytes, bool kVector, int kBefore>
+  static auto kernel() {
+    return backward_kernel<kBytes, kVector, kBefore>;
   }
-  switch (l.a.options.before) {
-    case Fn::identity:
-      return run<kBytes, true, Fn::identity>(l, plan, stream);
-    case Fn::silu:
-      return run<kBytes, true, Fn::silu>(l, plan, stream);
-    default:
-      return run<kBytes, true, kAny>(l, plan, stream);
-  }
-}
-
-const char* run(const BackwardLaunch& l, const Plan& plan, void* stream) {
-  switch (l.a.dtype) {
-    case DType::f64:
-      return run<8, false, kAny>(l, plan, stream);
-    case DType::f32:
-      return plan.vector ? run_vector<4>(l, plan, stream) : run<4, false, kAny>(l, plan, stream);
-    default:
-      return plan.vector ? run_vector<2>(l, plan, stream) : run<2, false, kAny>(l, plan, stream);
-  }
-}
+};
 
 const char* run_gradients(const BackwardLaunch& l, void* stream) {
   const BackwardArgs& a = l.a;
@@ -77,7 +48,7 @@ const char* run_gradients(const BackwardLaunch& l, void* stream) {
   Plan plan;
   plan.threads = kGradientThreads;
   plan.shared = kTile * kTile * (a.dtype == DType::f64 ? 8 : 4);
-  static Allowed of_float, of_double;
+  static Prepared of_float, of_double;
   return a.dtype == DType::f64
              ? launch(gradients_kernel<double>, of_double, plan, blocks, g, stream)
              : launch(gradients_kernel<float>, of_float, plan, blocks, g, stream);
@@ -110,9 +81,19 @@ const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, 
            images * args.shape.channels * (args.dtype == DType::f64 ? 8 : 4);
   }
   if (args.shape.batch > 0 && args.shape.channels > 0) {
-    if (const char* error = run(l, plan, stream)) return error;
+    const char* error = with_instance<BackwardKernels>(
+        args.dtype, args.options.before, plan.vector, [&](auto* kernel, Prepared& prepared) {
+          return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, stream);
+        });
+    if (error) return error;
   }
   return layers || affine ? run_gradients(l, stream) : nullptr;
+}
+
+Room room_for(const BackwardArgs& args, const Plan& plan) {
+  return with_instance<BackwardKernels>(
+      args.dtype, args.options.before, plan.vector,
+      [&](auto* kernel, Prepared& prepared) { return room_for(kernel, prepared, plan); });
 }
 
 }  // namespace gpu

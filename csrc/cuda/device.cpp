@@ -1,11 +1,9 @@
 // What the kernels run on, and the plans made for it so far.
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <mutex>
-#include <string>
 #include <unordered_map>
 
 #include "launch.h"
@@ -13,8 +11,6 @@
 namespace senet {
 namespace gpu {
 namespace {
-
-constexpr int kDevices = 64;
 
 Device query(int ordinal) {
   const auto attribute = [ordinal](cudaDeviceAttr which) {
@@ -29,14 +25,10 @@ Device query(int ordinal) {
   d.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   d.threads_per_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
   d.registers_per_multiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor);
+  d.capability = compiled_capability(d);
   d.largest_cluster = d.capability >= 90 ? largest_cluster(d) : 1;
   d.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
   return d;
-}
-
-int current_ordinal() {
-  int ordinal = 0;
-  return cudaGetDevice(&ordinal) == cudaSuccess ? ordinal : -1;
 }
 
 bool is_aligned(const Images& images, int64_t element) {
@@ -45,42 +37,74 @@ bool is_aligned(const Images& images, int64_t element) {
 }
 bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Plans by what they depend on. Never thrown away: a program has few kinds of calls.
-const Plan& cached(const Task& task) {
-  struct Hash {
-    size_t operator()(const std::string& key) const { return std::hash<std::string>()(key); }
-  };
-  static std::mutex mutex;
-  static std::unordered_map<std::string, std::unique_ptr<Plan>, Hash> plans;
-
-  const char* named = std::getenv("SENET_KERNELS_CUDA_PLAN");
-  const int64_t numbers[] = {current_ordinal(),
-                             static_cast<int64_t>(task.shape.form),
-                             task.shape.batch,
-                             task.shape.channels,
-                             task.shape.positions,
-                             task.shape.hidden,
-                             task.shape.outputs,
-                             task.shape.channels_last,
-                             static_cast<int64_t>(task.dtype),
-                             static_cast<int64_t>(task.parameter_dtype),
-                             task.backward + 2 * task.aligned + 4 * task.masks + 8 * task.needs_dx +
-                                 16 * task.needs_ds + 32 * task.affine + 64 * task.needs_daffine};
-  std::string key(reinterpret_cast<const char*>(numbers), sizeof numbers);
-  if (named) key += named;
-
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::unique_ptr<Plan>& plan = plans[key];
-  if (!plan) {
-    Policy policy;
-    const char* error = parse_policy(named, &policy);
-    plan = std::make_unique<Plan>(make_plan(task, current_device(), policy));
-    if (error) plan->error = error;
+// A plan that holds on the device as it is: with the blocks that really run at once.
+template <class Args>
+Plan make(const Args& args, const Policy& policy) {
+  const Task task = task_of(args);
+  Device device = current_device();
+  Plan plan = make_plan(task, device, policy);
+  for (int i = 0; i < 3 && !plan.error; ++i) {
+    const Room room = room_for(args, plan);
+    if (room.per_multiprocessor == 0 || room.per_multiprocessor >= plan.per_multiprocessor) {
+      if (room.clusters > 0 && room.clusters < plan.groups) {
+        share_out(&plan, task.shape.batch, room.clusters);
+      }
+      break;
+    }
+    device.blocks_per_multiprocessor = room.per_multiprocessor;
+    plan = make_plan(task, device, policy);
   }
-  return *plan;
+  return plan;
+}
+
+// Plans by what they depend on, so many per thread; then it starts anew.
+constexpr size_t kMostPlans = 1024;
+
+template <class Args>
+Plan cached(const Args& args) {
+  if (const char* named = std::getenv("SENET_KERNELS_CUDA_PLAN")) {
+    Policy policy;
+    if (const char* error = parse_policy(named, &policy)) {
+      Plan plan;
+      plan.error = error;
+      return plan;
+    }
+    return make(args, policy);
+  }
+  const Task t = task_of(args);
+  using Key = std::array<int64_t, 11>;
+  const Key key = {current_ordinal(),
+                   static_cast<int64_t>(t.shape.form),
+                   t.shape.batch,
+                   t.shape.channels,
+                   t.shape.positions,
+                   t.shape.hidden,
+                   t.shape.outputs,
+                   static_cast<int64_t>(t.dtype),
+                   static_cast<int64_t>(t.parameter_dtype),
+                   static_cast<int64_t>(args.options.before),
+                   t.shape.channels_last + 2 * t.backward + 4 * t.aligned + 8 * t.masks +
+                       16 * t.needs_dx + 32 * t.needs_ds + 64 * t.affine + 128 * t.needs_daffine};
+  struct Hash {
+    size_t operator()(const Key& k) const {
+      uint64_t h = 14695981039346656037u;  // FNV-1a, a number at a time
+      for (int64_t v : k) h = (h ^ static_cast<uint64_t>(v)) * 1099511628211u;
+      return h ^ h >> 32;
+    }
+  };
+  thread_local std::unordered_map<Key, Plan, Hash> plans;
+  const auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  if (plans.size() >= kMostPlans) plans.clear();
+  return plans[key] = make(args, Policy{});
 }
 
 }  // namespace
+
+int current_ordinal() {
+  int ordinal = 0;
+  return cudaGetDevice(&ordinal) == cudaSuccess ? ordinal : -1;
+}
 
 const Device& current_device() {
   static Device devices[kDevices];
@@ -122,8 +146,8 @@ Task task_of(const BackwardArgs& a) {
   return t;
 }
 
-const Plan& plan_forward(const ForwardArgs& args) { return cached(task_of(args)); }
-const Plan& plan_backward(const BackwardArgs& args) { return cached(task_of(args)); }
+Plan plan_forward(const ForwardArgs& args) { return cached(args); }
+Plan plan_backward(const BackwardArgs& args) { return cached(args); }
 
 void poison(void* p, size_t bytes, void* stream) {
   cudaMemsetAsync(p, 0xff, bytes, static_cast<cudaStream_t>(stream));

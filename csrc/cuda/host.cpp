@@ -55,10 +55,10 @@ std::optional<Tensor> scratch(int64_t bytes, int32_t index) {
 
 // Plans a call and launches it.
 template <class Args>
-void run(const Args& args, int32_t index, const gpu::Plan& (*plan_of)(const Args&),
+void run(const Args& args, int32_t index, gpu::Plan (*plan_of)(const Args&),
          const char* (*kernels)(const Args&, const gpu::Plan&, void*, void*)) {
   const OnDevice guard(index);
-  const gpu::Plan& plan = plan_of(args);
+  const gpu::Plan plan = plan_of(args);
   const std::optional<Tensor> memory = scratch(plan.scratch, index);
   void* const p = memory ? memory->mutable_data_ptr() : nullptr;
   void* const stream = current_stream(index);
@@ -85,6 +85,34 @@ const Host& cuda_host() {
                               gpu::poison(p, bytes, current_stream(index));
                             }};
   return host;
+}
+
+std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
+  STD_TORCH_CHECK(call.size() == 10 && (device.size() == 1 || device.size() == 8),
+                  "native_plan: expected 10 numbers for the call, and 1 or 8 for the device");
+  const auto number = [](int64_t v) { return static_cast<int>(v); };
+  gpu::Device on;
+  if (device.size() == 1) {
+    const OnDevice guard(number(device[0]));
+    on = gpu::current_device();
+  } else {
+    on.capability = number(device[0]);
+    on.multiprocessors = number(device[1]);
+    on.shared_per_block = device[2];
+    on.shared_per_multiprocessor = device[3];
+    on.threads_per_multiprocessor = number(device[4]);
+    on.registers_per_multiprocessor = number(device[5]);
+    on.largest_cluster = number(device[6]);
+    on.cooperative = device[7] != 0;
+  }
+  gpu::Task task{};
+  task.shape = {
+      static_cast<Form>(call[0]), call[1], call[2], call[3], call[4], call[5], call[6] != 0};
+  task.dtype = static_cast<DType>(call[7]);
+  task.parameter_dtype = static_cast<DType>(call[8]);
+  task.backward = task.needs_dx = call[9] != 0;
+  task.aligned = true;
+  return gpu::describe(gpu::make_plan(task, on, gpu::Policy{}));
 }
 
 }  // namespace senet

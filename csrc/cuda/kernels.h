@@ -13,9 +13,9 @@ const Device& current_device();
 Task task_of(const ForwardArgs& args);
 Task task_of(const BackwardArgs& args);
 
-// Cached per kind of call and device. Plans live as long as the process.
-const Plan& plan_forward(const ForwardArgs& args);
-const Plan& plan_backward(const BackwardArgs& args);
+// Cached per thread, kind of call and device.
+Plan plan_forward(const ForwardArgs& args);
+Plan plan_backward(const BackwardArgs& args);
 
 // Launch on a stream (a cudaStream_t), with plan.scratch bytes of device memory, contents
 // arbitrary. An error message, or null. Nothing is launched where there is nothing to do.

@@ -81,6 +81,7 @@ class Draft {
         p.exchanged = static_cast<int>(t_.backward ? s_.outputs : c);
       }
     }
+    if (s_.form == (t_.backward ? Form::squeeze : Form::scale)) p.exchanged = 0;
     // Nothing to exchange: each block on its own.
     if (p.exchanged == 0) p.exchange = Exchange::none;
 
@@ -129,7 +130,8 @@ class Draft {
     shared_ = bytes;
     p.shared = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
     p.per_multiprocessor = static_cast<int>(std::max<int64_t>(
-        1, std::min({d_.shared_per_multiprocessor / (shared_ + kReserved),
+        1, std::min({int64_t(d_.blocks_per_multiprocessor),
+                     d_.shared_per_multiprocessor / (shared_ + kReserved),
                      int64_t(d_.registers_per_multiprocessor) / (registers_of(t_) * p.threads),
                      int64_t(d_.threads_per_multiprocessor) / p.threads})));
   }
@@ -269,10 +271,11 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
   // As many images in progress as the device has room for; each group then takes the next one.
   const auto choose_groups = [&] {
     const int64_t room = int64_t(device.multiprocessors) * p.per_multiprocessor / p.blocks;
-    int64_t groups = std::clamp<int64_t>(s.batch, 1, std::max<int64_t>(1, room));
-    if (policy.groups > 0) groups = std::min<int64_t>(policy.groups, std::max<int64_t>(1, s.batch));
-    if (p.exchange == Exchange::grid && groups > room) groups = std::max<int64_t>(1, room);
-    p.groups = static_cast<int>(groups);
+    share_out(&p, s.batch, room);
+    if (policy.groups > 0) {
+      p.groups = static_cast<int>(std::clamp<int64_t>(s.batch, 1, policy.groups));
+      if (p.exchange == Exchange::grid && p.groups > room) share_out(&p, s.batch, room);
+    }
   };
   choose_groups();
   if (p.exchange == Exchange::grid && !draft.run_at_once()) {
@@ -307,7 +310,10 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
       draft.work_out();
     }
   }
-  p.bulk = p.resident && device.capability >= 90;
+  // A bulk copy costs as much to start for 64 bytes as for 16 KB.
+  const int64_t row = p.local_channels * int64_t(element_size(task.dtype));
+  p.bulk = p.resident && device.capability >= 90 &&
+           (!s.channels_last || p.local_channels == s.channels || row >= 1024);
   choose_groups();
 
   // Global memory.
@@ -332,9 +338,10 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
   return p;
 }
 
-int usual_largest_cluster(int capability) {
-  if (capability < 90) return 1;
-  return capability < 110 ? 16 : 8;
+void share_out(Plan* plan, int64_t batch, int64_t room) {
+  batch = std::max<int64_t>(1, batch);
+  const int64_t turns = ceil_div(batch, std::max<int64_t>(1, room));
+  plan->groups = static_cast<int>(ceil_div(batch, turns));
 }
 
 std::string describe(const Plan& p) {

@@ -12,6 +12,9 @@
 namespace senet {
 namespace gpu {
 
+// `before` of a kernel for which it is known at run time only.
+constexpr Fn kAny = static_cast<Fn>(-1);
+
 // What a plan depends on of a device.
 struct Device {
   int capability = 0;  // 90 for sm_90
@@ -20,6 +23,7 @@ struct Device {
   int64_t shared_per_multiprocessor = 0;  // for all blocks on it
   int threads_per_multiprocessor = 0;
   int registers_per_multiprocessor = 65536;
+  int blocks_per_multiprocessor = 32;  // at most, whatever else there would be room for
   bool cooperative = false;
   int largest_cluster = 1;  // blocks
 };
@@ -83,10 +87,10 @@ struct Task {
   bool affine, needs_daffine;  // before_affine, and its gradients
 };
 
-// The largest cluster that devices of a capability have, as far as is known without asking one.
-int usual_largest_cluster(int capability);
-
 Plan make_plan(const Task& task, const Device& device, const Policy& policy);
+
+// Shares out the images among at most `room` groups, so that the last turn is as full as can be.
+void share_out(Plan* plan, int64_t batch, int64_t room);
 
 // "cluster of 8 blocks per image, 98 KB each, 2 blocks per multiprocessor, single pass", say.
 std::string describe(const Plan& plan);

@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "../se.h"
+#include "plan.h"
 #include "seam.cuh"
 
 namespace senet {
@@ -77,7 +77,7 @@ SENET_DEVICE A value(Fn f, A x) {
     case Fn::gelu_tanh:  // 1 + tanh(k) = 2 sigmoid(2 k)
       return x * sigmoid<kFast>(gelu_tanh_argument<A>(x));
     case Fn::hardswish:
-      return x * clamp<A>(x + A(3), 0, 6) / A(6);
+      return kFast ? x * clamp<A>(x + A(3), 0, 6) * A(1. / 6) : x * clamp<A>(x + A(3), 0, 6) / A(6);
     case Fn::leaky_relu:
       return x > A(0) ? x : x * A(0.01);
     case Fn::mish: {
@@ -174,8 +174,7 @@ __device__ __noinline__ A chain_of(Fn f, A x, A m) {
   return chain<false>(f, x, m);
 }
 
-// `before` as a template argument: one of the common functions, or kAny, known at run time only.
-constexpr Fn kAny = static_cast<Fn>(-1);
+// `before` as a template argument: one of the common functions, or kAny.
 template <Fn kFn, bool kFast, class A>
 SENET_DEVICE A before_value(Fn f, A x) {
   if constexpr (kFn == kAny) {
