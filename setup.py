@@ -49,7 +49,8 @@ LIBRARY = OBJECTS / "_native.so"
 # Compiled by nvcc. It hands a .cpp on to the C++ compiler, and says where CUDA's headers are.
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
 CUDA_SOURCES += [Path("csrc/cuda/device.cpp")] if CUDA_SOURCES else []
-CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0 10.0 12.0+PTX"
+# Later GPUs compile the PTX at their first launch; name them to spare them that.
+CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX"
 
 # No -ffast-math: NaN and Inf must come out as they do in PyTorch.
 CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
@@ -95,8 +96,14 @@ def find_ninja() -> list[str]:
 
 
 def find_nvcc() -> str | None:
+    """CUDA_HOME's, else that on PATH, else that of the nvidia-cuda-nvcc wheel."""
     home = os.environ.get("CUDA_HOME")
-    return shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc")
+    if home:
+        return shutil.which(f"{home}/bin/nvcc")
+    wheels = importlib.util.find_spec("nvidia")
+    folders = list(wheels.submodule_search_locations or ()) if wheels else []
+    in_wheel = [str(path) for folder in folders for path in Path(folder).glob("cu*/bin/nvcc")]
+    return shutil.which("nvcc") or next(iter(sorted(in_wheel)), None)
 
 
 def why_no_cpu() -> str | None:
@@ -128,7 +135,7 @@ def why_no_cuda() -> str | None:
     if not CUDA_SOURCES:
         return "this version has no CUDA kernels (csrc/cuda/*.cu)"
     if not find_nvcc():
-        return "nvcc not found; set CUDA_HOME or PATH"
+        return "nvcc not found; set CUDA_HOME or PATH, or pip install nvidia-cuda-nvcc"
     return why_no_cpu()
 
 

@@ -65,10 +65,10 @@ def compile_for(target: str, source: str) -> list[Kernel]:
         done = subprocess.run(command, cwd=_SOURCES, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
-    bodies = dict(
-        (part.split("(", 1)[0].strip(), re.split(r"^\.func|^\.visible", part, flags=re.M)[0])
+    bodies = {
+        part.split("(", 1)[0].strip(): re.split(r"^\.func|^\.visible", part, flags=re.M)[0]
         for part in ptx.split(".entry ")[1:]
-    )
+    }
     kernels = []
     for part in done.stderr.split("Compiling entry function ")[1:]:
         mangled = part.split("'")[1]
