@@ -26,7 +26,10 @@ def blocks(record: Record) -> Iterator[tuple[str, Lines]]:
     elif record["kind"] == "sweep":
         yield "where the fastest changes", sweep_crossovers(record)
         for mode in dict.fromkeys(e["mode"] for e in record["results"]):
-            yield f"{mode}: microseconds at the ends of each axis", sweep_ends(record, mode)
+            yield (
+                f"{mode}: microseconds where each axis begins, half way, and where it ends",
+                sweep_ends(record, mode),
+            )
     else:
         yield "layers", layers(record)
         if any(regimes := list(regime_lines(record))[1:]):
@@ -239,7 +242,7 @@ def _fastest(entry: Entry, names: Sequence[str], metric: str) -> str:
 
 
 def sweep_ends(record: Record, mode: str) -> Lines:
-    """Time of every provider where an axis begins, where all meet, and where it ends."""
+    """Time of every provider where an axis begins, half way, and where it ends."""
     metric = summary.metric_of(record)
     names = _timed(record, record["providers"], metric)
     out = [["axis", "value", "type", *names, summary.LIMIT]]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from senet_kernels import FusedSEBlock, use_backend
 from senet_kernels.flops import multiply_adds
 from senet_kernels.models import create_model
+from senet_kernels.train.api import evaluate
 
 RUNS = Path("build/senet")
 
@@ -160,7 +161,7 @@ def _folder(form: str, seed: int, fraction: float) -> Path:
 
 
 def _epochs(fraction: float) -> int:
-    """30 of 1437 training images; twice as many of few."""
+    """30 of 1438 training images; twice as many of few."""
     return 30 if fraction <= 0.5 else 60
 
 
@@ -203,28 +204,25 @@ def accuracy(forms: list[str], seeds: int, fraction: float) -> None:
               f"| {found[0]['parameters']:,} |", flush=True)  # fmt: skip
 
 
-def _evaluate(folder: Path, *arguments: object) -> float:
-    command = [sys.executable, "-m", "senet_kernels.train", "--evaluate", "--no-progress",
-               "--init-from", folder, *arguments]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-    return 100 * float(json.loads(done.stdout.splitlines()[-1])["test_accuracy"])
+def _evaluate(folder: Path, **options: float) -> float:
+    with redirect_stdout(None):  # it prints what it returns
+        found = evaluate({"init_from": str(folder), **options})
+    return 100 * float(found["test_accuracy"])
 
 
 def scale(forms: list[str], seeds: int) -> None:
     """Test accuracy where the digit is zoomed on the same canvas, and where images are larger."""
-    options = [("--test-scale", s) for s in (0.75, 0.9, 1.1, 1.25)]
-    options += [("--test-size", n) for n in (7, 9, 10, 12)]
-    print(
-        "| form | " + " | ".join(f"{o[0].removeprefix('--test-')} {o[1]}" for o in options) + " |"
-    )
+    options: list[tuple[str, float]] = [("scale", s) for s in (0.75, 0.9, 1.0, 1.1, 1.25)]
+    options += [("size", n) for n in (7, 9, 10, 12)]
+    print("| form | " + " | ".join(f"{name} {value}" for name, value in options) + " |")
     print("|---" * (len(options) + 1) + "|")
     for form in forms:
         cells = []
-        for option in options:
+        for name, value in options:
             values = []
             for seed in range(seeds):
                 _run(form, seed, 0.2)
-                values.append(_evaluate(_folder(form, seed, 0.2), *option))
+                values.append(_evaluate(_folder(form, seed, 0.2), **{f"test_{name}": value}))
             cells.append(_spread(values))
         print(f"| {form} | {' | '.join(cells)} |", flush=True)
 

@@ -131,6 +131,11 @@ class FusedSEBlock(nn.Module):
             raise ValueError(
                 f"scale_and_shift: expected False with excitation={excitation!r}, got True"
             )
+        if hidden is not None and excitation in ("single", "constant"):
+            raise ValueError(
+                f"hidden: expected None with excitation={excitation!r}, which has no hidden layer, "
+                f"got {hidden!r}"
+            )
         if weighted_sum and excitation == "constant":
             raise ValueError("weighted_sum: expected False with excitation='constant', got True")
         self.channels = channels
@@ -192,7 +197,8 @@ class FusedSEBlock(nn.Module):
         h = z[:, :, None, None]
         if self.fc1 is not None:
             h = POINTWISE[self.activation].fn(self.fc1(h))
-        tied = (self.fc1.weight,) if type(self.fc2) is _TiedConv2d else ()
+        # Parametrizations and FSDP make subclasses.
+        tied = (self.fc1.weight,) if isinstance(self.fc2, _TiedConv2d) else ()
         u = self.fc2(h, *tied)
         return api.channel_scale(
             x, u.flatten(1), gate=self.gate, before=self.before, after=self.after,
@@ -231,7 +237,7 @@ class FusedSEBlock(nn.Module):
         """The settings, for ``print(model)``."""
         names = ("activation", "gate", "before", "after")
         shown = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n) != "identity"]
-        if self.excitation != "two":
+        if getattr(self, "excitation", "two") != "two":  # subclasses may print themselves early
             shown.insert(0, f"excitation={self.excitation!r}")
         if self.hidden is not None:
             shown.insert(0, f"hidden={self.hidden}")

@@ -1,10 +1,10 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what came out as JSON.
 
 ``python compile_triton.py CAPABILITY`` reads option sets as JSON lines from standard input: the
-fields of ``problems.Spec``, the device's ``multiprocessors``, and ``inplace``. It runs the ops' own host code on
-meta tensors, with every launch turned into a compilation: so these are the very kernels, constants
-and argument specialisations a call would use. A process of its own, since Triton's driver is
-replaced and a compiler that fails may abort.
+fields of ``problems.Spec``, the device's ``multiprocessors``, and ``inplace``. It runs the ops'
+own host code on meta tensors, with every launch turned into a compilation: so these are the very
+kernels, constants and argument specialisations a call would use. A process of its own, since
+Triton's driver is replaced and a compiler that fails may abort.
 """
 
 from __future__ import annotations

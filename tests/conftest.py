@@ -28,7 +28,8 @@ from senet_kernels.backends import triton
 
 THREADS = 2
 
-# What Triton's interpreter runs, and the simulation of CUDA.
+# What Triton's interpreter runs: of Triton alone, and, as the simulation of CUDA, of every backend.
+TRITON_TESTS = ("test_triton.py", "test_triton_tuning.py")
 KERNEL_TESTS = (
     "test_accuracy.py", "test_budgets.py", "test_gpu.py", "test_gradcheck.py", "test_layouts.py",
     "test_ops.py", "test_pointwise.py", "test_special_values.py",
@@ -127,7 +128,7 @@ def _is_no_simulation_in_vain(item: pytest.Item) -> bool:
 def _is_of_triton(item: pytest.Item) -> bool:
     case = _case_of(item)
     if case is None:
-        return item.path.name == "test_triton.py"
+        return item.path.name in TRITON_TESTS
     # What else a backend must do is not the interpreter's business: on CPU tensors Triton is never
     # chosen automatically, and processes and threads are not what they are on a device.
     return case.name == "triton" and item.path.name in KERNEL_TESTS

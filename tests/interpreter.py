@@ -1,5 +1,13 @@
 """Triton's interpreter, put right where it is not what a device does.
 
+It proves that a kernel's text computes the right thing, element by element, masks included. It does
+not prove that it compiles (types are Python's: a name with two types passes here and not there),
+nor anything about what it has no notion of: registers, shared memory, alignment, vectors, the order
+of a device's additions and its fused multiply-adds, its exp and erf, races and barriers (programs
+run one after another, a cluster as one program), launching, streams, graphs, time. Reads a little
+out of bounds may pass unnoticed. What compiling proves is in ``test_triton_compile.py``; the rest
+needs a GPU: ``test_gpu.py`` and ``make gpu``.
+
 It converts float32 to bfloat16 by cutting bits off; a device rounds to nearest even. Nothing is
 changed about arithmetic on bfloat16, which it gets wrong altogether: kernels must not do any.
 """

@@ -134,7 +134,8 @@ def test_layers_of_real_networks(backend: BackendCase, case: workload.Case) -> N
 
 # -- CUDA graphs -----------------------------------------------------------------------------------
 
-# One launch forward, and two; parameters' gradients summed over a batch.
+# One launch each way, and two; parameters' gradients summed over a batch; rows moved as runs; the
+# halves of the operation.
 _GRAPHED = (
     Spec((4, 32, 7, 7), 8, torch.bfloat16, residual="contiguous", after="relu"),
     Spec((4, 32, 7, 7), 8, torch.float32, "channels_last", before="silu", shift=True),
@@ -142,6 +143,10 @@ _GRAPHED = (
          after="relu"),
     Spec((2, 96, 56, 56), 24, torch.bfloat16, before="silu", activation="silu"),
     Spec((3, 48, 20, 20), None, torch.float32, lengths=True, affine=True),
+    Spec((8, 256, 7, 7), 16, torch.bfloat16, residual="contiguous", after="relu"),
+    Spec((2, 6, 70, 33), dtype=torch.float32, part="squeeze", lengths=True, affine=True),
+    Spec((4, 48, 20, 20), dtype=torch.bfloat16, part="channel_scale", gate="sigmoid",
+         residual="contiguous", after="relu", weighted=True),
 )  # fmt: skip
 each_graphed = pytest.mark.parametrize("spec", _GRAPHED, ids=str)
 
@@ -234,6 +239,26 @@ def test_an_unprepared_call_is_refused_during_capture(backend: BackendCase) -> N
     graph, results = static.capture()
     graph.replay()
     assert torch.equal(results["y"], static.step()["y"])
+
+
+@on_gpu
+def test_overwriting_x_in_a_graph(backend: BackendCase) -> None:
+    for shape in ((4, 32, 7, 7), (4, 96, 28, 28)):  # one launch, and two
+        problem = build(Spec(shape, 8, torch.bfloat16, before="silu", device=backend.device))
+        x = problem.tensors["x"]
+        assert x is not None
+        given = x.clone()
+        with torch.no_grad():
+            right = problem.call(squeeze_excite, backend=backend.name)
+            problem.call(squeeze_excite, backend=backend.name, inplace=True)  # compiles
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                problem.call(squeeze_excite, backend=backend.name, inplace=True)
+            for _ in range(2):
+                x.copy_(given)
+                graph.replay()
+                assert torch.equal(x, right)
 
 
 # -- streams, synchronisation, memory --------------------------------------------------------------

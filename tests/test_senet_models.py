@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import runpy
 from collections import Counter
 from pathlib import Path
@@ -134,12 +135,14 @@ def test_keys_and_shapes_are_timms(name: str) -> None:
     }
 
 
-def _same_as_timm(name: str, size: int, batch: int, tolerance: float, dtype: torch.dtype) -> None:
+def _same_as_timm(
+    name: str, size: tuple[int, int], batch: int, tolerance: float, dtype: torch.dtype
+) -> None:
     theirs = library("timm").create_model(name, num_classes=11)
     randomise(theirs.eval())
     ours = timm_twin(name, num_classes=11).eval()
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(batch, 3, size, size + 7, dtype=dtype)
+    x = torch.randn(batch, 3, *size, dtype=dtype)
     with torch.no_grad():
         right = theirs.to(dtype)(x)
         _close(ours.to(dtype)(x), right, tolerance)
@@ -156,7 +159,7 @@ def _same_as_timm(name: str, size: int, batch: int, tolerance: float, dtype: tor
     ("seresnext50_32x4d", 33, 1), ("legacy_seresnext50_32x4d", 33, 3),
 ])  # fmt: skip
 def test_outputs_are_timms(name: str, size: int, batch: int) -> None:
-    _same_as_timm(name, size, batch, 1e-12, torch.float64)
+    _same_as_timm(name, (size, size + 7), batch, 1e-12, torch.float64)
 
 
 @pytest.mark.slow
@@ -165,7 +168,7 @@ def test_outputs_are_timms(name: str, size: int, batch: int) -> None:
 @pytest.mark.parametrize("name", ["seresnet50", "legacy_seresnet50", "legacy_senet154",
                                   "seresnext101_32x4d"])  # fmt: skip
 def test_outputs_are_timms_at_full_size(name: str, size: int, batch: int) -> None:
-    _same_as_timm(name, size, batch, 1e-5, torch.float32)
+    _same_as_timm(name, (size, size), batch, 1e-5, torch.float32)
 
 
 def test_weights_of_another_network_are_refused() -> None:
@@ -270,10 +273,13 @@ def test_zero_init_last() -> None:
     ({"name": "se_resnet8", "formula": "other"}, "formula: expected one of plain"),
     ({"name": "se_resnet8", "formula": "literal", "excitation": "tied"}, "excitation: expected"),
     ({"name": "resnet8", "excitation": "tied"}, "se_resnet8"),
+    ({"name": "resnet8", "reduction": 8}, "reduction, rd_divisor: expected the defaults"),
+    ({"name": "se_resnet8", "excitation": "single", "rd_divisor": 8}, "no hidden layer"),
+    ({"name": "se_resnet8", "pool": "ceil"}, "pool: expected None with stem='small'"),
     ({"name": "resnext152_64x4d", "formula": "weighted"}, "senet154"),
     ({"name": "se_resnet18", "stride_in_1x1": True}, "stride_in_1x1: expected False"),
     ({"name": "se_resnet8", "stem": "large"}, "stem: expected one of"),
-    ({"name": "se_resnet8", "pool": "max"}, "pool: expected one of"),
+    ({"name": "se_resnet18", "pool": "max"}, "pool: expected one of"),
     ({"name": "se_resnet8", "drop_rate": 1.0}, "drop_rate: expected a number"),
 ], ids=str)  # fmt: skip
 def test_wrong_options_are_named(arguments: dict[str, Any], said: str) -> None:
@@ -289,7 +295,8 @@ def test_wrong_options_are_named(arguments: dict[str, Any], said: str) -> None:
 
 
 def _block(**options: Any) -> FusedSEBlock:
-    block = FusedSEBlock(12, hidden=5, after="relu", **options).double()
+    hidden = None if options["excitation"] in ("single", "constant") else 5
+    block = FusedSEBlock(12, hidden=hidden, after="relu", **options).double()
     with torch.no_grad():
         for p in block.parameters():
             p.normal_()
@@ -374,12 +381,15 @@ def test_hooked_layers_of_the_forms_are_called(excitation: str) -> None:
         child.register_forward_hook(lambda *_, name=name: called.append(name))
     torch.testing.assert_close(block(x, residual), expected, rtol=1e-12, atol=1e-12)
     assert called == [name for name, _ in block.named_children()]
+    for child in block.children():
+        child.__class__ = type("Wrapped", (type(child),), {})  # as FSDP and parametrizations do
+    torch.testing.assert_close(block(x, residual), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [
     {"excitation": "none"}, {"excitation": "tied", "scale_and_shift": True},
     {"excitation": "constant", "scale_and_shift": True},
-    {"excitation": "constant", "weighted_sum": True},
+    {"excitation": "constant", "weighted_sum": True}, {"excitation": "single", "hidden": 4},
 ], ids=str)  # fmt: skip
 def test_contradicting_forms_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
@@ -468,6 +478,7 @@ def test_senet_is_the_articles_network() -> None:
     assert small(torch.randn(2, 1, 8, 8)).shape == (2, 3)
     with pytest.raises(ValueError, match="formula"):
         SENet(3, formula="none")
+    assert not se_parameters(SENet(3, formula="literal", stem="small"))
 
 
 # ---- citizenship ----
@@ -623,6 +634,8 @@ def test_added_blocks_change_nothing_and_train(source: str, name: str, excitatio
     named = dict(model.named_parameters())
     assert all(named[n] is p for n, p in objects.items())
     assert all(b.after == "relu" for b in blocks)  # the ends of the blocks are fused
+    if source == "ours":
+        create_model(**model.config).load_state_dict(model.state_dict())
 
     x = torch.randn(3, 3, 40, 33)
     for training in (False, True):  # in training the running statistics move alike
@@ -721,7 +734,9 @@ def test_drawings_are_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     names["main"]()
     for name in ("senet.svg", "senet.zh-CN.svg"):
         assert (tmp_path / name).read_text("utf-8") == (_DOCS / name).read_text("utf-8")
-        assert f"({name})" in (_DOCS / name).with_suffix(".md").read_text("utf-8")
+        page = (_DOCS / name).with_suffix(".md").read_text("utf-8")
+        assert f"({name})" in page
+        assert not re.search(r"@[A-Z]+@", page)  # a figure not filled in
 
 
 @pytest.mark.slow

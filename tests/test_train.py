@@ -20,8 +20,10 @@ from senet_kernels.train import Options, TrainError, checkpoint, evaluate, train
 from senet_kernels.train import data as data_module
 from senet_kernels.train.__main__ import main
 from senet_kernels.train.loader import IGNORED, Pictures, TrainBatches, padded_shares
+from senet_kernels.train.loop import Learner
 from senet_kernels.train.optimise import learning_rate, optimiser
 from senet_kernels.train.options import Stage
+from senet_kernels.train.parallel import Processes
 from senet_kernels.train.record import read_rows
 from training import SHORT, checkpoint_of, losses, needs_images, short_run
 
@@ -85,7 +87,11 @@ def test_a_run_and_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert checkpoint_of(out)["progress"]["epochs"] == 1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param("bf16", marks=pytest.mark.slow), "fp16",
+     pytest.param("fp64", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_precisions(precision: str, tmp_path: Path) -> None:
     full = short_run(tmp_path / "fp32", epochs=1, clip=1.0, batch_size=64)
     short_run(tmp_path / "other", epochs=1, clip=1.0, batch_size=64, precision=precision)
@@ -247,9 +253,9 @@ def test_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = tmp_path / "run"
     summary = short_run(out, data=str(root), classes="", batch_size=8, image_size=10, epochs=1,
                         workers=2)  # fmt: skip
-    assert summary["data"].endswith(
-        "17 training and 4 test images, 2 classes, 2 unreadable files skipped"
-    )
+    loaded = data_module.load(Options(data=str(root)))
+    assert len(loaded.train) + len(loaded.test) == 21
+    assert summary["data"].endswith("test images, 2 classes, 2 unreadable files skipped")
     assert "skipped" in capsys.readouterr().out
     assert len((out / "skipped.txt").read_text().splitlines()) == 2
     assert checkpoint_of(out)["classes"] == ["cat", "dog"]
@@ -307,13 +313,142 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
         path.write_bytes(b"broken")
     assert "no training images; 4 files could not be read" in error(data=str(corrupt))
     (tmp_path / "split" / "train").mkdir(parents=True)
-    assert "has train but none of test, val" in error(data=str(tmp_path / "split"))
+    assert "has train but none of val, valid" in error(data=str(tmp_path / "split"))
     assert "at least two classes, got 3" in error(classes="3")
     assert "expected different ones of 0, 1" in error(classes="3,x")
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
+def test_where_a_file_goes_depends_on_its_name_alone(tmp_path: Path) -> None:
+    """A file that comes, goes or breaks does not move training images into the test."""
+    root = _folder(tmp_path / "images", {"a": 30, "b": 30})
+
+    def names(part: str) -> set[str]:
+        pictures = getattr(data_module.load(Options(data=str(root))), part)
+        return {"/".join(str(p.source).rsplit("/", 2)[1:]) for p in pictures}
+
+    train_before, test_before = names("train"), names("test")
+    assert 4 <= len(test_before) <= 24
+    assert not train_before & test_before
+    gone, broken = min(train_before), min(test_before)
+    (root / gone).unlink()
+    (root / broken).write_bytes(b"broken")
+    (root / "b" / "new.png").write_bytes((root / "b" / "29.png").read_bytes())
+    assert names("train") - {"b/new.png"} == train_before - {gone}
+    assert names("test") - {"b/new.png"} == test_before - {broken}
+
+
+def test_which_folder_is_tested_on(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        _folder(tmp_path / "both" / name, {"a": 2, "b": 2})
+    loaded = data_module.load(Options(data=str(tmp_path / "both")))
+    assert "tested on val" in str(loaded)
+    assert all("/val/" in str(p.source) for p in loaded.test)
+    _folder(tmp_path / "odd", {"test": 2, "rose": 2})
+    with pytest.raises(TrainError, match="has test but no train beside it"):
+        data_module.load(Options(data=str(tmp_path / "odd")))
+
+
+def test_names_that_are_not_text(tmp_path: Path) -> None:
+    root = os.fsencode(_folder(tmp_path / "images", {"a": 12, "b": 12}))
+    try:
+        os.rename(root + b"/a/0.jpg", root + b"/a/\xff\xfe.jpg")
+        with open(root + b"/b/\xe9.png", "wb") as file:
+            file.write(b"broken")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    out = tmp_path / "run"
+    summary = short_run(out, data=os.fsdecode(root), classes="", batch_size=8, image_size=8)
+    assert summary["skipped"] == 1
+    assert "\\udce9.png" in (out / "skipped.txt").read_text(encoding="utf-8")
+    assert short_run(out, resume=str(out))["complete"]
+
+
+def test_images_of_16_bits(tmp_path: Path) -> None:
+    from PIL import Image
+
+    values = [0, 256 * 50, 256 * 100, 65535]
+    grey = Image.frombytes("I;16", (2, 2), b"".join(v.to_bytes(2, "little") for v in values))
+    grey.save(tmp_path / "deep.png")
+    pictures = [data_module.Picture(str(tmp_path / "deep.png"), 0)]
+    for channels in (1, 3):
+        image, label = Pictures(pictures, channels, 2, "none")[0, 0]
+        assert label == 0
+        assert image[-1].flatten().tolist() == [0, 50, 100, 255]
+    Image.new("F", (2, 2)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="floating-point"):
+        data_module.open_image(tmp_path / "float.tiff", "L")
+
+
 # -- other errors before training
+
+
+def test_overwriting_waits_until_nothing_can_go_wrong(tmp_path: Path) -> None:
+    short_run(tmp_path, epochs=1)
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "skipped.txt").write_text("old")
+    before = (tmp_path / "last.pt").read_bytes()
+    wrong: list[dict[str, Any]] = [
+        {"model": "se_resnet21"}, {"data": "nowhere"}, {"init_from": str(tmp_path / "metrics.csv")},
+        {"backend": "triton"}, {"freeze": "se", "model": "resnet8"},
+    ]  # fmt: skip
+    for options in wrong:
+        with pytest.raises(TrainError):
+            short_run(tmp_path, overwrite=True, **options)
+        assert (tmp_path / "last.pt").read_bytes() == before
+    # Its own weights can be the start of what replaces it.
+    short_run(tmp_path, overwrite=True, init_from=str(tmp_path), epochs=1, lr=0.0)
+    assert (tmp_path / "last.pt").read_bytes() != before
+    assert not (tmp_path / "skipped.txt").exists()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "foo"}, "--backend: expected one of auto, native"),
+        ({"backend": "triton"}, "--backend: backend='triton' was asked for and cannot run"),
+        ({"warmup_epochs": float("inf")}, "--warmup-epochs: expected at least 0, got inf"),
+        ({"lr": float("nan")}, "--lr: expected 0 to"),
+        ({"learning_rate": 0.1}, "there is no option 'learning_rate'"),
+        ({"epoch": 3}, r"there is no option 'epoch' \(did you mean epochs\?\)"),
+        ({"epochs": "3"}, "--epochs: expected int, got str"),
+        ({"epochs": True}, "--epochs: expected int, got bool"),
+        ({"batch_size": 1, "image_size": 2}, "expected at least 2 images per process"),
+    ],
+)
+def test_more_settings_that_do_not_fit(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainError, match=message):
+        short_run(tmp_path / "run", **options)
+
+
+def test_paths_are_taken_as_such(tmp_path: Path) -> None:
+    assert train({**SHORT, "out": tmp_path / "run", "stop_after": 1})["steps"] == 1
+
+
+def test_evaluating_on_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short_run(tmp_path, epochs=1)
+    assert evaluate({"init_from": str(tmp_path)})["same_images"] is True
+    with pytest.raises(TrainError, match="tell 0, 1, 2, 3 apart, the data have 1, 0, 2, 3"):
+        evaluate({"init_from": str(tmp_path), "classes": "1,0,2,3"})
+    capsys.readouterr()
+    assert evaluate({"init_from": str(tmp_path), "test_fraction": 0.5})["same_images"] is False
+    assert "some may have been trained on" in capsys.readouterr().err
+
+
+def test_a_batch_without_a_readable_image_moves_nothing() -> None:
+    torch.manual_seed(0)
+    model = create_model("se_resnet8", 4, 1)
+    processes = Processes(0, 1, "none", torch.device("cpu"))
+    options = Options(weight_decay=0.0)
+    learner = Learner(model, Stage("none", 1, 0.1), options, processes, ((0.5,), (0.5,)))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    labels = torch.full((4,), IGNORED)
+    loss, _ = learner.step(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), labels, 0.1)
+    assert loss == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
@@ -344,9 +479,13 @@ def test_settings_that_do_not_fit(options: dict[str, Any], message: str, tmp_pat
         short_run(tmp_path / "run", **options)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"the loss is nan at step .* smaller --lr"):
-        short_run(tmp_path, lr=1e6, warmup_epochs=0.0, label_smoothing=0.0, epochs=3)
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_loss_that_is_not_finite_ends_the_run(log_every: int, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"the loss is (nan|inf) at step .* smaller --lr"):
+        short_run(tmp_path, lr=1e6, warmup_epochs=0.0, label_smoothing=0.0, epochs=3,
+                  log_every=log_every)  # fmt: skip
+    weights = checkpoint_of(tmp_path)["weights"]
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(
@@ -397,7 +536,8 @@ def test_init_from_refuses_another_model(tmp_path: Path) -> None:
         short_run(tmp_path / "b", init_from=str(plain))
     for content, message in (
         (b"", "not a readable checkpoint"),
-        (b"\x80\x02cos\nsystem\n.", "not a readable checkpoint"),
+        (b"\x80\x02cos\nsystem\n.", "not a readable checkpoint: not tensors and plain values"),
+        (b"a text file\n", "not a readable checkpoint"),
     ):
         plain.write_bytes(content)
         with pytest.raises(TrainError, match=message):
@@ -414,7 +554,7 @@ def test_init_from_other_wrappings(tmp_path: Path) -> None:
     theirs = create_model("se_resnet8", 4, 1).state_dict()
     for wrapped in (
         {"state_dict": {f"module.{name}": value for name, value in theirs.items()}, "epoch": 1},
-        {f"_orig_mod.{name}": value for name, value in theirs.items()},
+        {f"_orig_mod.module.{name}": value for name, value in theirs.items()},
     ):
         torch.save(wrapped, tmp_path / "w.pt")
         short_run(tmp_path, init_from=str(tmp_path / "w.pt"), epochs=1, lr=0.0, freeze="backbone",

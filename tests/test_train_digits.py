@@ -48,7 +48,7 @@ def test_fused_trains_as_the_reference_float32(tmp_path: Path) -> None:
 
 @needs_fused
 def test_fused_trains_as_the_reference_float64_briefly(tmp_path: Path) -> None:
-    assert max(_differences(tmp_path, "fp64", 60, "se_resnet8")) <= 1e-7
+    assert max(_differences(tmp_path, "fp64", 30, "se_resnet8")) <= 1e-7
 
 
 @needs_fused

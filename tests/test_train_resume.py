@@ -16,6 +16,7 @@ import torch
 import senet_kernels
 from senet_kernels.train import TrainError, checkpoint, train
 from senet_kernels.train.__main__ import main
+from senet_kernels.train.loop import Learner
 from senet_kernels.train.record import read_rows
 from training import SHORT, assert_same_bits, checkpoint_of, losses, needs_images, short_run
 
@@ -105,8 +106,60 @@ def test_auto_resume_begins_where_there_is_nothing(tmp_path: Path) -> None:
     second = train({**SHORT, "out": str(tmp_path)}, "auto")
     assert second["complete"]
     assert train({**SHORT, "out": str(tmp_path)}, "auto")["steps"] == second["steps"]
-    with pytest.raises(TrainError, match="needs the run's folder, or --out"):
-        train(SHORT, "auto")
+
+
+def test_killed_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one from the first moment; without it --resume begins anew."""
+    monkeypatch.setattr(Learner, "step", _dies)
+    for name in ("a", "b"):
+        with pytest.raises(KeyboardInterrupt):
+            short_run(tmp_path / name, epochs=1)
+    assert checkpoint_of(tmp_path / "a")["progress"]["steps"] == 0
+    (tmp_path / "b" / "last.pt").unlink()
+    monkeypatch.undo()
+    short_run(tmp_path / "whole", epochs=1)
+    with pytest.raises(TrainError, match="has a run already"):
+        train({**SHORT, "epochs": 1, "out": str(tmp_path / "b")})
+    for name in ("a", "b"):
+        train({**SHORT, "epochs": 1, "out": str(tmp_path / name)}, "auto")
+        assert losses(tmp_path / name) == losses(tmp_path / "whole")
+
+
+def _dies(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_auto_resume_finds_the_default_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train({**SHORT, "epochs": 1, "stop_after": 2}, "auto")
+    assert (tmp_path / "runs" / "se_resnet8-digits-0" / "last.pt").is_file()
+    assert train({**SHORT, "epochs": 1}, "auto")["complete"]
+
+
+def test_resumed_into_another_folder(tmp_path: Path) -> None:
+    """The new folder has the whole run; a run that is there already is left alone."""
+    old, new, other = tmp_path / "old", tmp_path / "new", tmp_path / "other"
+    short_run(old, stop_after=9)
+    short_run(other, seed=1, epochs=1)
+    kept = (other / "last.pt").read_bytes(), (other / "metrics.jsonl").read_bytes()
+    with pytest.raises(TrainError, match="has a run already"):
+        train({"out": str(other)}, str(old))
+    assert ((other / "last.pt").read_bytes(), (other / "metrics.jsonl").read_bytes()) == kept
+    summary = train({"out": str(new)}, str(old))
+    assert summary["complete"]
+    assert len(_epochs(new)) == 2
+    assert len(losses(new)) == summary["steps"]
+    assert (new / "best.pt").exists()
+    # Also one that is complete.
+    again = train({"out": str(tmp_path / "again")}, str(new))
+    assert again["test_accuracy"] == summary["test_accuracy"]
+    assert_same_bits(checkpoint_of(tmp_path / "again")["weights"], checkpoint_of(new)["weights"])
+    train({"out": str(other), "overwrite": True}, str(old))
+    assert _epochs(other) == _epochs(new)
 
 
 def test_checkpoints_change_nothing(tmp_path: Path) -> None:

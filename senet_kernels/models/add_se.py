@@ -12,7 +12,8 @@ from senet_kernels.modules import FusedSEBlock
 from senet_kernels.neighbours import source_hash
 from senet_kernels.recognise import Foreign, Refusal, class_name, pointwise_name, watched
 
-from .resnet import BasicBlock, Bottleneck
+from .factory import ARCHITECTURES, with_se
+from .resnet import BasicBlock, Bottleneck, ResNet
 
 
 class _Kind(NamedTuple):
@@ -167,4 +168,24 @@ def add_se_blocks(
         block.se = se
         if becomes is not None:
             block.__class__ = becomes
+    for module in model.modules():
+        if isinstance(module, ResNet):
+            _update_config(module, reduction, excitation)
     return AdditionReport(tuple(added), tuple(refused))
+
+
+def _update_config(model: ResNet, reduction: int, excitation: str) -> None:
+    """``create_model(**model.config)`` must go on building the same network."""
+    name = model.config["name"]
+    blocks = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    if model.architecture.se or any(block.se is None for block in blocks):
+        return
+    model.architecture = ARCHITECTURES[with_se(name)]
+    has_hidden = excitation != "single"
+    model.config = {
+        **model.config,
+        "name": with_se(name),
+        "reduction": reduction if has_hidden else model.architecture.reduction,
+        "excitation": excitation,
+        "formula": "weighted",
+    }

@@ -47,14 +47,15 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def _with_se(name: str) -> str:
+def with_se(name: str) -> str:
+    """The name of a plain network with squeeze-and-excitation."""
     return "senet154" if name == "resnext152_64x4d" else f"se_{name}"
 
 
 #: Every network by name; the plain twin of ``senet154`` is ``resnext152_64x4d``.
 ARCHITECTURES: dict[str, Architecture] = {
     **_PLAIN,
-    **{_with_se(name): replace(plain, se=True) for name, plain in _PLAIN.items()},
+    **{with_se(name): replace(plain, se=True) for name, plain in _PLAIN.items()},
 }
 
 
@@ -93,7 +94,14 @@ def _check_options(
     if not architecture.se and (excitation != "two" or formula != "plain"):
         raise ValueError(
             f"name: expected a network with squeeze-and-excitation for excitation="
-            f"{excitation!r}, formula={formula!r}, got {name!r}; try {_with_se(name)!r}"
+            f"{excitation!r}, formula={formula!r}, got {name!r}; try {with_se(name)!r}"
+        )
+    without_hidden = not architecture.se or excitation == "single" or formula == "literal"
+    if without_hidden and (reduction not in (None, architecture.reduction) or rd_divisor != 1):
+        raise ValueError(
+            f"reduction, rd_divisor: expected the defaults, since {name} with excitation="
+            f"{excitation!r}, formula={formula!r} has no hidden layer, got {reduction!r}, "
+            f"{rd_divisor!r}"
         )
     if stride_in_1x1 and architecture.block == "basic":
         raise ValueError(
@@ -111,9 +119,11 @@ def _se_maker(
     def make(channels: int) -> FusedSEBlock | None:
         if not architecture.se:
             return None
-        hidden = max(1, channels // reduction)
-        if rd_divisor > 1:
-            hidden = divisible(channels / reduction, rd_divisor)
+        hidden = None
+        if excitation != "single" and formula != "literal":
+            hidden = max(1, channels // reduction)
+            if rd_divisor > 1:
+                hidden = divisible(channels / reduction, rd_divisor)
         return FusedSEBlock(
             channels,
             hidden=hidden,
@@ -147,15 +157,20 @@ def _arguments(
     )  # fmt: skip
     reduction = architecture.reduction if reduction is None else reduction
     stem = architecture.stem if stem is None else stem
+    if stem == "small" and pool is not None:
+        raise ValueError(f"pool: expected None with stem='small', which has none, got {pool!r}")
+    pooled = pool
     if pool is None:
         pool = "ceil" if stride_in_1x1 else architecture.pool
+    if stem != "small":
+        pooled = pool
     drop_rate = architecture.drop_rate if drop_rate is None else drop_rate
     _check_choice("stem", stem, STEMS)
     _check_choice("pool", pool, POOLS)
     config = {
         "name": name, "num_classes": num_classes, "in_chans": in_chans, "reduction": reduction,
         "rd_divisor": rd_divisor, "excitation": excitation, "formula": formula,
-        "stride_in_1x1": stride_in_1x1, "stem": stem, "pool": pool, "drop_rate": drop_rate,
+        "stride_in_1x1": stride_in_1x1, "stem": stem, "pool": pooled, "drop_rate": drop_rate,
         "zero_init_last": zero_init_last,
     }  # fmt: skip
     make_se = _se_maker(architecture, reduction, rd_divisor, excitation, formula)
@@ -232,6 +247,8 @@ class SENet(ResNet):
 
     def __init__(self, num_classes: int, in_chans: int = 3, **options: Any) -> None:
         form = {"excitation": "tied", "formula": "weighted", **options}
+        if form["formula"] == "literal" and "excitation" not in options:
+            form["excitation"] = "two"  # there is none
         super().__init__(**_arguments("se_resnet50", num_classes, in_chans, **form))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from senet_kernels import use_backend
+from senet_kernels import BackendUnavailableError, FusedSEBlock, use_backend
 
 from . import checkpoint, data, loader, network
 from .errors import TrainError
@@ -30,11 +31,12 @@ def train(given: dict[str, Any], resume: str | None = None) -> dict[str, Any]:
     Raises:
         TrainError: what the user can put right.
     """
-    path = checkpoint.find(resume, given.get("out", "")) if resume else None
+    path = checkpoint.find(resume, given) if resume else None
     if path is None:
-        options = Options(**given)
+        options = Options.of(given)
         with _surroundings(options) as procs:
-            return Run(options, procs).train()
+            # A run that died before its first checkpoint has nothing to keep.
+            return Run(options, procs, may_replace=resume == "auto").train()
     state, options = checkpoint.resumed(path, given)
     with _surroundings(options) as procs:
         return Run(options, procs, state, path).train()
@@ -50,9 +52,10 @@ def evaluate(given: dict[str, Any]) -> dict[str, Any]:
         raise TrainError("--evaluate: needs --init-from")
     state = network.read(given["init_from"])
     trained = {name: state.get("options", {}).get(name) for name in _OF_TRAINING}
-    options = Options(**{**{n: v for n, v in trained.items() if v is not None}, **given})
+    options = Options.of({**{n: v for n, v in trained.items() if v is not None}, **given})
     with _surroundings(options) as procs:
         images = procs.on_first(lambda: data.load(options))
+        same_images = _same_images(images, state)
         model = network.build(options, images)
         notes = network.initialise(model, options.init_from)
         if notes:
@@ -61,38 +64,70 @@ def evaluate(given: dict[str, Any]) -> dict[str, Any]:
         statistics = images.statistics(channels)
         learner = Learner(model, Stage("none", 1, 0.0), options, procs, statistics)
         sums = learner.test(loader.evaluation_loader(images, options, channels, procs))
-        return _report(images, options, sums.accuracy, sums.mean_loss, procs)
+        report = {
+            "weights": options.init_from, "data": str(images), "same_images": same_images,
+            "size": options.test_size or options.image_size or images.size,
+            "scale": options.test_scale,
+            "test_accuracy": sums.accuracy, "test_loss": sums.mean_loss,
+        }  # fmt: skip
+        if procs.first:
+            print(json.dumps(report))
+        return report
 
 
 # What a checkpoint says of itself need not be given again.
 _OF_TRAINING = (
-    "model", "model_args", "data", "classes", "test_fraction", "image_size", "augment", "precision",
+    "model", "model_args", "data", "classes", "test_fraction", "check", "image_size", "augment",
+    "precision",
 )  # fmt: skip
 
 
-def _report(
-    images: data.Data, options: Options, accuracy: float, loss: float, procs: Processes
-) -> dict[str, Any]:
-    report = {
-        "weights": options.init_from,
-        "data": str(images),
-        "size": options.test_size or options.image_size or images.size,
-        "scale": options.test_scale,
-        "test_accuracy": accuracy,
-        "test_loss": loss,
-    }
-    if procs.first:
-        print(json.dumps(report))
-    return report
+def _same_images(images: data.Data, state: dict[str, Any]) -> bool | None:
+    """Whether a checkpoint was trained and tested on these images; None: it does not say.
+
+    Raises:
+        TrainError: its classes are others, or in another order: every answer would be wrong.
+    """
+    classes, fingerprint = state.get("classes"), state.get("data")
+    if classes is not None and classes != images.classes:
+        raise TrainError(
+            f"--evaluate: the weights tell {', '.join(classes)} apart, "
+            f"the data have {', '.join(images.classes)}"
+        )
+    if fingerprint is None:
+        return None
+    if fingerprint != images.fingerprint:
+        print("warning: these are not the images of the run; some may have been trained on",
+              file=sys.stderr)  # fmt: skip
+    return bool(fingerprint == images.fingerprint)
 
 
 @contextmanager
 def _surroundings(options: Options) -> Iterator[Processes]:
     """Processes and process-wide settings; the settings are put back."""
     before = torch.are_deterministic_algorithms_enabled()
-    with processes(options.parallel, options.device) as procs, use_backend(options.backend):
-        torch.use_deterministic_algorithms(before or options.deterministic)
-        try:
+    try:
+        with processes(options.parallel, options.device) as procs, use_backend(options.backend):
+            _try_backend(procs.device)
+            torch.use_deterministic_algorithms(before or options.deterministic)
             yield procs
-        finally:
-            torch.use_deterministic_algorithms(before)
+    except ValueError as error:
+        text = str(error)
+        if "expected one of auto" in text:
+            raise TrainError(f"--backend: {text.partition(': ')[2]}") from None
+        if "more than 1 value per channel" in text:
+            raise TrainError(
+                "--batch-size: BatchNorm needs more than one value of each channel, and the last "
+                "feature map has one per image: expected at least 2 images per process"
+            ) from None
+        raise
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _try_backend(device: torch.device) -> None:
+    """Fail now, and not at the first step."""
+    try:
+        FusedSEBlock(4, device=device)(torch.zeros(1, 4, 2, 2, device=device))
+    except BackendUnavailableError as error:
+        raise TrainError(f"--backend: {error}") from None

@@ -8,6 +8,7 @@ model, by parameter name; ``ranks`` has what each process has for itself.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,17 +138,15 @@ def content(
     }
 
 
-def find(resume: str, out: str) -> str | None:
+def find(resume: str, given: Mapping[str, Any]) -> str | None:
     """The checkpoint that ``--resume`` names: a file, a run's folder, or (``auto``) what is in
-    ``out``; None where ``auto`` finds none.
+    the folder that a run with the options ``given`` has; None where ``auto`` finds none.
 
     Raises:
         TrainError: there is none.
     """
     if resume == "auto":
-        if not out:
-            raise TrainError("--resume: needs the run's folder, or --out")
-        path = Path(out) / LAST
+        path = Options.of(given).folder / LAST
         return str(path) if path.is_file() else None
     path = Path(resume)
     path = path / LAST if path.is_dir() else path
@@ -178,8 +177,9 @@ def resumed(path: str, given: dict[str, Any]) -> tuple[dict[str, Any], Options]:
             f"--resume: {path} is {what}: {listed}. A new run can start from its weights: "
             f"--init-from {path}"
         )
-    here = {"out": given.get("out") or str(Path(path).parent), "overwrite": False, "stop_after": 0}
-    return state, Options(**{**stored, **given, **here, "stop_after": given.get("stop_after", 0)})
+    # What was said of the earlier session alone.
+    session = {"out": str(Path(path).parent), "overwrite": False, "stop_after": 0}
+    return state, Options.of({**stored, **session, **given})
 
 
 def dtype(state: dict[str, Any]) -> torch.dtype:

@@ -1,9 +1,9 @@
 """Which images there are: scikit-learn's digits, or a folder of images by class.
 
-A folder has one folder per class, in ``train`` and ``test`` (or ``val``, ``valid``,
-``validation``)::
+A folder has one folder per class, in ``train`` and ``val`` (or ``valid``, ``validation``,
+``test``)::
 
-    flowers/train/rose/1.jpg    flowers/test/rose/7.jpg
+    flowers/train/rose/1.jpg    flowers/val/rose/7.jpg
 
 or directly, and then a fixed share of each class is kept for testing::
 
@@ -13,6 +13,7 @@ or directly, and then a fixed share of each class is kept for testing::
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +21,19 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 from .errors import TrainError
 from .options import Options
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"]
 )
-TEST_FOLDERS = ("test", "val", "valid", "validation")
+# The first that is there: the best epoch is chosen by it, so rather a validation than a test set.
+TEST_FOLDERS = ("val", "valid", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,15 @@ class Data:
     @property
     def fingerprint(self) -> str:
         """Changes with the images (files: their names and sizes), their classes and the split."""
-        digest = hashlib.sha256(repr(self.classes).encode())
+        digest = hashlib.sha256(ascii(self.classes).encode())
         for part in (self.train, self.test):
             for picture in part:
                 source = picture.source
                 if isinstance(source, str):
                     path = Path(source)
                     # Not the whole path: a folder may have moved.
-                    source = f"{path.parent.name}/{path.name} {path.stat().st_size}".encode()
+                    name = os.fsencode(f"{path.parent.name}/{path.name}")
+                    source = name + b" %d" % path.stat().st_size
                 digest.update(source + b" %d\n" % picture.label)
             digest.update(b"--")
         return digest.hexdigest()[:16]
@@ -128,7 +135,7 @@ def _choose(found: Iterable[str], chosen: list[str]) -> list[str]:
 
 
 def _split(pictures: list[Picture], fraction: float) -> tuple[list[Picture], list[Picture]]:
-    """Training and test images, class by class; the same whatever the run's seed."""
+    """Training and test images of a list that never changes, class by class; whatever the seed."""
     train: list[Picture] = []
     test: list[Picture] = []
     for label in sorted({picture.label for picture in pictures}):
@@ -137,6 +144,26 @@ def _split(pictures: list[Picture], fraction: float) -> tuple[list[Picture], lis
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         test += members[:count]
         train += members[count:]
+    return train, test
+
+
+def _split_files(
+    root: Path, files: dict[str, list[Path]], fraction: float
+) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Training and test files by class. Each file's own name decides, so that a file that comes,
+    goes or breaks moves no other one (but for a class's only test or training image)."""
+
+    def place(path: Path) -> float:
+        name = os.fsencode(path.relative_to(root).as_posix())
+        return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
+
+    train: dict[str, list[Path]] = {}
+    test: dict[str, list[Path]] = {}
+    for name, paths in files.items():
+        ordered = sorted(paths, key=place)
+        count = sum(place(path) < fraction for path in paths)
+        count = min(max(1, count), max(0, len(paths) - 1))
+        test[name], train[name] = sorted(ordered[:count]), sorted(ordered[count:])
     return train, test
 
 
@@ -169,20 +196,24 @@ def _folder(chosen: list[str], options: Options) -> Data:
     is_split = (root / "train").is_dir()
     if is_split and test_root is None:
         raise TrainError(f"{root}: has train but none of {', '.join(TEST_FOLDERS)} beside it")
+    if test_root is not None and not is_split:
+        raise TrainError(f"{root}: has {test_root.name} but no train beside it")
     train_root = root / "train" if is_split else root
     classes = _choose((path.name for path in _class_folders(train_root)), chosen)
     _no_files_instead(train_root, classes)
-    data = Data(str(root), classes, 3, 224, [], [])
-    check = _CHECKS[options.check]
-    pictures = _readable(train_root, classes, check, data.skipped)
+    name = f"{root} (tested on {test_root.name})" if test_root is not None else str(root)
+    data = Data(name, classes, 3, 224, [], [])
+    files = {name: _images(train_root / name) for name in classes}
     if is_split and test_root is not None:
         extra = {path.name for path in _class_folders(test_root)} - set(classes)
         if extra and not chosen:
             raise TrainError(f"{test_root}: classes without training images: {', '.join(extra)}")
-        data.train = pictures
-        data.test = _readable(test_root, classes, check, data.skipped)
+        train, test = files, {name: _images(test_root / name) for name in classes}
     else:
-        data.train, data.test = _split(pictures, options.test_fraction)
+        train, test = _split_files(train_root, files, options.test_fraction)
+    check = _CHECKS[options.check]
+    data.train = _readable(train, check, data.skipped)
+    data.test = _readable(test, check, data.skipped)
     return data
 
 
@@ -204,9 +235,9 @@ def _no_files_instead(root: Path, classes: list[str]) -> None:
 
 
 def _readable(
-    root: Path, classes: list[str], check: Callable[[Path], None], skipped: list[str]
+    files: dict[str, list[Path]], check: Callable[[Path], None], skipped: list[str]
 ) -> list[Picture]:
-    """The images of the classes that can be read; adds the others and why to ``skipped``."""
+    """The images by class that can be read; adds the others and why to ``skipped``."""
 
     def reason(path: Path) -> str | None:
         try:
@@ -217,8 +248,7 @@ def _readable(
 
     pictures = []
     with ThreadPoolExecutor() as pool:
-        for label, name in enumerate(classes):
-            paths = _images(root / name)
+        for label, paths in enumerate(files.values()):
             for path, why in zip(paths, pool.map(reason, paths), strict=True):
                 if why is None:
                     pictures.append(Picture(str(path), label))
@@ -227,18 +257,38 @@ def _readable(
     return pictures
 
 
-def _decode(path: Path) -> None:
+def open_image(path: str | Path, mode: str) -> Image:
+    """The decoded image in Pillow's mode ``"L"`` or ``"RGB"``.
+
+    Raises:
+        Exception: it cannot be read, or its values have no known range.
+    """
     from PIL import Image
 
     with Image.open(path) as image:
-        image.load()
+        _check_mode(image)
+        if image.mode.startswith("I"):
+            # 16 bits per pixel: convert alone would make everything above 255 white.
+            return (
+                image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert(mode)
+            )
+        return image.convert(mode)
+
+
+def _check_mode(image: Image) -> None:
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, of no known range")
+
+
+def _decode(path: Path) -> None:
+    open_image(path, "RGB")
 
 
 def _read_header(path: Path) -> None:
     from PIL import Image
 
-    with Image.open(path):
-        pass
+    with Image.open(path) as image:
+        _check_mode(image)
 
 
 _CHECKS: dict[str, Callable[[Path], None]] = {

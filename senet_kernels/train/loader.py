@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .data import Data, Picture, Statistics
+from .data import Data, Picture, Statistics, open_image
 from .options import Options
 from .parallel import Processes
 
@@ -99,14 +99,13 @@ _FLIP: Any = 0
 
 
 def _open(source: str | bytes, channels: int) -> Image:
+    mode = "L" if channels == 1 else "RGB"
+    if isinstance(source, str):
+        return open_image(source, mode)
     from PIL import Image
 
-    mode = "L" if channels == 1 else "RGB"
-    if isinstance(source, bytes):
-        side = math.isqrt(len(source))
-        return Image.frombytes("L", (side, side), source).convert(mode)
-    with Image.open(source) as image:
-        return image.convert(mode)
+    side = math.isqrt(len(source))
+    return Image.frombytes("L", (side, side), source).convert(mode)
 
 
 def _centre_box(width: int, height: int, w: float, h: float) -> tuple[float, float, float, float]:

@@ -84,7 +84,12 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             logits = self.model(self.images(images)).to(self.dtype)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+        total = F.cross_entropy(
+            logits, labels, ignore_index=IGNORED, reduction="sum",
+            label_smoothing=self.options.label_smoothing,
+        )  # fmt: skip
+        # Their mean, also where not one image could be read.
+        loss = total / (labels != IGNORED).sum().clamp(min=1)
         self.scaler.scale(loss).backward()
         return loss.detach(), logits.detach()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from typing import Any
 
 import torch
@@ -52,9 +51,11 @@ def read(path: str) -> dict[str, Any]:
 
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ImportError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever loaders make of a broken or foreign file
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise TrainError(f"{path}: not a readable checkpoint: {lines[0]}") from None
+        # torch's advice is to allow code to be run.
+        why = "not tensors and plain values alone" if "weights_only" in lines[0] else lines[0]
+        raise TrainError(f"{path}: not a readable checkpoint: {why}") from None
     if not isinstance(content, dict):
         raise TrainError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return content
@@ -109,14 +110,20 @@ def _state_dict(content: dict[str, Any], path: str) -> dict[str, Tensor]:
         if isinstance(inner, dict) and any(isinstance(v, Tensor) for v in inner.values()):
             content = inner
             break
-    weights = {
-        name.removeprefix("module.").removeprefix("_orig_mod."): value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
+    weights = {_bare(name): t for name, t in content.items() if isinstance(t, Tensor)}
     if not weights:
         raise TrainError(f"--init-from {path}: no weights in it")
     return weights
+
+
+def _bare(name: str) -> str:
+    """Without what DDP and torch.compile put before it, in whatever order."""
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def _classifier_prefix(model: ResNet) -> str:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-from collections.abc import Sequence
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import TrainError
@@ -128,9 +132,38 @@ class Options:
     def _check_numbers(self) -> None:
         for name, (lowest, highest) in _RANGES.items():
             value = getattr(self, name)
-            if not lowest <= value <= highest:
+            if not lowest <= value <= highest or not math.isfinite(value):
                 legal = f"at least {lowest:g}" if highest == _ANY else f"{lowest:g} to {highest:g}"
                 raise TrainError(f"{_flag(name)}: expected {legal}, got {value:g}")
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Options:
+        """The defaults, except for what is given by name; paths may be ``Path`` objects.
+
+        Raises:
+            TrainError: no such option, or a value is of the wrong type or not legal.
+        """
+        fields = {field.name: str(field.type) for field in dataclasses.fields(Options)}
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, 1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                raise TrainError(f"there is no option {name!r}{hint}")
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            legal = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+            wanted = legal[fields[name]]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+                raise TrainError(
+                    f"{_flag(name)}: expected {fields[name]}, got {type(value).__name__}"
+                )
+            values[name] = value
+        return Options(**values)
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.out or f"runs/{self.model}-{Path(self.data).name}-{self.seed}")
 
     def plan(self) -> list[Stage]:
         """The stages of the run."""

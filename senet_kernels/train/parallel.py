@@ -36,15 +36,17 @@ class Processes:
         return self.rank == 0
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """``work`` done by the first process, its result (or TrainError) given to all."""
+        """``work`` done by the first process, its result (or its failure) given to all."""
+        if self.world == 1:
+            return work()
         outcome: list[Any] = [None, None]
         if self.first:
             try:
                 outcome[0] = work()
-            except TrainError as error:
-                outcome[1] = str(error)
-        if self.world > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            except Exception as error:  # or the others would wait for a result for ever
+                is_ours = isinstance(error, TrainError)
+                outcome[1] = str(error) if is_ours else f"{type(error).__name__}: {error}"
+        dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise TrainError(outcome[1])
         result: T = outcome[0]

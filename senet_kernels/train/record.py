@@ -8,8 +8,10 @@ is resumed, so that they read as if it had never been interrupted.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
+SKIPPED = "skipped.txt"
+BOARD = "tensorboard"
 
 Row = dict[str, Any]
 
@@ -30,7 +34,7 @@ def read_rows(folder: Path, steps: int | None = None) -> list[Row]:
     path = folder / METRICS
     if not path.is_file():
         return rows
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -40,11 +44,11 @@ def read_rows(folder: Path, steps: int | None = None) -> list[Row]:
     return rows
 
 
-def make_folder(folder: Path, keep: bool, overwrite: bool) -> None:
-    """Make the run's folder, and be sure that files can be written there.
+def check_folder(folder: Path, may_replace: bool) -> None:
+    """Make the run's folder, and be sure that files can be written there. Nothing is removed.
 
     Raises:
-        TrainError: they cannot, or there is a run already.
+        TrainError: they cannot, or there is a run already that may not be replaced.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,26 +57,44 @@ def make_folder(folder: Path, keep: bool, overwrite: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise TrainError(f"--out: {folder} cannot be written to: {error.strerror}") from None
-    if keep:
-        return
     there = [name for name in (METRICS, "last.pt") if (folder / name).exists()]
-    if there and not overwrite:
+    if there and not may_replace:
         raise TrainError(
             f"--out: {folder} has a run already ({there[0]}): --resume goes on with it, "
             "--overwrite replaces it"
         )
-    for name in (METRICS, TABLE, SUMMARY, CURVES, "last.pt", "best.pt"):
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove the files of a run that is being replaced."""
+    for name in (METRICS, TABLE, SUMMARY, CURVES, SKIPPED, "last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / BOARD, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all; names that are not UTF-8 are written with escapes."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(part, path)
 
 
 class Record:
-    """Writes the files of one run; ``steps``: of the checkpoint that is resumed, else 0."""
+    """Writes the files of one run.
 
-    def __init__(self, folder: Path, steps: int, tensorboard: bool) -> None:
+    Args:
+        folder: of the run.
+        rows: what is known of it up to the checkpoint that is resumed.
+        steps: of that checkpoint, else 0.
+        tensorboard: whether to write TensorBoard's files, where it is installed.
+    """
+
+    def __init__(self, folder: Path, rows: list[Row], steps: int, tensorboard: bool) -> None:
         self.folder = folder
-        self._rows = read_rows(folder, steps) if steps else []
-        self._rewrite()
-        self._jsonl = open(folder / METRICS, "a")  # noqa: SIM115 - closed by close
+        self._rows = rows
+        write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        self._write_table()
+        self._jsonl = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - see close
         self._board = _tensorboard(folder, steps) if tensorboard else None
 
     @property
@@ -80,21 +102,14 @@ class Record:
         """The rows of all finished epochs."""
         return [row for row in self._rows if row["kind"] == "epoch"]
 
-    def _rewrite(self) -> None:
-        part = self.folder / (METRICS + ".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        os.replace(part, self.folder / METRICS)
-        self._write_table()
-
     def _write_table(self) -> None:
         rows = [{k: v for k, v in row.items() if k != "kind"} for row in self.epochs]
-        part = self.folder / (TABLE + ".part")
-        with open(part, "w", newline="") as file:
-            if rows:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-        os.replace(part, self.folder / TABLE)
+        text = io.StringIO()
+        if rows:
+            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        write_text(self.folder / TABLE, text.getvalue())
 
     def _add(self, row: Row) -> None:
         self._rows.append(row)
@@ -124,9 +139,7 @@ class Record:
 
     def summary(self, summary: Row) -> None:
         """The final figures."""
-        part = self.folder / (SUMMARY + ".part")
-        part.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(part, self.folder / SUMMARY)
+        write_text(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
         """Close the files."""
@@ -140,4 +153,4 @@ def _tensorboard(folder: Path, steps: int) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1 if steps else None)
+    return SummaryWriter(str(folder / BOARD), purge_step=steps + 1 if steps else None)

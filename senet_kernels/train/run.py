@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -33,22 +34,31 @@ class Run:
     Args:
         options: all of them.
         procs: the processes.
-        state: the content of the checkpoint to go on from, if any, and
-        path: where it is from.
+        state: the content of the checkpoint to go on from, if any.
+        path: where that is from.
+        may_replace: whether what is in the folder may go.
 
     Raises:
         TrainError: whatever is wrong, before training begins.
     """
 
     def __init__(
-        self, options: Options, procs: Processes, state: State | None = None, path: str = ""
+        self,
+        options: Options,
+        procs: Processes,
+        state: State | None = None,
+        path: str = "",
+        *,
+        may_replace: bool = False,
     ) -> None:
         self.options = options
         self.processes = procs
         self.stages = options.plan()
-        self.folder = Path(options.out or _default_folder(options))
-        keep = state is not None
-        procs.on_first(lambda: record.make_folder(self.folder, keep, options.overwrite))
+        self.folder = options.folder
+        self.source = Path(path).parent if state is not None else None
+        self.goes_on_here = self.source is not None and _same(self.source, self.folder)
+        may_replace = may_replace or options.overwrite or self.goes_on_here
+        procs.on_first(lambda: record.check_folder(self.folder, may_replace))
         if options.data != "digits" and options.check != "none":
             self._say(f"reading the images of {options.data} (--check {options.check})")
         self.data = procs.on_first(lambda: data.load(options))
@@ -99,10 +109,16 @@ class Run:
         if not self.processes.first:
             return None
         steps = self.progress.steps
-        opened = record.Record(self.folder, steps, self.options.tensorboard)
+        rows = record.read_rows(self.source, steps) if self.source is not None else []
+        if not self.goes_on_here:
+            # Only now that nothing else can be wrong.
+            record.clear_folder(self.folder)
+            if self.source is not None and (self.source / checkpoint.BEST).is_file():
+                shutil.copy(self.source / checkpoint.BEST, self.folder)
+        opened = record.Record(self.folder, rows, steps, self.options.tensorboard)
         opened.run({"steps": steps, **self._description()})
         if self.data.skipped:
-            (self.folder / "skipped.txt").write_text("\n".join(self.data.skipped) + "\n")
+            record.write_text(self.folder / record.SKIPPED, "\n".join(self.data.skipped) + "\n")
         return opened
 
     def _description(self) -> record.Row:
@@ -128,6 +144,8 @@ class Run:
     def train(self) -> record.Row:
         """All that is left of the run; the summary."""
         self._introduce()
+        if not self.goes_on_here:
+            self._save()  # to be resumed from, however soon the process dies
         goes_on = True
         while self.progress.stage < len(self.stages) and goes_on:
             stage = self.stages[self.progress.stage]
@@ -170,6 +188,7 @@ class Run:
             stops = self.session_steps == self.options.stop_after
             every = self.options.checkpoint_every
             if progress.step < per_epoch and (stops or (every and progress.step % every == 0)):
+                self._check_finite(self.processes.sum(self.sums.values[0].clone()))
                 self._save()
             if stops and progress.step < per_epoch:
                 return False
@@ -180,19 +199,25 @@ class Run:
         if self.progress.steps % self.options.log_every:
             return
         mean = float(self.processes.sum(loss.clone())) / self.processes.world
-        if not math.isfinite(mean):
-            raise TrainError(
-                f"the loss is {mean} at step {self.progress.steps}: try a smaller --lr or --clip 1"
-            )
+        self._check_finite(mean)
         if self.record is not None:
             self.record.step({
                 "steps": self.progress.steps, "epoch": self.progress.epochs + 1,
                 "loss": mean, "lr": lr,
             })  # fmt: skip
 
+    def _check_finite(self, loss: float | Tensor) -> None:
+        """Before a checkpoint is written: one with NaN in it would be of no use."""
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"the loss is {float(loss)} at step {self.progress.steps}: try a smaller --lr or "
+                "--clip 1"
+            )
+
     def _end_epoch(self, lr: float, before: float, start: float) -> None:
         progress, procs = self.progress, self.processes
         procs.sum(self.sums.values)
+        self._check_finite(self.sums.values[0])
         train, self.sums = self.sums, Sums(procs.device)
         test = self.learner.test(self.test_loader)
         progress.step = 0
@@ -269,7 +294,7 @@ class Run:
         if complete:
             self.record.summary(summary)
             self._say(
-                f"test accuracy {summary['test_accuracy']:.2%} (best epoch "
+                f"test accuracy {summary.get('test_accuracy', math.nan):.2%} (best epoch "
                 f"{self.progress.best_accuracy:.2%}), {self.progress.seconds:.0f} s; {self.folder}"
             )
         else:
@@ -328,11 +353,12 @@ class Run:
     def _say(self, *lines: str) -> None:
         if self.processes.first:
             for line in lines:
-                print(line, flush=True)
+                # A file's name need not be text.
+                print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
-def _default_folder(options: Options) -> str:
-    return f"runs/{options.model}-{Path(options.data).name}-{options.seed}"
+def _same(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
 
 
 def _batch_size(wanted: int, images: int, world: int) -> int:

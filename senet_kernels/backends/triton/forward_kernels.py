@@ -295,6 +295,4 @@ def add_parts_kernel(
     live = image < batch
     mean = sum_parts(z_parts, image, live, splits, c, channels, BB, BP, ACC)
     where = image[:, None] * channels + c[None, :]
-    tl.store(
-        z + where, mean.to(z.dtype.element_ty), mask=live[:, None] & (c < channels)[None, :]
-    )
+    tl.store(z + where, mean.to(z.dtype.element_ty), mask=live[:, None] & (c < channels)[None, :])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from senet_kernels.ops import after_code, mask_numel
 
-from .backward_kernels import half_backward_kernel, half_parameters_kernel
+from .backward_kernels import half_backward_kernel
 from .forward_kernels import add_parts_kernel, scale_kernel, squeeze_kernel
 from .launch import (
     BATCH_BLOCK,
@@ -31,8 +31,8 @@ from .launch import (
     wanted,
 )
 from .operands import HALF_NAMES, Inputs, Kind, examine
+from .parameter_kernels import half_parameters_kernel
 from .plan import Choice, ceil_div
-
 
 # Parts at a time in the launches that add them up, of BATCH_BLOCK times VECTOR elements each.
 _PARTS = 4
@@ -77,9 +77,7 @@ class ChannelScale:
         self.kind = kind
         self.keeps_mask = save and kind.options.after == "relu"
         self.mask = mask_numel(x) if self.keeps_mask else 0
-        self.scale = launch_over_images(
-            scale_kernel, choice.plan, launch_values(kind, choice.plan)
-        )
+        self.scale = launch_over_images(scale_kernel, choice.plan, launch_values(kind, choice.plan))
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         kind, like = self.kind, inputs[0]
@@ -104,6 +102,7 @@ class HalfBackward:
         shape, plan = kind.shape, choice.plan
         self.kind = kind
         self.scales = dy is not None
+        self.masked = self.scales and kind.options.after == "relu"
         self.wanted = wanted((x, u, x if self.scales else None, alpha, beta, a, b), needs)
         _, du, _, *sums = self.wanted
         of_dots, of_affine = du or any(sums[:2]), any(sums[2:])
@@ -128,10 +127,9 @@ class HalfBackward:
         kind, like = self.kind, inputs[0]
         assert like is not None
         x, u, residual, alpha, beta, a, b, lengths, dy, dz = kind.arranged(inputs)
-        originals = (like, inputs[1], like if self.scales else None, *inputs[3:7])
+        # The gradient of u is contiguous, whatever u is.
+        originals = (like, u, like if self.scales else None, *inputs[3:7])
         written = empty_gradients(kind, like, originals, self.wanted)
-        if written[1] is not None and inputs[1] is not None:
-            originals = (like, written[1], *originals[2:])  # contiguous, whatever u is
         dx, du, dresidual, *rest = written
         dots = None if self.dots is None else kind.scratch(like, *self.dots)
         da = db = None
@@ -139,8 +137,8 @@ class HalfBackward:
             da, db = kind.scratch(like, *self.affine), kind.scratch(like, *self.affine)
         with on_device(like):
             self.to_dx(
-                dy, dz, x, u, residual, mask, a, b, lengths, alpha, beta, dx, dresidual,
-                dots, da, db,
+                dy, dz, x, u, residual, mask if self.masked else None, a, b, lengths, alpha, beta,
+                dx, dresidual, dots, da, db,
             )  # fmt: skip
             if self.parameters is not None:
                 self.parameters(dots, u, beta, da, db, du, *rest)

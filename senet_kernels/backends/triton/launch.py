@@ -20,9 +20,10 @@ from senet_kernels.pointwise import POINTWISE, Options
 from senet_kernels.validation import overlaps
 
 from . import tuning
-from .backward_kernels import dots_kernel, dx_kernel, parameters_kernel
+from .backward_kernels import dots_kernel, dx_kernel
 from .forward_kernels import scale_kernel, squeeze_kernel
 from .operands import Inputs, Kind, examine, units, wide
+from .parameter_kernels import parameters_kernel
 from .plan import Choice, Plan, ceil_div, power_of_two
 from .resident_kernels import resident_backward_kernel, resident_kernel
 
@@ -277,9 +278,7 @@ def empty_gradients(
     ]  # fmt: skip
 
 
-def finished(
-    kind: Kind, x: Tensor, written: list[Tensor | None], of: Inputs
-) -> tuple[Tensor, ...]:
+def finished(kind: Kind, x: Tensor, written: list[Tensor | None], of: Inputs) -> tuple[Tensor, ...]:
     """The gradients in the strides of what they belong to; empty where none was asked for."""
     return tuple(
         x.new_empty((0,)) if w is None or t is None

@@ -12,8 +12,9 @@ from typing import NamedTuple
 _TILE = 4096
 # For wide, small maps: fewer parts of the hidden sums to exchange, at the price of registers.
 _LARGEST_TILE = 8192
-# Terms of a weight product in registers at a time.
+# Terms of a weight product in registers at a time, of all threads and of the 32 of a warp.
 _PRODUCTS = 4096
+_PRODUCTS_OF_WARP = 512
 # ... while two tensors are there, in the backward pass of an image on chip.
 _BACKWARD_PRODUCTS = 512
 # At most so many programs share an image by channels: each reads all the parts of all the others.
@@ -163,7 +164,9 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
     steps = ceil_div(iterations, max(splits, ceil_div(iterations, _CHAIN)))
     splits = ceil_div(iterations, steps)
 
-    br = _clamp(_PRODUCTS // (g * walk * bc), 1, power_of_two(shape.inner))
+    warps = _warps(g * bc * bs, itemsize, flat or walk > 1)
+    products = min(_PRODUCTS, warps * _PRODUCTS_OF_WARP)
+    br = _clamp(products // (g * walk * bc), 1, power_of_two(shape.inner))
     return Plan(
         G=g,
         BC=bc,
@@ -174,7 +177,7 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
         splits=splits,
         steps=steps,
         programs=groups * tiles * splits,
-        warps=_warps(g * bc * bs, itemsize, flat),
+        warps=warps,
         W=walk,
         flat=flat,
     )
@@ -294,10 +297,10 @@ def is_legal(choice: Choice, shape: Shape) -> bool:
     """Whether launches cut so are sound and reach every element of such a call."""
     plan, resident = choice
     sizes = (plan.G, plan.BC, plan.BS, plan.BR, plan.BK, plan.warps, plan.W, plan.blocks)
-    counts = plan._replace(flat=0)
+    counts = (*sizes, plan.tiles, plan.splits, plan.steps, plan.programs)
     return (
         all(type(n) is int and n >= 0 for n in counts)
-        and type(plan.flat) is bool
+        and plan.flat in (False, True)
         and all(n >= 1 and n & (n - 1) == 0 for n in sizes)
         and (plan.BC if shape.last else plan.BS) % 8 == 0  # a byte of the mask has eight bits
         and plan.tiles * plan.BC >= shape.channels
@@ -312,7 +315,7 @@ def is_legal(choice: Choice, shape: Shape) -> bool:
     )
 
 
-def _warps(elements: int, itemsize: int, flat: bool = False) -> int:
-    """32 elements of the accumulation type for each thread, or 16 of fp64; 16 where each has an
-    index of its own."""
-    return _clamp(elements * (2 if itemsize == 8 or flat else 1) // 1024, 4, 16)
+def _warps(elements: int, itemsize: int, crowded: bool = False) -> int:
+    """32 elements of the accumulation type for each thread; 16 of fp64, or where threads have more
+    to remember: the place of each element in a run, vectors of several images."""
+    return _clamp(elements * (2 if itemsize == 8 or crowded else 1) // 1024, 4, 16)

@@ -178,9 +178,7 @@ def resident_backward_kernel(
         r = r0 + tl.arange(0, BR)
         terms = transposed_rows(w2, du, of_channel, ok_channel, r, hidden, ACC)
         if SHIFT:
-            terms += transposed_rows(
-                w2, dshift, channels + of_channel, ok_channel, r, hidden, ACC
-            )
+            terms += transposed_rows(w2, dshift, channels + of_channel, ok_channel, r, hidden, ACC)
         dh = through_activation(
             tl.sum(terms, axis=1), saved, dh_out, image, live_image, True, r, batch, channels,
             hidden, ACTIVATION,

@@ -39,11 +39,7 @@ def of_group(v, k, W: tl.constexpr):
 @triton.jit
 def set_group(v, group, k, W: tl.constexpr):
     """``v`` with these rows."""
-    if W > 1:
-        v = tl.where((tl.arange(0, W) == k)[:, None], group, v)
-    else:
-        v = group
-    return v
+    return tl.where((tl.arange(0, W) == k)[:, None], group, v) if W > 1 else group
 
 
 @triton.jit

@@ -137,9 +137,7 @@ def choose(
 def planned(direction: str, shape: Shape, x: Tensor, device: Device) -> Choice:
     """The plan that a call would get if nothing was timed."""
     key = _key(direction, shape, x, device)
-    return _pinned.get(key) or fixed_choice(
-        shape, x.element_size(), device, direction == "forward"
-    )
+    return _pinned.get(key) or fixed_choice(shape, x.element_size(), device, direction == "forward")
 
 
 def _key(direction: str, shape: Shape, x: Tensor, device: Device) -> Key:
