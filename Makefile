@@ -14,6 +14,9 @@ NEWER := build/triton38
 # which are not needed and some of which would replace torch.
 MODELS ?= timm==1.0.31 transformers==5.23.0
 MODELS_ALONE ?= torchvision==0.28.0 monai==1.6.1 segmentation-models-pytorch==0.6.0
+# A CUDA compiler from PyPI, where `make test` finds none: the kernels are compiled, and run on the
+# CPU, on machines without a GPU too.
+NVCC ?= nvidia-cuda-nvcc>=13 nvidia-nvvm>=13 nvidia-cuda-crt>=13 nvidia-cuda-cccl>=13 nvidia-cuda-runtime>=13
 VENV := .venv
 export SENET_KERNELS_BUILD ?= auto
 # The gate tests the native kernels; that they were not built is a failure unless asked for.
@@ -26,7 +29,7 @@ export TIMEFORMAT := <== %1R s
 PIP := -m pip --disable-pip-version-check install -qq
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC))
+CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt -type f 2>/dev/null))
 STAMPS := $(VENV)/stamps
 
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
@@ -150,7 +153,15 @@ $(NEWER)/stamp: | $(STAMPS)/torch
 	    $(PY) $(PIP) --no-deps --upgrade --target $(NEWER) '$(NEWER_TRITON)'; \
 	  else echo '    left out: it is for Linux'; fi; mkdir -p $(NEWER); touch $@; }
 
-$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(NEWER)/stamp
+# Left out where nvcc is there, or nothing native is wanted; without a network, so be it.
+$(STAMPS)/nvcc: | $(STAMPS)/torch
+	@echo '==> CUDA compiler'; time { \
+	  if [[ -n "$${CUDA_HOME:-}" ]] || command -v nvcc >/dev/null; then echo '    already there'; \
+	  elif [[ '$(SENET_KERNELS_BUILD)' != auto && '$(SENET_KERNELS_BUILD)' != cuda ]]; then \
+	    echo '    not wanted'; exit 0; \
+	  else $(PY) $(PIP) $(foreach wheel,$(NVCC),'$(wheel)') || echo '    not installed'; fi; touch $@; }
+
+$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(NEWER)/stamp $(STAMPS)/nvcc
 	@echo '==> senet_kernels[test,lint,train], native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint,train]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }

@@ -12,8 +12,9 @@
 ``CXX``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` are as for every PyTorch extension.
 
 All goes into one library, ``senet_kernels/_native.abi3.so``. It is no Python module: the package
-loads it with ``torch.ops.load_library``. Only ``csrc/registration.cpp`` includes torch headers, and
-of these the stable ABI alone, so one build serves torch 2.11 and later and every Python.
+loads it with ``torch.ops.load_library``. Only ``csrc/registration.cpp`` and the two ``host.cpp``
+include torch headers, and of these the stable ABI alone, so one build serves torch 2.11 and later
+and every Python.
 ``senet_kernels/_build.json`` beside it records what was built, and why the rest was not.
 """
 
@@ -45,8 +46,11 @@ ROOT = Path(__file__).resolve().parent
 # pip uses another temporary folder each time; this one stays, so a rebuild finds its objects.
 OBJECTS = Path("build", "native")
 LIBRARY = OBJECTS / "_native.so"
+# Compiled by nvcc. It hands a .cpp on to the C++ compiler, and says where CUDA's headers are.
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
-CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0 10.0 12.0+PTX"
+CUDA_SOURCES += [Path("csrc/cuda/device.cpp")] if CUDA_SOURCES else []
+# Later GPUs compile the PTX at their first launch; name them to spare them that.
+CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX"
 
 # No -ffast-math: NaN and Inf must come out as they do in PyTorch.
 CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
@@ -92,8 +96,14 @@ def find_ninja() -> list[str]:
 
 
 def find_nvcc() -> str | None:
+    """CUDA_HOME's, else that on PATH, else that of the nvidia-cuda-nvcc wheel."""
     home = os.environ.get("CUDA_HOME")
-    return shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc")
+    if home:
+        return shutil.which(f"{home}/bin/nvcc")
+    wheels = importlib.util.find_spec("nvidia")
+    folders = list(wheels.submodule_search_locations or ()) if wheels else []
+    in_wheel = [str(path) for folder in folders for path in Path(folder).glob("cu*/bin/nvcc")]
+    return shutil.which("nvcc") or next(iter(sorted(in_wheel)), None)
 
 
 def why_no_cpu() -> str | None:
@@ -125,12 +135,13 @@ def why_no_cuda() -> str | None:
     if not CUDA_SOURCES:
         return "this version has no CUDA kernels (csrc/cuda/*.cu)"
     if not find_nvcc():
-        return "nvcc not found; set CUDA_HOME or PATH"
+        return "nvcc not found; set CUDA_HOME or PATH, or pip install nvidia-cuda-nvcc"
     return why_no_cpu()
 
 
 def cuda_compile_flags() -> list[str]:
-    flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
     for arch in CUDA_ARCHITECTURES.replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
         if not match:
@@ -170,6 +181,7 @@ def write_ninja_file(cxx: list[str], nvcc: str | None) -> Path:
     # standard header that several objects contain is taken from the first of them: it must be the
     # one compiled for the least instruction set, or a plain CPU would meet AVX-512 instructions.
     units = [("cxx", Path("csrc/registration.cpp"), "registration", torch_flags)]
+    units.append(("cxx", Path("csrc/cpu/host.cpp"), "cpu_host", torch_flags))
     for isa, flags in ISA_FLAGS.items():
         units.append(("cxx", Path("csrc/cpu/kernels.cpp"), f"cpu_{isa}", flags))
     rules = f"""\
@@ -181,6 +193,8 @@ rule cxx
 """
     if nvcc:
         torch_flags.append("-DSENET_CUDA=1")
+        units.append(("cxx", Path("csrc/cuda/host.cpp"), "cuda_host", torch_flags))
+        units.append(("cxx", Path("csrc/cuda/plan.cpp"), "cuda_plan", []))
         link_flags += cuda_link_flags(nvcc)
         units += [("nvcc", source, f"cuda_{source.stem}", []) for source in CUDA_SOURCES]
         command = [nvcc, *cuda_compile_flags(), "-ccbin", cxx[-1]]  # the last word of "ccache g++"

@@ -44,10 +44,10 @@ struct Shape {
   int64_t hidden;      // R; 0 without a hidden layer
   int64_t outputs;     // columns of u: C, or 2C for scale-and-shift
   bool channels_last;  // channels adjacent; otherwise positions adjacent
-  int64_t image() const { return channels * positions; }
+  constexpr int64_t image() const { return channels * positions; }
   // Columns of W2, and elements of all weights; for the whole operation.
-  int64_t inner() const { return form == Form::two_layers ? hidden : channels; }
-  int64_t weights() const {
+  constexpr int64_t inner() const { return form == Form::two_layers ? hidden : channels; }
+  constexpr int64_t weights() const {
     if (form == Form::two_layers) return hidden * (channels + outputs);
     return form == Form::one_layer ? channels * outputs : 0;
   }

@@ -2,8 +2,7 @@
 
 Argument, then :func:`use_backend`, then the environment variable ``SENET_KERNELS_BACKEND``, then
 automatic: the first backend in ``ORDER`` that takes the call, the reference at last, passing over
-those in ``ONLY_BY_NAME``. A backend
-chosen explicitly never falls back: it runs or raises.
+those in ``ONLY_BY_NAME``. A backend chosen explicitly never falls back: it runs or raises.
 """
 
 from __future__ import annotations
@@ -23,8 +22,12 @@ from .features import Call
 
 #: In order of preference. The reference takes every legal call.
 ORDER: tuple[str, ...] = ("native", "triton", "reference")
-#: Backends that run only when asked for by name, and why.
-ONLY_BY_NAME = {"triton": "its kernels have not yet run on a GPU; backend='triton' tries them"}
+#: Backends that run on a device type only when asked for by name, and why.
+ONLY_BY_NAME: dict[tuple[str, str], str] = {
+    (backend, device): f"its kernels have not yet run on a GPU; backend={backend!r} tries them"
+    for backend, device in features.COLUMNS
+    if (backend, device) != ("native", "cpu")
+}
 _MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 
 ENVIRONMENT_VARIABLE = "SENET_KERNELS_BACKEND"
@@ -65,7 +68,16 @@ def why_not(backend: str, call: Call) -> str | None:
     """Why ``backend`` cannot run ``call``; None when it can."""
     if backend == "reference":
         return None
-    return features.missing_feature(backend, call) or _MODULES[backend].UNAVAILABLE
+    return features.missing_feature(backend, call) or _unavailable(backend, call.device)
+
+
+def _unavailable(backend: str, device: str) -> str | None:
+    """Why ``backend`` cannot be used in this process for tensors of a device type."""
+    module = _MODULES[backend]
+    reason: str | None = module.UNAVAILABLE
+    if reason is None and hasattr(module, "unavailable_on"):
+        reason = module.unavailable_on(device)
+    return reason
 
 
 def choose(call: Call, requested: str) -> Choice:
@@ -83,7 +95,7 @@ def choose(call: Call, requested: str) -> Choice:
         return Choice(requested, ())
     passed_over: tuple[tuple[str, str], ...] = ()
     for backend in ORDER:
-        reason = why_not(backend, call) or ONLY_BY_NAME.get(backend)
+        reason = why_not(backend, call) or ONLY_BY_NAME.get((backend, call.device))
         if reason is None:
             return Choice(backend, passed_over)
         passed_over = (*passed_over, (backend, reason))

@@ -20,13 +20,14 @@ RAISES = "raises"
 #: Columns: (backend, device type). Triton has one for the CPU under its interpreter.
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("native", "cpu"),
+    ("native", "cuda"),
     *(("triton", device) for device in triton.DEVICES),
 )
 
 
 def _rows() -> dict[str, tuple[str, ...]]:
-    def row(native_cpu: bool) -> tuple[str, ...]:
-        fused = {"native": native_cpu, "triton": True}
+    def row(native: bool) -> tuple[str, ...]:
+        fused = {"native": native, "triton": True}
         return tuple(FUSED if fused[backend] else FALLS_BACK for backend, _ in COLUMNS)
 
     rows = {

@@ -269,6 +269,8 @@ library = torch.library.Library("senet_kernels", "DEF")
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 # The instruction set the CPU kernels run on; takes no tensors.
 library.define("native_isa() -> str")
+# How the CUDA kernels would be launched: see launch_plan in backends/native.py.
+library.define("native_plan(int[] call, int[] device) -> str")
 _OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "forward": (FORWARD_SCHEMA, _forward_fake),
     "forward_": (INPLACE_SCHEMA, _inplace_fake),

@@ -8,13 +8,15 @@ where the backend cannot run, and is never given what the table says a backend d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+import cuda_on_cpu
 from senet_kernels import backends, features
 from senet_kernels.backends import native
 from senet_kernels.pointwise import ACTIVATIONS, GATES
@@ -23,20 +25,35 @@ from senet_kernels.validation import DTYPES
 
 @dataclass(frozen=True)
 class BackendCase:
-    """A backend, and the device its inputs live on."""
+    """A backend, and the device its inputs live on.
+
+    ``simulated``: the CUDA kernels take the place of the CPU's, see :mod:`cuda_on_cpu`.
+    """
 
     name: str
     device: str
+    simulated: bool = False
 
     def __str__(self) -> str:
+        if self.simulated:
+            return "simulated-cuda"
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
     def takes(self, *rows: str) -> bool:
         """Whether the feature table has all these rows as fused; the reference takes any."""
         if self.name == "reference":
             return True
-        column = features.COLUMNS.index((self.name, self.device))
-        return all(features.FEATURES[row][column] == features.FUSED for row in rows)
+        columns = [features.COLUMNS.index((self.name, self.device))]
+        if self.simulated and (self.name, "cuda") in features.COLUMNS:
+            columns.append(features.COLUMNS.index((self.name, "cuda")))
+        cells = [features.FEATURES[row][column] for row in rows for column in columns]
+        return all(cell == features.FUSED for cell in cells)
+
+    @contextmanager
+    def running(self, seed: int = 0) -> Iterator[None]:
+        """Where this backend's kernels run as they should; ``seed`` is for simulated ones."""
+        with cuda_on_cpu.plugged_in(seed) if self.simulated else nullcontext():
+            yield
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -55,7 +72,8 @@ def dtype_row(dtype: torch.dtype) -> str:
 
 DEVICES = tuple(dict.fromkeys(["cpu", *(device for _, device in features.COLUMNS)]))
 REFERENCES = tuple(BackendCase("reference", device) for device in DEVICES)
-FUSED_BACKENDS = tuple(BackendCase(name, device) for name, device in features.COLUMNS)
+SIMULATED = BackendCase("native", "cpu", simulated=True)
+FUSED_BACKENDS = (*(BackendCase(name, device) for name, device in features.COLUMNS), SIMULATED)
 BACKENDS = (*REFERENCES, *FUSED_BACKENDS)
 
 
@@ -82,6 +100,8 @@ def must_be_available(name: str) -> str | None:
 
 def require(backend: BackendCase) -> None:
     """Fail or skip the running test where ``backend`` cannot run."""
+    if backend.simulated and (missing := cuda_on_cpu.why_not()):
+        pytest.skip(missing)
     if backend.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     reason = backends().reasons.get(backend.name)

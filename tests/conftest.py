@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from senet_kernels.backends import triton
 
 THREADS = 2
 
-# What Triton's interpreter runs: of Triton alone, and of every backend.
+# What Triton's interpreter runs: of Triton alone, and, as the simulation of CUDA, of every backend.
 TRITON_TESTS = ("test_triton.py", "test_triton_tuning.py")
 KERNEL_TESTS = (
     "test_accuracy.py", "test_budgets.py", "test_gpu.py", "test_gradcheck.py", "test_layouts.py",
@@ -45,6 +46,18 @@ INTERPRETED_CASES = {
     # Two processes that import everything.
     "test_same_bits_in_fresh_processes": 0,
     "others": 1,
+}
+# The same for the simulation of CUDA, which takes about a fiftieth of a second for a call.
+SIMULATED_CASES = {
+    "test_pairs_of_choices": 100,
+    "test_odd_shapes": 50,
+    "test_blocks": 24,
+    # About threads of a CPU, and processes.
+    "test_thread_counts": 0,
+    "test_same_bits_in_fresh_processes": 0,
+    # Hundreds of evaluations each.
+    "test_first_and_second_derivatives": 3,
+    "others": 6,
 }
 
 
@@ -68,19 +81,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         case = _case_of(item)
         if case is not None and case.device == "cuda":
             item.add_marker(pytest.mark.gpu)
-    if not triton.INTERPRETED:
-        return
-    dropped = [item for item in items if not _is_of_triton(item)]
+    wanted = _is_of_triton if triton.INTERPRETED else _is_no_simulation_in_vain
+    dropped = [item for item in items if not wanted(item)]
     config.hook.pytest_deselected(items=dropped)
-    items[:] = [item for item in items if _is_of_triton(item)]
+    items[:] = [item for item in items if wanted(item)]
+    # test_triton.py is as small as it can be.
+    if triton.INTERPRETED:
+        _thin_out([item for item in items if _is_on(item, "cpu")], INTERPRETED_CASES)
+    else:
+        _thin_out([item for item in items if _is_simulated(item)], SIMULATED_CASES)
+
+
+def _thin_out(items: list[pytest.Item], few: dict[str, int]) -> None:
+    """Marks all but an evenly spread sample of each test function's cases slow."""
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if (case := _case_of(item)) is not None and case.device == "cpu":
-            functions.setdefault(item.nodeid.split("[")[0], []).append(item)
-    # Tests of Triton alone are as small as they can be.
+        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
     for name, cases in functions.items():
-        few = INTERPRETED_CASES.get(name.split("::")[-1], INTERPRETED_CASES["others"])
-        sample = {i * len(cases) // few for i in range(few)}
+        n = few.get(name.split("::")[-1], few["others"])
+        sample = {i * len(cases) // n for i in range(n)}
         for i, item in enumerate(cases):
             if i not in sample:
                 item.add_marker(pytest.mark.slow)
@@ -89,6 +108,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _case_of(item: pytest.Item) -> BackendCase | None:
     case = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     return case if isinstance(case, BackendCase) else None
+
+
+def _is_on(item: pytest.Item, device: str) -> bool:
+    case = _case_of(item)
+    return case is not None and case.device == device
+
+
+def _is_simulated(item: pytest.Item) -> bool:
+    case = _case_of(item)
+    return case is not None and case.simulated
+
+
+def _is_no_simulation_in_vain(item: pytest.Item) -> bool:
+    # What a backend must do beside computing is not the simulation's business.
+    return not _is_simulated(item) or item.path.name in KERNEL_TESTS
 
 
 def _is_of_triton(item: pytest.Item) -> bool:
@@ -101,11 +135,12 @@ def _is_of_triton(item: pytest.Item) -> bool:
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> BackendCase:
+def backend(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
     """The backend a test is parametrised with, known to run here."""
     case: BackendCase = request.param
     require(case)
-    return case
+    with case.running(seed=zlib.crc32(request.node.nodeid.encode())):
+        yield case
 
 
 @pytest.fixture(autouse=True)

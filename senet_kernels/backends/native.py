@@ -1,4 +1,4 @@
-"""The C++ backend: loads the compiled library, which implements the ``native_*`` ops.
+"""The C++ and CUDA backend: loads the compiled library, which implements the ``native_*`` ops.
 
 The library is beside the package and is loaded at import: it takes milliseconds, touches no
 device, and whoever calls a raw op (an exported program, say) finds it there. Where it is missing
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from senet_kernels import ops
 
@@ -58,11 +59,84 @@ if UNAVAILABLE is not None:
         ops.library.impl(_op, _raise_unavailable, "CompositeExplicitAutograd")
 
 
+def unavailable_on(device: str) -> str | None:
+    """Why there are no kernels for a device type in the library that was built; None if there are.
+
+    What the library says, not what there was to be built: the record may be of another build.
+    """
+    if device != "cuda" or torch._C._dispatch_has_kernel_for_dispatch_key(_FORWARD, "CUDA"):
+        return None
+    reason = build_record().get("cuda_reason", "it was built without CUDA kernels")
+    return f"the compiled library has no CUDA kernels: {reason}"
+
+
+_FORWARD = "senet_kernels::native_forward"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # csrc/se.h
+
+
+class Gpu(NamedTuple):
+    """What a launch plan depends on of a GPU, as csrc/cuda/plan.h has it. In bytes and threads."""
+
+    capability: int  # 90 for sm_90
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    threads_per_multiprocessor: int = 2048
+    registers_per_multiprocessor: int = 65536
+    largest_cluster: int = 16
+    cooperative: bool = True
+
+
+def launch_plan(
+    x: Tensor, w1: Tensor | None, w2: Tensor, *, backward: bool = False, gpu: Gpu | None = None
+) -> str:
+    """How the CUDA kernels would be launched for a plain call of the whole operation.
+
+    Args:
+        x, w1, w2: as in ``squeeze_excite``; for a ``gpu`` that is not there, of any device.
+        backward: the backward pass up to ``dx`` instead of the forward pass.
+        gpu: plan for this one; None is the device of x.
+
+    Raises:
+        RuntimeError: the library has no CUDA kernels.
+    """
+    reason = UNAVAILABLE or unavailable_on("cuda")
+    if reason is not None:
+        raise RuntimeError(reason)
+    hidden = 0 if w1 is None else w1.shape[0]
+    call = [
+        w1 is None,
+        x.shape[0],
+        x.shape[1],
+        x.shape[2:].numel(),
+        hidden,
+        w2.shape[0],
+        ops.inner_is_channels(x),
+        _DTYPES.index(x.dtype),
+        _DTYPES.index(w2.dtype),
+        backward,
+    ]
+    numbers = [int(v) for v in call]
+    device = [x.device.index or 0] if gpu is None else [int(v) for v in gpu]
+    plan: str = torch.ops.senet_kernels.native_plan(numbers, device)
+    return plan
+
+
+def notes(x: Tensor, w1: Tensor | None, w2: Tensor) -> list[str]:
+    """How the CUDA kernels would be launched, for ``explain``."""
+    if x.device.type != "cuda":
+        return []
+    passes = {"forward": False, "backward": True}
+    return [f"{name}: {launch_plan(x, w1, w2, backward=way)}" for name, way in passes.items()]
+
+
 def describe() -> str:
     """One line for ``backends()``: how the library was built and which variant runs here."""
     record = build_record()
     isas = ", ".join(record.get("isas", ())) or "unknown"
+    reason = unavailable_on("cuda")
+    cuda = reason or f"CUDA kernels for {record.get('cuda', 'unknown')}, not yet run on a GPU"
     return (
         f"C++ kernels for {isas}; running {torch.ops.senet_kernels.native_isa()}; "
-        f"compiler {record.get('compiler', 'unknown')}"
+        f"compiler {record.get('compiler', 'unknown')}; {cuda}"
     )

@@ -1,0 +1,99 @@
+// The CPU: its kernels for the widest instruction set there is, its threads and its memory.
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../host.h"
+#include "host.h"
+
+namespace senet {
+namespace {
+
+// ---- the instruction set ----
+
+struct Kernels {
+  const char* name;
+  void (*forward)(const ForwardArgs&, const Runtime&);
+  void (*backward)(const BackwardArgs&, const Runtime&);
+};
+
+// The widest set this processor has; SENET_KERNELS_ISA names another (for tests and bug reports).
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+    std::vector<Kernels> usable = {{"baseline", baseline::forward, baseline::backward}};
+#if defined(SENET_X86)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      usable.push_back({"avx2", avx2::forward, avx2::backward});
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        usable.push_back({"avx512", avx512::forward, avx512::backward});
+      }
+    }
+#endif
+    const char* wanted = std::getenv("SENET_KERNELS_ISA");
+    if (!wanted || !*wanted) return usable.back();
+    for (const Kernels& k : usable) {
+      if (std::string(wanted) == k.name) return k;
+    }
+    STD_TORCH_CHECK(false, "SENET_KERNELS_ISA: this processor does not run ", wanted);
+    return usable.front();
+  }();
+  return chosen;
+}
+
+// ---- threads and scratch memory ----
+
+// A growing buffer per calling thread: no allocation per call once warm. kFor tells one use from
+// another, whose memory must live at the same time.
+enum class For { kernels, saved };
+template <For kFor>
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local size_t size = 0;
+  if (bytes > size) {
+    buffer.reset();
+    size = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffer.reset(std::aligned_alloc(64, rounded));
+    STD_TORCH_CHECK(buffer != nullptr, "out of memory: ", rounded, " bytes of scratch memory");
+    size = rounded;
+  }
+  if (poisons()) std::memset(buffer.get(), 0xff, bytes);
+  return buffer.get();
+}
+
+void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, 1,
+                              [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+Runtime runtime() {
+  return {static_cast<int>(torch::stable::get_num_threads()), parallel_for, scratch<For::kernels>};
+}
+
+}  // namespace
+
+std::string cpu_isa() { return kernels().name; }
+
+const Host& cpu_host() {
+  static const Host host = {
+      "a CPU tensor",
+      aoti_torch_device_type_cpu,
+      [](const torch::stable::Tensor& t, int32_t) { return t.is_cpu(); },
+      scratch<For::saved>,
+      [](const ForwardArgs& args, int32_t) { kernels().forward(args, runtime()); },
+      [](const BackwardArgs& args, int32_t) { kernels().backward(args, runtime()); },
+      [](void* p, size_t bytes, int32_t) { std::memset(p, 0xff, bytes); }};
+  return host;
+}
+
+}  // namespace senet

@@ -1,0 +1,68 @@
+// The forward kernels' instances, and their launch.
+#include "forward.cuh"
+#include "launch.h"
+
+namespace senet {
+namespace gpu {
+namespace {
+
+struct ForwardKernels {
+  template <int kBytes, bool kVector, int kBefore>
+  static auto kernel() {
+    return forward_kernel<kBytes, kVector, kBefore>;
+  }
+};
+
+}  // namespace
+
+const char* forward(const ForwardArgs& args, const Plan& plan, void* scratch, void* stream) {
+  if (plan.error) return plan.error;
+  if (args.shape.batch == 0 || args.shape.channels == 0) return nullptr;
+  const ForwardLaunch l{args, plan, static_cast<char*>(scratch)};
+  return with_instance<ForwardKernels>(
+      args.dtype, args.options.before, plan.vector, [&](auto* kernel, Prepared& prepared) {
+        return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, stream);
+      });
+}
+
+Room room_for(const ForwardArgs& args, const Plan& plan) {
+  return with_instance<ForwardKernels>(
+      args.dtype, args.options.before, plan.vector,
+      [&](auto* kernel, Prepared& prepared) { return room_for(kernel, prepared, plan); });
+}
+
+// A library built for sm_80 runs on sm_90 too, from PTX, but then has no clusters.
+int compiled_capability(const Device& device) {
+  cudaFuncAttributes attributes{};
+  auto* const kernel = ForwardKernels::kernel<2, true, static_cast<int>(Fn::identity)>();
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) {
+    cudaGetLastError();  // no kernel for this device: the launch will say so
+    return device.capability;
+  }
+  return attributes.ptxVersion < device.capability ? attributes.ptxVersion : device.capability;
+}
+
+int largest_cluster(const Device& device) {
+  Plan plan;
+  plan.exchange = Exchange::cluster;
+  plan.threads = kForwardThreads;
+  plan.shared = static_cast<int>(device.shared_per_block);
+  auto* const kernel = ForwardKernels::kernel<2, true, static_cast<int>(Fn::identity)>();
+  const void* symbol = reinterpret_cast<const void*>(kernel);
+  cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
+  cudaFuncSetAttribute(symbol, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  int largest = 1;
+  for (plan.blocks = 16; plan.blocks > 1 && largest == 1; plan.blocks /= 2) {
+    Configuration c(plan, plan.blocks, nullptr);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &c.config) == cudaSuccess &&
+        clusters > 0) {
+      largest = plan.blocks;
+    }
+  }
+  cudaGetLastError();  // a size too large is no error of the program's
+  return largest;
+}
+
+}  // namespace gpu
+}  // namespace senet

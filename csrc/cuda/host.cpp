@@ -1,0 +1,118 @@
+// CUDA as the ops see it: PyTorch's current stream and allocator, then the kernels.
+//
+// Needs torch's stable ABI, and nothing of CUDA's headers. The library also loads where torch was
+// built without CUDA, so what only libtorch_cuda has is looked up when it is first wanted.
+#include "../host.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "kernels.h"
+
+namespace senet {
+namespace {
+
+using torch::stable::Tensor;
+
+#if defined(SENET_SIMT)
+// Run on the CPU by tests/simt: no streams, and one device.
+void* current_stream(int32_t) { return nullptr; }
+int32_t device_type() { return aoti_torch_device_type_cpu(); }
+bool holds(const Tensor& t, int32_t) { return t.is_cpu(); }
+struct OnDevice {
+  explicit OnDevice(int32_t) {}
+};
+#else
+void* current_stream(int32_t index) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<Get>(symbol);
+  }();
+  STD_TORCH_CHECK(get, "this PyTorch has no CUDA streams: it was built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(index, &stream));
+  return stream;
+}
+int32_t device_type() { return aoti_torch_device_type_cuda(); }
+bool holds(const Tensor& t, int32_t index) { return t.is_cuda() && t.get_device_index() == index; }
+using OnDevice = torch::stable::accelerator::DeviceGuard;
+#endif
+
+// Memory for one launch. The allocator hands it out again in the order of the stream.
+std::optional<Tensor> scratch(int64_t bytes, int32_t index) {
+  if (bytes == 0) return std::nullopt;
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &bytes, &stride, aoti_torch_dtype_uint8(), device_type(), index, &handle));
+  return Tensor(handle);
+}
+
+// Plans a call and launches it.
+template <class Args>
+void run(const Args& args, int32_t index, gpu::Plan (*plan_of)(const Args&),
+         const char* (*kernels)(const Args&, const gpu::Plan&, void*, void*)) {
+  const OnDevice guard(index);
+  const gpu::Plan plan = plan_of(args);
+  const std::optional<Tensor> memory = scratch(plan.scratch, index);
+  void* const p = memory ? memory->mutable_data_ptr() : nullptr;
+  void* const stream = current_stream(index);
+  if (memory && poisons()) gpu::poison(p, static_cast<size_t>(plan.scratch), stream);
+  const char* error = kernels(args, plan, p, stream);
+  STD_TORCH_CHECK(!error, "senet_kernels on CUDA: ", error);
+}
+
+}  // namespace
+
+const Host& cuda_host() {
+  static const Host host = {"a CUDA tensor on the device of x",
+                            device_type,
+                            holds,
+                            [](size_t) -> void* { return nullptr; },
+                            [](const ForwardArgs& args, int32_t index) {
+                              run(args, index, gpu::plan_forward, gpu::forward);
+                            },
+                            [](const BackwardArgs& args, int32_t index) {
+                              run(args, index, gpu::plan_backward, gpu::backward);
+                            },
+                            [](void* p, size_t bytes, int32_t index) {
+                              const OnDevice guard(index);
+                              gpu::poison(p, bytes, current_stream(index));
+                            }};
+  return host;
+}
+
+std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
+  STD_TORCH_CHECK(call.size() == 10 && (device.size() == 1 || device.size() == 8),
+                  "native_plan: expected 10 numbers for the call, and 1 or 8 for the device");
+  const auto number = [](int64_t v) { return static_cast<int>(v); };
+  gpu::Device on;
+  if (device.size() == 1) {
+    const OnDevice guard(number(device[0]));
+    on = gpu::current_device();
+  } else {
+    on.capability = number(device[0]);
+    on.multiprocessors = number(device[1]);
+    on.shared_per_block = device[2];
+    on.shared_per_multiprocessor = device[3];
+    on.threads_per_multiprocessor = number(device[4]);
+    on.registers_per_multiprocessor = number(device[5]);
+    on.largest_cluster = number(device[6]);
+    on.cooperative = device[7] != 0;
+  }
+  gpu::Task task{};
+  task.shape = {
+      static_cast<Form>(call[0]), call[1], call[2], call[3], call[4], call[5], call[6] != 0};
+  task.dtype = static_cast<DType>(call[7]);
+  task.parameter_dtype = static_cast<DType>(call[8]);
+  task.backward = task.needs_dx = call[9] != 0;
+  task.aligned = true;
+  return gpu::describe(gpu::make_plan(task, on, gpu::Policy{}));
+}
+
+}  // namespace senet

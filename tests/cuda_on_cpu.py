@@ -1,0 +1,144 @@
+"""The CUDA kernels on CPU tensors: compiled against the simulation in ``tests/simt``.
+
+The very sources of the CUDA part, launch code and registration included, become a library whose
+ops have the names and schemas of the native ones, in a namespace of their own. While they are
+:func:`plugged_in` they implement the native ops on CPU tensors; the package notices nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from senet_kernels import ops
+
+sys.path.insert(0, str(Path(__file__).parent / "simt"))
+
+import build
+
+CUDA = build.ROOT / "csrc" / "cuda"
+NAMESPACE = "senet_simt"
+SANITIZED = "SENET_TEST_SANITIZED"
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be simulated here; None when they can."""
+    return None if build.compiler() else "no C++ compiler"
+
+
+def compile_library(*, sanitize: bool = False) -> Path:
+    """The library; compiled once per content of its sources."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    with_torch = [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-fvisibility=hidden",
+        *(f"-isystem{path}" for path in include_paths()),
+    ]
+    kernels = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")])
+    sources = [(build.ROOT / "csrc" / "registration.cpp", with_torch)]
+    # The large ones first.
+    kernels.sort(key=lambda path: -path.stat().st_size)
+    sources += [(path, with_torch if path.name == "host.cpp" else []) for path in kernels]
+    link_flags = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-Wl,-z,defs"]
+    return build.build("cuda_on_cpu.so", sources, link_flags, sanitize=sanitize)
+
+
+class Simulation:
+    """The loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        schemas = torch.library.Library(NAMESPACE, "DEF")
+        for name in ops.NATIVE_OPS:
+            schema = getattr(torch.ops.senet_kernels, name).default._schema
+            schemas.define(str(schema).partition("::")[2])
+        torch.ops.load_library(str(path))
+        self.schemas = schemas  # as long as it lives
+        self.library: Any = ctypes.CDLL(str(path))
+        self.library.simt_set_seed.argtypes = [ctypes.c_uint64]
+        self.library.simt_device_name.restype = ctypes.c_char_p
+        self.library.simt_take_launches.restype = ctypes.c_char_p
+
+    @property
+    def devices(self) -> list[str]:
+        """The names of the simulated devices, in their order."""
+        count = self.library.simt_device_count()
+        return [self.library.simt_device_name(i).decode() for i in range(count)]
+
+    def use(self, seed: int, device: int) -> None:
+        """The order in which threads run, and the device, from now on."""
+        self.library.simt_set_seed(seed)
+        assert self.library.simt_set_device(device) == 0
+
+    def take_launches(self) -> list[str]:
+        """The launches since the last call."""
+        return self.library.simt_take_launches().decode().splitlines()
+
+
+@functools.cache
+def _simulation() -> Simulation | Exception:
+    try:
+        return Simulation(compile_library(sanitize=os.environ.get(SANITIZED) == "1"))
+    except (RuntimeError, OSError) as error:
+        return error  # once: compiling again would take as long for every test
+
+
+def simulation() -> Simulation:
+    """The library; with sanitizers in the processes that :func:`sanitized` starts."""
+    found = _simulation()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a Python command with AddressSanitizer, whose library must be the first one there, and
+    UndefinedBehaviorSanitizer; :func:`simulation` is then the library compiled for them."""
+
+    def of_compiler(name: str) -> str:
+        command = [*build.compiler(), f"-print-file-name={name}"]
+        return subprocess.check_output(command, text=True).strip()
+
+    environment = os.environ | {
+        SANITIZED: "1",
+        # The C++ library too: what throws is intercepted at the start or not at all.
+        "LD_PRELOAD": f"{of_compiler('libasan.so')} {of_compiler('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaves memory to the system
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [*build.without_randomised_addresses(), *command],
+        env=environment, cwd=build.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@contextmanager
+def plugged_in(seed: int = 0, device: int | None = None) -> Iterator[Simulation]:
+    """The native ops run the CUDA kernels on CPU tensors, on a simulated device.
+
+    Without ``device`` the seed chooses that, too.
+    """
+    simulated = simulation()
+    simulated.use(seed, seed % len(simulated.devices) if device is None else device)
+    simulated.take_launches()
+    library = torch.library.Library("senet_kernels", "IMPL", "CPU")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*verrid")
+            for name in ops.NATIVE_OPS:
+                op = getattr(getattr(torch.ops, NAMESPACE), name).default
+                library.impl(name, op, allow_override=True)
+        yield simulated
+    finally:
+        library._destroy()

@@ -1,0 +1,264 @@
+"""The CUDA kernels, simulated on the CPU: every policy of their plans, every simulated device, any
+order of threads, under AddressSanitizer too. The suite for all backends runs them as well, as the
+backend ``simulated-cuda``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import cuda_on_cpu
+from backend_cases import SIMULATED
+from problems import Problem, Spec, build, check, pairwise
+from senet_kernels import squeeze_excite
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_empty"),
+    pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=str(cuda_on_cpu.why_not())),
+]
+
+_SANITIZED = os.environ.get(cuda_on_cpu.SANITIZED) == "1"
+PLAN = "SENET_KERNELS_CUDA_PLAN"
+# Of the simulated devices, by their order in tests/simt/runtime.cpp.
+H100, A100, T4, RTX, SMALL_90, SMALL_80 = range(6)
+
+# A policy, and the devices it is forced on. Each image of a batch of five is a group's first,
+# second or last; slices are uneven.
+POLICIES: dict[str, tuple[int, ...]] = {
+    "": (H100, A100, T4, RTX, SMALL_90, SMALL_80),
+    "exchange=none,resident=0": (A100, SMALL_90),
+    "exchange=none,resident=0,groups=1": (T4,),
+    "exchange=none,resident=1,slots=1": (A100, SMALL_90),
+    "exchange=none,resident=1,slots=1,groups=2": (H100, T4),
+    "exchange=none,resident=1,slots=2,groups=2": (RTX, SMALL_80),
+    "exchange=none,resident=1,slots=3,groups=1": (H100, A100),
+    "exchange=none,resident=1,slots=2,groups=1,weights=1": (H100, SMALL_80),
+    "exchange=none,resident=0,groups=2,weights=1,threads=64": (A100, SMALL_90),
+    "exchange=none,threads=32": (T4,),
+    "exchange=none,threads=256": (A100,),
+    "exchange=cluster,blocks=2,resident=0": (H100, SMALL_90),
+    "exchange=cluster,blocks=2,resident=0,axis=space,groups=2": (H100, RTX),
+    "exchange=cluster,blocks=3,resident=1,slots=1": (H100,),
+    "exchange=cluster,blocks=3,resident=1,slots=2,groups=1": (RTX,),
+    "exchange=cluster,blocks=2,resident=1,slots=2,groups=2,axis=space": (SMALL_90,),
+    "exchange=cluster,blocks=4,resident=0,groups=1,weights=1,threads=96": (H100,),
+    "exchange=cluster,blocks=5,axis=space,resident=0,threads=64": (RTX,),
+    "exchange=grid,blocks=2,resident=0": (A100, H100),
+    "exchange=grid,blocks=2,resident=0,axis=space,groups=2": (SMALL_80,),
+    "exchange=grid,blocks=3,resident=1,slots=1,groups=2": (A100, T4),
+    "exchange=grid,blocks=3,resident=1,slots=2,groups=1,axis=space": (SMALL_80,),
+    "exchange=grid,blocks=4,resident=0,groups=1,weights=1,threads=64": (A100,),
+}
+# Positions that units of eight divide and do not; channels that blocks do not share evenly, even
+# where a block's part is a multiple of 64 bytes; weights larger than the image.
+SHAPES = (((5, 136, 6, 8), 12), ((5, 160, 3, 5), 6), ((5, 136, 2, 4), 72), ((5, 133, 5, 5), 3))
+BLOCKS: tuple[dict[str, Any], ...] = (
+    {},
+    {"before": "silu", "activation": "silu"},
+    {"before": "relu", "residual": "contiguous", "after": "relu"},
+    {"shift": True, "weighted": True, "gate": "hardsigmoid"},
+    {"lengths": True, "before": "hardswish"},
+    {"hidden": None, "before": "gelu"},
+    {"residual": "channels_last", "after": "gelu", "dy_layout": "channels_last"},
+    {"bias": False, "weighted": True, "after": "relu"},
+)
+
+
+def _parsed(policy: str) -> dict[str, str]:
+    return dict(part.split("=") for part in policy.split(",") if part)
+
+
+def _is_legal(policy: str, spec: Spec) -> bool:
+    """Whether the plan takes the policy; a test holds it to that."""
+    asked = _parsed(policy)
+    channels, positions = spec.shape[1], spec.shape[2] * spec.shape[3]
+    last = "channels_last" in spec.layout
+    if asked.get("axis") == "space" and not last:
+        return False
+    if asked.get("resident") != "1":
+        return True
+    # 16-byte accesses to x, dy and the residual, in their own rows where there is a mask. (Ops copy
+    # what is not laid out like x.)
+    aligned = spec.dtype != torch.float64 and "misaligned" not in spec.layout
+    rows = channels % 8 == 0 if last else channels * positions % 8 == 0
+    return aligned and rows and (last or spec.after != "relu" or positions % 8 == 0)
+
+
+def _cases() -> list[Any]:
+    rows = pairwise(
+        {
+            "policy": POLICIES,
+            "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+            "layout": ("contiguous", "channels_last", "misaligned", "misaligned_channels_last"),
+            "shape": SHAPES,
+            "block": BLOCKS,
+        }
+    )
+    cases, policies = [], set()
+    for i, row in enumerate(rows):
+        shape, hidden = row["shape"]
+        spec = Spec(shape, hidden, row["dtype"], row["layout"], seed=i)
+        spec = replace(spec, **row["block"])
+        devices = POLICIES[row["policy"]]
+        device = devices[i % len(devices)]
+        if spec.fits(SIMULATED):
+            # Under sanitizers the gate runs one case of each policy: they take half a second.
+            seen = row["policy"] in policies or not _is_legal(row["policy"], spec)
+            marks = [pytest.mark.slow] if _SANITIZED and seen else []
+            policies |= set() if seen else {row["policy"]}
+            name = f"{row['policy'] or 'automatic'}-{device}-{spec}"
+            cases.append(pytest.param(row["policy"], device, spec, id=name, marks=marks))
+    return cases
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def to(policy: str) -> None:
+        monkeypatch.setenv(PLAN, policy)
+
+    return to
+
+
+def _as_asked(policy: str, launches: list[str]) -> None:
+    """The launches are of the kind that the policy says."""
+    asked = _parsed(policy)
+    if asked.get("exchange") == "cluster":
+        assert f" cluster={asked['blocks']} " in launches[0]
+    elif asked.get("exchange") == "grid":
+        assert launches[0].endswith(" cooperative")
+    elif asked.get("exchange") == "none":
+        assert " cluster=1 " in launches[0]
+        assert "cooperative" not in launches[0]
+    if "threads" in asked:
+        assert f" threads={asked['threads']} " in launches[0]
+
+
+@pytest.mark.parametrize(("policy", "device", "spec"), _cases())
+def test_policies(policy: str, device: int, spec: Spec, force: Any) -> None:
+    force(policy)
+    problem = build(spec)
+    with cuda_on_cpu.plugged_in(spec.seed, device) as simulation:
+        if _is_legal(policy, spec):
+            check(problem, squeeze_excite, backend="native")
+            launches = simulation.take_launches()
+            _as_asked(policy, launches)
+            assert 2 <= len(launches) <= 3, launches
+        else:
+            with pytest.raises(RuntimeError, match=f"{PLAN}: (axis=space|resident=1) is for"):
+                problem.run(squeeze_excite, backend="native")
+
+
+@pytest.mark.parametrize(
+    "policy", ["", "exchange=none,resident=1", "exchange=cluster,blocks=2,resident=0"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_long_rows(policy: str, dtype: torch.dtype, force: Any) -> None:
+    """Several warps share the sum of a row."""
+    force(policy)
+    problem = build(Spec((3, 4, 50, 44), 2, dtype, before="relu"))
+    for seed in range(6):
+        with cuda_on_cpu.plugged_in(seed, SMALL_90):
+            check(problem, squeeze_excite, backend="native")
+
+
+def _bits(problem: Problem) -> list[bytes]:
+    results = problem.run(squeeze_excite, backend="native")
+    return [t.contiguous().view(torch.uint8).numpy().tobytes() for t in results.values()]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy or "automatic")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_in_any_order(policy: str, layout: str, force: Any) -> None:
+    spec = Spec((5, 136, 4, 6), 12, torch.bfloat16, layout, residual=layout, after="relu")
+    if not _is_legal(policy, spec):
+        pytest.skip("not a policy for this layout")
+    force(policy)
+    problem = build(spec)
+    expected = None
+    for seed in range(9):
+        with cuda_on_cpu.plugged_in(seed, POLICIES[policy][0]):
+            bits = _bits(problem)
+        assert expected is None or bits == expected
+        expected = bits
+
+
+@pytest.mark.parametrize("device", range(6))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "hidden"), [((1, 64, 28, 28), 16), ((1, 512, 7, 7), 128), ((2, 32, 40, 41), 8)]
+)
+def test_one_launch_forward_two_backward(
+    device: int, layout: str, shape: tuple[int, ...], hidden: int
+) -> None:
+    spec = Spec(shape, hidden, torch.float16, layout, before="silu", activation="silu")
+    problem = build(spec)
+    with cuda_on_cpu.plugged_in(1, device) as simulation:
+        with torch.no_grad():
+            problem.call(squeeze_excite, backend="native")
+        assert len(simulation.take_launches()) == 1
+        check(problem, squeeze_excite, backend="native")
+        assert len(simulation.take_launches()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("blocks", "expected name=value"),
+        ("speed=1", "expected exchange, blocks, axis"),
+        ("threads=33", "out of range"),
+        ("exchange=cluster,blocks=2", "this device has no such clusters"),
+        ("blocks=60", "more than the image can be cut into"),
+    ],
+)
+def test_policies_that_cannot_be(policy: str, message: str, force: Any) -> None:
+    force(policy)
+    with (
+        cuda_on_cpu.plugged_in(device=A100),
+        pytest.raises(RuntimeError, match=f"{PLAN}: .*{message}"),
+    ):
+        build(Spec()).run(squeeze_excite, backend="native")
+
+
+@pytest.fixture
+def outside_sanitizers() -> None:
+    if _SANITIZED:
+        pytest.skip("is such a process itself")
+
+
+@pytest.mark.usefixtures("outside_sanitizers")
+def test_sanitizers_see_tensors() -> None:
+    code = "import ctypes, torch; t = torch.empty(24); ctypes.memset(t.data_ptr() + 96, 0, 4)"
+    done = cuda_on_cpu.sanitized([sys.executable, "-c", code])
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+
+
+def _sanitized_pytest(*arguments: str) -> None:
+    cuda_on_cpu.compile_library(sanitize=True)  # here: compilers would be preloaded, too
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *arguments]
+    done: subprocess.CompletedProcess[str] = cuda_on_cpu.sanitized(command)
+    shown = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, shown
+    assert " passed" in done.stdout, shown
+
+
+@pytest.mark.usefixtures("outside_sanitizers")
+def test_clean_under_sanitizers() -> None:
+    files = ["tests/test_accuracy.py", "tests/test_cuda_on_cpu.py"]
+    # Small tensors alone: the large ones of test_odd_shapes take minutes so.
+    chosen = "(simulated and pairs) or (test_policies and not cannot)"
+    _sanitized_pytest(*files, "-m", "not slow", "-k", chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("outside_sanitizers")
+def test_more_is_clean_under_sanitizers() -> None:
+    chosen = "(simulated and (pairs or blocks)) or (test_policies and not cannot)"
+    _sanitized_pytest("tests/test_accuracy.py", "tests/test_cuda_on_cpu.py", "-k", chosen)
