@@ -39,7 +39,7 @@ def find_nvcc() -> str | None:
 
 
 class Kernel(NamedTuple):
-    """A row of the table. ``wide`` and ``narrow``: 16-byte accesses, and 2-byte stores."""
+    """A row of the table. 16-byte loads; 16- and 2-byte stores to global memory."""
 
     name: str
     bytes: int  # of an element; 0 for the gradients' sums
@@ -91,7 +91,7 @@ def compile_for(target: str, source: str) -> list[Kernel]:
                 max(int(stack) for stack, _ in stacks),
                 sum(int(spilled) for _, spilled in stacks),
                 len(re.findall(r"\bld(?:\.\w+)*\.v4\.\w+", body)),
-                len(re.findall(r"\bst(?:\.\w+)*\.v4\.\w+", body)),
+                len(re.findall(r"\bst\.global(?:\.\w+)*\.v4\.\w+", body)),
                 len(re.findall(r"\bst\.global(?:\.\w+)*\.[bu]16\b", body)),
             )
         )
