@@ -156,15 +156,19 @@ struct Prologue {
 };
 
 // Asks for memory that a loop will come to. Hardware prefetchers stop at page ends, follow few
-// streams at once, and some do little for memory that is about to be written. The address may lie
-// beyond the end: a prefetch does not fault.
+// streams at once, and some do little for memory that is about to be written. Not with AVX-512: a
+// vector is a cache line there, so that it is a prefetch or two for each of them, and processors
+// that have it lose by it (docs/performance.md). The address may lie beyond the end: a prefetch
+// does not fault.
 constexpr int64_t kAhead = 2048;
-SENET_INLINE void will_read(const void* p, int64_t bytes = kAhead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0);
+template <int kWrite>
+SENET_INLINE void prefetch([[maybe_unused]] const void* p, [[maybe_unused]] int64_t bytes) {
+#if !defined(__AVX512F__)
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), kWrite);
+#endif
 }
-SENET_INLINE void will_write(const void* p, int64_t bytes = kAhead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 1);
-}
+SENET_INLINE void will_read(const void* p, int64_t bytes = kAhead) { prefetch<0>(p, bytes); }
+SENET_INLINE void will_write(const void* p, int64_t bytes = kAhead) { prefetch<1>(p, bytes); }
 
 // ---- squeeze ----
 
