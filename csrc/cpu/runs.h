@@ -79,6 +79,27 @@ struct PerElement {
     return get(p + i, n);
   }
 };
+// Of a run that is several rows of n >= lanes elements one after the other: a value for each row.
+// Must be asked in order, from the run's beginning. Reads one value beyond the last row's.
+template <class A>
+struct PerRow {
+  const A* p;
+  int64_t n, left;  // of the current row, whose value is *p
+  PerRow(const A* values, int64_t row) : p(values), n(row), left(row) {}
+  template <class N>
+  SENET_INLINE Vec<A> at(int64_t, N) {
+    constexpr int L = kLanes<A>;
+    if (left >= L) {
+      left -= L;
+      return broadcast<A>(*p);
+    }
+    const typename Simd<A>::I edge = typename Simd<A>::I{} + static_cast<int>(left);
+    const Vec<A> both = lane_index<A>() < edge ? broadcast<A>(p[0]) : broadcast<A>(p[1]);
+    ++p;
+    left += n - L;
+    return both;
+  }
+};
 // One value on elements before `end`, nothing after.
 template <class A>
 struct Prefix {
