@@ -90,6 +90,21 @@ SENET_INLINE Range slice(int64_t n, int64_t i, int64_t slices) {
   return {n * i / slices, n * (i + 1) / slices};
 }
 
+// Calls body(r) for the runs of a range in a second reading. In reverse, blocks of runs at a time:
+// what was read last is what the cache still holds. Not with AVX-512, where it was measured to lose
+// (docs/performance.md).
+template <class Body>
+SENET_INLINE void second_reading(Range range, [[maybe_unused]] int64_t run_bytes, Body body) {
+#if defined(__AVX512F__)
+  for (int64_t r = range.begin; r < range.end; ++r) body(r);
+#else
+  const int64_t block = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, run_bytes));
+  for (int64_t end = range.end; end > range.begin; end -= block) {
+    for (int64_t r = std::max(range.begin, end - block); r < end; ++r) body(r);
+  }
+#endif
+}
+
 // Whether rows are better gone through as one run: else each ends in part of a vector, and the next
 // begins off a cache line. A mask has its rows padded to bytes.
 inline bool rows_as_one(const Shape& s, const void* mask) {
