@@ -29,7 +29,7 @@ class BackwardPass {
         wants_affine_(args.daffine_scale || args.daffine_shift),
         wants_dq_(args.dx || wants_affine_),
         width_(has_shift_ ? 2 * s_.channels : s_.channels) {
-    const int64_t images = std::max<int64_t>(plan_.threads, plan_.group);
+    const int64_t images = std::max(plan_.threads * plan_.together, plan_.group);
     const int64_t slices = images * plan_.threads;
     Carver<A> carver;
     // For every image, since the parameters' gradients want them at the end.
@@ -73,12 +73,16 @@ class BackwardPass {
 
   void run() {
     share(runtime_, plan_, plan_.alone, [&](int64_t begin, int64_t end, int slot) {
-      for (int64_t b = begin; b < end; ++b) {
-        through_scale(b, slot, slot);
-        if (s_.form == Form::two_layers) through_output_layer(b, 1, 0, 1);
-        if (wants_dq_ && s_.form != Form::scale) through_first_layer(b, 1, slot, 0, 1);
-        write_dx(b, 0, 1, slot, slot, slot);
-        add_affine_slices(b, slot, 1);
+      const int64_t at = slot * plan_.together;
+      for (int64_t b = begin; b < end; b += plan_.together) {
+        const int64_t images = std::min(plan_.together, end - b);
+        for (int64_t g = 0; g < images; ++g) through_scale(b + g, at + g, slot);
+        if (s_.form == Form::two_layers) through_output_layer(b, images, 0, 1);
+        if (wants_dq_ && s_.form != Form::scale) through_first_layer(b, images, at, 0, 1);
+        for (int64_t g = images - 1; g >= 0; --g) {
+          write_dx(b + g, 0, 1, at + g, at + g, slot);
+          add_affine_slices(b + g, at + g, 1);
+        }
       }
     });
     for (int64_t b = plan_.alone; b < s_.batch; b += plan_.group) {
@@ -273,7 +277,7 @@ class BackwardPass {
       const Range range = slice(s_.positions, i, slices);
       ColumnSink<A, kBefore> sums(affine_sums_ + task * width, affine_chain_ + 2 * slot * width,
                                   s_.channels);
-      backwards(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
+      second_reading(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
         dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.from_channel(0),
                           PerElement<A>{scale}, PerElement<A>{shift}, has_shift_,
                           PerElement<A>{kPlain || r < n ? dmean : none_}, a_.options.after, sums);
@@ -283,7 +287,7 @@ class BackwardPass {
     }
     const Range range = slice(s_.channels, i, slices);
     A* of_affine = of_affine_ + b * width;
-    backwards(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
+    second_reading(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
       ChannelSink<A, kBefore> sums;
       const auto with = [&](auto of_mean) SENET_LAMBDA {
         dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.of_channel(r),

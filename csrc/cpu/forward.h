@@ -160,7 +160,16 @@ class ForwardPass {
     const int64_t bit_row = (n + 7) / 8;
     uint8_t* bits = a_.mask ? a_.mask + b * runs * bit_row : nullptr;
     const Range range = slice(runs, i, slices);
-    backwards(range, n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
+    if constexpr (kBefore != kAffine) {
+      if (rows_as_one(s_, a_.mask) && range.begin < range.end) {
+        const int64_t at = range.begin * n, rows = range.end - range.begin;
+        return scale_run<T, kPlain>(
+            x + at, residual ? residual + at : nullptr, y + at, nullptr, rows * n,
+            prologue_.of_channel(0), PerRow<A>{factors + range.begin, rows, n},
+            PerRow<A>{shifts + range.begin, rows, n}, has_shift, a_.options.after);
+      }
+    }
+    second_reading(range, n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
       const T* from = x + r * n;
       const T* add = residual ? residual + r * n : nullptr;
       uint8_t* row_bits = bits ? bits + r * bit_row : nullptr;

@@ -63,6 +63,48 @@ SENET_INLINE void four_rows(const W* w0, const W* w1, const W* w2, const W* w3, 
   for (int g = 0; g < kImages; ++g) sum4(s[g][0], s[g][1], s[g][2], s[g][3], sums[g]);
 }
 
+// As many rows of w as a vector has lanes, each lane a row, times kImages vectors: for short rows,
+// where adding up lanes at the end would be most of the work. `row(i)` is the address of row i.
+template <class A, int kImages, class Row>
+SENET_INLINE void rows_in_lanes(Row row, int64_t k, const A* in, int64_t in_stride,
+                                Vec<A> (&sums)[kImages]) {
+  constexpr int L = kLanes<A>;
+  for_vectors<A>(k, [&](int64_t i, auto lanes) SENET_LAMBDA {
+    Vec<A> v[L];
+    for (int j = 0; j < L; ++j) v[j] = get(row(j) + i, lanes);
+    transpose<A>(v);
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j) {
+      if (j >= count<A>(lanes)) break;
+      for (int g = 0; g < kImages; ++g) sums[g] += v[j] * in[g * in_stride + i + j];
+    }
+  });
+}
+
+// linear() below, for rows of a few vectors.
+template <class A, class W>
+SENET_INLINE void linear_short(const W* w, const W* bias, int64_t r0, int64_t r1, int64_t k,
+                               const A* in, int64_t in_stride, A* out, int64_t out_stride,
+                               int64_t images) {
+  constexpr int kImages = 4;
+  for_vectors<A>(r1 - r0, [&](int64_t i, auto lanes) SENET_LAMBDA {
+    const int64_t r = r0 + i, last = r + count<A>(lanes) - 1;
+    const auto row = [&](int j) SENET_LAMBDA { return w + std::min(r + j, last) * k; };
+    const Vec<A> b = bias ? get(bias + r, lanes) : Vec<A>{};
+    int64_t g = 0;
+    for (; g + kImages <= images; g += kImages) {
+      Vec<A> sums[kImages] = {};
+      rows_in_lanes<A, kImages>(row, k, in + g * in_stride, in_stride, sums);
+      for (int j = 0; j < kImages; ++j) put(out + (g + j) * out_stride + r, sums[j] + b, lanes);
+    }
+    for (; g < images; ++g) {
+      Vec<A> sums[1] = {};
+      rows_in_lanes<A, 1>(row, k, in + g * in_stride, in_stride, sums);
+      put(out + g * out_stride + r, sums[0] + b, lanes);
+    }
+  });
+}
+
 // out[g][r] = bias[r] + sum over k of w[r][k] in[g][k], for rows r0 <= r < r1.
 template <class A>
 SENET_OUTLINE void linear(DType dtype, const void* weight, const void* bias, int64_t r0, int64_t r1,
@@ -72,6 +114,9 @@ SENET_OUTLINE void linear(DType dtype, const void* weight, const void* bias, int
   constexpr int kImages = SENET_VECTOR_BYTES == 64 ? 4 : 2;
   with_storage<A>(dtype, weight, [&](auto* w) {
     auto* b = static_cast<decltype(w)>(bias);
+    if (k <= 3 * kLanes<A>) {
+      return linear_short<A>(w, b, r0, r1, k, in, in_stride, out, out_stride, images);
+    }
     for (int64_t r = r0; r < r1; r += 4) {
       const int rows = static_cast<int>(r1 - r < 4 ? r1 - r : 4);
       auto* w0 = w + r * k;

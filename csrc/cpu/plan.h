@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t kCachePerThread = 1 << 20;
 // Below this many elements waking the thread team costs more than it brings.
 constexpr int64_t kSerialElements = 1 << 15;
+// What the further parallel regions of a team cost, in bytes that a thread could have read instead.
+constexpr int64_t kTeamBytes = 1 << 20;
 
 struct Plan {
   int threads;
@@ -30,6 +32,8 @@ struct Plan {
   int64_t slices(int64_t images) const { return images % threads == 0 ? 1 : threads; }
 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline Plan make_plan(const Shape& s, size_t element, size_t parameter, int max_threads) {
   const bool small = s.batch * s.image() <= kSerialElements;
   const int threads = small ? 1 : std::max(1, max_threads);
@@ -37,13 +41,17 @@ inline Plan make_plan(const Shape& s, size_t element, size_t parameter, int max_
   const int64_t weight_bytes = s.weights() * static_cast<int64_t>(parameter);
   const int64_t fits =
       std::max<int64_t>(1, threads * kCachePerThread / std::max<int64_t>(1, image_bytes));
-  if (weight_bytes > image_bytes && s.batch > 1) {
-    // The weights are the larger part: enough images at once that reading them hardly counts.
+  const int64_t together = std::clamp<int64_t>(fits / threads, 1, 4);
+  // How often a thread that takes its images alone reads the weights, and how much that is more
+  // than its share of them, which is what it reads as one of a team.
+  const int64_t times = ceil_div(ceil_div(s.batch, threads), together);
+  const int64_t more = weight_bytes * times - weight_bytes / threads;
+  if (weight_bytes > image_bytes && s.batch > 1 && more > kTeamBytes) {
+    // Enough images at once that reading the weights hardly counts.
     const int64_t enough = 4 * weight_bytes / std::max<int64_t>(1, image_bytes);
     return {threads, 0, std::min(s.batch, std::max(fits, enough)), 1};
   }
   const int64_t alone = s.batch - s.batch % threads;
-  const int64_t together = std::clamp<int64_t>(fits / threads, 1, 4);
   return {threads, alone, std::max<int64_t>(1, std::min(s.batch - alone, fits)), together};
 }
 
@@ -82,14 +90,26 @@ SENET_INLINE Range slice(int64_t n, int64_t i, int64_t slices) {
   return {n * i / slices, n * (i + 1) / slices};
 }
 
-// Calls body(r) for the runs of a range, last blocks first: what was read last is what the cache
-// still holds. Within a block runs go forwards, as prefetchers like it.
+// Calls body(r) for the runs of a range in a second reading. In reverse, blocks of runs at a time:
+// what was read last is what the cache still holds. Not with AVX-512, where it was measured to lose
+// (docs/performance.md).
 template <class Body>
-SENET_INLINE void backwards(Range range, int64_t run_bytes, Body body) {
+SENET_INLINE void second_reading(Range range, [[maybe_unused]] int64_t run_bytes, Body body) {
+#if defined(__AVX512F__)
+  for (int64_t r = range.begin; r < range.end; ++r) body(r);
+#else
   const int64_t block = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, run_bytes));
   for (int64_t end = range.end; end > range.begin; end -= block) {
     for (int64_t r = std::max(range.begin, end - block); r < end; ++r) body(r);
   }
+#endif
+}
+
+// Whether rows are better gone through as one run: else each ends in part of a vector, and the next
+// begins off a cache line. A mask has its rows padded to bytes.
+inline bool rows_as_one(const Shape& s, const void* mask) {
+  constexpr int L = kLanes<float>;
+  return !s.channels_last && !mask && s.positions >= L && s.positions % L != 0;
 }
 
 // Carves scratch memory into arrays, each on its own cache lines.

@@ -17,6 +17,9 @@ namespace SENET_ISA {
 namespace {
 
 constexpr int kChain = 64;
+// Rows of fewer bytes than this are summed in panels, of at most so many bytes at a time.
+constexpr int64_t kPanelRow = 2 << 10;
+constexpr int64_t kPanelBytes = 64 << 10;
 
 // Lanes of a whole vector; a partial one is given by an int.
 struct Full {};
@@ -77,6 +80,28 @@ struct PerElement {
   template <class N>
   SENET_INLINE Vec<A> at(int64_t i, N n) const {
     return get(p + i, n);
+  }
+};
+// Of a run that is several rows of n >= lanes elements one after the other: a value for each row.
+// Must be asked in order, from the run's beginning.
+template <class A>
+struct PerRow {
+  const A *p, *last;
+  int64_t n, left;  // of the current row, whose value is *p
+  PerRow(const A* values, int64_t rows, int64_t row)
+      : p(values), last(values + rows - 1), n(row), left(row) {}
+  template <class N>
+  SENET_INLINE Vec<A> at(int64_t, N) {
+    constexpr int L = kLanes<A>;
+    const Vec<A> now = broadcast<A>(*p);
+    if (left >= L) {
+      left -= L;
+      return now;
+    }
+    const typename Simd<A>::I edge = typename Simd<A>::I{} + static_cast<int>(left);
+    p += p < last;
+    left += n - L;
+    return lane_index<A>() < edge ? now : broadcast<A>(*p);
   }
 };
 // One value on elements before `end`, nothing after.
@@ -221,32 +246,86 @@ SENET_OUTLINE void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t n,
   for (; r < rows; ++r) out[r] = sum_run(x + r * stride, n, prologue.of_channel(c + r));
 }
 
+// Adds `rows` runs of n elements to `chain`, for columns c to c + kVectors vectors. The sums stay
+// in registers.
+template <int kVectors, class T, class Q, class Lanes>
+SENET_INLINE void add_panel(const T* x, int64_t rows, int64_t n, int64_t c, Q prologue,
+                            Acc<T>* chain, Lanes lanes) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const auto p = [&](int64_t r, int v) SENET_LAMBDA {
+    const int64_t i = c + v * L;
+    return prologue.forward(i, lanes, get(x + r * n + i, lanes));
+  };
+  Vec<A> sums[kVectors];
+  for (int v = 0; v < kVectors; ++v) sums[v] = get(chain + c + v * L, lanes);
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    for (int v = 0; v < kVectors; ++v) {
+      sums[v] += (p(r, v) + p(r + 1, v)) + (p(r + 2, v) + p(r + 3, v));
+    }
+  }
+  for (; r < rows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sums[v] += p(r, v);
+  }
+  for (int v = 0; v < kVectors; ++v) put(chain + c + v * L, sums[v], lanes);
+}
+
+// The same for all columns, a panel at a time.
+template <class T, class Q>
+SENET_OUTLINE void add_panels(const T* x, int64_t rows, int64_t n, Q prologue, Acc<T>* chain) {
+  constexpr int L = kLanes<Acc<T>>;
+  int64_t c = 0;
+  for (; c + 8 * L <= n; c += 8 * L) add_panel<8>(x, rows, n, c, prologue, chain, Full{});
+  if (c + 4 * L <= n) add_panel<4>(x, rows, n, c, prologue, chain, Full{}), c += 4 * L;
+  if (c + 2 * L <= n) add_panel<2>(x, rows, n, c, prologue, chain, Full{}), c += 2 * L;
+  if (c + L <= n) add_panel<1>(x, rows, n, c, prologue, chain, Full{}), c += L;
+  if (c < n) add_panel<1>(x, rows, n, c, prologue, chain, static_cast<int>(n - c));
+}
+
+// The same in the order of memory.
+template <class T, class Q>
+SENET_OUTLINE void add_rows(const T* x, int64_t rows, int64_t n, Q prologue, Acc<T>* chain) {
+  using A = Acc<T>;
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const T* p = x + r * n;
+    for_vectors<A>(n, [&](int64_t i, auto lanes) {
+      for (int j = 0; j < 4; ++j) will_read(p + j * n + i, 4 * n * sizeof(T));
+      const Vec<A> a = prologue.forward(i, lanes, get(p + i, lanes)) +
+                       prologue.forward(i, lanes, get(p + n + i, lanes));
+      const Vec<A> b = prologue.forward(i, lanes, get(p + 2 * n + i, lanes)) +
+                       prologue.forward(i, lanes, get(p + 3 * n + i, lanes));
+      put(chain + i, get(chain + i, lanes) + (a + b), lanes);
+    });
+  }
+  for (; r < rows; ++r) {
+    for_vectors<A>(n, [&](int64_t i, auto lanes) {
+      const Vec<A> p = prologue.forward(i, lanes, get(x + r * n + i, lanes));
+      put(chain + i, get(chain + i, lanes) + p, lanes);
+    });
+  }
+}
+
 // total[c] = sum of p over `rows` runs of n elements; `chain` is scratch of n.
 template <class T, class Q>
 SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Q prologue, Acc<T>* total,
                                Acc<T>* chain) {
   using A = Acc<T>;
+  // Short rows in panels: sums that are stored and loaded again for every few rows come in the way
+  // of x, of which some lie at the same places of a page. Long ones keep to the order in which
+  // prefetchers fetch.
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  const bool panels = bytes < kPanelRow;
+  const int64_t block = panels ? std::min<int64_t>(kPanelBytes / bytes, 4 * kChain) : 4 * kChain;
   for_vectors<A>(n, [&](int64_t i, auto lanes) { put(total + i, Vec<A>{}, lanes); });
-  for (int64_t r0 = 0; r0 < rows; r0 += 4 * kChain) {
-    const int64_t r1 = r0 + 4 * kChain < rows ? r0 + 4 * kChain : rows;
+  for (int64_t r = 0; r < rows; r += block) {
+    const int64_t some = std::min(block, rows - r);
     for_vectors<A>(n, [&](int64_t i, auto lanes) { put(chain + i, Vec<A>{}, lanes); });
-    int64_t r = r0;
-    for (; r + 4 <= r1; r += 4) {
-      const T* p = x + r * n;
-      for_vectors<A>(n, [&](int64_t i, auto lanes) {
-        for (int j = 0; j < 4; ++j) will_read(p + j * n + i, 4 * n * sizeof(T));
-        const Vec<A> a = prologue.forward(i, lanes, get(p + i, lanes)) +
-                         prologue.forward(i, lanes, get(p + n + i, lanes));
-        const Vec<A> b = prologue.forward(i, lanes, get(p + 2 * n + i, lanes)) +
-                         prologue.forward(i, lanes, get(p + 3 * n + i, lanes));
-        put(chain + i, get(chain + i, lanes) + (a + b), lanes);
-      });
-    }
-    for (; r < r1; ++r) {
-      for_vectors<A>(n, [&](int64_t i, auto lanes) {
-        const Vec<A> p = prologue.forward(i, lanes, get(x + r * n + i, lanes));
-        put(chain + i, get(chain + i, lanes) + p, lanes);
-      });
+    if (panels) {
+      add_panels(x + r * n, some, n, prologue, chain);
+    } else {
+      add_rows(x + r * n, some, n, prologue, chain);
     }
     for_vectors<A>(n, [&](int64_t i, auto lanes) {
       put(total + i, get(total + i, lanes) + get(chain + i, lanes), lanes);

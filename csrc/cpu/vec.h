@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -361,6 +362,26 @@ SENET_INLINE void sum4(VecF a, VecF b, VecF c, VecF d, float* out) {
 }
 SENET_INLINE void sum4(VecD a, VecD b, VecD c, VecD d, double* out) {
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
+
+// Exchanges blocks of kHalf lanes between vectors that are kHalf apart; all sizes make a transposed
+// matrix.
+template <int kHalf, class V, int... kLane>
+SENET_INLINE void exchange(V& low, V& high, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
+  const V a = low, b = high;
+  low = __builtin_shufflevector(a, b, (kLane & kHalf ? L + kLane - kHalf : kLane)...);
+  high = __builtin_shufflevector(a, b, (kLane & kHalf ? L + kLane : kLane + kHalf)...);
+}
+template <class A, int kHalf = kLanes<A> / 2>
+SENET_INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
+  constexpr int L = kLanes<A>;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (i & kHalf) continue;
+    exchange<kHalf>(v[i], v[i + kHalf], std::make_integer_sequence<int, L>{});
+  }
+  if constexpr (kHalf > 1) transpose<A, kHalf / 2>(v);
 }
 
 // Bit i says not(v[i] <= 0): true for NaN, as eager's relu passes NaN on.
