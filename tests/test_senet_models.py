@@ -291,6 +291,8 @@ def test_zero_init_last() -> None:
     ({"name": "se_resnet8", "pool": "ceil"}, "pool: expected None with stem='small'"),
     ({"name": "resnext152_64x4d", "formula": "weighted"}, "senet154"),
     ({"name": "se_resnet18", "stride_in_1x1": True}, "stride_in_1x1: expected False"),
+    ({"name": "se_resnet50", "stride_in_1x1": "false"}, "stride_in_1x1: expected True or False"),
+    ({"name": "se_resnet8", "zero_init_last": 0}, "zero_init_last: expected True or False"),
     ({"name": "se_resnet8", "stem": "large"}, "stem: expected one of"),
     ({"name": "se_resnet18", "pool": "max"}, "pool: expected one of"),
     ({"name": "se_resnet8", "drop_rate": 1.0}, "drop_rate: expected a number"),

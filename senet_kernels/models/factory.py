@@ -72,7 +72,8 @@ def _check_choice(name: str, value: Any, legal: Any) -> None:
 
 def _check_options(
     name: str, num_classes: Any, in_chans: Any, *, reduction: Any, rd_divisor: Any,
-    excitation: Any, formula: Any, stride_in_1x1: bool, drop_rate: Any, **_: Any,
+    excitation: Any, formula: Any, stride_in_1x1: Any, drop_rate: Any, zero_init_last: Any,
+    **_: Any,
 ) -> Architecture:  # fmt: skip
     """The architecture of that name, if the arguments of :func:`create_model` fit it."""
     if name not in ARCHITECTURES:
@@ -86,6 +87,9 @@ def _check_options(
     check_count("rd_divisor", rd_divisor, 1)
     if reduction is not None:
         check_count("reduction", reduction, 1)
+    for option, value in (("stride_in_1x1", stride_in_1x1), ("zero_init_last", zero_init_last)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{option}: expected True or False, got {value!r}")
     _check_choice("excitation", excitation, [e for e in EXCITATIONS if e != "constant"])
     _check_choice("formula", formula, FORMULAS)
     if formula == "literal" and excitation != "two":
