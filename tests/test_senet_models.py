@@ -757,6 +757,21 @@ def test_drawings_are_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert not re.search(r"@[A-Z]+@", page)  # a figure not filled in
 
 
+def test_pages_in_both_languages_say_the_same() -> None:
+    """The same figures, names and commands, as often; as many rows and sections."""
+    found = []
+    for name in ("senet.md", "senet.zh-CN.md"):
+        text = (_DOCS / name).read_text("utf-8")
+        text = re.sub(r"(\d+) 万", lambda m: f"{int(m[1]) / 100:.2f}", text)  # 10^4 as 10^6
+        found.append({
+            "figures": Counter(re.findall(r"\d+\.\d+", text)),
+            "code": Counter(re.findall(r"`([^`\n]+)`", text)),
+            "rows": text.count("\n|"), "sections": text.count("\n## "),
+        })  # fmt: skip
+    assert found[0] == found[1]
+    assert len(found[0]["figures"]) > 100
+
+
 @pytest.mark.slow
 def test_table_of_sizes_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(_DOCS / "senet_claims.py"))["size"]()
