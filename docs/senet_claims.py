@@ -2,7 +2,8 @@
 
 ``accuracy``, ``scale`` and ``gate`` train networks on scikit-learn's digits with
 ``senet_kernels.train`` (``pip install 'senet-kernels[train]'``); finished runs stay in
-``build/senet`` and are not repeated.
+``build/senet`` and are not repeated. The page's figures are those of one thread: with another
+number of threads sums are added in another order, and training goes another way.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from senet_kernels.train.api import evaluate
 
 RUNS = Path("build/senet")
 
-#: The paper's table 2 (re-implementation): GFLOPs, which are multiply-adds, plain and with SE.
+#: The paper's table 2 (re-implementation): GFLOPs, which are multiply-adds, plain and with SE. It
+#: gives none of SENet-154.
 PAPER = {
     "resnet50": (3.86, 3.87), "resnet101": (7.58, 7.60), "resnet152": (11.30, 11.32),
     "resnext50_32x4d": (4.24, 4.25), "resnext101_32x4d": (7.99, 8.00),
@@ -57,10 +59,10 @@ def size() -> None:
         options = {"stride_in_1x1": True} if name.startswith("resnet") else {}
         counted = [_gmac(n, **options) for n in (name, f"se_{name}")]
         millions = [_parameters(n, **options) for n in (name, f"se_{name}")]
-        print(f"| {name} | {plain} | {counted[0]:.3f} | {with_se} | {counted[1]:.3f} "
+        print(f"| {name} | {plain:.2f} | {counted[0]:.3f} | {with_se:.2f} | {counted[1]:.3f} "
               f"| {millions[0]:.2f} | {millions[1]:.2f} |")  # fmt: skip
     name = "senet154"
-    print(f"| {name} | | {_gmac('resnext152_64x4d'):.2f} | 20.7 | {_gmac(name):.2f} "
+    print(f"| {name} | | {_gmac('resnext152_64x4d'):.3f} | | {_gmac(name):.3f} "
           f"| {_parameters('resnext152_64x4d'):.2f} | {_parameters(name):.2f} |")  # fmt: skip
     for form in ("two", "single", "tied"):
         options = {"excitation": form, "stride_in_1x1": True}
@@ -157,7 +159,7 @@ FORMS = {
 
 
 def _folder(form: str, seed: int, fraction: float) -> Path:
-    return RUNS / f"{form}-{fraction}-{seed}"
+    return RUNS / f"{form}-{fraction}-{seed}-threads{torch.get_num_threads()}"
 
 
 def _epochs(fraction: float) -> int:
@@ -189,7 +191,8 @@ def _spread(values: list[float]) -> str:
 
 def accuracy(forms: list[str], seeds: int, fraction: float) -> None:
     """Test accuracy, and how far training accuracy is above it, in per cent over seeds."""
-    print(f"test fraction {fraction}, {seeds} seeds: median (lowest to highest)")
+    print(f"test fraction {fraction}, {seeds} seeds, {torch.get_num_threads()} threads: "
+          "median (lowest to highest)")  # fmt: skip
     print("| form | test | train minus test | train loss | test loss | parameters |")
     print("|---|---|---|---|---|---|")
     for form in forms:

@@ -156,6 +156,21 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m senet_kernels", description=__doc__)
@@ -164,11 +179,14 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("selftest", help="every backend that runs here against the reference")
     fuse = commands.add_parser("fuse", help="what fuse_se_blocks does to a model: parity, time")
     fuse.add_argument("model", help="timm:NAME, torchvision:NAME or MODULE:CALLABLE")
-    fuse.add_argument("--size", type=int, default=224, help="of the square input (224)")
-    fuse.add_argument("--batch", type=int, default=8)
+    fuse.add_argument("--size", type=_count, default=224, help="of the square input (224)")
+    fuse.add_argument("--batch", type=_count, default=8, help="images (8)")
     fuse.add_argument("--seconds", type=float, default=10, help="per timing (10)")
     fuse.add_argument("--neighbours", action="store_true", help="the steps around the blocks too")
-    fuse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    fuse.add_argument(
+        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N (cuda where there is one)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.command == "fuse":
         return _fuse(args.model, args.size, args.batch, args.device, args.seconds, args.neighbours)

@@ -97,7 +97,7 @@ class FusedSEBlock(nn.Module):
     Raises:
         ValueError: channels, reduction or hidden is not a positive integer, a name is unknown, or
             options exclude each other (tied or constant with scale_and_shift, constant with
-            weighted_sum).
+            weighted_sum, single or constant with hidden).
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The one table of pointwise functions: every activation, gate, ``before`` and ``after`` step.
 
 To add a function, add a row here and one ``case`` to each kernel twin
-(``csrc/cpu/pointwise.h`` for C++, ``backends/triton/pointwise.py`` for Triton). ``code`` is what
-kernels receive; it is never reused.
+(``csrc/cpu/pointwise.h`` for C++, ``csrc/cuda/pointwise.cuh`` for CUDA,
+``backends/triton/pointwise.py`` for Triton). ``code`` is what kernels receive; it is never reused.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ class Result(NamedTuple):
 
     @property
     def ok(self) -> bool:
+        """Whether nothing went wrong."""
         return self.failure is None
 
     def __str__(self) -> str:

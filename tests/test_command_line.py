@@ -41,6 +41,20 @@ def test_selftest_can_fail(
     assert "FAILED  reference on cpu, float32: error" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--batch", "0"), "expected a positive integer, got '0'"),
+    (("--size", "big"), "expected a positive integer, got 'big'"),
+    (("--device", "abacus"), "'abacus' cannot be used"),
+    (("--device", "cuda:99"), "'cuda:99' cannot be used"),
+], ids=str)  # fmt: skip
+def test_wrong_arguments(
+    arguments: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fuse", "timm:resnet18", *arguments])
+    assert message in capsys.readouterr().err
+
+
 _MODEL = """
 from torch import nn
 from senet_kernels import FusedSEBlock

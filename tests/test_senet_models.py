@@ -191,6 +191,19 @@ def test_weights_of_another_network_are_refused() -> None:
             create_model("se_resnet18").load_state_dict(basic)
 
 
+def test_where_a_network_strides_and_pools_does_not_show_in_its_weights() -> None:
+    """What the documentation warns of."""
+    theirs = library("timm").create_model("seresnet50", num_classes=3).eval()
+    randomise(theirs)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        right = theirs(x)
+        for options in ({"stride_in_1x1": True, "pool": "pad"}, {"pool": "ceil"}):
+            ours = create_model("se_resnet50", num_classes=3, **options).eval()
+            ours.load_state_dict(theirs.state_dict())
+            assert (ours(x) - right).abs().max() > 1e-3 * right.abs().max()
+
+
 def test_legacy_weights_load_into_a_part_of_a_model() -> None:
     theirs = library("timm").create_model("legacy_seresnet50", num_classes=3)
     nested = nn.ModuleDict({"backbone": timm_twin("legacy_seresnet50", num_classes=3)})
@@ -278,6 +291,8 @@ def test_zero_init_last() -> None:
     ({"name": "se_resnet8", "pool": "ceil"}, "pool: expected None with stem='small'"),
     ({"name": "resnext152_64x4d", "formula": "weighted"}, "senet154"),
     ({"name": "se_resnet18", "stride_in_1x1": True}, "stride_in_1x1: expected False"),
+    ({"name": "se_resnet50", "stride_in_1x1": "false"}, "stride_in_1x1: expected True or False"),
+    ({"name": "se_resnet8", "zero_init_last": 0}, "zero_init_last: expected True or False"),
     ({"name": "se_resnet8", "stem": "large"}, "stem: expected one of"),
     ({"name": "se_resnet18", "pool": "max"}, "pool: expected one of"),
     ({"name": "se_resnet8", "drop_rate": 1.0}, "drop_rate: expected a number"),
@@ -484,7 +499,10 @@ def test_senet_is_the_articles_network() -> None:
 # ---- citizenship ----
 
 
-@pytest.mark.parametrize("form", MODEL_FORMS, ids=str)
+@pytest.mark.parametrize("form", [
+    pytest.param(form, marks=[] if form.get("excitation") == "tied" else pytest.mark.slow)
+    for form in MODEL_FORMS
+], ids=str)  # fmt: skip
 def test_compiles_without_graph_breaks(form: dict[str, Any]) -> None:
     model = _random(create_model("se_resnet8", 10, 1, **form)).train()
     x = torch.randn(2, 1, 8, 8)
@@ -587,7 +605,7 @@ PLAIN_RESNETS = [
     ("ours", "resnet8", "single"),
     ("ours", "resnet8", "tied"),
     pytest.param("ours", "resnet50", "two", marks=pytest.mark.slow),
-    ("timm", "resnet18", "single"),
+    pytest.param("timm", "resnet18", "single", marks=pytest.mark.slow),
     ("timm", "resnet26", "two"),
     pytest.param("timm", "resnet50d", "two", marks=pytest.mark.slow),
     pytest.param("timm", "resnext50_32x4d", "two", marks=pytest.mark.slow),
@@ -739,10 +757,26 @@ def test_drawings_are_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert not re.search(r"@[A-Z]+@", page)  # a figure not filled in
 
 
+def test_pages_in_both_languages_say_the_same() -> None:
+    """The same figures, names and commands, as often; as many rows and sections."""
+    found = []
+    for name in ("senet.md", "senet.zh-CN.md"):
+        text = (_DOCS / name).read_text("utf-8")
+        text = re.sub(r"(\d+) 万", lambda m: f"{int(m[1]) / 100:.2f}", text)  # 10^4 as 10^6
+        found.append({
+            "figures": Counter(re.findall(r"\d+\.\d+", text)),
+            "code": Counter(re.findall(r"`([^`\n]+)`", text)),
+            "rows": text.count("\n|"), "sections": text.count("\n## "),
+        })  # fmt: skip
+    assert found[0] == found[1]
+    assert len(found[0]["figures"]) > 100
+
+
 @pytest.mark.slow
 def test_table_of_sizes_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(_DOCS / "senet_claims.py"))["size"]()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| r")]
-    assert len(rows) == 5
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in printed if line.startswith(("| r", "| s", "se_"))]
+    assert len(rows) == 9
     for page in ("senet.md", "senet.zh-CN.md"):
         assert set(rows) <= set((_DOCS / page).read_text("utf-8").splitlines())

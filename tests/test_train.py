@@ -22,7 +22,7 @@ from senet_kernels.train.__main__ import main
 from senet_kernels.train.loader import IGNORED, Pictures, TrainBatches, padded_shares
 from senet_kernels.train.loop import Learner
 from senet_kernels.train.optimise import learning_rate, optimiser
-from senet_kernels.train.options import Stage
+from senet_kernels.train.options import Stage, parse
 from senet_kernels.train.parallel import Processes
 from senet_kernels.train.record import read_rows
 from training import SHORT, checkpoint_of, losses, needs_images, short_run
@@ -424,6 +424,25 @@ def test_more_settings_that_do_not_fit(
         short_run(tmp_path / "run", **options)
 
 
+def test_cheap_errors_come_before_the_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "load", lambda options: pytest.fail("images were read"))
+    for options, message in (
+        ({"model": "se_resnet21"}, "--model"),
+        ({"model": "resnet8", "freeze": "se"}, "no squeeze-and-excitation weights"),
+        ({"model": "resnet8", "stages": "none:1,se:1"}, "no squeeze-and-excitation weights"),
+        ({"init_from": "nowhere.pt"}, "there is no nowhere.pt"),
+    ):
+        with pytest.raises(TrainError, match=message):
+            short_run(tmp_path, **options)
+
+
+def test_model_arguments_given_twice_add_up() -> None:
+    given = parse(["--model-args", "reduction=4", "--model-args", "formula=weighted", "pool=pad"])
+    assert given.given == {"model_args": "reduction=4 formula=weighted pool=pad"}
+
+
 def test_paths_are_taken_as_such(tmp_path: Path) -> None:
     assert train({**SHORT, "out": tmp_path / "run", "stop_after": 1})["steps"] == 1
 
@@ -545,8 +564,18 @@ def test_init_from_refuses_another_model(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, plain)
     with pytest.raises(TrainError, match="no weights in it"):
         short_run(tmp_path / "d", init_from=str(plain))
-    with pytest.raises(TrainError, match="No such file"):
+    with pytest.raises(TrainError, match=r"--init-from: there is no .*nothing\.pt"):
         short_run(tmp_path / "e", init_from=str(tmp_path / "nothing.pt"))
+
+
+def test_init_from_refuses_other_geometry(tmp_path: Path) -> None:
+    """The weights would fit; what the checkpoint says of its network does not."""
+    short_run(tmp_path / "small", epochs=1, stop_after=1)
+    state = checkpoint_of(tmp_path / "small")
+    for name, value in (("stride_in_1x1", True), ("pool", "ceil")):
+        torch.save({**state, "model": {**state["model"], name: value}}, tmp_path / "other.pt")
+        with pytest.raises(TrainError, match=f"{name}={value}.* would fit and be wrong"):
+            short_run(tmp_path / "run", init_from=str(tmp_path / "other.pt"), epochs=1)
 
 
 def test_init_from_other_wrappings(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,18 @@ def test_fused_trains_as_the_reference_float64(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_digits_over_five_seeds(tmp_path: Path) -> None:
-    """The defaults of the recipe."""
-    runs = [
-        train({"seed": seed, "out": str(tmp_path / str(seed)), "measure_train": True, **QUIET})
-        for seed in range(5)
-    ]
-    for run in runs:
+    """The defaults of the recipe. Less than three minutes of computing each, of both cores
+    together: what else the machine does is not the recipe's business."""
+    accuracies = []
+    for seed in range(5):
+        start = time.process_time()
+        run = train({"seed": seed, "out": tmp_path / str(seed), "measure_train": True, **QUIET})
+        computing = time.process_time() - start
+        accuracies.append(run["test_accuracy"])
         print(f"test {run['test_accuracy']:.4f} train {run['train_accuracy']:.4f} "
-              f"{run['seconds']:.0f} s")  # fmt: skip
-    assert statistics.median(run["test_accuracy"] for run in runs) >= 0.985
-    assert max(run["seconds"] for run in runs) < 180
+              f"{run['seconds']:.0f} s, {computing:.0f} s of computing")  # fmt: skip
+        assert computing < 180
+    assert statistics.median(accuracies) >= 0.985
 
 
 # Few epochs: with many, random weights get there too.

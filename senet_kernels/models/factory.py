@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from senet_kernels.layers import divisible
@@ -70,9 +71,11 @@ def _check_choice(name: str, value: Any, legal: Any) -> None:
 
 
 def _check_options(
-    name: str, num_classes: Any, in_chans: Any, reduction: Any, rd_divisor: Any,
-    excitation: Any, formula: Any, stride_in_1x1: bool, drop_rate: Any,
+    name: str, num_classes: Any, in_chans: Any, *, reduction: Any, rd_divisor: Any,
+    excitation: Any, formula: Any, stride_in_1x1: Any, drop_rate: Any, zero_init_last: Any,
+    **_: Any,
 ) -> Architecture:  # fmt: skip
+    """The architecture of that name, if the arguments of :func:`create_model` fit it."""
     if name not in ARCHITECTURES:
         close = difflib.get_close_matches(str(name), ARCHITECTURES, 3)
         hint = f" (did you mean {', '.join(close)}?)" if close else ""
@@ -84,6 +87,9 @@ def _check_options(
     check_count("rd_divisor", rd_divisor, 1)
     if reduction is not None:
         check_count("reduction", reduction, 1)
+    for option, value in (("stride_in_1x1", stride_in_1x1), ("zero_init_last", zero_init_last)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{option}: expected True or False, got {value!r}")
     _check_choice("excitation", excitation, [e for e in EXCITATIONS if e != "constant"])
     _check_choice("formula", formula, FORMULAS)
     if formula == "literal" and excitation != "two":
@@ -135,49 +141,30 @@ def _se_maker(
     return make
 
 
-def _arguments(
-    name: str,
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    *,
-    reduction: int | None = None,
-    rd_divisor: int = 1,
-    excitation: str = "two",
-    formula: str = "plain",
-    stride_in_1x1: bool = False,
-    stem: str | None = None,
-    pool: str | None = None,
-    drop_rate: float | None = None,
-    zero_init_last: bool = True,
-) -> dict[str, Any]:
-    """create_model's arguments, checked, as those of ResNet."""
-    architecture = _check_options(
-        name, num_classes, in_chans, reduction, rd_divisor, excitation, formula, stride_in_1x1,
-        drop_rate,
+def _resolved(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of :func:`create_model`, all of them, as those of :class:`ResNet`."""
+    architecture = _check_options(**given)
+    config = dict(given)
+    for name in ("reduction", "stem", "drop_rate"):
+        if config[name] is None:
+            config[name] = getattr(architecture, name)
+    _check_choice("stem", config["stem"], STEMS)
+    pool = config["pool"]
+    if config["stem"] == "small":
+        if pool is not None:
+            raise ValueError(f"pool: expected None with stem='small', which has none, got {pool!r}")
+    elif pool is None:
+        config["pool"] = "ceil" if config["stride_in_1x1"] else architecture.pool
+    else:
+        _check_choice("pool", pool, POOLS)
+    make_se = _se_maker(
+        architecture, config["reduction"], config["rd_divisor"], config["excitation"],
+        config["formula"],
     )  # fmt: skip
-    reduction = architecture.reduction if reduction is None else reduction
-    stem = architecture.stem if stem is None else stem
-    if stem == "small" and pool is not None:
-        raise ValueError(f"pool: expected None with stem='small', which has none, got {pool!r}")
-    pooled = pool
-    if pool is None:
-        pool = "ceil" if stride_in_1x1 else architecture.pool
-    if stem != "small":
-        pooled = pool
-    drop_rate = architecture.drop_rate if drop_rate is None else drop_rate
-    _check_choice("stem", stem, STEMS)
-    _check_choice("pool", pool, POOLS)
-    config = {
-        "name": name, "num_classes": num_classes, "in_chans": in_chans, "reduction": reduction,
-        "rd_divisor": rd_divisor, "excitation": excitation, "formula": formula,
-        "stride_in_1x1": stride_in_1x1, "stem": stem, "pool": pooled, "drop_rate": drop_rate,
-        "zero_init_last": zero_init_last,
-    }  # fmt: skip
-    make_se = _se_maker(architecture, reduction, rd_divisor, excitation, formula)
+    same = ("num_classes", "in_chans", "stride_in_1x1", "stem", "drop_rate", "zero_init_last")
     return {
-        "architecture": architecture, "num_classes": num_classes, "in_chans": in_chans,
-        "make_se": make_se, "stride_in_1x1": stride_in_1x1, "stem": stem, "pool": pool,
-        "drop_rate": drop_rate, "zero_init_last": zero_init_last, "config": config,
+        "architecture": architecture, "make_se": make_se, "config": config,
+        "pool": config["pool"] or architecture.pool, **{name: config[name] for name in same},
     }  # fmt: skip
 
 
@@ -210,9 +197,11 @@ def create_model(
         formula: ``"plain"``: y = A, the recalibrated input; ``"weighted"``: y = alpha x + beta A;
             ``"literal"``: y = alpha x + beta, which has no excitation.
         stride_in_1x1: bottlenecks stride in their first 1x1 convolution, as in the papers, and
-            ``pool`` is ``"ceil"`` unless given: timm's ``legacy_`` networks.
+            ``pool`` is ``"ceil"`` unless given: timm's ``legacy_`` networks. A state dict does not
+            show it: that of timm's ``seresnet50`` loads here too, and is wrong.
         stem: ``"imagenet"``, ``"deep"`` or ``"small"``, see :class:`ResNet`; None: the network's.
-        pool: ``"pad"`` or ``"ceil"``, see :class:`ResNet`; None: the network's.
+        pool: ``"pad"`` or ``"ceil"``, see :class:`ResNet`; None: the network's. A state dict does
+            not show it either.
         drop_rate: dropout before the classifier; None: the network's (0.2 in SENet-154).
         zero_init_last: each block starts as its shortcut.
 
@@ -223,11 +212,7 @@ def create_model(
     Raises:
         ValueError: no such name, or an option is out of range or does not apply.
     """
-    return ResNet(**_arguments(
-        name, num_classes, in_chans, reduction=reduction, rd_divisor=rd_divisor,
-        excitation=excitation, formula=formula, stride_in_1x1=stride_in_1x1, stem=stem, pool=pool,
-        drop_rate=drop_rate, zero_init_last=zero_init_last,
-    ))  # fmt: skip
+    return ResNet(**_resolved(locals()))  # the first statement: these are the arguments alone
 
 
 class SENet(ResNet):
@@ -249,7 +234,9 @@ class SENet(ResNet):
         form = {"excitation": "tied", "formula": "weighted", **options}
         if form["formula"] == "literal" and "excitation" not in options:
             form["excitation"] = "two"  # there is none
-        super().__init__(**_arguments("se_resnet50", num_classes, in_chans, **form))
+        call = signature(create_model).bind("se_resnet50", num_classes, in_chans, **form)
+        call.apply_defaults()
+        super().__init__(**_resolved(call.arguments))
 
 
 def timm_twin(name: str, num_classes: int = 1000, in_chans: int = 3, **options: Any) -> ResNet:

@@ -171,7 +171,8 @@ class ResNet(nn.Module):
             convolutions instead of the 7x7; ``"small"``: one 3x3 of stride 1 and no pooling, for
             small images.
         pool: the max pooling's edges: ``"pad"`` (timm, torchvision) or ``"ceil"`` (the papers'
-            Caffe): where the windows lie differs, at every image size.
+            Caffe): where the windows lie differs, at every image size. Neither this nor
+            ``stride_in_1x1`` shows in a state dict: weights fit both ways, and are wrong in one.
         drop_rate: dropout before the classifier.
         zero_init_last: the last BatchNorm of each block starts at 0, so that each block starts as
             its shortcut (arXiv:1706.02677).

@@ -3,6 +3,11 @@
 Models of the family have the keys of timm's and torchvision's ResNets, so those state dicts load
 as they are. timm's ``legacy_`` models (the authors' Caffe networks) have other keys; loading one
 into :class:`~senet_kernels.models.ResNet` renames them by ``LEGACY_KEYS``.
+
+Where a network strides and how it pools leaves no trace in a state dict. ``legacy_`` keys tell, and
+are refused where they would be wrong. Others cannot be: the weights of timm's ``seresnet50`` load
+into ``create_model("se_resnet50", stride_in_1x1=True)`` without an error, and outputs are wrong.
+``TIMM_TWINS`` and :func:`~senet_kernels.models.timm_twin` say which network is meant.
 """
 
 from __future__ import annotations

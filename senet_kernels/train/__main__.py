@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .api import evaluate, train
 from .errors import TrainError
 from .options import parse
+from .parallel import under_torchrun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,5 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _leave(status: int) -> NoReturn:
+    """End one of torchrun's processes without the interpreter's finalisation: a thread of gloo that
+    still drops a tensor then would abort a process that has done all its work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if under_torchrun():
+        _leave(exit_status)
+    sys.exit(exit_status)

@@ -12,7 +12,23 @@ from senet_kernels.models import ResNet, create_model, from_legacy
 
 from .data import Data
 from .errors import TrainError
+from .freeze import freeze
 from .options import Options
+
+
+def check(options: Options) -> None:
+    """Find out what can be wrong without the images, which may take long to read.
+
+    Raises:
+        TrainError: no such model or file of weights, or nothing of what is to be frozen.
+    """
+    if options.init_from and not os.path.exists(options.init_from):
+        raise TrainError(f"--init-from: there is no {options.init_from}")
+    classes = options.model_arguments().get("num_classes", 2)
+    with torch.device("meta"):
+        model = _create(options, classes, 3)
+    for stage in options.plan():
+        freeze(model, stage.freeze)
 
 
 def build(options: Options, data: Data) -> ResNet:
@@ -21,8 +37,11 @@ def build(options: Options, data: Data) -> ResNet:
     Raises:
         TrainError: there is none; the message is create_model's.
     """
-    arguments = {"in_chans": data.channels, **options.model_arguments()}
-    classes = len(data.classes)
+    return _create(options, len(data.classes), data.channels)
+
+
+def _create(options: Options, classes: int, channels: int) -> ResNet:
+    arguments = {"in_chans": channels, **options.model_arguments()}
     if arguments.setdefault("num_classes", classes) != classes:
         raise TrainError(
             f"--model-args: num_classes={arguments['num_classes']}, but the data have {classes}"
@@ -74,7 +93,9 @@ def initialise(model: ResNet, path: str) -> list[str]:
     Raises:
         TrainError: the file's weights are another model's.
     """
-    weights = _state_dict(read(path), path)
+    content = read(path)
+    _check_geometry(content.get("model"), model, path)
+    weights = _state_dict(content, path)
     own = model.state_dict()
     head = _classifier_prefix(model)
     ours = {key: next(iter(from_legacy({key: 0}))) for key in weights}
@@ -101,6 +122,18 @@ def initialise(model: ResNet, path: str) -> list[str]:
             f"--init-from {path}: not this model's weights ({len(problems)} differences): {shown}"
         )
     return notes
+
+
+def _check_geometry(config: Any, model: ResNet, path: str) -> None:
+    """Refuse a checkpoint of this recipe whose network strides or pools elsewhere: its weights
+    would fit, and be wrong. A state dict alone does not show it."""
+    for name in ("stride_in_1x1", "pool"):
+        if isinstance(config, dict) and name in config and config[name] != model.config[name]:
+            raise TrainError(
+                f"--init-from {path}: the weights are of a network with {name}={config[name]}, not "
+                f"{model.config[name]}: they would fit and be wrong; give --model-args "
+                f"{name}={config[name]}"
+            )
 
 
 def _state_dict(content: dict[str, Any], path: str) -> dict[str, Tensor]:

@@ -8,10 +8,13 @@ import dataclasses
 import difflib
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from senet_kernels.models import list_models
 
 from .errors import TrainError
 
@@ -42,8 +45,13 @@ class Options:
         TrainError: a value is not legal; the message names the option.
     """
 
-    data: str = _option("digits", "'digits', or a folder: see senet_kernels.train.data", free=True)
-    classes: str = _option("", "comma-separated names of the classes to use (all)")
+    data: str = _option(
+        "digits", "'digits', or a folder with a folder of images for each class, see below",
+        free=True, metavar="FOLDER",
+    )  # fmt: skip
+    classes: str = _option(
+        "", "comma-separated names of the classes to use (all)", metavar="NAME,..."
+    )
     test_fraction: float = _option(0.2, "share of each class kept for testing, if not split yet")
     image_size: int = _option(0, "training images are this many pixels wide and high (8 or 224)")
     test_size: int = _option(0, "the same for test images (as for training)", free=True)
@@ -60,12 +68,15 @@ class Options:
         -1, "processes that load images (none for digits, else up to 4)", free=True
     )
 
-    model: str = _option("se_resnet20", "a name of senet_kernels.models.list_models()")
+    model: str = _option("se_resnet20", "a name of the list below", metavar="NAME")
     model_args: str = _option(
         "", "further arguments of create_model, such as excitation=tied formula=weighted",
-        nargs="*", metavar="NAME=VALUE",
+        nargs="*", action="extend", metavar="NAME=VALUE",
     )  # fmt: skip
-    init_from: str = _option("", "weights to start from: a checkpoint or a state dict", free=True)
+    init_from: str = _option(
+        "", "weights to start from: a run's folder, a checkpoint or a state dict (.pt, "
+        ".safetensors)", free=True, metavar="PATH",
+    )  # fmt: skip
 
     epochs: int = _option(30, "times through the training images")
     batch_size: int = _option(64, "images per step, all processes together")
@@ -93,19 +104,23 @@ class Options:
         "weights and biases, train the rest, alpha and beta included", choices=FREEZE,
     )  # fmt: skip
     stages: str = _option(
-        "", "FREEZE:EPOCHS[:LR],... one after the other, such as backbone:5,se:10"
+        "", "one after the other, such as backbone:5,se:10", metavar="FREEZE:EPOCHS[:LR],..."
     )
     freeze_bn: bool = _option(False, "freeze every BatchNorm: parameters and statistics")
 
-    device: str = _option("auto", "cpu, cuda, cuda:N (auto: cuda where there is one)", free=True)
+    device: str = _option(
+        "auto", "cpu, cuda, cuda:N (auto: cuda where there is one)", free=True, metavar="DEVICE"
+    )
     parallel: str = _option(
         "auto", "how processes of torchrun share the work (auto: ddp)",
         choices=("auto", "none", "ddp", "fsdp2"),
     )  # fmt: skip
-    backend: str = _option("auto", "of the fused operation: see senet_kernels.use_backend")
+    backend: str = _option(
+        "auto", "of the fused operation: auto, native, triton or reference", metavar="NAME"
+    )
     deterministic: bool = _option(False, "torch.use_deterministic_algorithms")
 
-    out: str = _option("", "folder of the run (runs/MODEL-DATA-SEED)", free=True)
+    out: str = _option("", "folder of the run (runs/MODEL-DATA-SEED)", free=True, metavar="FOLDER")
     overwrite: bool = _option(False, "replace a run that is there", free=True)
     checkpoint_every: int = _option(0, "steps between checkpoints within an epoch", free=True)
     log_every: int = _option(10, "steps between lines of the log", free=True)
@@ -225,14 +240,38 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+_EPILOG = """\
+a folder of images (for --data), split already or not:
+  flowers/train/rose/1.jpg  flowers/val/rose/7.jpg      flowers/rose/1.jpg
+
+examples:
+  python -m senet_kernels.train --epochs 5
+  python -m senet_kernels.train --data flowers --model se_resnet50 --epochs 90 \\
+      --precision bf16 --out runs/flowers
+  python -m senet_kernels.train --data flowers --model se_resnet50 \\
+      --init-from seresnet50.pt --stages backbone:5,se:20:0.01 --out runs/tuned
+  python -m senet_kernels.train --resume runs/flowers
+  python -m senet_kernels.train --evaluate --init-from runs/flowers --test-size 320
+  torchrun --nproc-per-node 4 -m senet_kernels.train --parallel fsdp2 --data flowers
+
+networks:
+{models}
+"""
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """What was given on the command line: ``given`` (of the options), ``resume``, ``evaluate``."""
     parser = argparse.ArgumentParser(
         prog="python -m senet_kernels.train",
-        description="Train a network of the SENet family. Defaults are in brackets. Under "
-        "torchrun the same command trains in parallel.",
+        usage="%(prog)s [options]",
+        description="Train a network of the SENet family. Defaults are in brackets; without\n"
+        "options a small network learns handwritten digits. Under torchrun the same\n"
+        "command trains in parallel.",
+        epilog=_EPILOG.format(models=textwrap.fill(
+            ", ".join(list_models()), 78, initial_indent="  ", subsequent_indent="  "
+        )),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     for field in dataclasses.fields(Options):
         if field.name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[field.name])
@@ -241,7 +280,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             keywords["action"] = argparse.BooleanOptionalAction
         elif "nargs" not in field.metadata["argparse"]:
             keywords["type"] = {"int": int, "float": float, "str": str}[str(field.type)]
-        group.add_argument(_flag(field.name), **keywords, **field.metadata["argparse"])
+            if "choices" not in field.metadata["argparse"]:
+                keywords["metavar"] = {"int": "N", "float": "X", "str": "TEXT"}[str(field.type)]
+        group.add_argument(_flag(field.name), **{**keywords, **field.metadata["argparse"]})
     group.add_argument(
         "--resume", nargs="?", const="auto", metavar="PATH",
         help="go on with a run: its folder or checkpoint; other options need not be repeated. "

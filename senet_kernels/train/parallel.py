@@ -109,6 +109,11 @@ def _shard(model: nn.Module, world: int, device: str) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 @contextmanager
 def processes(parallel: str, device: str) -> Iterator[Processes]:
     """What ``--parallel`` and ``--device`` ask for, of what torchrun started.
@@ -116,8 +121,7 @@ def processes(parallel: str, device: str) -> Iterator[Processes]:
     Raises:
         TrainError: there is no such device, or ``parallel`` needs torchrun and there is none.
     """
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not under_torchrun and not dist.is_initialized():
+    if not under_torchrun() and not dist.is_initialized():
         if parallel in ("ddp", "fsdp2"):
             raise TrainError(f"--parallel {parallel}: start it with torchrun: {HOW}")
         yield Processes(0, 1, "none", _device(device, 0))

@@ -59,6 +59,7 @@ class Run:
         self.goes_on_here = self.source is not None and _same(self.source, self.folder)
         may_replace = may_replace or options.overwrite or self.goes_on_here
         procs.on_first(lambda: record.check_folder(self.folder, may_replace))
+        network.check(options)
         if options.data != "digits" and options.check != "none":
             self._say(f"reading the images of {options.data} (--check {options.check})")
         self.data = procs.on_first(lambda: data.load(options))
@@ -325,7 +326,9 @@ class Run:
         self._say(*(f"skipped {line}" for line in self.data.skipped[:5]))
         if len(self.data.skipped) > 5:
             self._say(f"... {len(self.data.skipped)} skipped in all, see skipped.txt")
-        if self.progress.steps:
+        if self.progress.stage == len(self.stages):
+            self._say("the run is complete already: nothing is left to train")
+        elif self.progress.steps:
             self._say(f"resumed at step {self.progress.steps}, epoch {self.progress.epochs + 1}")
 
     def _introduce_stage(self, stage: Stage) -> None:
