@@ -9,6 +9,7 @@ Triton's driver is replaced and a compiler that fails may abort.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from senet_kernels import ops, pack_options
@@ -47,6 +49,7 @@ class _Driver:
         return 0
 
 
+@functools.cache
 def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -56,6 +59,13 @@ def _resources(cubin: bytes) -> dict[str, int]:
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
     return {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+def _load_nothing(self: Any) -> None:
+    """In place of loading a kernel, which finds out about its registers and spilled words."""
+    found = _resources(self.asm["cubin"])
+    self.module = self.function = 0
+    self.n_regs, self.n_spills = found["REG"], found["STACK"] // 4
 
 
 def _report(kernel: Any, compiled: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +167,7 @@ def main() -> None:
 
     known: dict[str, dict[str, Any]] = {}
     JITFunction.__getitem__ = compile_instead
+    CompiledKernel._init_handles = _load_nothing
     for line in sys.stdin:
         given = json.loads(line)
         known_as = divmod(capability, 10)

@@ -21,6 +21,10 @@ _BACKWARD_PRODUCTS = 512
 _PARTS = 16
 # At most so many images share a reading of the weights: more would leave _PRODUCTS too few columns.
 _WALK = 8
+# ... fewer where runs fill the largest tile, and fewer still with rows of weights that are loaded
+# element by element: no registers would suffice.
+_WALK_OF_LARGE_RUNS = 4
+_WALK_OF_NARROW_WEIGHTS = 2
 # A chain of additions longer than this costs accuracy.
 _CHAIN = 64
 # Elements of an image that stays in the registers of one block.
@@ -149,9 +153,11 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
         g *= 2
     # And several tiles for each reading of weights that outweigh an image: then half as many
     # programs will do, each has as much to wait for.
-    walk = 1
+    walk, longest = 1, _WALK
+    if flat and bc * bs > tile:
+        longest = _WALK_OF_LARGE_RUNS if shape.inner % 8 == 0 else _WALK_OF_NARROW_WEIGHTS
     while (
-        heavy and g == 1 and 2 * walk <= min(_WALK, shape.batch)
+        heavy and g == 1 and 2 * walk <= min(longest, shape.batch)
         and 2 * shape.batch * tiles >= 2 * walk * wanted
     ):  # fmt: skip
         walk *= 2
