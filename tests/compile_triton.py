@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what came out as JSON.
 
 ``python compile_triton.py CAPABILITY`` reads option sets as JSON lines from standard input: the
-fields of ``problems.Spec``, the device's ``multiprocessors``, and ``inplace``. It runs the ops'
+fields of ``problems.Spec``, the device's ``multiprocessors``, and ``inplace``. It prints a line for
+each, what became of its kernels, and last how many cubins were compiled in all. It runs the ops'
 own host code on meta tensors, with every launch turned into a compilation: so these are the very
 kernels, constants and argument specialisations a call would use. A process of its own, since
 Triton's driver is replaced and a compiler that fails may abort.
@@ -61,9 +62,13 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", text)}
 
 
+_compiled: set[str] = set()
+
+
 def _load_nothing(self: Any) -> None:
     """In place of loading a kernel, which finds out about its registers and spilled words."""
     found = _resources(self.asm["cubin"])
+    _compiled.add(self.hash)
     self.module = self.function = 0
     self.n_regs, self.n_spills = found["REG"], found["STACK"] // 4
 
@@ -179,6 +184,7 @@ def main() -> None:
         for call in _calls(given):
             call()
         print(json.dumps(seen), flush=True)
+    print(len(_compiled))
 
 
 if __name__ == "__main__":

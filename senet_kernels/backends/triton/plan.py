@@ -21,10 +21,10 @@ _BACKWARD_PRODUCTS = 512
 _PARTS = 16
 # At most so many images share a reading of the weights: more would leave _PRODUCTS too few columns.
 _WALK = 8
-# ... fewer where runs fill the largest tile, and fewer still with rows of weights that are loaded
-# element by element: no registers would suffice.
-_WALK_OF_LARGE_RUNS = 4
-_WALK_OF_NARROW_WEIGHTS = 2
+# ... fewer where a tile is larger than most, and fewer still unless it is a run of short rows beside
+# weights that are loaded 16 bytes at a time: the compiler would run out of registers.
+_WALK_OF_SHORT_ROWS, _WALK_OF_LARGE_TILES = 4, 2
+_SHORT_ROW = 64
 # A chain of additions longer than this costs accuracy.
 _CHAIN = 64
 # Elements of an image that stays in the registers of one block.
@@ -154,8 +154,9 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
     # And several tiles for each reading of weights that outweigh an image: then half as many
     # programs will do, each has as much to wait for.
     walk, longest = 1, _WALK
-    if flat and bc * bs > tile:
-        longest = _WALK_OF_LARGE_RUNS if shape.inner % 8 == 0 else _WALK_OF_NARROW_WEIGHTS
+    if bc * bs > tile:
+        short = flat and bs <= _SHORT_ROW and shape.inner % 8 == 0
+        longest = _WALK_OF_SHORT_ROWS if short else _WALK_OF_LARGE_TILES
     while (
         heavy and g == 1 and 2 * walk <= min(longest, shape.batch)
         and 2 * shape.batch * tiles >= 2 * walk * wanted
