@@ -21,7 +21,7 @@ _BACKWARD_PRODUCTS = 512
 _PARTS = 16
 # At most so many images share a reading of the weights: more would leave _PRODUCTS too few columns.
 _WALK = 8
-# ... fewer where a tile is larger than most, and fewer still unless it is a run of short rows beside
+# ... fewer where a tile is larger than most, fewer still unless it is a run of short rows beside
 # weights that are loaded 16 bytes at a time: the compiler would run out of registers.
 _WALK_OF_SHORT_ROWS, _WALK_OF_LARGE_TILES = 4, 2
 _SHORT_ROW = 64
