@@ -341,6 +341,7 @@ def prepared(op: str, tensors: Inputs, *more: Any, prepare: Callable[[], Any]) -
     """
     key = (
         op,
+        tuning.forced(),
         *more,
         *[
             None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)
