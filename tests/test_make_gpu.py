@@ -397,7 +397,7 @@ def test_dry_run_of_every_stage(tmp_path: Path, fake_tools: None) -> None:
     """But the build: it would change the library under the other tests."""
     names = [stage.name for stage in gpu.stages(tmp_path) if stage.name != "build"]
     out = tmp_path / "out"
-    stages = _dry_run(out, 900, *names)
+    stages = _dry_run(out, 2400, *names)
     assert list(stages) == names
     assert {name: line["status"] for name, line in stages.items()} == dict.fromkeys(names, "ok")
     for kind in ("layers", "models", "sweep"):
@@ -405,5 +405,5 @@ def test_dry_run_of_every_stage(tmp_path: Path, fake_tools: None) -> None:
     layers = records.read(out / "layers.json")
     measured = [p.get("dram_bytes") for e in layers["results"] for p in e["providers"].values()]
     assert 1536 in measured
-    again = _dry_run(out, 900, *names)
+    again = _dry_run(out, 2400, *names)
     assert [n for n in names if not again[n]["earlier"]] == ["environment", "report"]
