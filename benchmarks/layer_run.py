@@ -38,6 +38,7 @@ from .providers import (
     results,
     unavailable,
 )
+from .strategies import STRATEGIES
 from .timing import Rounds, cold_copies
 from .workloads import Layer
 
@@ -69,7 +70,7 @@ class LayerBench(Bench):
                 missing[name] = reason
         self.providers = [make_provider(name) for name in [*names, LIMIT]]
         # whose speed-ups are reported: the fused backends, or else what there is beside eager
-        fused = [name for name in names if name not in BASELINES and name not in COMPOSED]
+        fused = [name for name in names if name not in (*BASELINES, *COMPOSED, *STRATEGIES)]
         self.record |= {
             "neighbours": options.neighbours,
             "providers": names,

@@ -14,6 +14,7 @@ import torch
 from .networks import COMPILE_WITHOUT, FULL_ONLY, NETWORKS, VARIANTS, NetworkSpec
 from .problem import DTYPES, FORWARD, LAYOUTS, TRAINING
 from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES
+from .strategies import STRATEGIES
 from .workloads import DEFAULT_NETWORKS, Network, load_networks, select
 
 LOCAL_RESULTS = Path(__file__).with_name("results") / "local"
@@ -184,7 +185,7 @@ def parse(kind: str, argv: Sequence[str]) -> LayerOptions | SweepOptions | Model
     }
     if kind == "models":
         return _models(args, common)
-    allowed = (*BASELINES, *COMPOSED, *FUSED, "reference")
+    allowed = (*BASELINES, *COMPOSED, *FUSED, *STRATEGIES, "reference")
     if unknown := [name for name in args.provider or [] if name not in allowed]:
         parser.error(f"provider: unknown {unknown[0]!r}; known: {', '.join(allowed)}")
     return _layers(parser, args, common) if kind == "layers" else _sweep(parser, args, common)
@@ -225,12 +226,13 @@ def _sweep(
         parser.error(f"expected positive extents, got {base} and points {args.points}")
     wanted = ("eager-conv", "eager-linear", *(("compile",) if args.full else ()))
     baselines = [name for name in BASELINES if name in wanted]
+    strategies = STRATEGIES if cuda else ()
     return SweepOptions(
         **common,
         dtypes=args.dtype or ["bf16" if cuda else "fp32"],
         layouts=args.layout or list(LAYOUTS),
         batches=[batch],
-        providers=args.provider or [*baselines, *COMPOSED, *FUSED],
+        providers=args.provider or [*baselines, *COMPOSED, *FUSED, *strategies],
         axes=args.axis or list(AXES),
         base=base,
         points=args.points,

@@ -15,6 +15,7 @@ from senet_kernels import backends, channel_scale, squeeze
 from senet_kernels._libraries import load
 
 from .problem import DTYPES, FORWARD, TRAINING, Problem
+from .strategies import STRATEGIES, Strategy
 from .workloads import Layer
 
 Call = Callable[[int], Any]  # argument: which copy of the buffers to use
@@ -97,12 +98,13 @@ class EagerSE(_Block):
 class FusedSE(_Block):
     """The same parameters through ``senet_kernels.squeeze_excite`` with one backend."""
 
-    def __init__(self, problem: Problem, backend: str) -> None:
+    def __init__(self, problem: Problem, backend: str, strategy: Strategy | None = None) -> None:
         super().__init__(problem)
         from senet_kernels import squeeze_excite
 
         self.function = squeeze_excite
         self.backend = backend
+        self.strategy = strategy  # in force during a step, see make_call
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         layer = self.layer
@@ -205,20 +207,24 @@ def make_provider(name: str) -> Provider:
         return Provider(name, Clone)
     if name in COMPOSED:
         return Provider(name, Halves)
-    return Provider(name, lambda problem: FusedSE(problem, name))
+    backend, strategy = STRATEGIES.get(name, (name, None))
+    return Provider(name, lambda problem: FusedSE(problem, backend, strategy))
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why a fused backend cannot run here, found by one tiny call; None where it can."""
     if name in (*BASELINES, *COMPOSED):
         return None
+    backend, strategy = STRATEGIES.get(name, (name, None))
+    if strategy is not None and backend == "native" and device.type != "cuda":
+        return "a plan of the CUDA kernels"
     try:
         import senet_kernels
 
         x = torch.ones(1, 16, 4, 4, device=device)
         w = torch.ones(16, 16, device=device)
         b = torch.ones(16, device=device)
-        senet_kernels.squeeze_excite(x, w, b, w, b, backend=name)
+        senet_kernels.squeeze_excite(x, w, b, w, b, backend=backend)
     except Exception as error:  # whatever a missing compiler, driver or library raises
         return one_line(error)
     return None
@@ -259,6 +265,19 @@ def make_call(module: nn.Module, problem: Problem, mode: str) -> Call:
     The caller sets the grad mode: forward runs under ``no_grad``.
     """
     block = getattr(module, "_orig_mod", module)  # torch.compile wraps
+    call = _plain_call(module, block, problem, mode)
+    strategy: Strategy | None = getattr(block, "strategy", None)
+    if strategy is None:
+        return call
+
+    def forced(i: int) -> Any:
+        with strategy():
+            return call(i)
+
+    return forced
+
+
+def _plain_call(module: nn.Module, block: nn.Module, problem: Problem, mode: str) -> Call:
     residual = problem.residual
     if mode == FORWARD or isinstance(block, Clone):
         xs = problem.x

@@ -47,7 +47,7 @@ def _make_plan(
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     names: tuple[str | None, str | None, str | None, str | None],
-    facts: tuple[str, bool, bool, bool, bool, bool, bool],
+    facts: tuple[str, bool, bool, bool, bool, bool, bool, bool],
     requested: str,
 ) -> _Plan:
     options = Options(
@@ -85,6 +85,7 @@ def _resolve(
             lengths is not None,
             residual is not None,
             inplace,
+            features.is_huge(x),
         ),
         dispatch.requested_backend(backend),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .backends import triton
 from .pointwise import ACTIVATIONS, GATES, Options
@@ -57,6 +58,26 @@ def _rows() -> dict[str, tuple[str, ...]]:
 FEATURES: dict[str, tuple[str, ...]] = _rows()
 
 
+# What the kernels for a GPU count in: positions and columns of u in 32 bits, with a tile to spare,
+# and units of eight elements of an image likewise. On a CPU all is counted in 64 bits.
+_MOST_POSITIONS, _MOST_CHANNELS, _MOST_ELEMENTS = 1 << 30, 1 << 29, (1 << 34) - 1
+_HUGE = (
+    f"images of more than {_MOST_ELEMENTS:,} elements, {_MOST_POSITIONS:,} positions or "
+    f"{_MOST_CHANNELS:,} channels"
+)
+
+
+def is_huge(x: Tensor) -> bool:
+    """Whether an image of x is beyond what the kernels for a GPU count in."""
+    channels, elements = x.shape[1], 1
+    for extent in x.shape[1:]:
+        elements *= extent
+    if elements <= _MOST_CHANNELS:  # nearly always
+        return False
+    too_many = elements > _MOST_ELEMENTS or channels > _MOST_CHANNELS
+    return too_many or elements > channels * _MOST_POSITIONS
+
+
 class Call(NamedTuple):
     """The static properties of one call: all that the choice of a backend depends on."""
 
@@ -71,6 +92,7 @@ class Call(NamedTuple):
     lengths: bool
     residual: bool
     inplace: bool
+    huge: bool = False  # see is_huge
 
 
 def required_features(call: Call) -> list[str]:
@@ -97,6 +119,8 @@ def missing_feature(backend: str, call: Call) -> str | None:
     if (backend, call.device) not in COLUMNS:
         return f"it has no kernels for device type {call.device!r}"
     column = COLUMNS.index((backend, call.device))
+    if call.huge and (backend, call.device) != ("native", "cpu"):
+        return f"it does not take {_HUGE}"
     for name in required_features(call):
         if name not in FEATURES:
             return f"it does not support {name}"

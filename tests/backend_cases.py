@@ -105,6 +105,10 @@ def require(backend: BackendCase) -> None:
     if backend.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     reason = backends().reasons.get(backend.name)
+    if reason is None and backend.name == "native" and (
+        missing := native.unavailable_on(backend.device)
+    ):  # fmt: skip
+        pytest.skip(missing)
     if reason is None:
         return
     due = must_be_available(backend.name)

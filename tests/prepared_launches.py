@@ -31,7 +31,7 @@ def _init_handles(self: Any) -> None:
         x, y, z, _, _, _, _, _, _, *given = arguments
         _launches.append([self.name, self.hash, x, y, z, *given])
 
-    self.module = self.function = 0
+    self.module = self.function = self.n_regs = self.n_spills = 0
     self._run = record
 
 

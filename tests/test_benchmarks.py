@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,9 +22,13 @@ from benchmarks import (
     launches,
     memory,
     networks,
+    problem,
+    providers,
     records,
+    strategies,
     summary,
     timing,
+    workloads,
 )
 from benchmarks.__main__ import main
 
@@ -391,3 +396,27 @@ def test_a_refused_capture_is_a_reason(clock: list[float]) -> None:
     done = timing.measure(timing.GraphTimer(2), {"a": call}, timing.Rounds(), Random(0))
     assert "capturing" in str(done.failed["a"])
     assert not done.seconds
+
+
+def test_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forced plan is in force during a step, and at no other time."""
+    variable = "SENET_KERNELS_CUDA_PLAN"
+    monkeypatch.delenv(variable, raising=False)
+    name = "native-cluster8"
+    assert providers.unavailable(name, torch.device("cpu")) == "a plan of the CUDA kernels"
+    assert {backend for backend, _ in strategies.STRATEGIES.values()} == {"native", "triton"}
+    made = problem.Problem.create(
+        problem.Case(workloads.Layer(8, 3, 3, 2, "relu", "sigmoid"), "fp32", "contiguous", 2),
+        torch.device("cpu"),
+    )
+    module = providers.make_provider(name).build(made)
+    seen = []
+
+    def record(*args: Any) -> torch.Tensor:
+        seen.append(os.environ.get(variable))
+        return made.x[0]
+
+    monkeypatch.setattr(module, "forward", record)
+    providers.make_call(module, made, problem.FORWARD)(0)
+    assert seen == ["exchange=cluster,blocks=8"]
+    assert variable not in os.environ

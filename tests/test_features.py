@@ -22,7 +22,15 @@ from senet_kernels import (
     explain,
     squeeze_excite,
 )
-from senet_kernels.features import COLUMNS, FALLS_BACK, FEATURES, FUSED, RAISES, format_table
+from senet_kernels.features import (
+    COLUMNS,
+    FALLS_BACK,
+    FEATURES,
+    FUSED,
+    RAISES,
+    format_table,
+    missing_feature,
+)
 
 _SPEC = Spec((2, 8, 3, 5), 4)
 
@@ -148,6 +156,43 @@ def test_explain_says_what_runs_and_why(backend: BackendCase) -> None:
                 _call(build(replace(_SPEC, device=backend.device, **change)), backend=backend.name)
         else:
             assert answer.backend == backend.name
+
+
+@pytest.mark.parametrize(
+    ("image", "huge"),
+    [
+        ((1, 1 << 17, 1 << 17), True),
+        ((16, (1 << 30) - 1), False),
+        ((1, (1 << 30) + 1), True),
+        (((1 << 29) + 1, 1), True),
+        ((1 << 29, 31), False),
+        ((1 << 29, 32), True),
+        ((0, 1 << 40), False),
+    ],
+)
+@pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
+def test_huge_images(backend: BackendCase, image: tuple[int, ...], huge: bool) -> None:
+    """Those that the kernels for a GPU cannot count fall back, and are refused by name."""
+    x = torch.zeros(1, device=backend.device).expand(1, *image)
+    w = torch.zeros(1, device=backend.device).expand(image[0], image[0])
+    answer = explain(x, w, None, w, None)
+    if not huge or (backend.name, backend.device) == ("native", "cpu"):
+        assert answer.backend == backend.name
+        return
+    assert answer.backend == "reference"
+    assert "it does not take images of more than" in dict(answer.passed_over)[backend.name]
+    with pytest.raises(BackendUnavailableError, match="it does not take images of more than"):
+        squeeze_excite(x, w, None, w, None, backend=backend.name)
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=str)
+def test_huge_images_by_the_table(column: tuple[str, str]) -> None:
+    """Where the device is not here."""
+    backend, device = column
+    call = _call(build(_SPEC)).call._replace(device=device)
+    assert missing_feature(backend, call) is None
+    reason = missing_feature(backend, call._replace(huge=True))
+    assert reason is None if device == "cpu" and backend == "native" else "images" in str(reason)
 
 
 def test_explain_computes_nothing(record_ops: Callable[[], set[str]]) -> None:

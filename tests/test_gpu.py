@@ -6,6 +6,7 @@ interpreter, on one tiny case: that proves the test, not the kernels.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -22,13 +23,21 @@ import oracle
 from backend_cases import FUSED_BACKENDS, BackendCase
 from benchmarks import problem as workload
 from benchmarks.workloads import Layer, load_networks
-from problems import TENSORS, Problem, Spec, build, magnitudes
+from problems import TENSORS, Problem, Spec, build, check, magnitudes
 from senet_kernels import squeeze_excite
 
-_TRITON = [backend for backend in FUSED_BACKENDS if backend.name == "triton"]
-_ON_GPU = [backend for backend in _TRITON if backend.device == "cuda"]
-each_triton = pytest.mark.parametrize("backend", _TRITON, indirect=True, ids=str)
+_ON_GPU = [backend for backend in FUSED_BACKENDS if backend.device == "cuda"]
+_INTERPRETED = [b for b in FUSED_BACKENDS if (b.name, b.device) == ("triton", "cpu")]
 on_gpu = pytest.mark.parametrize("backend", _ON_GPU, indirect=True, ids=str)
+on_gpu_or_interpreted = pytest.mark.parametrize(
+    "backend", [*_ON_GPU, *_INTERPRETED], indirect=True, ids=str
+)
+triton_on_gpu = pytest.mark.parametrize(
+    "backend", [b for b in _ON_GPU if b.name == "triton"], indirect=True, ids=str
+)
+native_on_gpu = pytest.mark.parametrize(
+    "backend", [b for b in _ON_GPU if b.name == "native"], indirect=True, ids=str
+)
 
 # -- layers of real networks -----------------------------------------------------------------------
 
@@ -64,8 +73,7 @@ def _layer_cases() -> list[Any]:
         ),
         *(
             pytest.param(backend, tiny, id=f"{backend}-{tiny.name}")
-            for backend in _TRITON
-            if backend.device == "cpu"
+            for backend in _INTERPRETED
         ),
     ]  # fmt: skip
 
@@ -228,7 +236,7 @@ def test_replays_allocate_nothing(backend: BackendCase, spec: Spec) -> None:
         assert after[what] == before[what], what
 
 
-@on_gpu
+@triton_on_gpu
 def test_an_unprepared_call_is_refused_during_capture(backend: BackendCase) -> None:
     """With a message that says what to do, and no harm to the process."""
     static = _Static(Spec((2, 19, 6, 11), 7), backend, False)  # nobody else has this shape
@@ -350,15 +358,15 @@ from dataclasses import replace
 from problems import build
 from senet_kernels import squeeze_excite
 from test_gpu import _GRAPHED
-specs = [_GRAPHED[int(i)] for i in sys.argv[2:]]
+specs = [_GRAPHED[int(i)] for i in sys.argv[3:]]
 problems = [build(replace(spec, device=sys.argv[1])) for spec in specs]
-torch.save([p.run(squeeze_excite, backend="triton") for p in problems], "bits.pt")
+torch.save([p.run(squeeze_excite, backend=sys.argv[2]) for p in problems], "bits.pt")
 """
 
 
-@each_triton
+@on_gpu_or_interpreted
 def test_same_bits_in_fresh_processes(backend: BackendCase, tmp_path: Path) -> None:
-    """Two processes that compile everything themselves."""
+    """Two processes, each of which compiles what is compiled at run time itself."""
     chosen = [0] if backend.device == "cpu" else range(len(_GRAPHED))
     root = Path(__file__).parent
     path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
@@ -367,8 +375,9 @@ def test_same_bits_in_fresh_processes(backend: BackendCase, tmp_path: Path) -> N
         folder = tmp_path / name
         folder.mkdir()
         env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "cache")}
+        words = [backend.device, backend.name, *map(str, chosen)]
         done = subprocess.run(
-            [sys.executable, "-c", _BITS, backend.device, *map(str, chosen)], cwd=folder, env=env,
+            [sys.executable, "-c", _BITS, *words], cwd=folder, env=env,
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
@@ -379,30 +388,96 @@ def test_same_bits_in_fresh_processes(backend: BackendCase, tmp_path: Path) -> N
             assert torch.equal(value, theirs[name]), name
 
 
+# -- races -----------------------------------------------------------------------------------------
+
+# Several images and turns for each block, and sums that several blocks exchange, by each policy.
+_RACING = Spec((40, 136, 6, 8), 12, torch.bfloat16, residual="contiguous", after="relu")
+_RACING_LAST = replace(_RACING, layout="channels_last", residual="channels_last")
+_RACES = (
+    ("", _RACING),
+    ("exchange=none,resident=1,slots=3,groups=7", _RACING),
+    ("exchange=cluster,blocks=3,resident=1,slots=2,groups=7", _RACING),
+    ("exchange=cluster,blocks=2,resident=0,groups=7,axis=space", _RACING_LAST),
+    ("exchange=grid,blocks=3,resident=1,slots=2,groups=7", _RACING),
+    ("exchange=grid,blocks=2,resident=0,groups=7,axis=space", _RACING_LAST),
+)
+
+
+def _repeat(backend: BackendCase, spec: Spec, times: int) -> None:
+    """The same bits each time, while another stream keeps the device busy every other time."""
+    static = _Static(spec, backend, True)
+    expected = static.step()
+    side, noise = torch.cuda.Stream(), torch.randn(1 << 22, device=backend.device)
+    torch.cuda.synchronize()
+    same = torch.ones((), dtype=torch.bool, device=backend.device)
+    for i in range(times):
+        if i % 2:
+            with torch.cuda.stream(side):
+                noise.mul_(1.0)
+        for name, t in static.step().items():
+            same &= (t == expected[name]).all()
+    assert same.item()
+
+
+@pytest.mark.parametrize(("policy", "spec"), _RACES, ids=[p or "automatic" for p, _ in _RACES])
+@native_on_gpu
+def test_a_thousand_repeats_by_each_policy(
+    backend: BackendCase, policy: str, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", policy)
+    try:
+        check(build(replace(spec, device=backend.device)), squeeze_excite, backend=backend.name)
+    except RuntimeError as error:
+        if "this device has no" in str(error):
+            pytest.skip(str(error).partition("\n")[0])
+        raise
+    _repeat(backend, spec, 1000)
+
+
+@triton_on_gpu
+def test_a_thousand_repeats(backend: BackendCase) -> None:
+    for spec in (_RACING, replace(_RACING, shape=(8, 136, 28, 28))):  # one launch, and two
+        _repeat(backend, spec, 1000)
+
+
 # -- addresses -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(1100, 32, 256, 256), (1, 16, 12000, 12000)])
 @on_gpu
-def test_more_than_2_31_elements(backend: BackendCase, layout: str) -> None:
-    """Offsets of 64 bits: images beyond 2^31 elements, and one image that large."""
-    for shape in ((1100, 32, 256, 256), (1, 16, 12000, 12000)):
-        free, _ = torch.cuda.mem_get_info()
-        if free < 16e9:
-            pytest.skip(f"needs 16 GB of device memory, {free / 1e9:.1f} GB are free")
-        x = torch.randn(shape, dtype=torch.bfloat16, device=backend.device)
-        if layout == "channels_last":
-            x = x.to(memory_format=torch.channels_last)
-        w1 = 0.1 * torch.randn(4, shape[1], dtype=x.dtype, device=x.device)
-        w2 = torch.randn(shape[1], 4, dtype=x.dtype, device=x.device)
-        with torch.no_grad():
-            y = squeeze_excite(x, w1, None, w2, None, backend=backend.name)
-        for image in (0, shape[0] - 1):
-            z = x[image].double().mean((1, 2))
-            scale = torch.sigmoid(w2.double() @ torch.relu(w1.double() @ z))[:, None, None]
-            for rows in (slice(0, 64), slice(-64, None)):
-                right = x[image, :, rows].double() * scale
-                off = (y[image, :, rows].double() - right).abs()
-                assert (off <= 2 * oracle.ulp(x.dtype) * right.abs() + 1e-6).all()
-        del x, y
+def test_more_than_2_31_elements(backend: BackendCase, shape: tuple[int, ...], layout: str) -> None:
+    """Offsets of 64 bits, forward and backward: images beyond 2^31 elements, and one that large."""
+    needed = 4 * 2 * math.prod(shape) + 6 * 8 * shape[2] * shape[3]  # x, dy, y, dx; float64 rows
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of device memory, {free / 1e9:.0f} GB are free")
+
+    def image() -> Tensor:
+        form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        t = torch.empty(shape, dtype=torch.bfloat16, device=backend.device, memory_format=form)
+        return t.normal_()
+
+    x, dy = image().requires_grad_(), image()
+    w1 = 0.1 * torch.randn(4, shape[1], dtype=x.dtype, device=x.device)
+    w2 = torch.randn(shape[1], 4, dtype=x.dtype, device=x.device)
+    y = squeeze_excite(x, w1, None, w2, None, backend=backend.name)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    positions, wide1, wide2 = shape[2] * shape[3], w1.double(), w2.double()
+    for b in (0, shape[0] - 1):
+        image_x, image_dy = x.detach()[b], dy[b]
+        z = torch.stack([rows.double().mean() for rows in image_x])
+        h = wide1 @ z
+        g = torch.sigmoid(wide2 @ torch.relu(h))
+        products = zip(image_x, image_dy, strict=True)
+        ds = torch.stack([(rows.double() * grad.double()).sum() for rows, grad in products])
+        dh = (wide2.T @ (ds * g * (1 - g))) * (h > 0)
+        dz = (wide1.T @ dh) / positions
+        for c in range(shape[1]):
+            for got, want in (
+                (y[b, c], image_x[c].double() * g[c]),
+                (dx[b, c], image_dy[c].double() * g[c] + dz[c]),
+            ):
+                off = (got.double() - want).abs_()
+                assert (off <= 2 * oracle.ulp(x.dtype) * want.abs_() + 1e-4).all(), (b, c)

@@ -180,12 +180,18 @@ def test_stages_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     layers = stages["layers"].prepare(100).command
     assert layers[-2:] == ["--batch", "1"]
     assert float(layers[layers.index("--budget") + 1]) <= 0.8 * 100
-    assert "interpret" not in str(stages["kernels"].prepare(60).environment).lower()
+    assert "interpret" not in str(stages["kernels-triton"].prepare(60).environment).lower()
+    monkeypatch.setattr(gpu, "_why_no_cuda_kernels", lambda: None)
+    assert stages["kernels-native"].prepare(60).command[-2:] == ["native", "cuda"]
     # Without what they need.
+    monkeypatch.setattr(gpu, "_why_no_cuda_kernels", lambda: "nvcc not found")
+    for name in ("kernels-native", "memcheck-native"):
+        with pytest.raises(SkipStage, match="has no CUDA kernels: nvcc not found"):
+            stages[name].prepare(60)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     with pytest.raises(SkipStage, match="compute-sanitizer is not on PATH"):
-        stages["memcheck"].prepare(60)
+        stages["memcheck-triton"].prepare(60)
     there = gpu.find_spec
     monkeypatch.setattr(gpu, "find_spec", lambda n: None if n == "hypothesis" else there(n))
     task = stages["suite"].prepare(60)
@@ -208,7 +214,7 @@ def test_stages_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_what_a_sanitizer_says(log: str, fault: bool) -> None:
-    (stage,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == "memcheck")
+    (stage,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == "memcheck-native")
     assert stage.finds_fault(log) == fault
     assert stage.conclude(log) == log.removeprefix("========= ").strip() * ("SUMMARY" in log)
 
@@ -391,7 +397,7 @@ def test_dry_run_of_every_stage(tmp_path: Path, fake_tools: None) -> None:
     """But the build: it would change the library under the other tests."""
     names = [stage.name for stage in gpu.stages(tmp_path) if stage.name != "build"]
     out = tmp_path / "out"
-    stages = _dry_run(out, 900, *names)
+    stages = _dry_run(out, 2400, *names)
     assert list(stages) == names
     assert {name: line["status"] for name, line in stages.items()} == dict.fromkeys(names, "ok")
     for kind in ("layers", "models", "sweep"):
@@ -399,5 +405,5 @@ def test_dry_run_of_every_stage(tmp_path: Path, fake_tools: None) -> None:
     layers = records.read(out / "layers.json")
     measured = [p.get("dram_bytes") for e in layers["results"] for p in e["providers"].values()]
     assert 1536 in measured
-    again = _dry_run(out, 900, *names)
+    again = _dry_run(out, 2400, *names)
     assert [n for n in names if not again[n]["earlier"]] == ["environment", "report"]

@@ -31,6 +31,7 @@ FAULTS: dict[str, tuple[tuple[str, int] | None, str]] = {
     "past_shared_memory": (("written past the end of its shared memory", 30),
                            "heap-buffer-overflow"),
     "past_an_array": (None, r"faults.cpp:\d+:\d+: runtime error: index \d+ out of bounds"),
+    "into_a_red_zone": (None, "use-after-poison"),
     "misaligned_access": (None, r"faults.cpp:\d+:\d+: runtime error: .* misaligned address"),
     "misaligned_vector": (("a 16-byte access to an address that is no multiple of 16", 30),
                           "a 16-byte access to an address that is no multiple of 16"),

@@ -7,13 +7,14 @@ Says nothing about results, races or speed; of the results the interpreter says 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -93,13 +94,27 @@ _REST: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
+class _Compiled(NamedTuple):
+    """What the kernels of each option set became, and how many cubins that took."""
+
+    kernels: list[list[dict[str, Any]]]
+    cubins: int
+
+
 def _compile(
     capability: int, options: list[dict[str, Any]], path: Path | None = None
 ) -> list[list[dict[str, Any]]]:
     """What the kernels of each option set became, with the Triton that lies in ``path``."""
+    return _compiled(capability, json.dumps(options), path).kernels
+
+
+@functools.cache
+def _compiled(capability: int, options: str, path: Path | None) -> _Compiled:
     multiprocessors = DEVICES[capability][1]
-    lines = "\n".join(json.dumps({**o, "multiprocessors": multiprocessors}) for o in options)
-    return [json.loads(line) for line in _run(_SCRIPT, str(capability), lines, path).splitlines()]
+    given = [{**o, "multiprocessors": multiprocessors} for o in json.loads(options)]
+    printed = _run(_SCRIPT, str(capability), "\n".join(map(json.dumps, given)), path)
+    *lines, cubins = printed.splitlines()
+    return _Compiled([json.loads(line) for line in lines], int(cubins))
 
 
 def _run(script: Path, argument: str = "", text: str = "", path: Path | None = None) -> str:
@@ -149,9 +164,22 @@ def _check(
             assert kernel["stores_16"] >= max(1, kernel["vectors"]), f"narrow stores: {kernel}"
 
 
+def _layers(capability: int) -> list[tuple[dict[str, Any], bool]]:
+    return list(_LAYERS) if capability == 90 else [_LAYERS[i] for i in _FEW]
+
+
+def _in_clusters(capability: int) -> list[tuple[dict[str, Any], bool]]:
+    return list(_CLUSTERS) if capability == 90 else [_CLUSTERS[0]]
+
+
+def _triton_for_clusters() -> Path | None:
+    """A folder to find it in; None is the one of the tests."""
+    return _NEWER if why_no_cluster((9, 0), version("triton")) else None
+
+
 @pytest.mark.parametrize("capability", DEVICES)
 def test_kernels_compile_without_spills(capability: int) -> None:
-    layers = list(_LAYERS) if capability == 90 else [_LAYERS[i] for i in _FEW]
+    layers = _layers(capability)
     compiled = _compile(capability, [options for options, _ in layers])
     for kernels, (options, wide) in zip(compiled, layers, strict=True):
         _check(capability, options, kernels, wide)
@@ -166,12 +194,10 @@ def test_every_feature_compiles() -> None:
 @pytest.mark.parametrize("capability", [c for c in DEVICES if c >= 90])
 def test_images_in_clusters_compile(capability: int) -> None:
     """With a Triton that can; the one of the tests would put these images into two launches."""
-    newer = None
-    if why_no_cluster((9, 0), version("triton")):
-        if not (_NEWER / "triton").is_dir():
-            pytest.skip("needs Triton 3.8 or newer; `make test` puts one into build/triton38")
-        newer = _NEWER
-    layers = list(_CLUSTERS) if capability == 90 else [_CLUSTERS[0]]
+    newer = _triton_for_clusters()
+    if newer and not (newer / "triton").is_dir():
+        pytest.skip("needs Triton 3.8 or newer; `make test` puts one into build/triton38")
+    layers = _in_clusters(capability)
     compiled = _compile(capability, [options for options, _ in layers], newer)
     for kernels, (options, wide) in zip(compiled, layers, strict=True):
         _check(capability, options, kernels, wide)
@@ -180,6 +206,18 @@ def test_images_in_clusters_compile(capability: int) -> None:
         for kernel in kernels[:2]:
             assert kernel["blocks"] > 1
             assert kernel["cluster_barriers"] > 0, f"sums stay within blocks: {kernel}"
+
+
+def test_the_gate_compiles_few_cubins() -> None:
+    """What the tests above compile: at most 400, so that the gate stays quick."""
+    batches = [(c, [o for o, _ in _layers(c)], None) for c in DEVICES]
+    batches.append((90, list(_REST), None))
+    newer = _triton_for_clusters()
+    if newer is None or (newer / "triton").is_dir():
+        batches += [(c, [o for o, _ in _in_clusters(c)], newer) for c in DEVICES if c >= 90]
+    cubins = [_compiled(c, json.dumps(options), path).cubins for c, options, path in batches]
+    assert min(cubins) > 0
+    assert sum(cubins) <= 400, cubins
 
 
 def test_prepared_calls_launch_what_triton_launches() -> None:

@@ -209,3 +209,31 @@ def test_a_good_plan_file(tmp_path: Path) -> None:
     ((key, choice),) = tuning._pinned.items()
     assert key == tuning.Key("forward", Shape(3, 20, 30, 4, 20, False), "float32", H200)
     assert choice == Choice(Plan(**_ENTRY["plan"]))
+
+
+@interpreted
+def test_strategies_force_the_number_of_launches() -> None:
+    from senet_kernels.backends.triton import launch
+
+    launched: list[str] = []
+    problem = build(_TUNED)
+    call = launch.Launch.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            launch.Launch, "__call__",
+            lambda self, *pointers: (launched.append(self.kernel.__name__), call(self, *pointers)),
+        )  # fmt: skip
+        for resident, right in (
+            (True, ["resident_kernel", "resident_backward_kernel", "parameters_kernel"]),
+            (False, ["squeeze_kernel", "scale_kernel", "dots_kernel", "dx_kernel",
+                     "parameters_kernel"]),
+        ):  # fmt: skip
+            with tuning.strategy(resident=resident):
+                check(problem, squeeze_excite, backend="triton")
+            assert launched == right
+            launched.clear()
+    assert tuning.forced() is None
+    large = build(Spec((1, 64, 40, 40), 4))
+    refused = pytest.raises(RuntimeError, match="no image of this call stays on chip")
+    with tuning.strategy(resident=True), torch.no_grad(), refused:
+        large.call(squeeze_excite, backend="triton")

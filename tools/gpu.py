@@ -43,6 +43,10 @@ from tools.stage_runner import (
     take_up,
 )
 
+# Those with kernels for a GPU, and compute-sanitizer's tools, in the order of their value.
+BACKENDS = ("triton", "native")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
 # Kept back for the report at the end.
 REPORT = 20.0
 DRY_NOTE = "dry run: small tasks on the CPU in place of the GPU's"
@@ -61,6 +65,17 @@ def _tool(name: str) -> str:
     if found is None:
         raise SkipStage(f"{name} is not on PATH")
     return found
+
+
+def _why_no_cuda_kernels() -> str | None:
+    """What the record of the build says; None where they were built, or it is not known."""
+    try:
+        record = json.loads((ROOT / "senet_kernels" / "_build.json").read_text())
+    except (OSError, ValueError):
+        return "it was never built here"
+    if "cuda" in record:
+        return None
+    return str(record.get("cuda_reason") or record.get("reason"))
 
 
 def _build_conclusion(log: str) -> str:
@@ -138,9 +153,15 @@ class Stages:
         command = f"{shlex.quote(self.python)} setup.py build_ext --inplace"
         return Task(["sh", "-c", f"{command} && cat senet_kernels/_build.json"], variables)
 
-    def kernels(self, seconds: float) -> Task:
-        self._need_device("triton")
-        return Task([self.python, "tools/gpu_kernels.py", self.device], self.of_kernels)
+    def _of_backend(self, backend: str) -> list[str]:
+        """The command that runs each of its kernels."""
+        self._need_device(*(["triton"] if backend == "triton" else []))
+        if backend == "native" and not self.dry and (reason := _why_no_cuda_kernels()):
+            raise SkipStage(f"the compiled library has no CUDA kernels: {reason}")
+        return [self.python, "tools/gpu_kernels.py", backend, self.device]
+
+    def kernels(self, backend: str) -> Callable[[float], Task]:
+        return lambda seconds: Task(self._of_backend(backend), self.of_kernels)
 
     def _pytest(self, name: str, *arguments: str) -> Task:
         self._need_device("pytest")
@@ -165,15 +186,14 @@ class Stages:
             return self._pytest("suite", "tests/test_pointwise.py")
         return self._pytest("suite", "tests", "--ignore=tests/test_gpu.py")
 
-    def sanitizer(self, tool: str) -> Callable[[float], Task]:
+    def sanitizer(self, tool: str, backend: str) -> Callable[[float], Task]:
         def prepare(seconds: float) -> Task:
-            self._need_device("triton")
+            run_kernels = self._of_backend(backend)
             command = [_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9"]
             command += ["--target-processes", "application-only"]
             # Every tensor an allocation of its own: or reading past one's end reads its neighbour.
             variables = {**self.of_kernels, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            command += [self.python, "tools/gpu_kernels.py", self.device]
-            return Task(command, variables)
+            return Task([*command, *run_kernels], variables)
 
         return prepare
 
@@ -233,19 +253,23 @@ class Stages:
         what takes the time that is left."""
         checks = {"conclude": _sanitizer_conclusion, "finds_fault": _sanitizer_fault}
         tested = {"conclude": _pytest_conclusion, "finds_fault": _no_test_passed}
+        sanitizers = [
+            Stage(f"{tool}-{backend}", 0.08, self.sanitizer(tool, backend), **checks)
+            for tool in SANITIZERS
+            for backend in BACKENDS
+        ]
         timed = {"conclude": _benchmark_conclusion, "is_partial": _time_was_up}
         return [
             Stage("environment", 0.1, self.environment, always=True),
             Stage("build", 0.3, self.build, _build_conclusion),
-            # The quickest answer of all; what it compiles the sanitizer finds compiled.
-            Stage("kernels", 0.1, self.kernels),
+            # The quickest answers of all; what Triton compiles the sanitizer finds compiled.
+            *(Stage(f"kernels-{b}", 0.1, self.kernels(b)) for b in BACKENDS),
             Stage("tests", 0.2, self.tests, **tested),
             Stage("launches", 0.1, self.launches),
             Stage("layers", 0.2, self.layers, **timed),
-            Stage("memcheck", 0.1, self.sanitizer("memcheck"), **checks),
+            *sanitizers[:2],
             Stage("models", 0.3, self.models, **timed),
-            Stage("racecheck", 0.1, self.sanitizer("racecheck"), **checks),
-            Stage("synccheck", 0.1, self.sanitizer("synccheck"), **checks),
+            *sanitizers[2:],
             Stage("suite", 0.3, self.suite, **tested),
             Stage("bytes", 0.2, self.bytes, **timed),
             Stage("sweep", 0.4, self.sweep, **timed),

@@ -1,74 +1,125 @@
-"""Runs every Triton kernel once, forward and backward, on shapes small enough for a sanitizer.
+"""Runs every kernel of a backend, forward and backward, on shapes small enough for a sanitizer.
 
-``python tools/gpu_kernels.py [DEVICE]``, default ``cuda``; ``cpu`` under ``TRITON_INTERPRET=1``.
+``python tools/gpu_kernels.py triton|native [DEVICE]``, default ``cuda``. On ``cpu`` Triton's run
+in its interpreter (``TRITON_INTERPRET=1``), and the CUDA kernels in the simulation of tests/simt.
 The results are compared with the reference, since a sanitizer says nothing about them. Shapes are
-odd, so that every mask is needed, and just beyond a tile.
+odd, so that every mask is needed, and just beyond a tile; the CUDA kernels run by every policy of
+their plan.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from senet_kernels import channel_scale, squeeze, squeeze_excite
-from senet_kernels.backends.triton import halves, launch
 
-KERNELS = {
+
+class Case(NamedTuple):
+    """A call. ``policy`` is for the plan of the CUDA kernels; empty leaves the choice to it."""
+
+    shape: tuple[int, ...]
+    hidden: int | None
+    dtype: torch.dtype
+    last: bool  # channels-last
+    options: dict[str, Any]
+    policy: str = ""
+
+
+_RELU = {"after": "relu", "residual": True}
+_ALL = {"before": "silu", "shift": True, "weighted": True}
+
+TRITON_KERNELS = {
     "resident_kernel", "squeeze_kernel", "scale_kernel", "resident_backward_kernel",
     "dots_kernel", "dx_kernel", "parameters_kernel", "add_parts_kernel", "half_backward_kernel",
     "half_parameters_kernel",
 }  # fmt: skip
-
-# Shape, hidden channels, dtype, channels-last, options.
-CASES: tuple[tuple[tuple[int, ...], int | None, torch.dtype, bool, dict[str, Any]], ...] = (
+TRITON_CASES = (
     # An image in one program.
-    ((3, 12, 5, 7), 3, torch.float32, False, {"after": "relu", "residual": True}),
-    ((3, 12, 5, 7), 3, torch.bfloat16, True, {"before": "silu", "shift": True}),
+    Case((3, 12, 5, 7), 3, torch.float32, False, _RELU),
+    Case((3, 12, 5, 7), 3, torch.bfloat16, True, {"before": "silu", "shift": True}),
     # Programs that share images, by channels and by positions.
-    ((2, 36, 33, 31), 5, torch.bfloat16, False, {"after": "relu", "residual": True}),
-    ((2, 131, 11, 13), 9, torch.float16, True, {"before": "hardswish", "weighted": True}),
-    ((2, 20, 33, 31), None, torch.float32, False, {"lengths": True, "affine": True}),
+    Case((2, 36, 33, 31), 5, torch.bfloat16, False, _RELU),
+    Case((2, 131, 11, 13), 9, torch.float16, True, {"before": "hardswish", "weighted": True}),
+    Case((2, 20, 33, 31), None, torch.float32, False, {"lengths": True, "affine": True}),
     # Rows moved as runs, by several programs; weights read once for several images.
-    ((3, 136, 7, 9), 6, torch.bfloat16, False, {"after": "relu", "residual": True}),
-    ((19, 1032, 2, 4), 40, torch.float16, True, {"before": "silu"}),
+    Case((3, 136, 7, 9), 6, torch.bfloat16, False, _RELU),
+    Case((19, 1032, 2, 4), 40, torch.float16, True, {"before": "silu"}),
     # The halves.
-    ((1, 3, 70, 33), None, torch.float32, False, {"part": squeeze, "lengths": True,
-                                                  "affine": True}),
-    ((2, 20, 70, 33), None, torch.bfloat16, True, {"part": channel_scale, "weighted": True,
-                                                   "residual": True, "after": "relu"}),
+    Case((1, 3, 70, 33), None, torch.float32, False, {"part": squeeze, "lengths": True,
+                                                      "affine": True}),
+    Case((2, 20, 70, 33), None, torch.bfloat16, True, {"part": channel_scale, "weighted": True,
+                                                       **_RELU}),
     # Overwriting x.
-    ((2, 36, 33, 31), 5, torch.float32, False, {"inplace": True, "before": "silu"}),
+    Case((2, 36, 33, 31), 5, torch.float32, False, {"inplace": True, "before": "silu"}),
 )  # fmt: skip
 
+# Images that all policies take: 16-byte accesses, slices that blocks do not share evenly.
+_WIDE, _WIDE_LAST = (
+    Case((5, 136, 6, 8), 12, torch.bfloat16, False, _RELU),
+    Case((5, 136, 6, 8), 12, torch.float16, True, _ALL),
+)
+_ODD = Case((5, 133, 5, 5), 3, torch.float32, False, {"before": "hardswish", "weighted": True})
+_EITHER = (_WIDE, _WIDE_LAST)
+# For each policy, which of these; a device may lack clusters, or room for so many blocks at once.
+_POLICIES: tuple[tuple[str, tuple[Case, ...]], ...] = (
+    ("", (*_EITHER, _ODD)),
+    ("exchange=none,resident=0,groups=2", (*_EITHER, _ODD)),
+    ("exchange=none,resident=1,slots=1,groups=2,weights=1", _EITHER),
+    ("exchange=none,resident=1,slots=2,groups=2", _EITHER),
+    ("exchange=none,resident=1,slots=3,groups=1", _EITHER),
+    ("exchange=cluster,blocks=2,resident=0,groups=2", (*_EITHER, _ODD)),
+    ("exchange=cluster,blocks=3,resident=1,slots=2,groups=2", _EITHER),
+    ("exchange=cluster,blocks=2,resident=0,groups=2,axis=space", (_WIDE_LAST,)),
+    ("exchange=cluster,blocks=2,resident=1,slots=2,groups=2,axis=space", (_WIDE_LAST,)),
+    ("exchange=grid,blocks=2,resident=0,groups=2", (*_EITHER, _ODD)),
+    ("exchange=grid,blocks=3,resident=1,slots=2,groups=2", _EITHER),
+    ("exchange=grid,blocks=2,resident=0,groups=2,axis=space", (_WIDE_LAST,)),
+    ("exchange=grid,blocks=2,resident=1,slots=2,groups=2,axis=space", (_WIDE_LAST,)),
+)
+NATIVE_CASES = (
+    *(case._replace(policy=policy) for policy, cases in _POLICIES for case in cases),
+    Case((3, 20, 9, 7), 5, torch.float64, False, _ALL),
+    Case((3, 20, 33, 31), None, torch.float32, False, {"lengths": True, "affine": True}),
+    Case((2, 3, 70, 33), None, torch.float32, False, {"part": squeeze, "lengths": True,
+                                                      "affine": True}),
+    Case((2, 24, 30, 33), None, torch.bfloat16, True, {"part": channel_scale, "weighted": True,
+                                                       **_RELU}),
+    Case((2, 36, 33, 31), 5, torch.float32, False, {"inplace": True, "before": "silu"}),
+)  # fmt: skip
+CASES = {"triton": TRITON_CASES, "native": NATIVE_CASES}
+_PLAN = "SENET_KERNELS_CUDA_PLAN"
+# How a plan begins to say that the device, not the policy, is the reason.
+_NOT_HERE = (f"{_PLAN}: this device has no", "an image's blocks do not run at once")
+_BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
-def run(
-    device: str,
-    shape: tuple[int, ...],
-    hidden: int | None,
-    dtype: torch.dtype,
-    last: bool,
-    options: dict[str, Any],
-) -> None:
-    """One step by Triton and one by the reference on the same tensors."""
+
+def run(backend: str, device: str, case: Case) -> None:
+    """One step by the backend and one by the reference on the same tensors."""
     generator = torch.Generator().manual_seed(0)
-    options = dict(options)
-    batch, channels, *space = shape
+    options = dict(case.options)
+    batch, channels, *space = case.shape
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator).to(device, dtype).requires_grad_()
+        return torch.randn(*size, generator=generator).to(device, case.dtype).requires_grad_()
 
     def image() -> torch.Tensor:
-        t = normal(*shape).detach()
-        return (t.to(memory_format=torch.channels_last) if last else t).requires_grad_()
+        t = normal(*case.shape).detach()
+        t = t.to(memory_format=torch.channels_last) if case.last else t
+        return t.requires_grad_()
 
     part, inplace = options.pop("part", squeeze_excite), options.pop("inplace", False)
-    inner = hidden or channels
+    inner = case.hidden or channels
     rows = channels * (2 if options.pop("shift", False) else 1)
     x, dy = image(), image().detach()
     w1 = b1 = None
-    if hidden is not None:
+    if case.hidden is not None:
         w1, b1 = normal(inner, channels), normal(inner)
     w2, b2 = normal(rows, inner), normal(rows)
     named: dict[str, Any] = {"residual": image() if options.pop("residual", False) else None}
@@ -90,27 +141,29 @@ def run(
         if isinstance(t, torch.Tensor) and t.requires_grad
     ]
     results = []
-    for backend in ("triton", "reference"):
-        y = part(*arguments, **named, **options, backend=backend)
+    for name in (backend, "reference"):
+        y = part(*arguments, **named, **options, backend=name)
         result = (y.detach(), *torch.autograd.grad(y, leaves, dy))
         if inplace:
             with torch.no_grad():
                 given = x.clone()
-                part(given, *arguments[1:], **named, **options, inplace=True, backend=backend)
+                part(given, *arguments[1:], **named, **options, inplace=True, backend=name)
             result = (*result, given)
         results.append(result)
-    bound = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     for got, want in zip(*results, strict=True):
         scale = want.double().abs().max().clamp(min=1e-3)
         error = (got.double() - want.double()).abs().max() / scale
-        if not error <= bound:
-            sys.exit(f"{shape} {dtype} {options}: error {error:.2g} of the largest value")
+        if not error <= _BOUNDS[case.dtype]:
+            sys.exit(f"{case}: error {error:.2g} of the largest value")
 
 
-def main() -> None:
-    device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
-    assert {n for m in (launch, halves) for n in vars(m) if n.endswith("_kernel")} == KERNELS
-    launched: set[str] = set()
+@contextmanager
+def _recorded_launches(launched: set[str]) -> Iterator[None]:
+    """The names of the Triton kernels that are launched; in the end all there are."""
+    from senet_kernels.backends.triton import halves, launch
+
+    known = {n for m in (launch, halves) for n in vars(m) if n.endswith("_kernel")}
+    assert known == TRITON_KERNELS
     call = launch.Launch.__call__
 
     def record(self: launch.Launch, *pointers: Any) -> None:
@@ -118,13 +171,47 @@ def main() -> None:
         call(self, *pointers)
 
     launch.Launch.__call__ = record  # type: ignore[method-assign]
-    for case in CASES:
-        run(device, *case)
+    yield
+    if launched != TRITON_KERNELS:
+        sys.exit(f"launched {sorted(launched)}, expected {sorted(TRITON_KERNELS)}")
+
+
+def _environment(backend: str, device: str) -> AbstractContextManager[Any]:
+    if backend == "triton":
+        return _recorded_launches(set())
     if device == "cuda":
-        torch.cuda.synchronize()
-    if launched != KERNELS:
-        sys.exit(f"launched {sorted(launched)}, expected {sorted(KERNELS)}")
-    print(f"{len(CASES)} cases, {len(launched)} kernels")
+        return nullcontext()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    import cuda_on_cpu
+
+    simulated: AbstractContextManager[Any] = cuda_on_cpu.plugged_in(seed=1, device=0)
+    return simulated
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if not words or words[0] not in CASES:
+        sys.exit(f"expected {' or '.join(CASES)}, then a device")
+    backend, device = words[0], words[1] if len(words) > 1 else "cuda"
+    cases = CASES[backend]
+    left_out: dict[str, str] = {}
+    with _environment(backend, device):
+        for case in cases:
+            os.environ.pop(_PLAN, None)
+            if case.policy:
+                os.environ[_PLAN] = case.policy
+            try:
+                run(backend, device, case)
+            except RuntimeError as error:
+                if not case.policy or not any(text in str(error) for text in _NOT_HERE):
+                    raise
+                left_out[case.policy] = str(error).partition("\n")[0]
+        if device == "cuda":
+            torch.cuda.synchronize()
+    for policy, reason in left_out.items():
+        print(f"{policy}: {reason}")
+    ran = len([case for case in cases if case.policy not in left_out])
+    print(f"{ran} of {len(cases)} cases of {backend}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@
 // squeeze alone has nothing else.
 #pragma once
 
-#include "block.cuh"
+#include "images.cuh"
+#include "sums.cuh"
 
 namespace senet {
 namespace gpu {
@@ -75,25 +76,7 @@ class BackwardBlock {
   }
 
   SENET_DEVICE void run() {
-    const Ring<kBytes> ring(p_, view_);
-    const int64_t group = blockIdx.x / p_.blocks;
-    const auto image = [&](uint32_t i) -> const char* {
-      const int64_t b = group + int64_t(i) * p_.groups;
-      return b < s_.batch ? at(a_.dy.data, b * a_.dy.stride) : nullptr;
-    };
-    if (p_.resident) {
-      ring.prepare();
-      for (int i = 0; i < p_.slots - 1; ++i) ring.start(i, image(i));
-    }
-    __syncthreads();  // kept weights, affine map
-    uint32_t i = 0;
-    for (int64_t b = group; b < s_.batch; b += p_.groups, ++i) {
-      const char* slot = nullptr;
-      if (p_.resident) {
-        ring.start(i + p_.slots - 1, image(i + p_.slots - 1));
-        ring.wait(i);
-        slot = ring.slot(i);
-      }
+    each_image<kBytes>(s_, p_, view_, a_.dy, team_, [this](int64_t b, const char* slot) {
       prepare(b);
       if (s_.form == Form::squeeze) {
         const A* dz = static_cast<const A*>(a_.dz) + b * c_ + view_.channels.begin;
@@ -110,10 +93,7 @@ class BackwardBlock {
         if (s_.form != Form::scale) through_layers(b);
       }
       if (a_.dx || a_.dresidual) write(b, slot);
-      team_.next_image();
-      __syncthreads();  // the arrays, and the slot, are free again
-    }
-    team_.leave();
+    });
   }
 
  private:

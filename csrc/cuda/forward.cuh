@@ -9,7 +9,8 @@
 // Otherwise the second pass reads x again, from L2 if it is still there.
 #pragma once
 
-#include "block.cuh"
+#include "images.cuh"
+#include "sums.cuh"
 
 namespace senet {
 namespace gpu {
@@ -56,35 +57,14 @@ class ForwardBlock {
   }
 
   SENET_DEVICE void run() {
-    const Ring<kBytes> ring(p_, view_);
-    const int64_t group = blockIdx.x / p_.blocks;
-    const auto image = [&](uint32_t i) -> const char* {
-      const int64_t b = group + int64_t(i) * p_.groups;
-      return b < s_.batch ? at(a_.x.data, b * a_.x.stride) : nullptr;
-    };
-    if (p_.resident) {
-      ring.prepare();
-      for (int i = 0; i < p_.slots - 1; ++i) ring.start(i, image(i));
-    }
-    __syncthreads();  // kept weights, affine map
-    uint32_t i = 0;
-    for (int64_t b = group; b < s_.batch; b += p_.groups, ++i) {
-      const char* slot = nullptr;
-      if (p_.resident) {
-        ring.start(i + p_.slots - 1, image(i + p_.slots - 1));
-        ring.wait(i);
-        slot = ring.slot(i);
-      }
-      const char* x = image(i);
+    each_image<kBytes>(s_, p_, view_, a_.x, team_, [this](int64_t b, const char* slot) {
+      const char* x = at(a_.x.data, b * a_.x.stride);
       if (s_.form != Form::scale) squeeze(b, x, slot);
       if (s_.form != Form::squeeze) {
         excite(b);
         scale(b, x, slot);
       }
-      team_.next_image();
-      __syncthreads();  // the arrays, and the slot, are free again
-    }
-    team_.leave();
+    });
   }
 
  private:

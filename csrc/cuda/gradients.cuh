@@ -6,7 +6,7 @@
 // warps' sums are added one after the other: the same order, and the same bits, every time.
 #pragma once
 
-#include "block.cuh"
+#include "units.cuh"
 
 namespace senet {
 namespace gpu {

@@ -108,8 +108,8 @@ class Draft {
 
     int64_t bytes = 0;
     const auto carve = [&bytes](int64_t n) {
-      const int64_t at = bytes;
-      bytes = round_up(bytes + n, 16);
+      const int64_t at = bytes ? bytes + kRedZone : 0;
+      bytes = round_up(at + n, 16);
       return static_cast<int>(at);
     };
     const auto vectors = [&](int64_t n) { return carve(round_up(n, kUnit) * accumulator_); };
@@ -124,9 +124,9 @@ class Draft {
     p.at.scratch = vectors(scratch);
     p.at.weights = carve(p.weights ? weight_bytes() : 0);
     p.at.barriers = carve(8 * p.slots);
-    bytes = round_up(bytes, 128);
+    bytes = round_up(bytes + kRedZone, 128);
     p.at.slots = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX / 2));
-    bytes += p.slots * round_up(slice_bytes_, 128);
+    bytes += p.slots * round_up(slice_bytes_ + kRedZone, 128);
     shared_ = bytes;
     p.shared = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
     p.per_multiprocessor = static_cast<int>(std::max<int64_t>(

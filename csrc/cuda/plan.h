@@ -50,6 +50,14 @@ struct Carving {
   int sums, scale, shift, mean, affine, hidden, exchange, scratch, weights, barriers, slots;
 };
 
+// Bytes before each array but the first, and behind each slot, that nobody may touch: the
+// simulation on a CPU finds out who does.
+#if defined(SENET_SIMT)
+constexpr int kRedZone = 32;
+#else
+constexpr int kRedZone = 0;
+#endif
+
 struct Plan {
   Exchange exchange = Exchange::none;
   Axis axis = Axis::channels;

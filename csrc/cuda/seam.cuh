@@ -88,6 +88,9 @@ SENET_DEVICE char* shared_memory() {
   return senet_shared_memory;
 }
 
+// Bytes there that belong to no array; what the simulation is told, no hardware knows.
+SENET_DEVICE void red_zone(char*, int64_t) {}
+
 SENET_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -72,6 +72,12 @@ CopyPointer start(Copy copy) {
 
 }  // namespace
 
+void red_zone([[maybe_unused]] void* shared, [[maybe_unused]] size_t bytes) {
+#if SIMT_ASAN
+  __asan_poison_memory_region(shared, bytes);
+#endif
+}
+
 const Launch& launch_of_current() { return running->launch; }
 
 void fail(const std::string& what, const Where& where) {

@@ -98,6 +98,17 @@ __global__ void past_an_array(const __grid_constant__ Data d) {
 }
 
 template <bool kFault>
+__global__ void into_a_red_zone(const __grid_constant__ Data d) {
+  float* first = reinterpret_cast<float*>(shared_memory());  // of kThreads floats
+  float* second = first + kThreads + 8;
+  if (threadIdx.x == 0) red_zone(reinterpret_cast<char*>(first + kThreads), 8 * sizeof(float));
+  __syncthreads();
+  first[threadIdx.x + (kFault ? 1 : 0)] = 0;
+  second[threadIdx.x] = d.in[threadIdx.x];
+  d.out[threadIdx.x] = second[threadIdx.x];
+}
+
+template <bool kFault>
 __global__ void misaligned_access(const __grid_constant__ Data d) {
   const int i = threadIdx.x;
   if (i >= kThreads / 4) return;
@@ -303,6 +314,7 @@ const Case kCases[] = {
     CASE(out_of_bounds_write, 1, 1, false, 0, kThreads),
     CASE(past_shared_memory, 1, 1, false, 4 * kThreads, kThreads),
     CASE(past_an_array, 1, 1, false, sizeof(Arrays), kThreads),
+    CASE(into_a_red_zone, 1, 1, false, 8 * kThreads + 32, kThreads),
     CASE(misaligned_access, 1, 1, false, 0, kThreads),
     CASE(misaligned_vector, 1, 1, false, 0, kThreads),
     CASE(barrier_in_divergent_code, 1, 1, false, 0, kThreads),

@@ -77,6 +77,9 @@ void fiber_entry() {
       }
     }
     // Whoever still looks gets NaN, or AddressSanitizer's message.
+#if SIMT_ASAN
+    if (b.shared) __asan_unpoison_memory_region(b.shared, b.shared_bytes);  // red zones
+#endif
     if (b.shared) std::memset(b.shared, 0xff, b.shared_bytes);
 #if SIMT_ASAN
     if (b.shared) __asan_poison_memory_region(b.shared, b.shared_bytes);

@@ -148,6 +148,8 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, const Where& where);
 
 void bulk_load(void* shared, const void* global, size_t bytes, uint64_t* barrier,
                const Where& where);
+// Shared memory that nobody may touch from now on; only AddressSanitizer sees to it.
+void red_zone(void* shared, size_t bytes);
 void async_copy(void* shared, const void* global, size_t bytes, const Where& where);
 void commit();
 void wait_for_copies(unsigned but);  // of the closed groups may be under way

@@ -177,6 +177,7 @@ inline void store16_stream(void* p, uint4 v, Where where = Where::current()) {
 }
 
 inline char* shared_memory() { return simt::current->block->shared; }
+inline void red_zone(char* p, int64_t bytes) { simt::red_zone(p, static_cast<size_t>(bytes)); }
 
 inline void async_copy16(void* shared, const void* global, Where where = Where::current()) {
   if (simt::device().major >= 8) {

@@ -19,7 +19,7 @@ from senet_kernels.ops import Needs, after_code, mask_numel, saved_numel
 from senet_kernels.pointwise import POINTWISE, Options
 from senet_kernels.validation import overlaps
 
-from . import tuning
+from . import INTERPRETED, tuning
 from .backward_kernels import dots_kernel, dx_kernel
 from .forward_kernels import scale_kernel, squeeze_kernel
 from .operands import Inputs, Kind, examine, units, wide
@@ -32,6 +32,9 @@ KEEPS_NO_RESIDUAL = (POINTWISE["identity"].code, POINTWISE["relu"].code)
 
 # Of kernels that sum over the batch: images at a time, a tile of a weight, a vector's columns.
 BATCH_BLOCK, _TILE_ROWS, _TILE_COLUMNS, VECTOR = 8, 32, 32, 128
+
+# Of a multiprocessor, since capability 3.0.
+_REGISTERS = 1 << 16
 
 # Kinds of calls that are kept. Who has more (a new shape in every step) prepares some again.
 _MOST_KINDS = 4096
@@ -75,9 +78,35 @@ class Launch:
         if self._compiled is not None:
             self._compiled(*pointers, *self._rest)
         elif self._programs:
+            if not INTERPRETED:
+                self._bound_registers(pointers)
             kernel = self.kernel[(self._programs,)](*pointers, *self._rest, **self._options)
             if kernel is not None:  # the interpreter has none
                 self._compiled = kernel[(self._programs, 1, 1)]
+
+    def _bound_registers(self, pointers: tuple[Tensor | None, ...]) -> None:
+        """Spare the kernel spills that it need not have.
+
+        Left to choose how many registers a thread may have, the assembler gives up a value or two
+        of some kernels to stay just below a number that lets one more block run. Given that very
+        number as a bound it mostly finds room for them, and otherwise given all there are.
+        """
+        best = self._compile(pointers, self._options)
+        threads = 32 * self._options["num_warps"]
+        for bound in (best.n_regs, min(255, _REGISTERS // threads)):
+            if not best.n_spills:
+                return
+            options = self._options | {"maxnreg": bound}
+            kernel = self._compile(pointers, options)
+            if kernel.n_spills < best.n_spills:
+                best, self._options = kernel, options
+
+    def _compile(self, pointers: tuple[Tensor | None, ...], options: Mapping[str, int]) -> Any:
+        """The kernel, compiled and loaded: only then are its registers known."""
+        grid = (self._programs, 1, 1)
+        kernel = self.kernel.warmup(*pointers, *self._rest, grid=grid, **options)
+        kernel[grid]
+        return kernel
 
 
 def launch_values(kind: Kind, plan: Plan, y_stride: int | None = None) -> dict[str, Any]:
@@ -312,6 +341,7 @@ def prepared(op: str, tensors: Inputs, *more: Any, prepare: Callable[[], Any]) -
     """
     key = (
         op,
+        tuning.forced(),
         *more,
         *[
             None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)

@@ -21,6 +21,9 @@ _BACKWARD_PRODUCTS = 512
 _PARTS = 16
 # At most so many images share a reading of the weights: more would leave _PRODUCTS too few columns.
 _WALK = 8
+# ... fewer where a tile is larger than most, or is moved element by element; one where both: the
+# compiler would run out of registers.
+_WALK_OF_OTHERS = 2
 # A chain of additions longer than this costs accuracy.
 _CHAIN = 64
 # Elements of an image that stays in the registers of one block.
@@ -149,9 +152,13 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
         g *= 2
     # And several tiles for each reading of weights that outweigh an image: then half as many
     # programs will do, each has as much to wait for.
-    walk = 1
+    walk, longest = 1, _WALK
+    large = bc * bs > tile
+    by_element = not (shape.last or flat or shape.positions * itemsize % 16 == 0)
+    if large or by_element:
+        longest = 1 if large and by_element else _WALK_OF_OTHERS
     while (
-        heavy and g == 1 and 2 * walk <= min(_WALK, shape.batch)
+        heavy and g == 1 and 2 * walk <= min(longest, shape.batch)
         and 2 * shape.batch * tiles >= 2 * walk * wanted
     ):  # fmt: skip
         walk *= 2

@@ -14,15 +14,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .plan import Choice, Device, Plan, Shape, candidates, fixed_choice, is_legal
+from .plan import (
+    Choice,
+    Device,
+    Plan,
+    Shape,
+    candidates,
+    fixed_choice,
+    is_legal,
+    make_plan,
+    make_resident_plan,
+)
 
 SCHEMA = "senet_kernels.triton_plans/1"
 DIRECTIONS = (
@@ -42,6 +52,7 @@ class Key(NamedTuple):
 _enabled = os.environ.get("SENET_KERNELS_TRITON_AUTOTUNE") == "1"
 _file: str | None = os.environ.get("SENET_KERNELS_TRITON_PLANS") or None
 _pinned: dict[Key, Choice] = {}
+_resident: bool | None = None  # forced, see strategy()
 _listeners: list[Callable[[], None]] = []
 
 
@@ -113,6 +124,32 @@ def _changed() -> None:
         listener()
 
 
+@contextmanager
+def strategy(*, resident: bool) -> Iterator[None]:
+    """Force one launch over images that stay on chip, or two that share them: for comparisons.
+    Calls that cannot be cut so raise a RuntimeError."""
+    global _resident
+    before, _resident = _resident, resident
+    try:
+        yield
+    finally:
+        _resident = before
+
+
+def forced() -> bool | None:
+    """Whether images must stay on chip now; None where that is left to the plan."""
+    return _resident
+
+
+def _forced_choice(shape: Shape, itemsize: int, device: Device, forward: bool) -> Choice:
+    if not _resident:
+        return Choice(make_plan(shape, itemsize, device))
+    plan = make_resident_plan(shape, itemsize, device, forward=forward, however_few=True)
+    if plan is None:
+        raise RuntimeError("strategy: no image of this call stays on chip")
+    return Choice(plan, True)
+
+
 def choose(
     direction: str,
     shape: Shape,
@@ -122,6 +159,8 @@ def choose(
 ) -> Choice:
     """The plan for a call like the one at hand, which ``prepare`` makes ready to run."""
     global _file
+    if _resident is not None:
+        return _forced_choice(shape, x.element_size(), device, direction == "forward")
     if _file is not None:
         path, _file = _file, None
         load(path)

@@ -1,0 +1,217 @@
+// The images of a block one after another: the blocks that share one, the slices that stay in
+// shared memory, and the loop.
+#pragma once
+
+#include "slice.cuh"
+
+namespace senet {
+namespace gpu {
+
+// ---- the blocks that share an image ----
+
+// Each publishes a vector, waits for the others, and adds up all the vectors in the order of their
+// ranks, so that all blocks come to the same bits. Two buffers take turns: a block that is back
+// here for the next image but one knows that the others have long read this one.
+template <class A>
+struct Team {
+  Exchange exchange;
+  int blocks, rank, length;
+  A* buffers;           // in shared memory: two of ours; in global memory: two of every rank
+  uint32_t* counter;    // of the group, in global memory
+  uint32_t images = 0;  // so far
+
+  SENET_DEVICE A* mine() const {
+    if (exchange == Exchange::grid) return buffers + ((images & 1) * blocks + rank) * length;
+    return buffers + (images & 1) * length;
+  }
+  // After every thread has written its share of mine().
+  SENET_DEVICE void meet() const {
+    if (exchange == Exchange::cluster) {
+      cluster_sync();
+      return;
+    }
+    __syncthreads();
+    if (exchange == Exchange::none) return;
+    if (threadIdx.x == 0) {
+      add_release(counter, 1);
+      wait_at_least(counter, (images + 1) * blocks);
+    }
+    __syncthreads();
+  }
+  SENET_DEVICE A total(int i) const {
+    if (exchange == Exchange::none) return mine()[i];
+    A sum = A(0);
+    for (int r = 0; r < blocks; ++r) {
+      if (exchange == Exchange::cluster) {
+        sum += *peer(mine() + i, r);
+      } else {
+        sum += __ldcg(buffers + ((images & 1) * blocks + r) * length + i);
+      }
+    }
+    return sum;
+  }
+  SENET_DEVICE void next_image() { ++images; }
+  // Before the block exits: others may still be reading its shared memory.
+  SENET_DEVICE void leave() const {
+    if (exchange == Exchange::cluster) cluster_sync();
+  }
+};
+
+// Between the arrays of a block.
+SENET_DEVICE void guard_arrays(const Plan& p) {
+  if (kRedZone == 0 || threadIdx.x != 0) return;
+  const Carving& at = p.at;
+  const int begins[] = {at.scale,    at.shift,   at.mean,    at.affine,   at.hidden,
+                        at.exchange, at.scratch, at.weights, at.barriers, at.slots};
+  for (int begin : begins) {
+    if (begin > 0) red_zone(shared_memory() + begin - kRedZone, kRedZone);
+  }
+}
+
+template <class A>
+SENET_DEVICE Team<A> make_team(const Plan& p, char* scratch) {
+  guard_arrays(p);
+  const int rank = blockIdx.x % p.blocks, group = blockIdx.x / p.blocks;
+  Team<A> team{p.exchange, p.blocks, rank, p.exchanged, nullptr, nullptr};
+  if (p.exchange == Exchange::grid) {
+    team.buffers =
+        reinterpret_cast<A*>(scratch + p.of_exchange) + int64_t(2) * group * p.blocks * p.exchanged;
+    team.counter = reinterpret_cast<uint32_t*>(scratch + p.of_counters) + 32 * group;
+    // The scratch memory is as it came.
+    if (rank == 0 && threadIdx.x == 0) *team.counter = 0;
+    grid_sync();
+  } else {
+    team.buffers = reinterpret_cast<A*>(shared_memory() + p.at.exchange);
+  }
+  return team;
+}
+
+// ---- slices that stay in shared memory ----
+
+// A ring of slots: while one image's slice is worked on, the next ones' are on their way.
+template <int kBytes>
+struct Ring {
+  const Plan& p;
+  const View& v;
+  int64_t bytes;  // of the slice
+
+  SENET_DEVICE char* slot(uint32_t i) const {
+    return shared_memory() + p.at.slots + (i % p.slots) * slot_bytes();
+  }
+  SENET_DEVICE int64_t slot_bytes() const { return (p.shared - p.at.slots) / p.slots; }
+  SENET_DEVICE Mbarrier* arrival(uint32_t i) const {
+    return reinterpret_cast<Mbarrier*>(shared_memory() + p.at.barriers) + i % p.slots;
+  }
+
+  SENET_DEVICE Ring(const Plan& plan, const View& view)
+      : p(plan), v(view), bytes(int64_t(view.outer) * view.inner * kBytes) {}
+
+  SENET_DEVICE void prepare() const {
+    for (int i = 0; kRedZone > 0 && threadIdx.x == 0 && i < p.slots; ++i) {
+      red_zone(slot(i) + bytes, slot_bytes() - bytes);
+    }
+    if constexpr (kHasClusters) {
+      if (!p.bulk) return;
+      if (threadIdx.x == 0) {
+        for (int i = 0; i < p.slots; ++i) mbarrier_init(arrival(i), 1);
+        fence_mbarrier_init();
+      }
+      __syncthreads();
+    }
+  }
+  // Starts to bring in the i-th image of this block, which begins at `image`; null: there is none.
+  // All threads are done with the slot.
+  SENET_DEVICE void start(uint32_t i, const char* image) const {
+    char* to = slot(i);
+    const char* from = image ? image + v.first * kBytes : nullptr;
+    const int64_t row = int64_t(v.inner) * kBytes, pitch = v.pitch * kBytes;
+    const bool flat = !v.last || v.inner == v.pitch;
+    if constexpr (kHasClusters) {
+      if (p.bulk) {
+        if (!from || threadIdx.x >= 32) return;
+        const int64_t piece = flat ? 16384 : row;
+        if (threadIdx.x == 0) {
+          fence_proxy_async();
+          mbarrier_arrive_expect(arrival(i), static_cast<uint32_t>(bytes));
+        }
+        __syncwarp();
+        for (int64_t k = threadIdx.x; k * piece < bytes; k += 32) {
+          const int64_t left = bytes - k * piece;
+          bulk_load(to + k * piece, from + (flat ? k * piece : k * pitch),
+                    static_cast<uint32_t>(left < piece ? left : piece), arrival(i));
+        }
+        return;
+      }
+    }
+    if (from) {
+      if (flat) {
+        for (int64_t k = 16 * threadIdx.x; k < bytes; k += 16 * blockDim.x) {
+          async_copy16(to + k, from + k);
+        }
+      } else {
+        const int per_row = static_cast<int>(row / 16);
+        for (int k = threadIdx.x; k < per_row * v.outer; k += blockDim.x) {
+          async_copy16(to + int64_t(16) * k, from + (k / per_row) * pitch + 16 * (k % per_row));
+        }
+      }
+    }
+    async_commit();
+  }
+  // Until image i is there, for all threads.
+  SENET_DEVICE void wait(uint32_t i) const {
+    if constexpr (kHasClusters) {
+      if (p.bulk) {
+        mbarrier_wait(arrival(i), (i / p.slots) & 1);
+        return;
+      }
+    }
+    if (p.slots == 1) {
+      async_wait<0>();
+    } else if (p.slots == 2) {
+      async_wait<1>();
+    } else {
+      async_wait<2>();
+    }
+    __syncthreads();
+  }
+};
+
+// work(b, slot) for each image b of this block, one after another; `slot` is its slice in shared
+// memory, or null where it does not stay there. `from` are the images that stay.
+template <int kBytes, class A, class Work>
+SENET_DEVICE void each_image(const Shape& s, const Plan& p, const View& v, const Images& from,
+                             Team<A>& team, Work work) {
+  const Ring<kBytes> ring(p, v);
+  const int64_t group = blockIdx.x / p.blocks;
+  const auto image = [&](uint32_t i) -> const char* {
+    const int64_t b = group + int64_t(i) * p.groups;
+    return b < s.batch ? static_cast<const char*>(from.data) + b * from.stride * kBytes : nullptr;
+  };
+  if (p.resident) {
+    ring.prepare();
+    for (int i = 0; i < p.slots - 1; ++i) ring.start(i, image(i));
+  }
+  __syncthreads();  // what the constructors wrote
+  uint32_t i = 0;
+  for (int64_t b = group; b < s.batch; b += p.groups, ++i) {
+    const char* slot = nullptr;
+    if (p.resident) {
+      ring.start(i + p.slots - 1, image(i + p.slots - 1));
+      ring.wait(i);
+      slot = ring.slot(i);
+    }
+    work(b, slot);
+    team.next_image();
+    __syncthreads();  // the arrays, and the slot, are free again
+  }
+  team.leave();
+}
+
+// How many positions of image b count in its mean; none where a length makes no sense.
+SENET_DEVICE int counted(const Shape& s, const int64_t* lengths, int64_t b) {
+  if (!lengths) return static_cast<int>(s.positions);
+  return lengths[b] < 0 || lengths[b] > s.positions ? 0 : static_cast<int>(lengths[b]);
+}
+
+}  // namespace gpu
+}  // namespace senet
