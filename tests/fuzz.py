@@ -8,6 +8,7 @@ corpus, whose calls the tests run on every backend.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).resolve()
 CORPUS = HERE / "corpus"
 ISA = "SENET_KERNELS_ISA"
 # Processes by name: their backend, and what their environment has.
@@ -107,13 +109,12 @@ class Log:
         os.ftruncate(self.file, len(record) + 1)
 
 
-def work(name: str, seconds: float, first: int, log: Log) -> None:
-    """Random calls of one backend until the time is up."""
+def work(name: str, seconds: float, first: int, log: Log, enough: int = ENOUGH) -> None:
+    """Random calls of one backend until the time is up, or enough was found."""
     prepare()
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
-    from random_calls import RandomCall, calls, check_call
-    from test_cuda_on_cpu import POLICIES
+    from random_calls import BY_NAME, RandomCall, calls, check_call, plans_of
 
     backend, environment = WORKERS[name]
     state = log.state
@@ -132,9 +133,12 @@ def work(name: str, seconds: float, first: int, log: Log) -> None:
             raise
         state["cases" if checked else "discarded"] += 1
 
-    plans = tuple(POLICIES) if backend == "simulated-cuda" else ("",)
-    batch = first
-    while time.monotonic() < deadline and len(state["found"]) < ENOUGH:
+    if backend not in BY_NAME:
+        sys.exit(f"{name}: no such backend here, of {', '.join(BY_NAME)}")
+    strategy = calls(backend, plans_of(BY_NAME[backend]))
+    for batch in itertools.count(first):
+        if time.monotonic() > deadline or len(state["found"]) >= enough:
+            break
         failing.clear()
         run = settings(
             max_examples=BATCH,
@@ -143,7 +147,7 @@ def work(name: str, seconds: float, first: int, log: Log) -> None:
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
             phases=(Phase.generate, Phase.shrink),
-        )(given(calls(backend, plans))(check))
+        )(given(strategy)(check))
         try:
             seed(batch)(run)()
         except KeyboardInterrupt:
@@ -155,7 +159,6 @@ def work(name: str, seconds: float, first: int, log: Log) -> None:
             message = str(cause).partition("\n")[0][:300] or type(cause).__name__
             state["found"].append({"call": line, "error": message, "batch": batch})
             print(f"{name}: {message}\n  {reproducer(line, environment)}", flush=True)
-        batch += 1
     state["call"] = ""
     log.write()
 
@@ -167,7 +170,7 @@ def supervise(name: str, seconds: float, seed: int, folder: Path) -> dict[str, A
     """Run one process; what it did, and how it ended."""
     log = folder / f"{name}.json"
     environment = WORKERS[name][1]
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--log", str(log)]
+    command = [sys.executable, str(SCRIPT), "--worker", name, "--log", str(log)]
     command += ["--seconds", str(seconds), "--seed", str(seed)]
     start = time.monotonic()
     process = subprocess.Popen(command, env=os.environ | environment)
@@ -198,7 +201,7 @@ def remember(found: list[dict[str, Any]], corpus: Path) -> None:
     with corpus.open("a") as file:
         for case in found:
             if case["call"] and case["call"] not in known:
-                note = {"found": date.today().isoformat(), "error": case["error"]}
+                note = f"{date.today().isoformat()}: {case['error']}"
                 file.write(json.dumps(json.loads(case["call"]) | {"note": note}) + "\n")
 
 
@@ -216,12 +219,14 @@ def main(arguments: list[str] | None = None) -> int:
     seed = int(time.time()) % 10**6 * 1000 if chosen.seed is None else chosen.seed
     done = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            done.append(supervise(name, chosen.seconds / len(names), seed, Path(folder)))
+        for i, name in enumerate(names):
+            share = chosen.seconds / len(names)
+            # Other calls for each.
+            done.append(supervise(name, share, seed + 1_000_000 * i, Path(folder)))
             row = done[-1]
             print(
                 f"{name:16} {row['cases']:7} calls {row['discarded']:5} discarded "
-                f"{row['seconds']:5} s  {len(row['found'])} wrong  (seed {seed})",
+                f"{row['seconds']:5} s  {len(row['found'])} wrong  (seed {row['seed']})",
                 flush=True,
             )
     found = [case for row in done for case in row["found"]]
