@@ -51,7 +51,7 @@ OUT ?= build/gpu
 BUDGET ?= 540
 DEVICE ?= cuda
 
-.PHONY: help bench build gpu test test-all lint format clean given-python FORCE
+.PHONY: help bench build fuzz gpu sanitize test test-all lint format clean given-python FORCE
 
 help:  ## this list
 	@echo 'Targets:'
@@ -61,7 +61,7 @@ help:  ## this list
 	@echo '  TORCH=...   what pip installs as torch (default $(TORCH))'
 	@echo '  ARGS=...    arguments for the benchmarks or for pytest'
 	@echo '  OUT=...     folder for the results of gpu (default $(OUT))'
-	@echo '  BUDGET=...  seconds for gpu (default $(BUDGET))'
+	@echo '  BUDGET=...  seconds for gpu and fuzz (default $(BUDGET))'
 	@echo '  DEVICE=cpu  a dry run of gpu: every stage, with a small task for the CPU'
 	@echo '  SENET_KERNELS_BUILD=auto|python|cpu|cuda, see setup.py'
 
@@ -83,6 +83,12 @@ test-all: $(READY_TEST)  ## all tests, the slow ones and those for a GPU too
 	@echo '==> all tests'; time $(PY) -m pytest $(ARGS)
 	@if $(call missing,triton); then echo "==> all tests in Triton's interpreter"; \
 	  time TRITON_INTERPRET=1 $(PY) -m pytest -m 'not gpu' $(ARGS); fi
+
+fuzz: $(READY_TEST)  ## random calls of every backend for BUDGET seconds
+	@echo '==> fuzz'; time $(PY) tests/fuzz.py --seconds '$(BUDGET)' $(ARGS)
+
+sanitize: $(READY_TEST)  ## the native CPU code under sanitizers and valgrind, where there are
+	@echo '==> sanitize'; time $(PY) -m tools.sanitize $(ARGS)
 
 lint: $(READY_TEST)  ## style and types
 	@echo '==> lint'; time { \

@@ -7,7 +7,9 @@
     ``python``          nothing native.
     ``cpu``             the CPU kernels, or an error.
     ``cuda``            the CPU and the CUDA kernels, or an error.
-``SENET_KERNELS_CXXFLAGS`` is appended to C++ compile and link flags (``-fsanitize=address``, say).
+``SENET_KERNELS_CXXFLAGS`` is appended to C++ compile and link flags.
+``SENET_KERNELS_SANITIZE=address,undefined`` builds the CPU kernels for these sanitizers, which then
+must be loaded before anything else: ``make sanitize`` builds and runs such a library.
 ``SENET_KERNELS_WERROR=1`` turns C++ warnings on and into errors.
 ``CXX``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` are as for every PyTorch extension.
 
@@ -44,7 +46,8 @@ MODE = os.environ.get("SENET_KERNELS_BUILD") or "auto"
 ROOT = Path(__file__).resolve().parent
 # Ninja runs in ROOT and sees relative paths, so no path of this machine gets into the library.
 # pip uses another temporary folder each time; this one stays, so a rebuild finds its objects.
-OBJECTS = Path("build", "native")
+SANITIZE = os.environ.get("SENET_KERNELS_SANITIZE", "")
+OBJECTS = Path("build", "-".join(["native", *SANITIZE.split(",")]) if SANITIZE else "native")
 LIBRARY = OBJECTS / "_native.so"
 # Compiled by nvcc. It hands a .cpp on to the C++ compiler, and says where CUDA's headers are.
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
@@ -55,6 +58,9 @@ CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX"
 # No -ffast-math: NaN and Inf must come out as they do in PyTorch.
 CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+if SANITIZE:
+    # Later options win. Names in reports, and an end at the first: a test cannot pass by.
+    CXX_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 # Restricts torch's headers to the stable ABI as of 2.11: any other use fails to compile.
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # csrc/cpu/kernels.cpp is compiled once for each of these, into a namespace of its own; which one
@@ -132,6 +138,8 @@ def why_no_cpu() -> str | None:
 def why_no_cuda() -> str | None:
     if MODE in ("python", "cpu"):
         return f"SENET_KERNELS_BUILD={MODE}"
+    if SANITIZE:
+        return f"SENET_KERNELS_SANITIZE={SANITIZE}"
     if not CUDA_SOURCES:
         return "this version has no CUDA kernels (csrc/cuda/*.cu)"
     if not find_nvcc():
@@ -171,6 +179,7 @@ def write_ninja_file(cxx: list[str], nvcc: str | None) -> Path:
         return shlex.join(arguments).replace("$", "$$")
 
     extra = shlex.split(os.environ.get("SENET_KERNELS_CXXFLAGS", ""))
+    extra += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
     warnings = ["-Wall", "-Wextra", "-Werror"]
     cxx_flags = CXX_FLAGS + (warnings if os.environ.get("SENET_KERNELS_WERROR") == "1" else [])
     # As system headers, so that warnings concern our own code alone.

@@ -110,7 +110,9 @@ void point_into_affine(BackwardArgs& args, const Call& c, Result& dscale, Result
 void give_after(BackwardArgs& args, Call& c, const OptionalTensor& residual, const Tensor& mask) {
   const Fn after = c.options.after;
   if (after == Fn::relu) {
-    STD_TORCH_CHECK(c.at.holds(mask) && mask.numel() == mask_numel(c.shape),
+    c.check_device("mask", mask);
+    STD_TORCH_CHECK(mask.numel() == mask_numel(c.shape) && mask.scalar_type() == ScalarType::Byte &&
+                        is_matrix_dense(mask),
                     "mask: expected what the forward op returned for these arguments");
     args.mask = static_cast<const uint8_t*>(mask.data_ptr());
   } else if (residual && after != Fn::identity) {
@@ -163,6 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     OptionalTensor affine_shift, OptionalTensor lengths, Tensor saved, Tensor mask, int64_t options,
     int64_t needs) {
   Call c = make_call(x, w1, b1, w2, b2, alpha, beta, affine_scale, affine_shift, lengths, options);
+  c.check_device("saved", saved);
   STD_TORCH_CHECK(saved.numel() == saved_numel(c.shape) && saved.scalar_type() == accumulation(x) &&
                       is_matrix_dense(saved),
                   "saved: expected what the forward op returned for these arguments");

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <optional>
 #include <vector>
 
@@ -88,14 +89,57 @@ inline bool is_matrix_dense(const Tensor& t) {  // row-major, whatever the strid
   return true;
 }
 
+// Whether the storage of t has all of its elements: storage().resize_(0), which frees the memory
+// of parameters for a while, leaves shape and strides as they were.
+inline bool has_memory(const Tensor& t) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t last = 0, offset = 0, bytes = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (sizes[d] == 0) return true;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  return (offset + last + 1) * static_cast<int64_t>(t.element_size()) <= bytes;
+}
+
+// A tensor of n elements that `make` allocates. Of a failure there the stable ABI says no more than
+// that some call failed.
+template <class Make>
+Tensor allocated(int64_t n, size_t element_size, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "out of memory: cannot allocate a tensor of ", n, " elements of ",
+                    element_size, " bytes");
+    throw;
+  }
+}
+// Like torch's own.
+inline Tensor new_like(const Tensor& t) {
+  return allocated(t.numel(), t.element_size(), [&] { return torch::stable::empty_like(t); });
+}
+inline Tensor new_rows(const Tensor& t) {
+  return allocated(t.numel(), t.element_size(),
+                   [&] { return torch::stable::new_empty(t, t.sizes()); });
+}
+inline Tensor rows_copy(const Tensor& t) {
+  return allocated(t.numel(), t.element_size(), [&] { return torch::stable::contiguous(t); });
+}
+
 // An uninitialised dense tensor on the device of x; the dispatcher is left out, which a small call
 // notices.
 inline Tensor new_dense(const Place& at, ScalarType dtype, const int64_t* sizes,
                         const int64_t* strides, int64_t dims) {
   AtenTensorHandle handle = nullptr;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, code, at.host->device_type(), at.index, &handle));
+  if (aoti_torch_empty_strided(dims, sizes, strides, code, at.host->device_type(), at.index,
+                               &handle) != AOTI_TORCH_SUCCESS) {
+    int64_t n = 1;
+    for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
+    STD_TORCH_CHECK(false, "out of memory: cannot allocate a tensor of ", n, " elements");
+  }
   Tensor t(handle);
   if (poisons() && t.numel()) {
     at.host->poison(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(),
@@ -123,8 +167,8 @@ class Result {
       written_ = result_ =
           new_dense(at, like.scalar_type(), like.sizes().data(), like.strides().data(), like.dim());
     } else {
-      result_ = torch::stable::empty_like(like);
-      written_ = torch::stable::new_empty(like, like.sizes());
+      result_ = new_like(like);
+      written_ = new_rows(like);
     }
   }
   void* data() const { return written_ ? written_->mutable_data_ptr() : nullptr; }
@@ -157,6 +201,9 @@ struct Call {
 
   void check_device(const char* name, const Tensor& t) const {
     STD_TORCH_CHECK(at.holds(t), name, ": expected ", at.host->a_tensor);
+    STD_TORCH_CHECK(has_memory(t), name,
+                    ": expected a tensor with memory for all of its elements, got one whose "
+                    "storage was made smaller or freed");
   }
 
   // t in the kernels' layout: itself, or a copy.
@@ -167,7 +214,7 @@ struct Call {
         t.dim() == x.dim() && std::equal(t.sizes().begin(), t.sizes().end(), x.sizes().begin()),
         name, ": expected the shape of x");
     if (image_is_dense(t, shape.channels_last)) return t;
-    Tensor copy = direct ? torch::stable::empty_like(like) : torch::stable::new_empty(x, x.sizes());
+    Tensor copy = direct ? new_like(like) : new_rows(x);
     torch::stable::copy_(copy, t);
     copies.push_back(copy);
     return copy;
@@ -194,7 +241,7 @@ struct Call {
     STD_TORCH_CHECK(t->scalar_type() == *parameter_type, name,
                     ": expected the dtype of the other parameters");
     if (is_matrix_dense(*t)) return t->data_ptr();
-    copies.push_back(torch::stable::contiguous(*t));
+    copies.push_back(rows_copy(*t));
     return copies.back().data_ptr();
   }
 
@@ -237,7 +284,7 @@ inline Call make_call(Tensor x, const OptionalTensor& affine_scale,
   const bool rows = image_is_dense(x, false);
   bool last = is_channels_last(x, channels, c.shape.positions);
   if (!x_is_dense || (!rows && !last)) {
-    c.like = torch::stable::empty_like(x);
+    c.like = new_like(x);
     last = is_channels_last(c.like, channels, c.shape.positions);
     c.direct = last || image_is_dense(c.like, false);
     // A stride between images that is not theirs side by side: some other order of axes.
@@ -254,7 +301,7 @@ inline Call make_call(Tensor x, const OptionalTensor& affine_scale,
     STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "lengths: expected dtype int64");
     STD_TORCH_CHECK(lengths->dim() == 1 && lengths->size(0) == x.size(0),
                     "lengths: expected shape [", x.size(0), "]");
-    Tensor dense = is_matrix_dense(*lengths) ? *lengths : torch::stable::contiguous(*lengths);
+    Tensor dense = is_matrix_dense(*lengths) ? *lengths : rows_copy(*lengths);
     c.lengths = static_cast<const int64_t*>(dense.data_ptr());
     c.copies.push_back(dense);
   }

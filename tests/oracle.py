@@ -86,7 +86,7 @@ def _spread(v: Tensor, x: Tensor) -> Tensor:
     return v.reshape(*v.shape, *[1] * (x.dim() - 2))
 
 
-def _prologue(x: Tensor, before: str, before_affine: tuple[Tensor, Tensor] | None) -> Tensor:
+def prologue(x: Tensor, before: str, before_affine: tuple[Tensor, Tensor] | None) -> Tensor:
     if before_affine is not None:
         a, b = before_affine
         x = _spread(a, x) * x + _spread(b, x)
@@ -101,7 +101,7 @@ def squeeze(
     lengths: Tensor | None = None,
 ) -> Tensor:
     """The mean over space."""
-    rows = _prologue(x, before, before_affine).flatten(2)
+    rows = prologue(x, before, before_affine).flatten(2)
     if lengths is None:
         return rows.mean(2)
     means = [row[:, :n].mean(1) for row, n in zip(rows, lengths, strict=True)]
@@ -127,7 +127,7 @@ def channel_scale(
         scale = beta * scale
     if alpha is not None:
         scale = alpha + scale
-    y = _prologue(x, before, before_affine) * _spread(scale, x)
+    y = prologue(x, before, before_affine) * _spread(scale, x)
     if u.shape[1] == 2 * channels and channels:
         y = y + _spread(u[:, channels:], x)
     if residual is not None:
@@ -157,6 +157,20 @@ def largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
 
 
+def allowed_error(
+    right: Tensor, magnitude: float, dtype: torch.dtype, x_dtype: torch.dtype, steps: int = 1
+) -> Tensor:
+    """How far a result of this dtype, of a call on x of that one, may be from the oracle's.
+
+    ``steps`` are spacings of subnormal numbers: more than one where terms of sums are subnormal.
+    See :func:`assert_like_oracle` for the rest.
+    """
+    accumulated = torch.float64 if x_dtype == torch.float64 else torch.float32
+    own = ulp(dtype) if dtype in (torch.bfloat16, torch.float16) else 8 * ulp(dtype)
+    smallest = torch.finfo(dtype).smallest_normal * ulp(dtype)
+    return own * right.abs() + 8 * ulp(accumulated) * magnitude + steps * smallest
+
+
 def assert_like_oracle(
     actual: dict[str, Tensor],
     expected: dict[str, Tensor],
@@ -170,16 +184,13 @@ def assert_like_oracle(
     terms, which is what cancellation is measured against. One wrong or missing element of a sum
     is orders of magnitude more.
     """
-    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     for name, right in expected.items():
         got = actual[name]
         assert got.dtype == dtype, f"{name}: dtype {got.dtype}"
         assert got.shape == right.shape, f"{name}: shape {tuple(got.shape)}"
         if not right.numel():
             continue
-        own = ulp(dtype) if dtype in (torch.bfloat16, torch.float16) else 8 * ulp(dtype)
-        smallest = torch.finfo(dtype).smallest_normal * ulp(dtype)  # of the subnormals
-        allowed = own * right.abs() + 8 * ulp(accumulated) * magnitudes[name] + smallest
+        allowed = allowed_error(right, magnitudes[name], dtype, dtype)
         off = (got.double() - right).abs()
         wrong = ~(off <= allowed)  # NaN is wrong
         if wrong.any():

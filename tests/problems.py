@@ -47,9 +47,36 @@ def _shifted(t: Tensor) -> Tensor:
     return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t)
 
 
+def _placed(t: Tensor, layout: str) -> Tensor:
+    """``order=021,steps=112,offset=3,repeat=0``: the axes from the outermost to the innermost, how
+    far apart neighbours along each are (1: no gap), the place of the first element, and the axes
+    along which the first slice repeats. What lies between elements is NaN."""
+    parts = {n: [int(c) for c in v] for n, _, v in (p.partition("=") for p in layout.split(","))}
+    strides, reach = [0] * t.dim(), 1
+    for axis in reversed(parts["order"]):
+        if axis not in parts["repeat"]:
+            strides[axis] = reach * parts["steps"][axis]
+            reach = strides[axis] * max(1, t.shape[axis])
+    offset = parts["offset"][0]
+    gap = math.nan if t.is_floating_point() else torch.iinfo(t.dtype).min
+    storage = torch.full((offset + reach,), gap, dtype=t.dtype, device=t.device)
+    first = t
+    for axis in parts["repeat"]:
+        first = first.narrow(axis, 0, min(1, t.shape[axis]))
+    storage.as_strided(first.shape, strides, offset).copy_(first)
+    return storage.as_strided(t.shape, strides, offset)
+
+
 def lay_out(t: Tensor, layout: str) -> Tensor:
-    """A copy of ``t`` laid out so; the expanded layouts repeat its first slice."""
+    """A copy of ``t`` laid out so; the expanded layouts repeat its first slice, and windows have
+    their values from the beginning of ``t``. Any strides: see ``_placed``."""
     t = t.contiguous()
+    if "=" in layout:
+        return _placed(t, layout)
+    if layout == "windows":  # what unfold() leaves: each row begins one element after the last
+        strides = list(t.stride())
+        strides[-2:] = (1, 1)
+        return t.clone().as_strided(t.shape, strides)
     if layout == "contiguous":
         return t.clone()
     if layout == "channels_last":
@@ -261,12 +288,14 @@ def build(spec: Spec) -> Problem:
     lengths = None
     if spec.lengths and spec.part != "channel_scale":
         positions = math.prod(space)
-        lengths = torch.randint(1, positions + 1, (batch,), generator=rng).to(spec.device)
+        lengths = torch.randint(min(1, positions), positions + 1, (batch,), generator=rng).to(
+            spec.device
+        )
     dy = normal(*(spec.shape[:2] if spec.part == "squeeze" else spec.shape))
     problem = Problem(
         tensors, lengths, spec.options, dy.to(spec.device, spec.dtype), spec.dtype, spec.part
     )
-    problem.dy = lay_out(_off_the_kinks(problem), spec.dy_layout)
+    problem.dy = lay_out(off_the_kinks(problem), spec.dy_layout)
     return problem
 
 
@@ -278,7 +307,7 @@ _ABSENT = {
 }
 
 
-def _off_the_kinks(problem: Problem) -> Tensor:
+def off_the_kinks(problem: Problem) -> Tensor:
     """dy, zero where rounding could decide on which side of a kink of ``after`` an element is."""
     kinks = oracle.KINKS.get(problem.options.get("after", "identity"), ())
     if not kinks or not problem.dy.numel():

@@ -207,6 +207,20 @@ def test_one_launch_forward_two_backward(
         assert len(simulation.take_launches()) <= 3
 
 
+@pytest.mark.parametrize("device", range(6))
+def test_no_positions(device: int) -> None:
+    """Where there is nothing to copy no block waits for a copy: that deadlocked."""
+    for shape, hidden in (((5, 136, 0, 4), 6), ((1, 1, 0), 1), ((3, 64, 2, 0), None)):
+        problem = build(Spec(shape, hidden, torch.bfloat16))
+        with cuda_on_cpu.plugged_in(1, device):
+            with torch.no_grad():
+                assert problem.call(squeeze_excite, backend="native").shape == shape
+                y = problem.call(squeeze_excite, backend="native", inplace=True)
+                assert y is problem.tensors["x"]
+            results = problem.run(squeeze_excite, backend="native")
+        assert results["dw2"].isnan().all()  # the mean of nothing
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [

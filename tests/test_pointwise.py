@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ import oracle
 from backend_cases import BACKENDS, BackendCase, dtype_cases
 from senet_kernels import ACTIVATIONS, GATES, pack_options, squeeze_excite
 from senet_kernels.pointwise import POINTWISE, Options, pack, unpack
+from special import limits, scalar, vectorised
 
 _EDGES = (0.0, -0.0, 6.0, -6.0, 3.0, -3.0, 2.5, -2.5, 1e-8, -1e-8, 20.0, -20.0, 1e-30, -1e-30)
 
@@ -109,6 +112,27 @@ def test_derivatives_at_kinks_are_eagers(backend: BackendCase, dtype: torch.dtyp
             _, got = _through(backend, argument, name, kinks)
             where = f"{argument} {name} at {kinks.tolist()}: {got.tolist()}, {right.tolist()}"
             assert torch.allclose(got, right.to(dtype), rtol=oracle.ulp(dtype), atol=0), where
+
+
+@pytest.mark.parametrize(("backend", "dtype"), dtype_cases(), indirect=["backend"])
+def test_gates_at_nan(backend: BackendCase, dtype: torch.dtype) -> None:
+    """A gate's derivative at NaN is not finite, or the one that eager has there."""
+    like = {"dtype": dtype, "device": backend.device}
+    x, w2 = torch.ones(2, 2, 4, **like), torch.tensor([[math.nan, 0.0], [0.0, 1.0]], **like)
+    for gate in backend.names("gate"):
+        b2 = torch.zeros(2, **like, requires_grad=True)
+        y = squeeze_excite(x, None, None, w2, b2, gate=gate, backend=backend.name)
+        assert y[:, 0].isnan().all()
+        (got,) = torch.autograd.grad(y.sum(), b2)
+        at_nan = torch.full((16,), math.nan, dtype=torch.promote_types(dtype, torch.float32))
+        allowed = [
+            _value_and_derivative(rule(gate, oracle.FUNCTIONS[gate]), at_nan)[1][0].item()
+            for rule in (vectorised, scalar, limits)
+        ]
+        due = [8 * derivative for derivative in allowed]  # 2 images of 4 positions
+        assert not got[0].isfinite() or any(
+            math.isclose(got[0].item(), d, rel_tol=1e-6 + 2 * oracle.ulp(dtype)) for d in due
+        ), f"{gate}: {got[0].item()}, eager {due}"
 
 
 def test_table_has_the_oracles_functions() -> None:

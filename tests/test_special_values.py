@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import oracle
 from backend_cases import BACKENDS, BackendCase, dtype_cases
 from problems import Problem, Spec, build
 from senet_kernels import channel_scale, squeeze, squeeze_excite
+from special import by_rule, in_float32, kinds, nan_derivative, scalar, vectorised
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -38,44 +38,6 @@ _SPECS: tuple[dict[str, Any], ...] = (
 )
 _SPEC = Spec((3, 24, 5, 7), 6)
 _VALUES = (math.nan, math.inf, -math.inf)
-
-
-def _kinds(t: Tensor) -> Tensor:
-    """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
-    return t.isnan() * 1 + t.isposinf() * 2 + t.isneginf() * 3
-
-
-def _in_float32(problem: Problem) -> Problem:
-    tensors = {n: None if t is None else t.float() for n, t in problem.tensors.items()}
-    return replace(problem, tensors=tensors, dy=problem.dy.float(), dtype=torch.float32)
-
-
-Function = Callable[[Tensor], Tensor]
-
-# At NaN and Inf torch's vectorised and scalar loops do not always agree: relu6'(NaN) is 0 or 1,
-# hardswish'(NaN) NaN or 1, gelu(Inf) NaN or Inf. Either will do, and so will a derivative of NaN
-# at NaN.
-
-
-def _vectorised(fn: Function) -> Function:
-    return lambda t: fn(t.contiguous())
-
-
-def _scalar(fn: Function) -> Function:
-    return lambda t: fn(t.repeat_interleave(2, dim=-1)[..., ::2])
-
-
-def _nan_derivative(fn: Function) -> Function:
-    return lambda t: torch.where(t.isnan(), t * math.nan, fn(t))
-
-
-def _by_rule(rule: Callable[[Function], Function], monkeypatch: pytest.MonkeyPatch) -> None:
-    functions = {name: rule(fn) for name, fn in _FUNCTIONS.items()}
-    functions["identity"] = _FUNCTIONS["identity"]
-    monkeypatch.setattr(oracle, "FUNCTIONS", functions)
-
-
-_FUNCTIONS = oracle.FUNCTIONS
 
 
 def _cases() -> list[Any]:
@@ -104,28 +66,24 @@ def _plant(t: Tensor, value: float) -> None:
 
 
 @pytest.mark.parametrize(("backend", "spec"), _cases(), indirect=["backend"])
-def test_forward_is_non_finite_where_float32_is(
-    backend: BackendCase, spec: Spec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forward_is_non_finite_where_float32_is(backend: BackendCase, spec: Spec) -> None:
     for name, value in itertools.product(build(spec).given, _VALUES):
         problem = _build(spec)
         planted = problem.tensors[name]
         assert planted is not None
         _plant(planted, value)
         right = []
-        for rule in (_vectorised, _scalar):
-            _by_rule(rule, monkeypatch)
-            right.append(_kinds(_in_float32(problem).call(oracle.block).to(spec.dtype)))
-        y = _kinds(problem.call(squeeze_excite, backend=backend.name))
-        taught = _kinds(problem.call(squeeze_excite, problem.leaves(), backend=backend.name))
-        assert any(torch.equal(y, kinds) for kinds in right), f"{value} in {name}"
+        for rule in (vectorised, scalar):
+            with by_rule(rule):
+                right.append(kinds(in_float32(problem).call(oracle.block).to(spec.dtype)))
+        y = kinds(problem.call(squeeze_excite, backend=backend.name))
+        taught = kinds(problem.call(squeeze_excite, problem.leaves(), backend=backend.name))
+        assert any(torch.equal(y, each) for each in right), f"{value} in {name}"
         assert torch.equal(taught, y), f"{value} in {name}, with gradients"
 
 
 @pytest.mark.parametrize(("backend", "spec"), _cases(), indirect=["backend"])
-def test_gradients_do_not_hide_non_finite_values(
-    backend: BackendCase, spec: Spec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_do_not_hide_non_finite_values(backend: BackendCase, spec: Spec) -> None:
     """Where float32 eager has a non-finite gradient so have we; where it has none, we invent
     none."""
     for name, value in itertools.product((*build(spec).given, "dy"), _VALUES):
@@ -134,15 +92,16 @@ def test_gradients_do_not_hide_non_finite_values(
         assert planted is not None
         _plant(planted, value)
         finite: dict[str, list[Tensor]] = {}
-        for rule in (_vectorised, _scalar, _nan_derivative):
-            _by_rule(rule, monkeypatch)
-            for result, expected in _in_float32(problem).run(oracle.block).items():
+        for rule in (vectorised, scalar, nan_derivative):
+            with by_rule(rule):
+                results = in_float32(problem).run(oracle.block)
+            for result, expected in results.items():
                 finite.setdefault(result, []).append(expected.to(spec.dtype).isfinite())
         actual = problem.run(squeeze_excite, backend=backend.name)
-        for result, (vectorised, scalar, strict) in finite.items():
+        for result, (first, second, strict) in finite.items():
             got = actual[result].isfinite()
-            lost = got & ~vectorised & ~scalar
-            invented = ~got & vectorised & scalar & strict
+            lost = got & ~first & ~second
+            invented = ~got & first & second & strict
             at = f"{value} in {name}: {result}"
             assert not lost.any(), f"{at} is finite at {lost.nonzero()[0].tolist()}"
             assert not invented.any(), f"{at} is not finite at {invented.nonzero()[0].tolist()}"
@@ -242,11 +201,11 @@ def test_half_overflows_only_when_stored(backend: BackendCase) -> None:
 def test_halves_of_the_block_pass_nan_on() -> None:
     x = torch.ones(2, 3, 4)
     x[1, 2, 3] = math.nan
-    assert _kinds(squeeze(x)).tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert kinds(squeeze(x)).tolist() == [[0, 0, 0], [0, 0, 1]]
     u = torch.zeros(2, 3)
     u[0, 1] = math.inf
     assert channel_scale(x, u, gate="sigmoid")[0].isfinite().all()
-    assert _kinds(channel_scale(x, u, gate="identity"))[0].tolist() == [[0] * 4, [2] * 4, [0] * 4]
+    assert kinds(channel_scale(x, u, gate="identity"))[0].tolist() == [[0] * 4, [2] * 4, [0] * 4]
 
 
 @pytest.mark.parametrize("part", ["whole", "squeeze"])

@@ -147,8 +147,8 @@ SENET_INLINE Vec<A> derivative(Fn f, Vec<A> x) {
     }
     case Fn::hardsigmoid:
       return x > A(-3) ? (x < A(3) ? broadcast<A>(A(1) / A(6)) : V{}) : V{};
-    case Fn::hardsigmoid_02:  // the ends count, as in clamp's derivative
-      return x < A(-2.5) ? V{} : (x > A(2.5) ? V{} : broadcast<A>(A(0.2)));
+    case Fn::hardsigmoid_02:  // the ends count, NaN does not: clamp's derivative
+      return x >= A(-2.5) ? (x <= A(2.5) ? broadcast<A>(A(0.2)) : V{}) : V{};
     case Fn::tanh: {
       const V t = tanh(x);
       return A(1) - t * t;

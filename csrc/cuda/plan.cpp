@@ -217,8 +217,9 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
   if (policy.threads > 0) p.threads = policy.threads;
   // Both passes read the image: forward, and backward what it keeps of it, dy.
   const bool two_passes = s.form == Form::two_layers || s.form == Form::one_layer;
-  const bool may_stay =
-      p.vector && two_passes && (!task.backward || task.needs_dx) && device.shared_per_block > 0;
+  // Without positions there is nothing to bring in, and no copy whose arrival one could wait for.
+  const bool can_stay =
+      p.vector && two_passes && (!task.backward || task.needs_dx) && s.positions > 0;
   const auto attempt = [&](int b, bool resident, int slots) {
     p.blocks = b;
     p.exchange = b == 1 ? Exchange::none : (clusters ? Exchange::cluster : Exchange::grid);
@@ -228,7 +229,7 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
     return draft.fits() && (p.exchange != Exchange::grid || draft.run_at_once());
   };
   const auto search = [&] {
-    if (may_stay) {
+    if (can_stay && device.shared_per_block > 0) {
       for (int share : {2, 1}) {
         for (int b = blocks; b <= most; b *= 2) {
           if (attempt(b, true, 1) && p.per_multiprocessor >= share) return true;
@@ -251,7 +252,7 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
       return refuse("SENET_KERNELS_CUDA_PLAN: blocks is more than the image can be cut into");
     }
     const bool resident = policy.resident >= 0 ? policy.resident > 0 : p.resident;
-    if (resident && !(p.vector && two_passes && (!task.backward || task.needs_dx))) {
+    if (resident && !can_stay) {
       return refuse("SENET_KERNELS_CUDA_PLAN: resident=1 is for aligned tensors and both passes");
     }
     attempt(b, resident, policy.slots > 0 ? policy.slots : 1);

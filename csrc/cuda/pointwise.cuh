@@ -133,8 +133,8 @@ SENET_DEVICE A derivative(Fn f, A x) {
     }
     case Fn::hardsigmoid:
       return x > A(-3) ? (x < A(3) ? A(1) / A(6) : A(0)) : A(0);
-    case Fn::hardsigmoid_02:  // the ends count, as in clamp's derivative
-      return x < A(-2.5) ? A(0) : (x > A(2.5) ? A(0) : A(0.2));
+    case Fn::hardsigmoid_02:  // the ends count, NaN does not: clamp's derivative
+      return x >= A(-2.5) ? (x <= A(2.5) ? A(0.2) : A(0)) : A(0);
     case Fn::tanh: {
       const A t = hyperbolic_tangent(x);
       return A(1) - t * t;

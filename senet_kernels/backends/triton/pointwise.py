@@ -134,7 +134,7 @@ def derivative(F: tl.constexpr, x):
         d = tl.where((x > -3) & (x < 3), zero + 0.16666666666666666, zero)
     elif F == HARDSIGMOID_02:
         inner = x * 0.2 + 0.5
-        d = tl.where((inner < 0) | (inner > 1), zero, zero + 0.2)
+        d = tl.where((inner >= 0) & (inner <= 1), zero + 0.2, zero)  # 0 at NaN, as clamp's
     elif F == TANH:
         t = _tanh(x)
         d = 1.0 - t * t

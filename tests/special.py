@@ -1,0 +1,76 @@
+"""Values that are not numbers, and where they may spread to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import oracle
+from problems import Problem
+
+Function = Callable[[Tensor], Tensor]
+
+
+def kinds(t: Tensor) -> Tensor:
+    """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
+    return t.isnan() * 1 + t.isposinf() * 2 + t.isneginf() * 3
+
+
+def in_float32(problem: Problem) -> Problem:
+    tensors = {n: None if t is None else t.float() for n, t in problem.tensors.items()}
+    # Contiguous, as torch's own gelu refuses gradients whose elements overlap.
+    dy = problem.dy.float().contiguous()
+    return replace(problem, tensors=tensors, dy=dy, dtype=torch.float32)
+
+
+# At NaN and Inf torch's vectorised and scalar loops do not always agree: relu6'(NaN) is 0 or 1,
+# hardswish'(NaN) NaN or 1, gelu(Inf) NaN or Inf. Either will do, and so will a derivative of NaN
+# at NaN.
+
+
+def vectorised(name: str, fn: Function) -> Function:
+    return lambda t: fn(t.contiguous())
+
+
+def scalar(name: str, fn: Function) -> Function:
+    if name == "hardsigmoid":  # not the sum, but what is done to it
+        return lambda t: F.relu6((t + 3).repeat_interleave(2, dim=-1)[..., ::2]) / 6
+    return lambda t: fn(t.repeat_interleave(2, dim=-1)[..., ::2])
+
+
+def nan_derivative(name: str, fn: Function) -> Function:
+    return lambda t: torch.where(t.isnan(), t * math.nan, fn(t))
+
+
+def limits(name: str, fn: Function) -> Function:
+    """At infinity the derivative's limit, 1 or 0, where eager's own is an artefact, Inf * 0; and
+    ``F.hardsigmoid`` itself, whose derivative at NaN is 0."""
+    if name == "hardsigmoid":
+        return F.hardsigmoid
+    if name not in ("silu", "gelu", "gelu_tanh", "mish"):
+        return fn
+
+    def with_slope(t: Tensor) -> Tensor:
+        there = fn(t.detach()) + torch.where(t.isposinf(), t, 0.0)
+        return torch.where(t.isinf(), there, fn(t.masked_fill(t.isinf(), 0.0)))
+
+    return with_slope
+
+
+@contextmanager
+def by_rule(rule: Callable[[str, Function], Function]) -> Iterator[None]:
+    """The oracle's functions as one of the above makes them."""
+    functions = oracle.FUNCTIONS
+    oracle.FUNCTIONS = {
+        name: fn if name == "identity" else rule(name, fn) for name, fn in functions.items()
+    }
+    try:
+        yield
+    finally:
+        oracle.FUNCTIONS = functions
