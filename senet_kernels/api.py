@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import autograd, dispatch, features, reference, validation
 from .dispatch import Choice
@@ -47,7 +48,7 @@ def _make_plan(
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     names: tuple[str | None, str | None, str | None, str | None],
-    facts: tuple[str, bool, bool, bool, bool, bool, bool],
+    facts: tuple[str, bool, bool, bool, bool, bool, bool, str | None],
     requested: str,
 ) -> _Plan:
     options = Options(
@@ -57,10 +58,17 @@ def _make_plan(
     return _Plan(options, pack(options), call, dispatch.choose(call, requested))
 
 
+def _subclass(t: Tensor) -> str | None:
+    """The name of a tensor subclass made of other tensors (a DTensor, a quantised weight): it knows
+    what PyTorch's operators mean to it, and nothing of ours."""
+    plain = type(t) in (Tensor, torch.nn.Parameter)  # without a call, which takes time
+    return type(t).__name__ if not plain and is_traceable_wrapper_subclass(t) else None
+
+
 def _resolve(
     form: str,
     x: Tensor,
-    param_dtype: torch.dtype,
+    parameter: Tensor,
     shift: bool,
     names: tuple[str | None, str | None, str | None, str | None],
     residual: Tensor | None,
@@ -75,7 +83,7 @@ def _resolve(
     kind = (
         x.device.type,
         x.dtype,
-        param_dtype,
+        parameter.dtype,
         names,
         (
             form,
@@ -85,6 +93,7 @@ def _resolve(
             lengths is not None,
             residual is not None,
             inplace,
+            _subclass(x) or _subclass(parameter),
         ),
         dispatch.requested_backend(backend),
     )
@@ -163,7 +172,7 @@ def _prepare(
     ):
         shift = w2.shape[0] != x.shape[1]
         plan = _resolve(
-            "two layers", x, w2.dtype, shift, names, None, None, None, None, None, False, backend
+            "two layers", x, w2, shift, names, None, None, None, None, None, False, backend
         )
         return plan, (x, w1, b1, w2, b2, plan.code, None, None, None, None, None, None)
 
@@ -215,7 +224,7 @@ def _prepare(
 
     form = "two layers" if w1 is not None else "single layer (w1=None)"
     plan = _resolve(
-        form, x, w2.dtype, w2.shape[0] != x.shape[1], names, residual, alpha, beta, before_affine,
+        form, x, w2, w2.shape[0] != x.shape[1], names, residual, alpha, beta, before_affine,
         lengths, inplace, backend,
     )  # fmt: skip
     arguments = (
@@ -377,7 +386,7 @@ def squeeze(
     """
     validation.check_input(x)
     affine_scale = affine_shift = None
-    param_dtype = x.dtype
+    parameter = x
     if before_affine is not None:
         validation.check_affine(x, before_affine)
         names = ("before_affine[0]", "before_affine[1]")
@@ -388,11 +397,11 @@ def squeeze(
             validation.check_same_dtype(x, pair)
         affine_scale, affine_shift = pair.values()
         assert affine_scale is not None
-        param_dtype = affine_scale.dtype
+        parameter = affine_scale
     if lengths is not None:
         validation.check_lengths(x, lengths)
     plan = _resolve(
-        "squeeze alone", x, param_dtype, False, (None, None, before, None), None, None, None,
+        "squeeze alone", x, parameter, False, (None, None, before, None), None, None, None,
         before_affine, lengths, False, backend,
     )  # fmt: skip
     arguments = (x, affine_scale, affine_shift, lengths)
@@ -476,7 +485,7 @@ def channel_scale(
     given, *rest = tensors.values()
     assert given is not None
     plan = _resolve(
-        "channel_scale alone", x, given.dtype, u.shape[1] != channels, (None, gate, before, after),
+        "channel_scale alone", x, given, u.shape[1] != channels, (None, gate, before, after),
         residual, alpha, beta, before_affine, None, False, backend,
     )  # fmt: skip
     alpha, beta, affine_scale, affine_shift = rest
