@@ -61,8 +61,11 @@ def _make_plan(
 def _subclass(t: Tensor) -> str | None:
     """The name of a tensor subclass made of other tensors (a DTensor, a quantised weight): it knows
     what PyTorch's operators mean to it, and nothing of ours."""
-    plain = type(t) in (Tensor, torch.nn.Parameter)  # without a call, which takes time
-    return type(t).__name__ if not plain and is_traceable_wrapper_subclass(t) else None
+    of: type = type(t)
+    if of in (Tensor, torch.nn.Parameter):  # without a call, which takes time
+        return None
+    wraps: bool = is_traceable_wrapper_subclass(t)
+    return of.__name__ if wraps else None
 
 
 def _resolve(
