@@ -16,7 +16,7 @@ MODELS ?= timm==1.0.31 transformers==5.23.0
 MODELS_ALONE ?= torchvision==0.28.0 monai==1.6.1 segmentation-models-pytorch==0.6.0
 # A CUDA compiler from PyPI, where `make test` finds none: the kernels are compiled, and run on the
 # CPU, on machines without a GPU too.
-NVCC ?= nvidia-cuda-nvcc>=13 nvidia-nvvm>=13 nvidia-cuda-crt>=13 nvidia-cuda-cccl>=13 nvidia-cuda-runtime>=13
+NVCC ?= nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-cccl nvidia-cuda-runtime
 VENV := .venv
 export SENET_KERNELS_BUILD ?= auto
 # The gate tests the native kernels; that they were not built is a failure unless asked for.
@@ -26,7 +26,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 # `time` ends every stage with a line of this form.
 export TIMEFORMAT := <== %1R s
-PIP := -m pip --disable-pip-version-check install -qq
+PIP := -m pip --disable-pip-version-check install -qq -c .ci/constraints.txt
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt -type f 2>/dev/null))
@@ -51,7 +51,8 @@ OUT ?= build/gpu
 BUDGET ?= 540
 DEVICE ?= cuda
 
-.PHONY: help bench build fuzz gpu sanitize test test-all lint format clean given-python FORCE
+.PHONY: help bench build fuzz gpu sanitize mutants reliability test test-all lint format clean \
+	given-python FORCE
 
 help:  ## this list
 	@echo 'Targets:'
@@ -89,6 +90,13 @@ fuzz: $(READY_TEST)  ## random calls of every backend for BUDGET seconds
 
 sanitize: $(READY_TEST)  ## the native CPU code under sanitizers and valgrind, where there are
 	@echo '==> sanitize'; time $(PY) -m tools.sanitize $(ARGS)
+
+# ARGS="--only ID" runs one again, ARGS="--seed 2" draws others.
+mutants: $(READY_TEST)  ## change the kernels at random places: does the suite notice? (an hour and more)
+	@echo '==> mutants'; time $(PY) -m tools.mutate $(ARGS)
+
+reliability: $(READY_TEST)  ## run what docs/reliability.md promises, and write the results there
+	@echo '==> reliability'; time $(PY) -m tools.reliability --run $(ARGS)
 
 lint: $(READY_TEST)  ## style and types
 	@echo '==> lint'; time { \
@@ -140,7 +148,7 @@ $(STAMPS)/choice: FORCE | $(STAMPS)/venv
 	@new='$(SENET_KERNELS_BUILD)|$(SENET_KERNELS_CXXFLAGS)|$(SENET_KERNELS_WERROR)|$(CXX)'; \
 	  [[ "$$(cat $@ 2>/dev/null)" == "$$new" ]] || echo "$$new" > $@
 
-SOURCES := pyproject.toml setup.py senet_kernels/_version.py $(CSRC)
+SOURCES := pyproject.toml .ci/constraints.txt setup.py senet_kernels/_version.py $(CSRC)
 
 $(STAMPS)/bench: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
 	@echo '==> senet_kernels[bench], native: $(SENET_KERNELS_BUILD)'; time { \

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import autograd, dispatch, features, reference, validation
 from .dispatch import Choice
@@ -47,7 +48,7 @@ def _make_plan(
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     names: tuple[str | None, str | None, str | None, str | None],
-    facts: tuple[str, bool, bool, bool, bool, bool, bool, bool],
+    facts: tuple[str, bool, bool, bool, bool, bool, bool, bool, str | None],
     requested: str,
 ) -> _Plan:
     options = Options(
@@ -57,10 +58,20 @@ def _make_plan(
     return _Plan(options, pack(options), call, dispatch.choose(call, requested))
 
 
+def _subclass(t: Tensor) -> str | None:
+    """The name of a tensor subclass made of other tensors (a DTensor, a quantised weight): it knows
+    what PyTorch's operators mean to it, and nothing of ours."""
+    of: type = type(t)
+    if of in (Tensor, torch.nn.Parameter):  # without a call, which takes time
+        return None
+    wraps: bool = is_traceable_wrapper_subclass(t)
+    return of.__name__ if wraps else None
+
+
 def _resolve(
     form: str,
     x: Tensor,
-    param_dtype: torch.dtype,
+    parameter: Tensor,
     shift: bool,
     names: tuple[str | None, str | None, str | None, str | None],
     residual: Tensor | None,
@@ -75,7 +86,7 @@ def _resolve(
     kind = (
         x.device.type,
         x.dtype,
-        param_dtype,
+        parameter.dtype,
         names,
         (
             form,
@@ -86,6 +97,7 @@ def _resolve(
             residual is not None,
             inplace,
             features.is_huge(x),
+            _subclass(x) or _subclass(parameter),
         ),
         dispatch.requested_backend(backend),
     )
@@ -164,7 +176,7 @@ def _prepare(
     ):
         shift = w2.shape[0] != x.shape[1]
         plan = _resolve(
-            "two layers", x, w2.dtype, shift, names, None, None, None, None, None, False, backend
+            "two layers", x, w2, shift, names, None, None, None, None, None, False, backend
         )
         return plan, (x, w1, b1, w2, b2, plan.code, None, None, None, None, None, None)
 
@@ -216,7 +228,7 @@ def _prepare(
 
     form = "two layers" if w1 is not None else "single layer (w1=None)"
     plan = _resolve(
-        form, x, w2.dtype, w2.shape[0] != x.shape[1], names, residual, alpha, beta, before_affine,
+        form, x, w2, w2.shape[0] != x.shape[1], names, residual, alpha, beta, before_affine,
         lengths, inplace, backend,
     )  # fmt: skip
     arguments = (
@@ -378,7 +390,7 @@ def squeeze(
     """
     validation.check_input(x)
     affine_scale = affine_shift = None
-    param_dtype = x.dtype
+    parameter = x
     if before_affine is not None:
         validation.check_affine(x, before_affine)
         names = ("before_affine[0]", "before_affine[1]")
@@ -389,11 +401,11 @@ def squeeze(
             validation.check_same_dtype(x, pair)
         affine_scale, affine_shift = pair.values()
         assert affine_scale is not None
-        param_dtype = affine_scale.dtype
+        parameter = affine_scale
     if lengths is not None:
         validation.check_lengths(x, lengths)
     plan = _resolve(
-        "squeeze alone", x, param_dtype, False, (None, None, before, None), None, None, None,
+        "squeeze alone", x, parameter, False, (None, None, before, None), None, None, None,
         before_affine, lengths, False, backend,
     )  # fmt: skip
     arguments = (x, affine_scale, affine_shift, lengths)
@@ -477,7 +489,7 @@ def channel_scale(
     given, *rest = tensors.values()
     assert given is not None
     plan = _resolve(
-        "channel_scale alone", x, given.dtype, u.shape[1] != channels, (None, gate, before, after),
+        "channel_scale alone", x, given, u.shape[1] != channels, (None, gate, before, after),
         residual, alpha, beta, before_affine, None, False, backend,
     )  # fmt: skip
     alpha, beta, affine_scale, affine_shift = rest

@@ -93,6 +93,7 @@ class Call(NamedTuple):
     residual: bool
     inplace: bool
     huge: bool = False  # see is_huge
+    subclass: str | None = None  # whose operators are its own, see api._subclass
 
 
 def required_features(call: Call) -> list[str]:
@@ -116,6 +117,8 @@ def required_features(call: Call) -> list[str]:
 
 def missing_feature(backend: str, call: Call) -> str | None:
     """Why the table says ``backend`` does not take this call; None when it does."""
+    if call.subclass is not None:
+        return f"it has no kernels for tensors of class {call.subclass}"
     if (backend, call.device) not in COLUMNS:
         return f"it has no kernels for device type {call.device!r}"
     column = COLUMNS.index((backend, call.device))

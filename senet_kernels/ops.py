@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntFlag
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._version import __version__
 from .pointwise import POINTWISE
 from .reference import accumulate_dtype
 
@@ -264,13 +266,43 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     return (bits.transpose(1, 2) if last else bits).reshape(x.shape)
 
 
-library = torch.library.Library("senet_kernels", "DEF")
+_NAMESPACE = "senet_kernels"
+
+
+class _Owner(NamedTuple):
+    """Who defined the ops: a process has them once, however many copies of the package it has."""
+
+    version: str
+    path: str
+    library: torch.library.Library
+
+
+def _claim() -> tuple[torch.library.Library, bool]:
+    """The library to define the ops in; and whether another copy of the package (the same one
+    imported anew, or a vendored one) has defined them already, for both.
+
+    Raises:
+        ImportError: that copy is of another version, whose ops may mean something else.
+    """
+    # Kept where the ops are, for as long as they are: modules come and go.
+    shared = vars(getattr(torch.ops, _NAMESPACE))
+    owner = shared.get("_owner")
+    path = str(Path(__file__).resolve().parent)
+    if owner is None:
+        library = torch.library.Library(_NAMESPACE, "DEF")
+        shared["_owner"] = _Owner(__version__, path, library)
+        return library, False
+    if owner.version != __version__:
+        raise ImportError(
+            f"senet_kernels {__version__} ({path}) cannot be imported into a process that has "
+            f"senet_kernels {owner.version} ({owner.path}): their ops have the same names"
+        )
+    return owner.library, True
+
+
+library, SHARED = _claim()
 # flexible_layout: kernels read every layout themselves; without the tag Inductor inserts copies.
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
-# The instruction set the CPU kernels run on; takes no tensors.
-library.define("native_isa() -> str")
-# How the CUDA kernels would be launched: see launch_plan in backends/native.py.
-library.define("native_plan(int[] call, int[] device) -> str")
 _OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "forward": (FORWARD_SCHEMA, _forward_fake),
     "forward_": (INPLACE_SCHEMA, _inplace_fake),
@@ -295,10 +327,19 @@ def _overwriting(op: str) -> Callable[..., None]:
     return call
 
 
-for _backend in BACKENDS_WITH_OPS:
-    for _name, (_schema, _fake) in _OPS.items():
-        _op = f"{_backend}_{_name}"
-        library.define(f"{_op}{_schema}", tags=_TAGS)
-        torch.library.register_fake(f"senet_kernels::{_op}", _fake, lib=library)
-    _op = f"{_backend}_forward_"
-    library.impl(_op, _overwriting(_op), "ADInplaceOrView", with_keyset=True)
+def _define() -> None:
+    # The instruction set the CPU kernels run on; takes no tensors.
+    library.define("native_isa() -> str")
+    # How the CUDA kernels would be launched: see launch_plan in backends/native.py.
+    library.define("native_plan(int[] call, int[] device) -> str")
+    for backend in BACKENDS_WITH_OPS:
+        for name, (schema, fake) in _OPS.items():
+            op = f"{backend}_{name}"
+            library.define(f"{op}{schema}", tags=_TAGS)
+            torch.library.register_fake(f"{_NAMESPACE}::{op}", fake, lib=library)
+        op = f"{backend}_forward_"
+        library.impl(op, _overwriting(op), "ADInplaceOrView", with_keyset=True)
+
+
+if not SHARED:
+    _define()

@@ -10,11 +10,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import oracle
 import senet_kernels
@@ -258,6 +259,66 @@ def test_subclass(backend: BackendCase) -> None:
         {n: t.as_subclass(Tensor) for n, t in expected.items()},
         magnitudes(problem), problem.dtype,
     )  # fmt: skip
+
+
+class _Logging(Tensor):
+    """Wraps a tensor and notes which operators reach it."""
+
+    inner: Tensor
+    seen: ClassVar[list[str]] = []
+    knows_only_torch: ClassVar[bool] = False
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> _Logging:
+        wrapper: _Logging = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride()
+        )
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        cls.seen.append(func.name())
+        if cls.knows_only_torch and func.namespace == "senet_kernels":
+            raise NotImplementedError(func.name())
+        plain = tree_map_only(_Logging, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*plain[0], **plain[1]))
+
+
+class _Quantised(_Logging):
+    """Such as torchao's tensors: its operators are its own, ours are none of them."""
+
+    knows_only_torch = True
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> _Quantised:
+        return _Quantised(inner["inner"])
+
+
+@pytest.mark.parametrize("wrapper", [_Logging, _Quantised])
+@each_fused
+def test_wrapper_subclass(backend: BackendCase, wrapper: type[_Logging]) -> None:
+    """What re-dispatches sees our operators; for what knows PyTorch's alone the automatic choice is
+    the reference, and a backend asked for by name says why it cannot."""
+    problem = build(Spec(device=backend.device))
+    right = problem.call(squeeze_excite, backend=backend.name)
+    problem.tensors = {n: t if t is None else wrapper(t) for n, t in problem.tensors.items()}
+    wrapper.seen.clear()
+    if wrapper.knows_only_torch:
+        with pytest.raises(senet_kernels.BackendUnavailableError, match="class _Quantised"):
+            problem.call(squeeze_excite, backend=backend.name)
+        y = problem.call(squeeze_excite)
+        assert not [name for name in wrapper.seen if "senet_kernels" in name]
+    else:
+        y = problem.call(squeeze_excite, backend=backend.name)
+        assert f"senet_kernels::{backend.name}_forward" in wrapper.seen
+    assert isinstance(y, wrapper)
+    torch.testing.assert_close(y.inner, right, rtol=1e-5, atol=1e-6)
 
 
 @each_backend

@@ -351,3 +351,24 @@ def test_exported_program_runs_in_a_fresh_process(backend: BackendCase, tmp_path
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-1500:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend", [b for b in FUSED_BACKENDS if not b.simulated], indirect=True, ids=str
+)
+def test_ahead_of_time_inductor(backend: BackendCase, tmp_path: Path) -> None:
+    """A package of AOTInductor's, compiled, saved and loaded, calls the op for a batch it has not
+    seen."""
+    net = _Net(backend.name).to(backend.device).eval()
+    x = torch.randn(2, 3, 6, 6, device=backend.device)
+    shapes = {"x": {0: torch.export.Dim("batch", max=64)}}
+    with torch.no_grad():
+        program = torch.export.export(net, (x,), dynamic_shapes=shapes)
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "net.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(package)
+        for batch in (2, 5):
+            images = torch.randn(batch, 3, 6, 6, device=backend.device)
+            torch.testing.assert_close(loaded(images), net(images), rtol=1e-5, atol=1e-6)

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import oracle
 from backend_cases import BACKENDS, BackendCase, require
-from senet_kernels import FusedSEBlock
+from problems import Spec, build
+from senet_kernels import BackendUnavailableError, FusedSEBlock, squeeze_excite
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
@@ -56,6 +58,36 @@ def test_one_rank(backend: BackendCase, one_rank: None) -> None:
         for got, right in zip(_gradients(ddp, _images()), alone, strict=True):
             torch.testing.assert_close(got, right)
             assert got.stride() == right.stride()
+
+
+@pytest.mark.parametrize("placement", ["replicated", "images", "channels"])
+def test_dtensor(placement: str, one_rank: None) -> None:
+    """As eager code does on DTensors: PyTorch's operators, whose sharding it knows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    placements = {"replicated": Replicate(), "images": Shard(0), "channels": Shard(1)}
+    mesh = init_device_mesh("cpu", (1,))
+    problem = build(Spec((4, 8, 3, 5), 4))
+    right = problem.run(oracle.eager_block)
+    leaves = problem.leaves()
+    on_mesh = {
+        name: None if t is None else distribute_tensor(
+            t.detach(), mesh, [placements[placement] if name == "x" else Replicate()]
+        ).requires_grad_()
+        for name, t in leaves.items()
+    }  # fmt: skip
+    y = problem.call(squeeze_excite, on_mesh)
+    assert isinstance(y, DTensor)
+    y.backward(distribute_tensor(problem.dy, mesh, y.placements))
+    torch.testing.assert_close(y.full_tensor().detach(), right["y"])
+    for name in problem.given:
+        leaf = on_mesh[name]
+        assert leaf is not None
+        assert isinstance(leaf.grad, DTensor)
+        torch.testing.assert_close(leaf.grad.full_tensor(), right[f"d{name}"])
+    with pytest.raises(BackendUnavailableError, match="class DTensor"):
+        problem.call(squeeze_excite, on_mesh, backend="native")
 
 
 def _rank(rank: int, kind: str, backend: str, store: str, results: str) -> None:

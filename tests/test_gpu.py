@@ -440,6 +440,87 @@ def test_a_thousand_repeats(backend: BackendCase) -> None:
         _repeat(backend, spec, 1000)
 
 
+# -- first calls ------------------------------------------------------------------------------------
+
+_FORK = """
+import os, sys, torch
+import senet_kernels as sk
+assert not torch.cuda.is_initialized()
+child = os.fork()
+if child == 0:  # CUDA starts here: nothing of it may have been inherited
+    x, w = torch.randn(2, 8, 5, 7, device="cuda"), torch.randn(4, 8, device="cuda")
+    y = sk.squeeze_excite(x, w, None, w.T, None, backend=sys.argv[1])
+    r = sk.squeeze_excite(x, w, None, w.T, None, backend="reference")
+    os._exit(0 if torch.allclose(y, r, rtol=1e-4, atol=1e-5) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+_COLD_THREADS = """
+import sys, threading, torch
+import senet_kernels as sk
+x, w = torch.randn(3, 24, 9, 7, device="cuda"), torch.randn(6, 24, device="cuda")
+right = sk.squeeze_excite(x, w, None, w.T, None, backend="reference")
+start, wrong = threading.Barrier(8), []
+def work():
+    try:
+        start.wait()
+        for _ in range(3):
+            y = sk.squeeze_excite(x, w, None, w.T, None, backend=sys.argv[1])
+            torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-5)
+    except BaseException as error:
+        wrong.append(error)
+threads = [threading.Thread(target=work) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+assert not wrong, wrong[0]
+"""
+
+
+@pytest.mark.parametrize("script", [_FORK, _COLD_THREADS], ids=["fork", "eight cold threads"])
+@on_gpu
+def test_first_calls(backend: BackendCase, script: str, tmp_path: Path) -> None:
+    """In a forked child that starts CUDA itself; in eight threads with nothing compiled yet."""
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script, backend.name], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# -- memory that others use ------------------------------------------------------------------------
+
+
+@each_graphed
+@on_gpu
+def test_memory_is_free_when_a_call_returns(backend: BackendCase, spec: Spec) -> None:
+    """Inputs die while the kernels still run; their memory goes to the next in line, on this stream
+    and on another, and is overwritten. What is scratch to us comes from torch's allocator, which
+    knows the stream: nothing of it may be used after."""
+    static = _Static(spec, backend, True)
+    static.renew(1)
+    expected = static.step()
+    side = torch.cuda.Stream()
+    for round_ in range(20):
+        fresh = _Static(spec, backend, True)
+        fresh.renew(1)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(5_000_000)
+        results = fresh.step()
+        sizes = [t.numel() * t.element_size() for t in fresh.tensors()]
+        fresh.problem.tensors.clear()
+        fresh.leaves.clear()
+        del fresh
+        poison = [torch.full((n,), 0xFF, dtype=torch.uint8, device="cuda") for n in sizes]
+        with torch.cuda.stream(side):
+            poison += [torch.full((n,), 0xFF, dtype=torch.uint8, device="cuda") for n in sizes]
+        torch.cuda.synchronize()
+        for name, right in expected.items():
+            assert torch.equal(results[name], right), f"{name}, round {round_}"
+        del poison
+
+
 # -- addresses -------------------------------------------------------------------------------------
 
 

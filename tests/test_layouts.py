@@ -214,3 +214,19 @@ def test_inplace_gives_the_same_bits(backend: BackendCase, spec: Spec, layout: s
     assert problem.call(squeeze_excite, backend=backend.name, inplace=True) is x
     assert (x.data_ptr(), x.stride()) == (address, strides)
     torch.testing.assert_close(everything, right, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["misaligned", "misaligned_channels_last"])
+@each_backend
+def test_everything_misaligned(backend: BackendCase, layout: str) -> None:
+    """Contiguous views one element into their storage: x, dy, the residual and every parameter."""
+    for dtype in backend.dtypes:
+        spec = Spec((3, 24, 4, 6), 8, dtype, layout, residual=layout, after="relu", weighted=True,
+                    affine=True, shift=True, dy_layout=layout, device=backend.device)  # fmt: skip
+        problem = build(spec)
+        for name, t in problem.tensors.items():
+            if t is not None and t.dim() <= 2:
+                problem.tensors[name] = t = lay_out(t, "misaligned")
+                assert t.is_contiguous()
+            assert t is None or t.data_ptr() % 16
+        check(problem, squeeze_excite, backend=backend.name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -365,6 +367,89 @@ def test_prepared_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for batch in range(1, 6):
         check(build(Spec((batch, 8, 2, 2), 2)), squeeze_excite, backend="triton")
         assert len(launch._calls) <= 3
+
+
+@interpreted
+def test_launches_are_made_on_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch, forward and backward, of the whole and of the halves."""
+    from senet_kernels.backends.triton import halves, launch
+
+    inside, launched = [0], []
+
+    @contextmanager
+    def guard(x: torch.Tensor) -> Iterator[None]:
+        assert x.shape
+        inside[0] += 1
+        yield
+        inside[0] -= 1
+
+    call = launch.Launch.__call__
+
+    def guarded(self: launch.Launch, *pointers: Any) -> None:
+        assert inside[0] == 1, self.kernel.fn.__name__
+        launched.append(self.kernel.fn.__name__)
+        call(self, *pointers)
+
+    for module in (launch, halves):
+        if hasattr(module, "on_device"):
+            monkeypatch.setattr(module, "on_device", guard)
+    monkeypatch.setattr(launch.Launch, "__call__", guarded)
+    launch.forget()
+    for options in ({}, {"shape": (2, 20, 30, 31)}, {"part": "squeeze"}, {"part": "channel_scale"}):
+        spec = replace(Spec((2, 20, 5, 7), 5), **options)  # type: ignore[arg-type]
+        check(build(spec), squeeze_excite, backend="triton")
+    launch.forget()
+    assert len(set(launched)) >= 7
+
+
+def test_the_guard_is_of_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    from senet_kernels.backends.triton import launch
+
+    def on(index: int) -> Any:
+        device = torch.device("cuda", index)
+        return SimpleNamespace(is_cuda=True, get_device=lambda: index, device=device)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    other = launch.on_device(on(1))
+    assert isinstance(other, torch.cuda.device)
+    assert other.idx == 1
+    assert isinstance(launch.on_device(on(0)), nullcontext)
+    assert isinstance(launch.on_device(torch.empty(1)), nullcontext)
+
+
+@interpreted
+def test_no_arithmetic_on_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter would do it on bit patterns: kernels must compute in float32 alone, or its
+    verdict is worth nothing."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    seen: list[Any] = []
+    binary = InterpreterBuilder.binary_op
+
+    def watched(self: Any, left: Any, right: Any, op: Any) -> Any:
+        seen.extend(t.dtype.scalar for t in (left, right))
+        return binary(self, left, right, op)
+
+    monkeypatch.setattr(InterpreterBuilder, "binary_op", watched)
+    for layout in ("contiguous", "channels_last"):
+        spec = Spec((2, 20, 5, 7), 5, torch.bfloat16, layout, residual=layout, after="relu",
+                    before="silu", affine=True, weighted=True, shift=True)  # fmt: skip
+        for options in ({}, {"part": "squeeze"}, {"part": "channel_scale"}):
+            check(build(replace(spec, **options)), squeeze_excite, backend="triton")
+    assert tl.float32 in seen
+    assert tl.bfloat16 not in seen
+
+
+@interpreted
+def test_the_interpreter_rounds_as_a_device_does() -> None:
+    import numpy as np
+
+    import interpreter
+
+    values = torch.cat([torch.randn(4096), torch.tensor([torch.inf, -torch.inf, 1 + 2**-8, 0.0])])
+    right = values.bfloat16().view(torch.uint16).numpy()
+    assert np.array_equal(interpreter._rounded(values.numpy()), right)
 
 
 @interpreted

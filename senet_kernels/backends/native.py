@@ -17,6 +17,7 @@ from torch import Tensor
 from senet_kernels import ops
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_FORWARD = "senet_kernels::native_forward"
 NAME = "native"
 
 
@@ -31,6 +32,8 @@ def build_record() -> dict[str, Any]:
 
 def _load() -> str | None:
     """Load the library; why that is not possible, or None."""
+    if ops.SHARED and torch._C._dispatch_has_kernel_for_dispatch_key(_FORWARD, "CPU"):
+        return None  # another copy of this package has loaded its own
     libraries = sorted(_PACKAGE.glob("_native*.so"))
     if not libraries:
         reason = build_record().get("reason", "this is a source tree that was never built")
@@ -53,7 +56,7 @@ def _raise_unavailable(*args: Any) -> NoReturn:
     raise RuntimeError(f"backend 'native' is not available: {UNAVAILABLE}")
 
 
-if UNAVAILABLE is not None:
+if UNAVAILABLE is not None and not ops.SHARED:
     # A raw op called all the same says why instead of "could not run".
     for _op in ops.NATIVE_OPS:
         ops.library.impl(_op, _raise_unavailable, "CompositeExplicitAutograd")
@@ -70,7 +73,6 @@ def unavailable_on(device: str) -> str | None:
     return f"the compiled library has no CUDA kernels: {reason}"
 
 
-_FORWARD = "senet_kernels::native_forward"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # csrc/se.h
 
 

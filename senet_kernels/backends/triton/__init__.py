@@ -81,7 +81,7 @@ _OPS = {
     "launch": ("forward", "forward_", "backward"),
     "halves": ("squeeze", "squeeze_backward", "channel_scale", "channel_scale_backward"),
 }
-for _module, _names in _OPS.items():
+for _module, _names in () if ops.SHARED else _OPS.items():
     for _name in _names:
         for _device in DEVICES:
             ops.library.impl(f"triton_{_name}", _on_first_call(_module, _name), _device.upper())

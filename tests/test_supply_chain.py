@@ -1,0 +1,226 @@
+"""Nothing is fetched, nothing runs that is data, and CI's tools do not change by themselves."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from senet_kernels.train import network
+from senet_kernels.train.errors import TrainError
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "setup.py", *sorted((ROOT / "senet_kernels").rglob("*.py"))]
+TOOLS = [path for part in ("benchmarks", "tools", "docs") for path in (ROOT / part).rglob("*.py")]
+
+# Loaded by every Python below this one, compilers' wrappers and build steps included.
+_NO_NETWORK = """
+import sys
+def hook(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind"):
+        address = args[1] if event == "socket.connect" else args[0]
+        if not isinstance(address, (str, bytes)) or event != "socket.connect":  # no Unix socket
+            sys.stderr.write(f"NETWORK {event} {address}\\n")
+            sys.stderr.flush()
+            raise OSError("the network is blocked")
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> dict[str, str]:
+    """The environment of processes that cannot open a connection."""
+    folder = tmp_path / "no_network"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_NO_NETWORK)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+def _run(command: list[str], env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=env, cwd=cwd, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+def test_the_network_is_really_blocked(offline: dict[str, str]) -> None:
+    code = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9/')"
+    done = _run([sys.executable, "-c", code], offline, ROOT)
+    assert done.returncode != 0
+    assert "NETWORK socket." in done.stderr
+
+
+def test_importing_and_calling_need_no_network(offline: dict[str, str]) -> None:
+    code = (
+        "import torch, senet_kernels as sk\n"
+        "import senet_kernels.train, senet_kernels.models\n"
+        "x, w = torch.randn(2, 8, 3, 5, requires_grad=True), torch.randn(4, 8)\n"
+        "sk.squeeze_excite(x, w, None, w.T, None).sum().backward()\n"
+        "print(sk.backends()); sk.fuse_se_blocks(torch.nn.Sequential(sk.FusedSEBlock(8)))\n"
+    )
+    done = _run([sys.executable, "-c", code], offline, ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "NETWORK" not in done.stderr
+
+
+def _sources(folder: Path) -> Path:
+    """A copy of what the build reads."""
+    for name in ("csrc", "senet_kernels"):
+        ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["python", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_building_needs_no_network(offline: dict[str, str], tmp_path: Path, mode: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    environment = {**offline, "SENET_KERNELS_BUILD": mode, "SENET_KERNELS_CXXFLAGS": "-O0"}
+    environment["PYTHONPATH"] = offline["PYTHONPATH"].split(os.pathsep)[0]
+    done = _run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], environment, _sources(source)
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "NETWORK" not in done.stderr
+    built = list((source / "senet_kernels").glob("_native*.so"))
+    assert bool(built) == (mode != "python")
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+class _RunsACommand:
+    """What a malicious checkpoint has in it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, zipped: bool) -> None:
+    marker, path = tmp_path / "it_ran", tmp_path / "weights.pt"
+    content = {"conv1.weight": torch.zeros(1), "more": _RunsACommand(marker)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(TrainError, match="not tensors and plain values alone"):
+        network.read(str(path))
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # it would have worked
+    assert marker.exists()
+
+
+def test_safetensors_are_read(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = {"fc.weight": torch.randn(3, 2), "fc.bias": torch.randn(3)}
+    path = tmp_path / "weights.safetensors"
+    safetensors.save_file(weights, path)
+    read = network.read(str(path))
+    assert read.keys() == weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(read[name], value)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(TrainError, match="not a readable checkpoint"):
+        network.read(str(path))
+
+
+def test_safetensors_that_are_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(TrainError, match="safetensors"):
+        network.read(str(tmp_path / "weights.safetensors"))
+
+
+_RUN_CODE = {"eval", "exec", "compile", "__import__"}
+_UNPICKLE = {"pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
+
+
+def _dangers(path: Path) -> list[str]:
+    """Calls that run what they are given, and readers of files that can."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            found += [f"{where}: {a.name}" for a in node.names if a.name.split(".")[0] in _UNPICKLE]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _UNPICKLE:
+            found.append(f"{where}: {node.module}")
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in _RUN_CODE:
+            found.append(f"{where}: {node.func.id}()")
+        if ast.unparse(node.func) in ("torch.load", "torch.jit.load", "numpy.load", "np.load"):
+            safe = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if safe.get("weights_only") != "True" and safe.get("allow_pickle") != "False":
+                found.append(f"{where}: {ast.unparse(node)}")
+        if any(k.arg == "shell" and ast.unparse(k.value) != "False" for k in node.keywords):
+            found.append(f"{where}: a shell")
+    return found
+
+
+def test_no_code_from_data() -> None:
+    assert [danger for path in [*SOURCES, *TOOLS] for danger in _dangers(path)] == []
+
+
+def test_dangers_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    bad = ["eval(x)", "import pickle", "from dill import loads", "torch.load(f)",
+           "torch.load(f, weights_only=False)", "subprocess.run(x, shell=True)"]  # fmt: skip
+    for number, line in enumerate(bad):
+        (tmp_path / f"{number}.py").write_text(line)
+        assert len(_dangers(tmp_path / f"{number}.py")) == 1, line
+    (tmp_path / "good.py").write_text("model.eval(); torch.load(f, weights_only=True)")
+    assert _dangers(tmp_path / "good.py") == []
+
+
+# -- tools -----------------------------------------------------------------------------------------
+
+
+def _pins() -> dict[str, str]:
+    pins = {}
+    for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([\w.-]+)==([\w.]+)( ; python_version >= \"3\.11\")?", line)
+            assert match, line
+            pins[match[1]] = match[2]
+    return pins
+
+
+def _name(requirement: str) -> str:
+    found = re.match(r"[\w.-]+", requirement)
+    assert found, requirement
+    return found[0]
+
+
+def test_what_ci_installs_is_pinned() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    assert all(re.search(r"==\d", requirement) for requirement in extras["lint"])
+    pins = _pins()
+    wanted = [*project["build-system"]["requires"]]
+    wanted += [r for extra in ("bench", "train", "test") for r in extras[extra]]
+    makefile = (ROOT / "Makefile").read_text()
+    wanted += re.findall(r"^NVCC \?= (.*)$", makefile, re.MULTILINE)[0].split()
+    assert [r for r in wanted if _name(r) not in pins] == []
+    for variable in ("TORCH", "TRITON", "NEWER_TRITON", "MODELS", "MODELS_ALONE"):
+        (value,) = re.findall(rf"^{variable} \?= (.*)$", makefile, re.MULTILINE)
+        assert all(re.fullmatch(r"[\w-]+==[\d.]+", part) for part in value.split()), variable
+    assert "-c .ci/constraints.txt" in re.findall(r"^PIP := .*$", makefile, re.MULTILINE)[0]
+
+
+def test_the_core_depends_on_torch_alone() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [_name(r) for r in project["dependencies"]] == ["torch"]
