@@ -13,11 +13,11 @@ import runpy
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import tomllib
 from markdown_it import MarkdownIt
 
 from senet_kernels import _libraries

@@ -6,8 +6,8 @@ What lies between
     <!-- support:end -->
 
 is written from the predicates that dispatch asks (``senet_kernels.features``,
-``senet_kernels.dispatch``), in English (``en``) or Chinese (``zh``). ``--check`` changes nothing and
-only says whether the tables are what the predicates say (exit code 1 if not).
+``senet_kernels.dispatch``), in English (``en``) or Chinese (``zh``). ``--check`` changes nothing
+and only says whether the tables are what the predicates say (exit code 1 if not).
 """
 
 from __future__ import annotations
