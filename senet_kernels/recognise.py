@@ -75,22 +75,25 @@ _TIMM = "timm.layers.activations."
 _TIMM_ME = "timm.layers.activations_me."
 _TRANSFORMERS = "transformers.activations."
 
-#: Classes of pointwise modules by the table's names. Arguments are checked in ``pointwise_name``.
+#: Further classes of pointwise modules by the table's names, beside torch's own, which have the
+#: same names but for case. Arguments are checked in ``pointwise_name``.
 _POINTWISE_CLASSES: dict[str, tuple[str, ...]] = {
     "identity": ("torch.nn.modules.linear.Identity",),
-    "relu": (_TORCH + "ReLU",),
-    "relu6": (_TORCH + "ReLU6",),
-    "silu": (_TORCH + "SiLU", _TIMM + "Swish", _TIMM_ME + "SwishMe"),
-    "gelu": (_TORCH + "GELU", _TIMM + "GELU", _TRANSFORMERS + "GELUActivation"),
+    "silu": (_TIMM + "Swish", _TIMM_ME + "SwishMe"),
+    "gelu": (_TIMM + "GELU", _TRANSFORMERS + "GELUActivation"),
     "gelu_tanh": (_TIMM + "GELUTanh",),
-    "hardswish": (_TORCH + "Hardswish", _TIMM + "HardSwish", _TIMM_ME + "HardSwishMe"),
-    "leaky_relu": (_TORCH + "LeakyReLU",),
-    "mish": (_TORCH + "Mish", _TIMM + "Mish", _TIMM_ME + "MishMe"),
-    "sigmoid": (_TORCH + "Sigmoid", _TIMM + "Sigmoid"),
-    "hardsigmoid": (_TORCH + "Hardsigmoid", _TIMM + "HardSigmoid", _TIMM_ME + "HardSigmoidMe"),
-    "tanh": (_TORCH + "Tanh", _TIMM + "Tanh"),
+    "hardswish": (_TIMM + "HardSwish", _TIMM_ME + "HardSwishMe"),
+    "mish": (_TIMM + "Mish", _TIMM_ME + "MishMe"),
+    "sigmoid": (_TIMM + "Sigmoid",),
+    "hardsigmoid": (_TIMM + "HardSigmoid", _TIMM_ME + "HardSigmoidMe"),
+    "tanh": (_TIMM + "Tanh",),
 }
-_POINTWISE_NAMES = {c: name for name, classes in _POINTWISE_CLASSES.items() for c in classes}
+_LOWER_CASE = {name.replace("_", ""): name for name in POINTWISE}
+_POINTWISE_NAMES = {
+    _TORCH + c: _LOWER_CASE[c.lower()]
+    for c in nn.modules.activation.__all__
+    if c.lower() in _LOWER_CASE
+} | {c: name for name, classes in _POINTWISE_CLASSES.items() for c in classes}
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("markdown_it")
 
-import markdown
+import markdown_blocks as markdown
 from tools import support_table
 
 ROOT = markdown.ROOT

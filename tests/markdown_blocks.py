@@ -7,6 +7,7 @@ import ast
 import contextlib
 import doctest
 import importlib.util
+import itertools
 import os
 import re
 import runpy
@@ -74,7 +75,7 @@ def links(path: Path) -> list[str]:
 def anchors(path: Path) -> set[str]:
     """The names by which GitHub and Sphinx know the headings of a file."""
     tokens = list(_tokens(path))
-    headings = [t.content for before, t in zip(tokens, tokens[1:], strict=False)
+    headings = [t.content for before, t in itertools.pairwise(tokens)
                 if before.type == "heading_open"]  # fmt: skip
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
