@@ -11,7 +11,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import senet_kernels
+import senet_kernels  # noqa: E402
 
 project = "senet_kernels"
 author = "The senet_kernels authors"
