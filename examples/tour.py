@@ -10,6 +10,7 @@ CELLS = (
 Squeeze-and-excitation: the mean of each channel goes through a tiny MLP, whose outputs scale the
 channels. Here it is one operation.""",
     """import torch
+
 from senet_kernels import FusedSEBlock, explain
 
 torch.manual_seed(0)
@@ -43,6 +44,7 @@ assert error < 1e-5
 "largest error of dx, of its largest value: below 1e-5"''',
     "## A model that exists",
     """from torch import nn
+
 from senet_kernels import fuse_se_blocks
 
 
