@@ -179,7 +179,7 @@ def _dry_run(words: list[str]) -> None:
     if ROOT not in file.resolve().parents:
         return  # of another project: that it is there must do
     source = file.read_text(encoding="utf-8")
-    if "argparse" not in source and "def main(" not in source:
+    if not name and "argparse" not in source:
         assert not arguments, f"{file.name} takes no arguments, got {arguments}"
         compile(source, file, "exec")
         return

@@ -3,6 +3,8 @@ somewhere."""
 
 from __future__ import annotations
 
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,38 @@ def test_support_table_tells_what_falls_back(monkeypatch: pytest.MonkeyPatch) ->
 def test_wrong_commands_are_found(line: str) -> None:
     with pytest.raises(AssertionError):
         markdown.check_command(line)
+
+
+def test_drawings_are_those_of_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    docs = ROOT / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    names = runpy.run_path(str(docs / "kernel_drawing.py"))
+    monkeypatch.setitem(names["main"].__globals__, "__file__", str(tmp_path / "drawing.py"))
+    names["main"]()
+    drawn = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert drawn == ["backward.svg", "cpu.svg", "forward.svg", "traffic.svg"]
+    page = (docs / "how-it-works.md").read_text(encoding="utf-8")
+    for name in drawn:
+        assert (tmp_path / name).read_bytes() == (docs / name).read_bytes(), name
+        assert f"({name})" in page
+
+
+def test_one_version() -> None:
+    from senet_kernels import __version__
+
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == __version__  # type: ignore[index]
+    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["test.yml", "wheels.yml"])
+def test_workflows_are_yaml_and_name_what_is_there(name: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8")
+    for job in yaml.safe_load(text)["jobs"].values():
+        for step in job["steps"]:
+            for line in step.get("run", "").splitlines():
+                if line.startswith("make "):
+                    markdown.check_command(re.sub(r"\$\{\{.*?\}\}", "x", line))
+    assert (ROOT / ".ci" / "run").exists()
+    assert ("run: .ci/run" in text) == (name == "test.yml")
