@@ -35,6 +35,7 @@ def test_code_runs(path: Path, tmp_path: Path) -> None:
         print("left out:", reason)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @of_every_document
 def test_commands_are_understood(path: Path) -> None:
     for block in markdown.blocks(path):

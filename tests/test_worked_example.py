@@ -83,7 +83,7 @@ def test_every_backend_has_it(tmp_path: Path) -> None:
     out = _run(tmp_path, *pytest_run, *tests, "-m", "not gpu", "-k", f"{FUNCTION} or codes")
     passed = re.search(r"(\d+) passed", out)
     assert passed
-    assert int(passed[1]) >= 60
+    assert int(passed[1]) >= 40
     for backend in ("native", "simulated-cuda", "reference"):
         listed = _run(tmp_path, *pytest_run, *tests, "-k", f"{FUNCTION} and {backend}",
                       "-m", "not gpu", "--collect-only")  # fmt: skip

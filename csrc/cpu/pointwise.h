@@ -120,8 +120,8 @@ SENET_INLINE Vec<A> evaluate(Fn f, Vec<A> x) {
     case Fn::hardsigmoid:
       if (kSlope) return x > A(-3) ? (x < A(3) ? broadcast<A>(A(1) / A(6)) : V{}) : V{};
       return clamp<A>(x + A(3), 0, 6) / A(6);
-    case Fn::hardsigmoid_02:  // the ends count, as in clamp's derivative
-      if (kSlope) return x < A(-2.5) ? V{} : (x > A(2.5) ? V{} : broadcast<A>(A(0.2)));
+    case Fn::hardsigmoid_02:  // the ends count, NaN does not: clamp's derivative
+      if (kSlope) return x >= A(-2.5) ? (x <= A(2.5) ? broadcast<A>(A(0.2)) : V{}) : V{};
       return clamp<A>(x * A(0.2) + A(0.5), 0, 1);
     case Fn::tanh: {
       const V t = tanh(x);

@@ -107,8 +107,8 @@ SENET_DEVICE A evaluate(Fn f, A x) {
     case Fn::hardsigmoid:
       if (kSlope) return x > A(-3) ? (x < A(3) ? A(1) / A(6) : A(0)) : A(0);
       return clamp<A>(x + A(3), 0, 6) / A(6);
-    case Fn::hardsigmoid_02:  // the ends count, as in clamp's derivative
-      if (kSlope) return x < A(-2.5) ? A(0) : (x > A(2.5) ? A(0) : A(0.2));
+    case Fn::hardsigmoid_02:  // the ends count, NaN does not: clamp's derivative
+      if (kSlope) return x >= A(-2.5) ? (x <= A(2.5) ? A(0.2) : A(0)) : A(0);
       return clamp<A>(x * A(0.2) + A(0.5), 0, 1);
     case Fn::tanh: {
       const A t = hyperbolic_tangent(x);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -136,33 +135,49 @@ def _se_maker(
     return make
 
 
-def _arguments(*args: Any, **options: Any) -> dict[str, Any]:
+def _arguments(
+    name: str,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    *,
+    reduction: int | None = None,
+    rd_divisor: int = 1,
+    excitation: str = "two",
+    formula: str = "plain",
+    stride_in_1x1: bool = False,
+    stem: str | None = None,
+    pool: str | None = None,
+    drop_rate: float | None = None,
+    zero_init_last: bool = True,
+) -> dict[str, Any]:
     """create_model's arguments, checked, as those of ResNet."""
-    bound = inspect.signature(create_model).bind(*args, **options)
-    bound.apply_defaults()
-    given = bound.arguments
     architecture = _check_options(
-        *(given[name] for name in ("name", "num_classes", "in_chans", "reduction", "rd_divisor",
-                                   "excitation", "formula", "stride_in_1x1", "drop_rate"))
+        name, num_classes, in_chans, reduction, rd_divisor, excitation, formula, stride_in_1x1,
+        drop_rate,
     )  # fmt: skip
-    # What is not given is the network's.
-    own = {n: getattr(architecture, n) for n in ("reduction", "stem", "drop_rate")
-           if given[n] is None}  # fmt: skip
-    config = {**given, **own}
-    stem, pool = config["stem"], config["pool"]
+    reduction = architecture.reduction if reduction is None else reduction
+    stem = architecture.stem if stem is None else stem
     if stem == "small" and pool is not None:
         raise ValueError(f"pool: expected None with stem='small', which has none, got {pool!r}")
+    pooled = pool
     if pool is None:
-        pool = "ceil" if config["stride_in_1x1"] else architecture.pool
+        pool = "ceil" if stride_in_1x1 else architecture.pool
     if stem != "small":
-        config["pool"] = pool
+        pooled = pool
+    drop_rate = architecture.drop_rate if drop_rate is None else drop_rate
     _check_choice("stem", stem, STEMS)
     _check_choice("pool", pool, POOLS)
-    of_blocks = ("reduction", "rd_divisor", "excitation", "formula")
-    make_se = _se_maker(architecture, *(config[n] for n in of_blocks))
-    direct = {n: v for n, v in config.items() if n not in ("name", *of_blocks)}
+    config = {
+        "name": name, "num_classes": num_classes, "in_chans": in_chans, "reduction": reduction,
+        "rd_divisor": rd_divisor, "excitation": excitation, "formula": formula,
+        "stride_in_1x1": stride_in_1x1, "stem": stem, "pool": pooled, "drop_rate": drop_rate,
+        "zero_init_last": zero_init_last,
+    }  # fmt: skip
+    make_se = _se_maker(architecture, reduction, rd_divisor, excitation, formula)
     return {
-        **direct, "pool": pool, "architecture": architecture, "make_se": make_se, "config": config,
+        "architecture": architecture, "num_classes": num_classes, "in_chans": in_chans,
+        "make_se": make_se, "stride_in_1x1": stride_in_1x1, "stem": stem, "pool": pool,
+        "drop_rate": drop_rate, "zero_init_last": zero_init_last, "config": config,
     }  # fmt: skip
 
 
@@ -208,7 +223,11 @@ def create_model(
     Raises:
         ValueError: no such name, or an option is out of range or does not apply.
     """
-    return ResNet(**_arguments(**locals()))
+    return ResNet(**_arguments(
+        name, num_classes, in_chans, reduction=reduction, rd_divisor=rd_divisor,
+        excitation=excitation, formula=formula, stride_in_1x1=stride_in_1x1, stem=stem, pool=pool,
+        drop_rate=drop_rate, zero_init_last=zero_init_last,
+    ))  # fmt: skip
 
 
 class SENet(ResNet):

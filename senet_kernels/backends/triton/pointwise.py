@@ -103,7 +103,8 @@ def evaluate(F: tl.constexpr, x, SLOPE: tl.constexpr):
             y = _clamp(x + 3.0, 0.0, 6.0) / 6.0
     elif F == "hardsigmoid_02":
         y = x * 0.2 + 0.5
-        y = tl.where((y < 0) | (y > 1), zero, zero + 0.2) if SLOPE else _clamp(y, 0.0, 1.0)
+        # The slope at NaN is 0, as clamp's.
+        y = tl.where((y >= 0) & (y <= 1), zero + 0.2, zero) if SLOPE else _clamp(y, 0.0, 1.0)
     elif F == "tanh":
         t = _tanh(x)
         y = 1.0 - t * t if SLOPE else t
