@@ -29,7 +29,7 @@ export TIMEFORMAT := <== %1R s
 PIP := -m pip --disable-pip-version-check install -qq -c .ci/constraints.txt
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt -type f 2>/dev/null))
+CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt examples -type f 2>/dev/null))
 STAMPS := $(VENV)/stamps
 
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
@@ -51,7 +51,7 @@ OUT ?= build/gpu
 BUDGET ?= 540
 DEVICE ?= cuda
 
-.PHONY: help bench build fuzz gpu sanitize mutants reliability test test-all lint format clean \
+.PHONY: help bench build docs fuzz gpu sanitize mutants reliability test test-all lint format clean \
 	given-python FORCE
 
 help:  ## this list
@@ -73,9 +73,11 @@ bench: $(READY_BENCH) $(FOR_MODELS)  ## install what is needed, run the benchmar
 gpu: $(READY_GPU)  ## build, test, check and time on this machine's GPU; no network needed
 	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' -- $(ARGS)
 
-test: $(READY_TEST)  ## lint, and the tests that need no GPU and no patience
+test: $(READY_TEST)  ## lint, docs, and the tests that need no GPU and no patience
 	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \
 	else echo '==> lint: left out, see above'; fi
+	@if $(call missing,sphinx myst_parser furo); then $(MAKE) --no-print-directory docs; \
+	else echo '==> docs: left out, see above'; fi
 	@echo '==> tests'; time $(PY) -m pytest -m 'not slow and not gpu' $(ARGS)
 	@if $(call missing,triton); then echo "==> tests in Triton's interpreter"; \
 	  time TRITON_INTERPRET=1 $(PY) -m pytest -m 'not slow and not gpu' $(ARGS); fi
@@ -110,6 +112,9 @@ format: $(READY_TEST)  ## rewrite the sources in the project's style
 	  $(PY) -m ruff check --fix-only .; \
 	  $(PY) -m ruff format .; \
 	  $(if $(CPP_FILES),$(CLANG_FORMAT) -i $(CPP_FILES)); }
+
+docs: $(READY_TEST)  ## the documentation, as HTML in build/docs; a warning is an error
+	@echo '==> docs'; time $(PY) -m sphinx -q -W --keep-going -b html docs build/docs
 
 build: $(READY_TEST)  ## compile the native library in place
 
@@ -176,8 +181,8 @@ $(STAMPS)/nvcc: | $(STAMPS)/torch
 	  else $(PY) $(PIP) $(foreach wheel,$(NVCC),'$(wheel)') || echo '    not installed'; fi; touch $@; }
 
 $(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(NEWER)/stamp $(STAMPS)/nvcc
-	@echo '==> senet_kernels[test,lint,train], native: $(SENET_KERNELS_BUILD)'; time { \
-	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint,train]' "$(TRITON); sys_platform == 'linux'"; \
+	@echo '==> senet_kernels[test,lint,train,docs], native: $(SENET_KERNELS_BUILD)'; time { \
+	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint,train,docs]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }
 
 given-python:

@@ -229,9 +229,33 @@ rule link
     return file
 
 
+def write_codes() -> None:
+    """The table of pointwise functions as C++ knows it: its names and codes."""
+    table = (ROOT / "senet_kernels" / "pointwise.py").read_text()
+    rows = re.findall(r'^    "(\w+)": Pointwise\((\d+),', table, re.MULTILINE)
+    lines = [
+        "// Written by setup.py from the table in senet_kernels/pointwise.py.",
+        "#pragma once",
+        "",
+        "namespace senet {",
+        "",
+        "enum class Fn : int {",
+        *(f"  {name} = {code}," for name, code in rows),
+        "};",
+        f"constexpr Fn kLastFn = Fn::{max(rows, key=lambda row: int(row[1]))[0]};",
+        "",
+        "}  // namespace senet",
+        "",
+    ]
+    header, text = ROOT / "csrc" / "pointwise_codes.h", "\n".join(lines)
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+
+
 def compile_library(cuda: bool) -> str:
     """Build LIBRARY; returns the compiler's version."""
     cxx = find_cxx()
+    write_codes()
     try:
         version = subprocess.check_output([*cxx, "--version"], text=True).partition("\n")[0]
         file = write_ninja_file(cxx, find_nvcc() if cuda else None)

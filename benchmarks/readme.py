@@ -6,8 +6,9 @@ A file says itself what goes where. Between
     <!-- benchmark:end -->
 
 comes what the record, a path from the file's folder, gives: ``TABLE`` is ``layers``, ``models`` or
-``sweep`` for all there is to say, or ``models-short`` for times and price alone. ``--check``
-changes nothing and only says whether the blocks are what the records give (exit code 1 if not).
+``sweep`` for all there is to say, ``layers-short`` for means, losses and the first plot, or
+``models-short`` for times and price alone. ``--check`` changes nothing and only says whether the
+blocks are what the records give (exit code 1 if not).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ BLOCK = re.compile(
     r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+) -->\n).*?(<!-- benchmark:end -->)",
     re.DOTALL,
 )
-TABLES = ("layers", "models", "models-short", "sweep")
+TABLES = ("layers", "layers-short", "models", "models-short", "sweep")
 MOST_LOSSES = 8
+MOST_LOSSES_IN_SHORT = 3
 NOTE = (
     "Geometric mean over the distinct layers of each network; (n/m): only n of m layers have the "
     "figure. Limit: the least traffic at the speed of `x.clone()` in the same run."
@@ -54,12 +56,12 @@ def _stamp(record: Record) -> str:
     return f"{plots.style.where(record)}{what}, {env['date'][:10]}{commit}."
 
 
-def _losses(record: Record) -> str:
+def _losses(record: Record, most: int = MOST_LOSSES) -> str:
     found = summary.losses(record)
     if not found:
         return "Nothing is slower than what it has to beat by more than 5 %."
-    named = "; ".join(loss_text(loss) for loss in found[:MOST_LOSSES])
-    more = len(found) - MOST_LOSSES
+    named = "; ".join(loss_text(loss) for loss in found[:most])
+    more = len(found) - most
     tail = f"; and {more} smaller ones in the record" if more > 0 else ""
     return f"Losses beyond 5 %, {len(found)} in all: {named}{tail}."
 
@@ -83,6 +85,19 @@ def _layers(record: Record) -> list[str]:
     return out
 
 
+def _layers_short(record: Record) -> list[str]:
+    """A line per mode: the means over all layers."""
+    baselines = summary.baselines_of(record, "")
+    lines = [["", "layers", *(f"vs `{name}`" for name in baselines), "time / limit"]]
+    for mode in dict.fromkeys(entry["mode"] for entry in record["results"]):
+        for row in summary.rows(record, mode):
+            if row.network == "all layers" and row.contender in record["contenders"]:
+                cells = [row.speedup[n].text("×") if n in row.speedup else "" for n in baselines]
+                what = f"{mode}, `{row.contender}`"
+                lines.append([what, str(row.layers), *cells, row.over_limit.text("×")])
+    return ["", *_table(lines), "", _losses(record, MOST_LOSSES_IN_SHORT)]
+
+
 def _others(record: Record, short: bool) -> list[str]:
     out: list[str] = []
     for title, lines in digest.blocks(record):
@@ -95,7 +110,13 @@ def _others(record: Record, short: bool) -> list[str]:
 def render(record: Record, table: str, images: Sequence[tuple[str, str]]) -> str:
     """The block between the marks; ``images`` are (title, path)."""
     out = [_stamp(record)]
-    out += _layers(record) if table == "layers" else _others(record, table.endswith("-short"))
+    if table == "layers":
+        out += _layers(record)
+    elif table == "layers-short":
+        out += _layers_short(record)
+        images = images[:1]
+    else:
+        out += _others(record, table.endswith("-short"))
     for text in warnings(record):
         out += ["", f"**{text}**"]
     for title, path in images:

@@ -4,26 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "pointwise_codes.h"
+
 namespace senet {
 
 enum class DType : int { f32, bf16, f16, f64 };
-
-// Codes of senet_kernels/pointwise.py.
-enum class Fn : int {
-  identity = 0,
-  relu = 1,
-  relu6 = 2,
-  silu = 3,
-  gelu = 4,
-  gelu_tanh = 5,
-  hardswish = 6,
-  leaky_relu = 7,
-  mish = 8,
-  sigmoid = 9,
-  hardsigmoid = 10,
-  hardsigmoid_02 = 11,
-  tanh = 12,
-};
 
 // The four pointwise choices, packed by senet_kernels/pointwise.py in this order.
 struct Options {

@@ -273,7 +273,7 @@ inline Call make_call(Tensor x, const OptionalTensor& affine_scale,
   STD_TORCH_CHECK(x.dim() >= 3, "x: expected [B, C, *spatial], got ", x.dim(), " dimensions");
   Call c{x,    place_of(x), {}, dtype_of("x", x), unpack_options(options), {}, nullptr, x,
          true, {},          {}};
-  const auto legal = [](Fn f) { return f <= Fn::tanh; };
+  const auto legal = [](Fn f) { return f <= kLastFn; };
   STD_TORCH_CHECK(options >= 0 && options < (1 << 16) && legal(c.options.activation) &&
                       legal(c.options.gate) && legal(c.options.before) && legal(c.options.after),
                   "options: ", options, " is no packing of known functions");

@@ -6,63 +6,17 @@ The sizes in the drawing are those of the model, read from a forward pass on the
 from __future__ import annotations
 
 import json
-from html import escape
 from pathlib import Path
 
 import torch
 
 from senet_kernels.models import SENet
+from svg import Drawing
 
 #: The words of each drawing.
 TEXTS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 _WIDTH, _HEIGHT = 940, 660
-_FONT = "font-family='Helvetica, Arial, Noto Sans CJK SC, sans-serif'"
-
-
-class Drawing:
-    """An SVG that grows by boxes, arrows and words."""
-
-    def __init__(self) -> None:
-        size = f"width='{_WIDTH}' height='{_HEIGHT}'"
-        tip = "<path d='M0 0 L8 4 L0 8 Z' fill='#444'/>"
-        self.parts = [
-            f"<svg xmlns='http://www.w3.org/2000/svg' {size} {_FONT} font-size='13'>",
-            "<defs><marker id='tip' markerWidth='8' markerHeight='8' refX='7' refY='4'",
-            f"orient='auto'>{tip}</marker></defs>",
-            f"<rect {size} fill='white'/>",
-        ]
-
-    def text(self, x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> None:
-        self.parts.append(
-            f"<text x='{x}' y='{y}' text-anchor='{anchor}' fill='#222' {more}>{escape(words)}"
-            "</text>"
-        )
-
-    def box(self, x: float, y: float, w: float, h: float, fill: str, *lines: str) -> None:
-        self.parts.append(
-            f"<rect x='{x}' y='{y}' width='{w}' height='{h}' rx='5' fill='{fill}' stroke='#666'/>"
-        )
-        top = y + h / 2 + 4.5 - 8.5 * (len(lines) - 1)
-        for i, words in enumerate(lines):
-            self.text(x + w / 2, top + 17 * i, words)
-
-    def frame(self, x: float, y: float, w: float, h: float, words: str) -> None:
-        self.parts.append(
-            f"<rect x='{x}' y='{y}' width='{w}' height='{h}' rx='8' fill='#fff6e6' "
-            "stroke='#c77700' stroke-width='2' stroke-dasharray='7 4'/>"
-        )
-        self.text(x + w / 2, y + h + 20, words, "start", "font-weight='bold'")
-
-    def arrow(self, *points: tuple[float, float]) -> None:
-        path = " ".join(f"{x},{y}" for x, y in points)
-        self.parts.append(
-            f"<polyline points='{path}' fill='none' stroke='#444' stroke-width='1.5' "
-            "marker-end='url(#tip)'/>"
-        )
-
-    def save(self, path: Path) -> None:
-        path.write_text("\n".join([*self.parts, "</svg>", ""]), encoding="utf-8")
 
 
 def _shapes() -> tuple[list[str], list[int], int]:
@@ -81,7 +35,7 @@ def _shapes() -> tuple[list[str], list[int], int]:
 def _network(d: Drawing, t: dict[str, str]) -> None:
     sizes, blocks, features = _shapes()
     x, w, h = 30, 330, 44
-    d.text(x + w / 2, 34, t["network"], more="font-weight='bold' font-size='15'")
+    d.title(x + w / 2, 34, t["network"])
     rows = [("#eeeeee", (t["image"],), "3x224x224"), ("#dde8f7", (t["stem"],), sizes[0])]
     for i, count in enumerate(blocks):
         label = f"layer{i + 1}: " + t["stage"].format(blocks=count)
@@ -98,7 +52,7 @@ def _network(d: Drawing, t: dict[str, str]) -> None:
 def _block(d: Drawing, t: dict[str, str]) -> None:
     left, w, h = 445, 300, 34
     mid = left + w / 2
-    d.text(mid + 40, 34, t["block"], more="font-weight='bold' font-size='15'")
+    d.title(mid + 40, 34, t["block"])
     for i, name in enumerate(("conv1", "conv2", "conv3")):
         d.box(left, 80 + 50 * i, w, h, "#dde8f7", t[name])
         if i:
@@ -126,7 +80,7 @@ def _block(d: Drawing, t: dict[str, str]) -> None:
 def main() -> None:
     """Write both drawings beside this file."""
     for name, texts in TEXTS.items():
-        drawing = Drawing()
+        drawing = Drawing(_WIDTH, _HEIGHT)
         _network(drawing, texts)
         _block(drawing, texts)
         drawing.save(Path(__file__).with_name(name))

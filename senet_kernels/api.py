@@ -281,10 +281,10 @@ def squeeze_excite(
         b1: ``[R]`` or None.
         w2: ``[C, R]``, or ``[2C, R]`` for scale-and-shift; with ``w1=None``, R is C.
         b2: ``[C]`` (``[2C]``) or None.
-        activation: identity, relu, relu6, silu, gelu, gelu_tanh, hardswish, leaky_relu
-            (slope 0.01) or mish; None is identity.
-        gate: sigmoid, hardsigmoid, hardsigmoid_02 (``clamp(0.2 u + 0.5, 0, 1)``), tanh, relu or
-            identity.
+        activation: one of ``senet_kernels.ACTIVATIONS`` (relu, silu, gelu, ...; leaky_relu's slope
+            is 0.01); None is identity.
+        gate: one of ``senet_kernels.GATES`` (sigmoid, hardsigmoid, hardsigmoid_02, which is
+            ``clamp(0.2 u + 0.5, 0, 1)``, tanh, relu, identity).
         before: an activation applied to x first.
         before_affine: a pair of ``[C]`` tensors applied to x before ``before``: a folded
             BatchNorm, or its normalisation in training.

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from . import api, dispatch
+from .forms import Form, Mlp, Refusal, changed, find, one_line, watched
 from .neighbours import Block, recognise_block
 from .pointwise import POINTWISE
-from .recognise import Form, Mlp, Refusal, changed, find, one_line, recognise, watched
+from .recognise import recognise
 from .reference import autocast_is_on
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forms import pointwise_name
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
-from .recognise import pointwise_name
 
 _Layer = str | Callable[..., nn.Module] | None
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .pointwise import ACTIVATIONS
-from .recognise import (
+from .forms import (
     Foreign,
     Part,
     Path,
@@ -27,6 +26,7 @@ from .recognise import (
     part_of,
     pointwise_name,
 )
+from .pointwise import ACTIVATIONS
 
 # What a block calls in place of its squeeze-and-excitation module.
 Excite = Callable[..., Tensor]  # (x, before=None, after=None, residual=None) -> y

@@ -1,8 +1,9 @@
 """The one table of pointwise functions: every activation, gate, ``before`` and ``after`` step.
 
-To add a function, add a row here and one ``case`` to each kernel twin
-(``csrc/cpu/pointwise.h`` for C++, ``csrc/cuda/pointwise.cuh`` for CUDA,
-``backends/triton/pointwise.py`` for Triton). ``code`` is what kernels receive; it is never reused.
+To add a function, add a row here and one branch to ``evaluate`` in each twin
+(``csrc/cpu/pointwise.h``, ``csrc/cuda/pointwise.cuh``, ``backends/triton/pointwise.py``).
+CONTRIBUTING.md has a worked example. ``code`` is what ops and C++ receive (the build writes
+``csrc/pointwise_codes.h``); it is never reused.
 """
 
 from __future__ import annotations

@@ -440,7 +440,7 @@ def test_a_thousand_repeats(backend: BackendCase) -> None:
         _repeat(backend, spec, 1000)
 
 
-# -- first calls ------------------------------------------------------------------------------------
+# -- first calls -----------------------------------------------------------------------------------
 
 _FORK = """
 import os, sys, torch

@@ -37,8 +37,9 @@ assert y.shape == x.shape == x.grad.shape
 assert sk.FusedSEBlock(8)(x).shape == x.shape
 """
 
+# After torch, which as of 2.14 cannot be imported so itself.
 _BLOCK_TRITON = """
-import sys
+import sys, torch
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "triton":

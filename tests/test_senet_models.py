@@ -747,6 +747,7 @@ _DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_drawings_are_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(_DOCS))  # as for a script that is run
     names = runpy.run_path(str(_DOCS / "senet_drawing.py"))
     monkeypatch.setitem(names["main"].__globals__, "__file__", str(tmp_path / "senet_drawing.py"))
     names["main"]()

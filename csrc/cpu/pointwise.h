@@ -1,7 +1,7 @@
 // The table of pointwise functions, on vectors: value and derivative.
 //
-// The twin of senet_kernels/pointwise.py: a new function is one `case` in each of the two
-// switches. `f` is a constant wherever speed matters, so that the switch folds away.
+// The twin of senet_kernels/pointwise.py: a new function is one `case` of `evaluate`. `f` is a
+// constant wherever speed matters, so that the switch folds away.
 #pragma once
 
 #include "vec.h"
@@ -72,89 +72,72 @@ SENET_INLINE Vec<A> mish_w(Vec<A> x) {
   return e * (e + A(2));
 }
 
-template <class A>
-SENET_INLINE Vec<A> value(Fn f, Vec<A> x) {
+// f(x), or f'(x) where kSlope; at a kink the side eager PyTorch takes.
+template <bool kSlope, class A>
+SENET_INLINE Vec<A> evaluate(Fn f, Vec<A> x) {
   using V = Vec<A>;
+  const V one = broadcast<A>(1);
   switch (f) {
     case Fn::identity:
-      return x;
+      return kSlope ? one : x;
     case Fn::relu:
-      return x <= A(0) ? V{} : x;
+      return x <= A(0) ? V{} : (kSlope ? one : x);
     case Fn::relu6:
+      if (kSlope) return x <= A(0) ? V{} : (x >= A(6) ? V{} : one);
       return clamp<A>(x, 0, 6);
-    case Fn::silu:
-      return x / (A(1) + exp(-x));
-    case Fn::gelu:
-      return A(0.5) * x * (A(1) + erf(x * A(0.70710678118654752)));
-    case Fn::gelu_tanh:  // 1 + tanh(k) = 2 sigmoid(2 k)
-      return x * sigmoid<A>(gelu_tanh_argument<A>(x));
+    case Fn::silu: {
+      if (!kSlope) return x / (A(1) + exp(-x));
+      const V s = sigmoid<A>(x);
+      return s * (A(1) + x * (A(1) - s));
+    }
+    case Fn::gelu: {
+      if (!kSlope) return A(0.5) * x * (A(1) + erf(x * A(0.70710678118654752)));
+      const V cdf = A(0.5) * (A(1) + erf(x * A(0.70710678118654752)));
+      return cdf + x * (A(0.39894228040143268) * exp(A(-0.5) * x * x));
+    }
+    case Fn::gelu_tanh: {  // 1 + tanh(k) = 2 sigmoid(2 k)
+      const V s = sigmoid<A>(gelu_tanh_argument<A>(x));
+      if (!kSlope) return x * s;
+      const V slope = A(1.5957691216057308) * (A(1) + A(3 * 0.044715) * (x * x));
+      return s + x * s * (A(1) - s) * slope;
+    }
     case Fn::hardswish:
+      if (kSlope) return x <= A(-3) ? V{} : (x >= A(3) ? one : x / A(3) + A(0.5));
       return x * clamp<A>(x + A(3), 0, 6) / A(6);
     case Fn::leaky_relu:
+      if (kSlope) return x > A(0) ? one : broadcast<A>(A(0.01));
       return x > A(0) ? x : x * A(0.01);
-    case Fn::mish: {
+    case Fn::mish: {  // x t, and t + x (1 - t^2) sigmoid(x), t = tanh(softplus(x))
       const V w = mish_w<A>(x);
-      return x > A(20) ? x : x * (w / (w + A(2)));
+      const V t = w / (w + A(2));
+      if (!kSlope) return x > A(20) ? x : x * t;
+      return x > A(20) ? one : t + x * (A(1) - t * t) * sigmoid<A>(x);
     }
-    case Fn::sigmoid:
-      return sigmoid<A>(x);
+    case Fn::sigmoid: {
+      const V s = sigmoid<A>(x);
+      return kSlope ? s * (A(1) - s) : s;
+    }
     case Fn::hardsigmoid:
+      if (kSlope) return x > A(-3) ? (x < A(3) ? broadcast<A>(A(1) / A(6)) : V{}) : V{};
       return clamp<A>(x + A(3), 0, 6) / A(6);
-    case Fn::hardsigmoid_02:
+    case Fn::hardsigmoid_02:  // the ends count, NaN does not: clamp's derivative
+      if (kSlope) return x >= A(-2.5) ? (x <= A(2.5) ? broadcast<A>(A(0.2)) : V{}) : V{};
       return clamp<A>(x * A(0.2) + A(0.5), 0, 1);
-    case Fn::tanh:
-      return tanh(x);
+    case Fn::tanh: {
+      const V t = tanh(x);
+      return kSlope ? A(1) - t * t : t;
+    }
   }
   return x;
 }
 
 template <class A>
+SENET_INLINE Vec<A> value(Fn f, Vec<A> x) {
+  return evaluate<false, A>(f, x);
+}
+template <class A>
 SENET_INLINE Vec<A> derivative(Fn f, Vec<A> x) {
-  using V = Vec<A>;
-  const V one = broadcast<A>(1);
-  switch (f) {
-    case Fn::identity:
-      return one;
-    case Fn::relu:
-      return x <= A(0) ? V{} : one;
-    case Fn::relu6:
-      return x <= A(0) ? V{} : (x >= A(6) ? V{} : one);
-    case Fn::silu: {
-      const V s = sigmoid<A>(x);
-      return s * (A(1) + x * (A(1) - s));
-    }
-    case Fn::gelu: {
-      const V cdf = A(0.5) * (A(1) + erf(x * A(0.70710678118654752)));
-      return cdf + x * (A(0.39894228040143268) * exp(A(-0.5) * x * x));
-    }
-    case Fn::gelu_tanh: {
-      const V s = sigmoid<A>(gelu_tanh_argument<A>(x));
-      const V slope = A(1.5957691216057308) * (A(1) + A(3 * 0.044715) * (x * x));
-      return s + x * s * (A(1) - s) * slope;
-    }
-    case Fn::hardswish:
-      return x <= A(-3) ? V{} : (x >= A(3) ? one : x / A(3) + A(0.5));
-    case Fn::leaky_relu:
-      return x > A(0) ? one : broadcast<A>(A(0.01));
-    case Fn::mish: {  // t + x (1 - t^2) sigmoid(x), t = tanh(softplus(x))
-      const V w = mish_w<A>(x);
-      const V t = w / (w + A(2));
-      return x > A(20) ? one : t + x * (A(1) - t * t) * sigmoid<A>(x);
-    }
-    case Fn::sigmoid: {
-      const V s = sigmoid<A>(x);
-      return s * (A(1) - s);
-    }
-    case Fn::hardsigmoid:
-      return x > A(-3) ? (x < A(3) ? broadcast<A>(A(1) / A(6)) : V{}) : V{};
-    case Fn::hardsigmoid_02:  // the ends count, NaN does not: clamp's derivative
-      return x >= A(-2.5) ? (x <= A(2.5) ? broadcast<A>(A(0.2)) : V{}) : V{};
-    case Fn::tanh: {
-      const V t = tanh(x);
-      return A(1) - t * t;
-    }
-  }
-  return one;
+  return evaluate<true, A>(f, x);
 }
 
 // m * f'(x) for piecewise functions must not compute Inf * 0: where f' is 0 the result is 0.

@@ -1,8 +1,8 @@
 // The table of pointwise functions, per element: value and derivative.
 //
-// The twin of senet_kernels/pointwise.py and csrc/cpu/pointwise.h: a new function is one `case` in
-// each of the two switches. `f` is a constant wherever speed matters, so that the switch folds
-// away; elsewhere it is the same for the whole launch, and all threads branch alike.
+// The twin of senet_kernels/pointwise.py and csrc/cpu/pointwise.h: a new function is one `case` of
+// `evaluate`. `f` is a constant wherever speed matters, so that the switch folds away; elsewhere it
+// is the same for the whole launch, and all threads branch alike.
 #pragma once
 
 #include <cmath>
@@ -61,86 +61,70 @@ SENET_DEVICE A mish_w(A x) {
   return e * (e + A(2));
 }
 
-template <bool kFast, class A>
-SENET_DEVICE A value(Fn f, A x) {
+// f(x), or f'(x) where kSlope; at a kink the side eager PyTorch takes.
+template <bool kFast, bool kSlope, class A>
+SENET_DEVICE A evaluate(Fn f, A x) {
   switch (f) {
     case Fn::identity:
-      return x;
+      return kSlope ? A(1) : x;
     case Fn::relu:
-      return x <= A(0) ? A(0) : x;
+      return x <= A(0) ? A(0) : (kSlope ? A(1) : x);
     case Fn::relu6:
+      if (kSlope) return x <= A(0) ? A(0) : (x >= A(6) ? A(0) : A(1));
       return clamp<A>(x, 0, 6);
-    case Fn::silu:
-      return quotient<kFast>(x, A(1) + exponential<kFast>(-x));
-    case Fn::gelu:
-      return A(0.5) * x * (A(1) + error_function(x * A(0.70710678118654752)));
-    case Fn::gelu_tanh:  // 1 + tanh(k) = 2 sigmoid(2 k)
-      return x * sigmoid<kFast>(gelu_tanh_argument<A>(x));
+    case Fn::silu: {
+      if (!kSlope) return quotient<kFast>(x, A(1) + exponential<kFast>(-x));
+      const A s = sigmoid<kFast>(x);
+      return s * (A(1) + x * (A(1) - s));
+    }
+    case Fn::gelu: {
+      if (!kSlope) return A(0.5) * x * (A(1) + error_function(x * A(0.70710678118654752)));
+      const A cdf = A(0.5) * (A(1) + error_function(x * A(0.70710678118654752)));
+      return cdf + x * (A(0.39894228040143268) * exponential<kFast>(A(-0.5) * x * x));
+    }
+    case Fn::gelu_tanh: {  // 1 + tanh(k) = 2 sigmoid(2 k)
+      const A s = sigmoid<kFast>(gelu_tanh_argument<A>(x));
+      if (!kSlope) return x * s;
+      const A slope = A(1.5957691216057308) * (A(1) + A(3 * 0.044715) * (x * x));
+      return s + x * s * (A(1) - s) * slope;
+    }
     case Fn::hardswish:
+      if (kSlope) return x <= A(-3) ? A(0) : (x >= A(3) ? A(1) : x / A(3) + A(0.5));
       return kFast ? x * clamp<A>(x + A(3), 0, 6) * A(1. / 6) : x * clamp<A>(x + A(3), 0, 6) / A(6);
     case Fn::leaky_relu:
+      if (kSlope) return x > A(0) ? A(1) : A(0.01);
       return x > A(0) ? x : x * A(0.01);
-    case Fn::mish: {
+    case Fn::mish: {  // x t, and t + x (1 - t^2) sigmoid(x), t = tanh(softplus(x))
       const A w = mish_w<kFast>(x);
-      return x > A(20) ? x : x * quotient<kFast>(w, w + A(2));
+      const A t = quotient<kFast>(w, w + A(2));
+      if (!kSlope) return x > A(20) ? x : x * t;
+      return x > A(20) ? A(1) : t + x * (A(1) - t * t) * sigmoid<kFast>(x);
     }
-    case Fn::sigmoid:
-      return sigmoid<kFast>(x);
+    case Fn::sigmoid: {
+      const A s = sigmoid<kFast>(x);
+      return kSlope ? s * (A(1) - s) : s;
+    }
     case Fn::hardsigmoid:
+      if (kSlope) return x > A(-3) ? (x < A(3) ? A(1) / A(6) : A(0)) : A(0);
       return clamp<A>(x + A(3), 0, 6) / A(6);
-    case Fn::hardsigmoid_02:
+    case Fn::hardsigmoid_02:  // the ends count, NaN does not: clamp's derivative
+      if (kSlope) return x >= A(-2.5) ? (x <= A(2.5) ? A(0.2) : A(0)) : A(0);
       return clamp<A>(x * A(0.2) + A(0.5), 0, 1);
-    case Fn::tanh:
-      return hyperbolic_tangent(x);
+    case Fn::tanh: {
+      const A t = hyperbolic_tangent(x);
+      return kSlope ? A(1) - t * t : t;
+    }
   }
   return x;
 }
 
 template <bool kFast, class A>
+SENET_DEVICE A value(Fn f, A x) {
+  return evaluate<kFast, false>(f, x);
+}
+template <bool kFast, class A>
 SENET_DEVICE A derivative(Fn f, A x) {
-  switch (f) {
-    case Fn::identity:
-      return A(1);
-    case Fn::relu:
-      return x <= A(0) ? A(0) : A(1);
-    case Fn::relu6:
-      return x <= A(0) ? A(0) : (x >= A(6) ? A(0) : A(1));
-    case Fn::silu: {
-      const A s = sigmoid<kFast>(x);
-      return s * (A(1) + x * (A(1) - s));
-    }
-    case Fn::gelu: {
-      const A cdf = A(0.5) * (A(1) + error_function(x * A(0.70710678118654752)));
-      return cdf + x * (A(0.39894228040143268) * exponential<kFast>(A(-0.5) * x * x));
-    }
-    case Fn::gelu_tanh: {
-      const A s = sigmoid<kFast>(gelu_tanh_argument<A>(x));
-      const A slope = A(1.5957691216057308) * (A(1) + A(3 * 0.044715) * (x * x));
-      return s + x * s * (A(1) - s) * slope;
-    }
-    case Fn::hardswish:
-      return x <= A(-3) ? A(0) : (x >= A(3) ? A(1) : x / A(3) + A(0.5));
-    case Fn::leaky_relu:
-      return x > A(0) ? A(1) : A(0.01);
-    case Fn::mish: {  // t + x (1 - t^2) sigmoid(x), t = tanh(softplus(x))
-      const A w = mish_w<kFast>(x);
-      const A t = quotient<kFast>(w, w + A(2));
-      return x > A(20) ? A(1) : t + x * (A(1) - t * t) * sigmoid<kFast>(x);
-    }
-    case Fn::sigmoid: {
-      const A s = sigmoid<kFast>(x);
-      return s * (A(1) - s);
-    }
-    case Fn::hardsigmoid:
-      return x > A(-3) ? (x < A(3) ? A(1) / A(6) : A(0)) : A(0);
-    case Fn::hardsigmoid_02:  // the ends count, NaN does not: clamp's derivative
-      return x >= A(-2.5) ? (x <= A(2.5) ? A(0.2) : A(0)) : A(0);
-    case Fn::tanh: {
-      const A t = hyperbolic_tangent(x);
-      return A(1) - t * t;
-    }
-  }
-  return A(1);
+  return evaluate<kFast, true>(f, x);
 }
 
 // m f'(x). Piecewise functions must not compute Inf * 0: where f' is 0 the result is 0.

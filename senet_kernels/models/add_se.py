@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from senet_kernels.convert import Entry, report
+from senet_kernels.forms import Foreign, Refusal, class_name, pointwise_name, watched
 from senet_kernels.modules import FusedSEBlock
 from senet_kernels.neighbours import source_hash
-from senet_kernels.recognise import Foreign, Refusal, class_name, pointwise_name, watched
 
 from .factory import ARCHITECTURES, with_se
 from .resnet import BasicBlock, Bottleneck, ResNet

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .forward_kernels import SIZES, load_u, store_u
-from .pointwise import IDENTITY, RELU, chain
+from .pointwise import chain
 from .tiles import (
     load_mask,
     load_tile,
@@ -60,9 +60,9 @@ def load_gradient(
     else:
         raw = grad
     q, p = prologue(raw, a_row, b_row, AFFINE, BEFORE)
-    if AFTER == IDENTITY:
+    if AFTER == "identity":
         m = grad
-    elif AFTER == RELU:
+    elif AFTER == "relu":
         kept = load_mask(
             mask, first_image, first_channel, s0, batch, channels, positions,
             LAST, INDEX, G, BC, BS,

@@ -125,7 +125,7 @@ def launch_values(kind: Kind, plan: Plan, y_stride: int | None = None) -> dict[s
         "W": plan.W, "G": plan.G, "BC": plan.BC, "BS": plan.BS, "BR": plan.BR, "BK": plan.BK,
         "BP": min(power_of_two(plan.splits), plan.BK), "BB": BATCH_BLOCK, "BV": VECTOR,
     }  # fmt: skip
-    values |= {name.upper(): POINTWISE[f].code for name, f in options._asdict().items()}
+    values |= {name.upper(): f for name, f in options._asdict().items()}
     extents = {
         "channels": ("C", shape.channels), "positions": ("S", shape.positions),
         "y_stride": ("Y", shape.image if y_stride is None else y_stride),

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward_kernels import through_gate
 from .forward_kernels import load_u, store_u
-from .pointwise import IDENTITY, value
+from .pointwise import value
 from .tiles import saved_at, sum_parts
 
 
@@ -70,21 +70,23 @@ def parameters_kernel(
             if TWO_LAYERS:
                 outer_products(du, h, dw2, outputs, hidden, batch, pid, ACTIVATION, ACC, BB, BO, BI)
             else:
-                outer_products(du, z, dw2, outputs, channels, batch, pid, IDENTITY, ACC, BB, BO, BI)
+                outer_products(
+                    du, z, dw2, outputs, channels, batch, pid, "identity", ACC, BB, BO, BI
+                )
     elif pid < w2_tiles + w1_tiles:
         if dw1 is not None:
             outer_products(
-                dh, z, dw1, hidden, channels, batch, pid - w2_tiles, IDENTITY, ACC, BB, BO, BI
+                dh, z, dw1, hidden, channels, batch, pid - w2_tiles, "identity", ACC, BB, BO, BI
             )
     else:
         i = (pid - w2_tiles - w1_tiles) * BV + tl.arange(0, BV)
         rows, n = batch * splits, channels
-        column_sums(du, None, db2, batch, outputs, outputs, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(dh, None, db1, batch, hidden, hidden, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(ds, None, dalpha, batch, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(du, None, db2, batch, outputs, outputs, 0, 1, i, "identity", ACC, BB)
+        column_sums(dh, None, db1, batch, hidden, hidden, 0, 1, i, "identity", ACC, BB)
+        column_sums(ds, None, dalpha, batch, n, n, 0, 1, i, "identity", ACC, BB)
         column_sums(ds, u, dbeta, batch, n, n, outputs, 1, i, GATE, ACC, BB)
-        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, "identity", ACC, BB)
+        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, "identity", ACC, BB)
 
 
 @triton.jit(do_not_specialize=("batch", "channels", "outputs", "splits", "du_tiles"))
@@ -117,7 +119,7 @@ def half_parameters_kernel(
     else:
         i = (pid - du_tiles) * BV + tl.arange(0, BV)
         rows, n, o = batch * splits, channels, outputs
-        column_sums(dots_parts, None, dalpha, rows, n, o, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(dots_parts, None, dalpha, rows, n, o, 0, 1, i, "identity", ACC, BB)
         column_sums(dots_parts, u, dbeta, rows, n, o, o, splits, i, GATE, ACC, BB)
-        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
-        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, IDENTITY, ACC, BB)
+        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, "identity", ACC, BB)
+        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, "identity", ACC, BB)

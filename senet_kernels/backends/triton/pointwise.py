@@ -1,31 +1,15 @@
 """The table of pointwise functions for Triton kernels: value, and chain rule.
 
-The twin of ``senet_kernels/pointwise.py``: a new function is one branch in each of ``value`` and
-``derivative``. Codes are compile-time constants, so one branch is left of each. Arguments are
-float32 or float64. Comparisons are written so that NaN takes the branch that keeps it, and
-nothing comes from libdevice but what ``tl.exp`` and ``tl.erf`` stand for: the interpreter runs it.
+The twin of ``senet_kernels/pointwise.py``: a new function is one branch of ``evaluate``. Names are
+compile-time constants, so one branch is left. Arguments are float32 or float64. Comparisons are
+written so that NaN takes the branch that keeps it, and nothing comes from libdevice but what
+``tl.exp`` and ``tl.erf`` stand for: the interpreter runs it.
 """
 
 import triton
 import triton.language as tl
 
-from senet_kernels.pointwise import POINTWISE
-
-IDENTITY = tl.constexpr(POINTWISE["identity"].code)
-RELU = tl.constexpr(POINTWISE["relu"].code)
-RELU6 = tl.constexpr(POINTWISE["relu6"].code)
-SILU = tl.constexpr(POINTWISE["silu"].code)
-GELU = tl.constexpr(POINTWISE["gelu"].code)
-GELU_TANH = tl.constexpr(POINTWISE["gelu_tanh"].code)
-HARDSWISH = tl.constexpr(POINTWISE["hardswish"].code)
-LEAKY_RELU = tl.constexpr(POINTWISE["leaky_relu"].code)
-MISH = tl.constexpr(POINTWISE["mish"].code)
-SIGMOID = tl.constexpr(POINTWISE["sigmoid"].code)
-HARDSIGMOID = tl.constexpr(POINTWISE["hardsigmoid"].code)
-HARDSIGMOID_02 = tl.constexpr(POINTWISE["hardsigmoid_02"].code)
-TANH = tl.constexpr(POINTWISE["tanh"].code)
-
-_UNKNOWN = tl.constexpr("no pointwise function has this code")
+_UNKNOWN = tl.constexpr("no pointwise function has this name")
 
 
 @triton.jit
@@ -68,93 +52,85 @@ def _normal_cdf(x):
 
 
 @triton.jit
-def value(F: tl.constexpr, x):
-    """f(x)."""
-    if F == IDENTITY:
-        y = x
-    elif F == RELU:
-        y = tl.where(x <= 0, 0.0, x)
-    elif F == RELU6:
-        y = _clamp(x, 0.0, 6.0)
-    elif F == SILU:
-        y = x / (1.0 + tl.exp(-x))
-    elif F == GELU:
-        y = x * _normal_cdf(x)
-    elif F == GELU_TANH:  # 1 + tanh(k) = 2 sigmoid(2 k)
-        y = x * _sigmoid(_gelu_tanh_argument(x))
-    elif F == HARDSWISH:
-        y = x * _clamp(x + 3.0, 0.0, 6.0) / 6.0
-    elif F == LEAKY_RELU:
-        y = tl.where(x > 0, x, x * 0.01)
-    elif F == MISH:
-        y = tl.where(x > 20.0, x, x * _mish_tanh(x))
-    elif F == SIGMOID:
-        y = _sigmoid(x)
-    elif F == HARDSIGMOID:
-        y = _clamp(x + 3.0, 0.0, 6.0) / 6.0
-    elif F == HARDSIGMOID_02:
-        y = _clamp(x * 0.2 + 0.5, 0.0, 1.0)
-    elif F == TANH:
-        y = _tanh(x)
+def evaluate(F: tl.constexpr, x, SLOPE: tl.constexpr):
+    """f(x), or f'(x) where ``SLOPE``; at a kink the side eager PyTorch takes."""
+    zero = tl.zeros_like(x)  # of x's dtype: a constant alone would be float32
+    one = zero + 1.0
+    if F == "identity":
+        y = one if SLOPE else x
+    elif F == "relu":
+        y = tl.where(x <= 0, zero, one if SLOPE else x)
+    elif F == "relu6":
+        y = tl.where((x <= 0) | (x >= 6), zero, one) if SLOPE else _clamp(x, 0.0, 6.0)
+    elif F == "silu":
+        if SLOPE:
+            s = _sigmoid(x)
+            y = s * (1.0 + x * (1.0 - s))
+        else:
+            y = x / (1.0 + tl.exp(-x))
+    elif F == "gelu":
+        y = _normal_cdf(x)
+        if SLOPE:
+            y += x * (0.39894228040143268 * tl.exp(-0.5 * x * x))
+        else:
+            y = x * y
+    elif F == "gelu_tanh":  # 1 + tanh(k) = 2 sigmoid(2 k)
+        s = _sigmoid(_gelu_tanh_argument(x))
+        if SLOPE:
+            y = s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * (x * x)))
+        else:
+            y = x * s
+    elif F == "hardswish":
+        if SLOPE:
+            y = tl.where(x <= -3, zero, tl.where(x >= 3, one, x / 3.0 + 0.5))
+        else:
+            y = x * _clamp(x + 3.0, 0.0, 6.0) / 6.0
+    elif F == "leaky_relu":
+        y = tl.where(x > 0, one if SLOPE else x, zero + 0.01 if SLOPE else x * 0.01)
+    elif F == "mish":  # x t, and t + x (1 - t^2) sigmoid(x), t = tanh(softplus(x))
+        t = _mish_tanh(x)
+        if SLOPE:
+            y = tl.where(x > 20.0, 1.0, t + x * (1.0 - t * t) * _sigmoid(x))
+        else:
+            y = tl.where(x > 20.0, x, x * t)
+    elif F == "sigmoid":
+        s = _sigmoid(x)
+        y = s * (1.0 - s) if SLOPE else s
+    elif F == "hardsigmoid":
+        if SLOPE:
+            y = tl.where((x > -3) & (x < 3), zero + 0.16666666666666666, zero)
+        else:
+            y = _clamp(x + 3.0, 0.0, 6.0) / 6.0
+    elif F == "hardsigmoid_02":
+        y = x * 0.2 + 0.5
+        # The slope at NaN is 0, as clamp's.
+        y = tl.where((y >= 0) & (y <= 1), zero + 0.2, zero) if SLOPE else _clamp(y, 0.0, 1.0)
+    elif F == "tanh":
+        t = _tanh(x)
+        y = 1.0 - t * t if SLOPE else t
     else:
         tl.static_assert(False, _UNKNOWN)
     return y
 
 
 @triton.jit
-def derivative(F: tl.constexpr, x):
-    """f'(x); at a kink the side eager PyTorch takes."""
-    zero = tl.zeros_like(x)  # of x's dtype: a constant alone would be float32
-    one = zero + 1.0
-    if F == IDENTITY:
-        d = one
-    elif F == RELU:
-        d = tl.where(x <= 0, zero, one)
-    elif F == RELU6:
-        d = tl.where((x <= 0) | (x >= 6), zero, one)
-    elif F == SILU:
-        s = _sigmoid(x)
-        d = s * (1.0 + x * (1.0 - s))
-    elif F == GELU:
-        d = _normal_cdf(x) + x * (0.39894228040143268 * tl.exp(-0.5 * x * x))
-    elif F == GELU_TANH:
-        s = _sigmoid(_gelu_tanh_argument(x))
-        d = s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * (x * x)))
-    elif F == HARDSWISH:
-        d = tl.where(x <= -3, zero, tl.where(x >= 3, one, x / 3.0 + 0.5))
-    elif F == LEAKY_RELU:
-        d = tl.where(x > 0, one, zero + 0.01)
-    elif F == MISH:  # t + x (1 - t^2) sigmoid(x), t = tanh(softplus(x))
-        t = _mish_tanh(x)
-        d = tl.where(x > 20.0, 1.0, t + x * (1.0 - t * t) * _sigmoid(x))
-    elif F == SIGMOID:
-        s = _sigmoid(x)
-        d = s * (1.0 - s)
-    elif F == HARDSIGMOID:
-        d = tl.where((x > -3) & (x < 3), zero + 0.16666666666666666, zero)
-    elif F == HARDSIGMOID_02:
-        inner = x * 0.2 + 0.5
-        d = tl.where((inner >= 0) & (inner <= 1), zero + 0.2, zero)  # 0 at NaN, as clamp's
-    elif F == TANH:
-        t = _tanh(x)
-        d = 1.0 - t * t
-    else:
-        tl.static_assert(False, _UNKNOWN)
-    return d
+def value(F: tl.constexpr, x):
+    """f(x)."""
+    return evaluate(F, x, False)
 
 
 @triton.jit
 def chain(F: tl.constexpr, x, m):
     """m f'(x). Where a piecewise f' is 0 the result is 0, whatever m: never Inf * 0."""
-    if F == IDENTITY:
+    if F == "identity":
         y = m
-    elif F == RELU:
+    elif F == "relu":
         y = tl.where(x <= 0, 0.0, m)
-    elif F == HARDSWISH:  # its derivative is 0 at -1.5 too, where NaN must pass
-        y = tl.where(x <= -3, 0.0, m * derivative(F, x))
-    elif (F == RELU6) | (F == HARDSIGMOID) | (F == HARDSIGMOID_02):
-        d = derivative(F, x)
+    elif F == "hardswish":  # its derivative is 0 at -1.5 too, where NaN must pass
+        y = tl.where(x <= -3, 0.0, m * evaluate(F, x, True))
+    elif (F == "relu6") | (F == "hardsigmoid") | (F == "hardsigmoid_02"):
+        d = evaluate(F, x, True)
         y = tl.where(d == 0, 0.0, m * d)
     else:
-        y = m * derivative(F, x)
+        y = m * evaluate(F, x, True)
     return y

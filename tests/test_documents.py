@@ -1,0 +1,135 @@
+"""README and docs do what they say: code runs, commands parse, tables are current, links lead
+somewhere."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("markdown_it")
+
+import markdown_blocks as markdown
+from tools import support_table
+
+ROOT = markdown.ROOT
+DOCUMENTS = markdown.documents()
+of_every_document = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=[path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+)
+
+
+@of_every_document
+def test_code_runs(path: Path, tmp_path: Path) -> None:
+    """One namespace per document: blocks build on the ones before."""
+    session = markdown.Session(path)
+    with markdown.inside(tmp_path):
+        for block in markdown.blocks(path):
+            if block.language == "python":
+                session.python(block)
+            elif block.language == "pycon":
+                session.pycon(block)
+    for reason in session.left_out:
+        print("left out:", reason)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@of_every_document
+def test_commands_are_understood(path: Path) -> None:
+    for block in markdown.blocks(path):
+        if block.language == "sh":
+            for line in markdown.commands(block):
+                markdown.check_command(line)
+
+
+@of_every_document
+def test_excerpts_are_of_the_sources(path: Path) -> None:
+    """What is shown of C++ and CUDA stands so in the tree. Diffs are applied in
+    ``test_worked_example.py``; there is no other kind of block."""
+    known = {"python", "pycon", "sh", "cpp", "diff", *markdown.PLAIN}
+    files = [*ROOT.glob("csrc/**/*"), *ROOT.glob("examples/*.cu")]
+    sources = [_folded(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
+    for block in markdown.blocks(path):
+        assert block.language in known or block.language.startswith("{"), block
+        if block.language == "cpp":
+            for part in block.text.split("// ...\n"):
+                assert any(_folded(part) in source for source in sources), part
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split())
+
+
+@of_every_document
+def test_links_lead_somewhere(path: Path) -> None:
+    broken = [markdown.broken_link(path, target) for target in markdown.links(path)]
+    assert not any(broken), [reason for reason in broken if reason]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_support_table_is_what_dispatch_says(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert support_table.renewed(text) == text, "run python -m tools.support_table"
+
+
+def test_support_table_tells_what_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    column = support_table.features.COLUMNS.index(("native", "cuda"))
+    changed = dict(support_table.features.FEATURES)
+    for row in ("gate tanh", "squeeze alone", "channel_scale alone"):
+        cells = list(changed[row])
+        cells[column] = support_table.features.FALLS_BACK
+        changed[row] = tuple(cells)
+    monkeypatch.setattr(support_table.features, "FEATURES", changed)
+    table = support_table.table("en")
+    assert "| fused | fused but for gate tanh | fused |" in table
+    assert "| fused | falls back | fused |" in table
+    with pytest.raises(ValueError, match="expected one of en, zh, got 'fr'"):
+        support_table.table("fr")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["python -m senet_kernels.train --no-such-option", "python -m senet_kernels.nothing",
+     "make nothing-of-the-kind", "pip install -e .[nothing]", "pytest tests/test_nothing.py",
+     "frobnicate"],
+)  # fmt: skip
+def test_wrong_commands_are_found(line: str) -> None:
+    with pytest.raises(AssertionError):
+        markdown.check_command(line)
+
+
+def test_drawings_are_those_of_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    docs = ROOT / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    names = runpy.run_path(str(docs / "kernel_drawing.py"))
+    monkeypatch.setitem(names["main"].__globals__, "__file__", str(tmp_path / "drawing.py"))
+    names["main"]()
+    drawn = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert drawn == ["backward.svg", "cpu.svg", "forward.svg", "traffic.svg"]
+    page = (docs / "how-it-works.md").read_text(encoding="utf-8")
+    for name in drawn:
+        assert (tmp_path / name).read_bytes() == (docs / name).read_bytes(), name
+        assert f"({name})" in page
+
+
+def test_one_version() -> None:
+    from senet_kernels import __version__
+
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == __version__  # type: ignore[index]
+    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["test.yml", "wheels.yml"])
+def test_workflows_are_yaml_and_name_what_is_there(name: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8")
+    for job in yaml.safe_load(text)["jobs"].values():
+        for step in job["steps"]:
+            for line in step.get("run", "").splitlines():
+                if line.startswith("make "):
+                    markdown.check_command(re.sub(r"\$\{\{.*?\}\}", "x", line))
+    assert (ROOT / ".ci" / "run").exists()
+    assert ("run: .ci/run" in text) == (name == "test.yml")
