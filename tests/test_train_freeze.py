@@ -164,6 +164,7 @@ def test_two_stages_in_one_run(tmp_path: Path) -> None:
 
 
 @needs_images
+@pytest.mark.slow
 def test_frozen_batch_norms_in_a_run(tmp_path: Path) -> None:
     short_run(tmp_path / "start", epochs=1)
     start = {"init_from": str(tmp_path / "start")}

@@ -124,7 +124,7 @@ def _torchrun(processes: int, *arguments: str) -> str:
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
          "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
          "-m", "senet_kernels.train", *arguments],
-        env=env, capture_output=True, text=True, timeout=240, check=False,
+        env=env, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     return f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
 

@@ -201,7 +201,7 @@ def _command(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 def _wait_for_steps(out: Path, process: subprocess.Popen[bytes], steps: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while len(losses(out)) < steps:
         assert process.poll() is None, (process.communicate()[1] or b"").decode()[-2000:]
         assert time.monotonic() < deadline
@@ -212,7 +212,7 @@ def _wait_for_steps(out: Path, process: subprocess.Popen[bytes], steps: int) -> 
 def test_kill_9_and_resume(tmp_path: Path) -> None:
     """SIGKILL three times in the middle of epochs; the final weights have the same bits."""
     whole = _command(*_KILLED, "--out", str(tmp_path / "whole"))
-    _, said = whole.communicate(timeout=200)
+    _, said = whole.communicate(timeout=900)
     assert whole.returncode == 0, said.decode()[-2000:]
 
     out = tmp_path / "killed"
@@ -224,7 +224,7 @@ def test_kill_9_and_resume(tmp_path: Path) -> None:
         progress = checkpoint_of(out)["progress"]
         assert progress["steps"] <= len(losses(out))
     last = _command("--resume", str(out))
-    _, said = last.communicate(timeout=200)
+    _, said = last.communicate(timeout=900)
     assert last.returncode == 0, said.decode()[-2000:]
 
     got, right = checkpoint_of(out), checkpoint_of(tmp_path / "whole")
