@@ -17,7 +17,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import digest, plots, records, summary
@@ -159,27 +159,35 @@ def renewed(text: str, start: Path) -> str:
     return new
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def renew_files(
+    prog: str, doc: str | None, renew: Callable[[str, Path], str], argv: Sequence[str] | None
+) -> int:
+    """The command line of what renews blocks in Markdown files; returns the exit status.
+
+    ``renew`` takes a text and the file's folder.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readme",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.md")
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(argv)
     changed = False
     for path in args.files:
-        old = path.read_text()
+        old = path.read_text(encoding="utf-8")
         try:
-            new = renewed(old, path.resolve().parent)
+            new = renew(old, path.resolve().parent)
         except (OSError, ValueError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             return 2
         changed |= new != old
         if not args.check:
-            path.write_text(new)
+            path.write_text(new, encoding="utf-8")
     return int(changed and args.check)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return renew_files("python -m benchmarks.readme", __doc__, renewed, argv)
 
 
 if __name__ == "__main__":

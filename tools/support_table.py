@@ -12,12 +12,12 @@ and only says whether the tables are what the predicates say (exit code 1 if not
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.readme import renew_files
 from senet_kernels import dispatch, features
 
 BLOCK = re.compile(
@@ -125,8 +125,8 @@ def table(language: str) -> str:
     return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
 
 
-def renewed(text: str) -> str:
-    """A Markdown text with its tables as the predicates give them now.
+def renewed(text: str, folder: Path | None = None) -> str:
+    """A Markdown text with its tables as the predicates give them now, whatever its folder.
 
     Raises:
         ValueError: it has no table, or one in an unknown language.
@@ -139,26 +139,9 @@ def renewed(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.support_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return renew_files(
+        "python -m tools.support_table", __doc__, lambda text, _: renewed(text), argv
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.md")
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args(argv)
-    changed = False
-    for path in args.files:
-        old = path.read_text(encoding="utf-8")
-        try:
-            new = renewed(old)
-        except ValueError as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            return 2
-        changed |= new != old
-        if not args.check:
-            path.write_text(new, encoding="utf-8")
-    return int(changed and args.check)
 
 
 if __name__ == "__main__":
