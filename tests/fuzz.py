@@ -197,12 +197,17 @@ def supervise(name: str, seconds: float, seed: int, folder: Path) -> dict[str, A
 
 def remember(found: list[dict[str, Any]], corpus: Path) -> None:
     corpus.parent.mkdir(parents=True, exist_ok=True)
-    known = corpus.read_text() if corpus.exists() else ""
+    known = (
+        [json.loads(line) for line in corpus.read_text().splitlines()] if corpus.exists() else []
+    )
+    calls = [{n: v for n, v in case.items() if n != "note"} for case in known]
     with corpus.open("a") as file:
         for case in found:
-            if case["call"] and case["call"] not in known:
+            call = json.loads(case["call"] or "{}")
+            if call and call not in calls:
+                calls.append(call)
                 note = f"{date.today().isoformat()}: {case['error']}"
-                file.write(json.dumps(json.loads(case["call"]) | {"note": note}) + "\n")
+                file.write(json.dumps(call | {"note": note}) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -487,13 +487,16 @@ def _assert_right(problem: Problem, call: RandomCall, actual: dict[str, Tensor])
         size = sizes[name] if math.isfinite(sizes[name]) else 0.0
         if size > 1e37 and problem.dtype != torch.float64:
             continue  # float32 sums may have overflowed on the way
-        allowed = oracle.allowed_error(right, size, dtype, problem.dtype, 256 if small else 1)
+        steps = 256 if small else 1
+        allowed = oracle.allowed_error(right, size, dtype, problem.dtype, steps)
         wrong = ~((got.double() - right).abs() <= allowed)
         if special:
             wrong &= _same_kinds(name, got, rounded, others)
             # The derivative at NaN may be finite, and another one by the other rule.
             for other in (*others[:2], others[3]):
-                wrong &= ~((got.double() - other.double()).abs() <= 2 * allowed)
+                there = other.double()
+                near = 2 * oracle.allowed_error(there, size, dtype, problem.dtype, steps)
+                wrong &= ~((got.double() - there).abs() <= near)
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
             raise AssertionError(

@@ -39,9 +39,15 @@ def vectorised(name: str, fn: Function) -> Function:
 
 
 def scalar(name: str, fn: Function) -> Function:
-    if name == "hardsigmoid":  # not the sum, but what is done to it
-        return lambda t: F.relu6((t + 3).repeat_interleave(2, dim=-1)[..., ::2]) / 6
+    if name == "relu6":  # by the vectorised loop it is 0 in some places and 1 in others
+        return _relu6_with_slope_at_nan
+    if name == "hardsigmoid":
+        return lambda t: _relu6_with_slope_at_nan(t + 3) / 6
     return lambda t: fn(t.repeat_interleave(2, dim=-1)[..., ::2])
+
+
+def _relu6_with_slope_at_nan(t: Tensor) -> Tensor:
+    return torch.where(t.isnan(), t, F.relu6(t))
 
 
 def nan_derivative(name: str, fn: Function) -> Function:

@@ -91,8 +91,8 @@ def test_training(workers: int, tmp_path: Path) -> None:
     assert [row["kind"] for row in read_rows(out)].count("run") == 2
 
 
-BENCHMARKS = ["benchmarks", "layers", "--device", "cpu", "--provider", "eager", "--provider",
-              "native", "--network", "seresnet50", "--batch", "2", "--budget", "0",
+BENCHMARKS = ["benchmarks", "layers", "--device", "cpu", "--provider", "eager-conv", "--provider",
+              "native", "--network", "seresnet50", "--batch", "2", "--budget", "170",
               "--record", "record.json"]  # fmt: skip
 
 

@@ -116,6 +116,7 @@ def _faulty(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_planted_fault_is_found_and_reproduced(tmp_path: Path) -> None:
     done = _faulty("faulty", str(tmp_path / "log"))
     assert done.returncode == 0, done.stderr
