@@ -28,7 +28,7 @@ _FULLY = "90a"  # in the gate; the others are in the slow tests
 _OLDEST = "75"  # no asynchronous copies, and 16-bit rounding by hand
 # What csrc/cuda/plan.cpp counts on; fp64 need only be right.
 _MOST_REGISTERS = {"forward": 128, "backward": 168}
-# One of each kind: in the gate, of targets but the first, whose kernels are all compiled there.
+# One of each kind: a quick look at the targets that are not compiled in the gate.
 _FEW = ("2, true, 0", "4, true, -1", "2, false, -1", "8, false, -1")
 _KERNEL = re.compile(r"(forward|backward|gradients)_kernelI(?:Li(\d)ELb([01])ELi(n?\d+)E|([fd]))")
 
@@ -149,6 +149,7 @@ def test_kernels_fit_and_move_16_bytes(target: str, source: str) -> None:
     _check(source, kernels)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_every_target_compiles_one_kernel_of_each_kind() -> None:
     """Two compilers at a time."""

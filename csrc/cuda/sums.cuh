@@ -150,7 +150,9 @@ SENET_DEVICE void sum_columns(const View& v, int limit, A* scratch, A* const* su
 
 // Calls, not inlined: they are much code, and take their time once per image.
 
-constexpr int kAtATime = 4;  // rows, whose loads are on their way together
+// Rows whose loads are on their way together: as many as there are registers for.
+constexpr int kAtATime = 2;
+constexpr int kAtATimeTransposed = 4;
 
 // out[r] = sum over k of m[r][k] in[k] for rows [0, rows); `in` is in shared memory. Some lanes of
 // a warp share a row. `out` may be read after a barrier.
@@ -212,7 +214,7 @@ __device__ __noinline__ void columns_product(Matrix m, int rows, int columns, co
       int row = c.part;
       while (row < rows) {
         A part[kUnit] = {};
-#pragma unroll kAtATime
+#pragma unroll kAtATimeTransposed
         for (int i = 0; i < kChain && row < rows; ++i, row += c.parts) {
           A w[kUnit];
           read(m, row, at, count, w);

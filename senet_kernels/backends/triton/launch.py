@@ -53,6 +53,11 @@ def _is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _most_registers(warps: int) -> int:
+    """That each thread of a block can have."""
+    return min(255, _REGISTERS // max(1, 32 * warps))
+
+
 class Launch:
     """A kernel with all its arguments but the pointers; called with these it launches.
 
@@ -78,7 +83,7 @@ class Launch:
         if self._compiled is not None:
             self._compiled(*pointers, *self._rest)
         elif self._programs:
-            if not INTERPRETED:
+            if not INTERPRETED and torch.version.hip is None:  # an option of NVIDIA's assembler
                 self._bound_registers(pointers)
             kernel = self.kernel[(self._programs,)](*pointers, *self._rest, **self._options)
             if kernel is not None:  # the interpreter has none
@@ -89,14 +94,18 @@ class Launch:
 
         Left to choose how many registers a thread may have, the assembler gives up a value or two
         of some kernels to stay just below a number that lets one more block run. Given that very
-        number as a bound it mostly finds room for them, and otherwise given all there are.
+        number as a bound it mostly finds room for them; otherwise given all there are, or all
+        there are for half as many threads.
         """
         best = self._compile(pointers, self._options)
-        threads = 32 * self._options["num_warps"]
-        for bound in (best.n_regs, min(255, _REGISTERS // threads)):
-            if not best.n_spills:
+        warps = self._options["num_warps"]
+        for fewer, bound in (
+            (warps, best.n_regs), (warps, _most_registers(warps)),
+            (warps // 2, _most_registers(warps // 2)),
+        ):  # fmt: skip
+            if not best.n_spills or not fewer:
                 return
-            options = self._options | {"maxnreg": bound}
+            options = self._options | {"num_warps": fewer, "maxnreg": bound}
             kernel = self._compile(pointers, options)
             if kernel.n_spills < best.n_spills:
                 best, self._options = kernel, options
