@@ -76,8 +76,10 @@ def main(backend: str, simulated: bool) -> None:
     torch.set_num_threads(2)
     case = BackendCase(backend, "cpu", simulated=simulated)
     with case.running(seed=1):
-        for spec in _specs(few=backend == "triton"):
-            for side in ("end", "begin"):
+        for number, spec in enumerate(_specs(few=backend == "triton")):
+            # Beyond the end is where a mask is forgotten: the interpreter, which is slow, sees
+            # the other side now and then.
+            for side in ("end", "begin") if backend != "triton" or number % 4 == 1 else ("end",):
                 problem = build(spec)
                 for name, t in problem.tensors.items():
                     problem.tensors[name] = None if t is None else guarded(t, side)

@@ -1,0 +1,136 @@
+"""docs/reliability.md: every hazard has a promise and tests, each test exists, the page is true."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import mutate, reliability
+from tools.mutation_sites import FILES, Mutant, sites
+
+ROOT = reliability.ROOT
+ROWS: list[dict[str, Any]] = json.loads(reliability.DATA.read_text())["rows"]
+_NAMES = [row["hazard"] for row in ROWS]
+
+
+@cache
+def _functions(path: str) -> frozenset[str]:
+    tree = ast.parse((ROOT / path).read_text())
+    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=_NAMES)
+def test_no_row_is_empty_and_every_test_exists(row: dict[str, Any]) -> None:
+    assert row.keys() == {"hazard", "evidence", "promise", "tests"}
+    assert row["hazard"]
+    assert len(row["promise"]) > 40
+    for issue in filter(None, row["evidence"].split(", ")):
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", issue), issue
+    assert row["tests"]
+    for place, tests in row["tests"].items():
+        assert place in reliability.PLACES
+        assert tests
+        assert len(set(tests)) == len(tests)
+        for test in tests:
+            path, _, function = test.partition("::")
+            assert function in _functions(path), test
+
+
+def test_rows_are_different() -> None:
+    assert len(set(_NAMES)) == len(_NAMES) >= 34
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", reliability.PLACES)
+def test_every_test_has_a_case_in_its_place(place: str) -> None:
+    """As pytest collects them there."""
+    keyword, environment = reliability.PLACES[place]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
+    command += ["-m", reliability.marks(place, slow=True), *(["-k", keyword] if keyword else [])]
+    tests = reliability.tests_of(place)
+    done = subprocess.run(
+        [*command, *tests], capture_output=True, text=True, cwd=ROOT, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    found = {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert [test for test in tests if test not in found] == [], done.stdout[-500:] + done.stderr
+
+
+def test_the_page_is_what_is_generated() -> None:
+    assert reliability.PAGE.read_text() == reliability.page(), "python -m tools.reliability"
+
+
+def test_nothing_failed_when_last_run() -> None:
+    results = json.loads(reliability.RESULTS.read_text()) if reliability.RESULTS.exists() else {}
+    failed = [t for place in results.values() for t, n in place["tests"].items() if "failed" in n]
+    assert failed == []
+
+
+def test_mutants_are_killed_or_explained() -> None:
+    found = json.loads(reliability.MUTANTS.read_text())["mutants"]
+    killed = [m for m in found if m["killed"]]
+    assert len(killed) >= mutate.LEAST * len(found)
+    assert all(m.get("explanation") for m in found if not m["killed"])
+
+
+# -- the generator of mutants ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_mutants_are_what_they_say(backend: str) -> None:
+    found = sites(backend)
+    assert len({m.id for m in found}) == len(found) > 500
+    texts = {path: (ROOT / path).read_text() for path in FILES[backend]}
+    for mutant in found[::17]:
+        text = texts[mutant.path]
+        changed = mutant.applied(text)
+        assert changed != text
+        assert changed.count("\n") <= text.count("\n")
+        if backend == "triton":
+            ast.parse(changed)
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    def drawn(seed: int) -> list[Mutant]:
+        mutants = mutate.draw("cuda", seed)
+        return [next(mutants) for _ in range(40)]
+
+    first = drawn(5)
+    assert first == drawn(5) != drawn(6)
+    assert {m.path for m in first} == set(FILES["cuda"])
+    assert len({m.kind for m in first}) == 8
+
+
+def test_sites_in_a_text(tmp_path: Path) -> None:
+    """In C++ no comment, no string, no template; in Triton no docstring, no annotation."""
+    for path in (*FILES["cpu"], *FILES["triton"]):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("")
+    (tmp_path / "csrc/cpu/mlp.h").write_text(
+        "// 1 + 2\n#if 3 < 4\ntemplate <int k = 5>\nvoid f() {\n  int a = b * 6;\n  g(a);\n"
+        '  const char* s = "7 + 8";\n  if (a < b) h();\n}\n'
+    )
+    found = {(m.kind, m.before, m.after) for m in sites("cpu", tmp_path)}
+    assert found == {
+        ("arithmetic", "*", "+"), ("constant", "6", "7"), ("statement", "g(a);", ";"),
+        ("comparison", "<", "<="), ("mask", "a < b", "true"),
+    }  # fmt: skip
+    (tmp_path / FILES["triton"][0]).write_text(
+        '@triton.jit\ndef f(x, N: tl.constexpr = 3):\n    """1 + 1"""\n'
+        "    ok = (x < N) & (x >= 0)\n    tl.store(x, 1.0, mask=ok)\n"
+    )
+    found = {(m.kind, m.before, m.after) for m in sites("triton", tmp_path)}
+    assert ("mask", "ok", "True") in found
+    assert ("mask", "(x < N) & (x >= 0)", "(x < N)") in found
+    assert ("constant", "1.0", "(2 * 1.0)") in found
+    assert ("statement", "tl.store(x, 1.0, mask=ok)", "pass") in found
+    assert not any(before in ("3", "1") for _, before, _ in found)
