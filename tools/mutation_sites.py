@@ -30,7 +30,10 @@ FILES = {
         "senet_kernels/backends/triton/resident_kernels.py",
     ),
     "cuda": (
-        "csrc/cuda/block.cuh",
+        "csrc/cuda/images.cuh",
+        "csrc/cuda/slice.cuh",
+        "csrc/cuda/sums.cuh",
+        "csrc/cuda/units.cuh",
         "csrc/cuda/pointwise.cuh",
         "csrc/cuda/forward.cuh",
         "csrc/cuda/backward.cuh",
