@@ -35,9 +35,13 @@ def _op(name: str) -> Any:
     return getattr(torch.ops.senet_kernels, name).default
 
 
+# Looked up once: it is on the way of every call.
+_FORWARD = {backend: _op(f"{backend}_forward") for backend in ops.BACKENDS_WITH_OPS}
+
+
 def forward_op(backend: str) -> Any:
     """The raw forward op of a backend."""
-    return _op(f"{backend}_forward")
+    return _FORWARD[backend]
 
 
 def inplace_op(backend: str) -> Any:
