@@ -44,6 +44,8 @@ _LAYERS: tuple[tuple[dict[str, Any], bool], ...] = (
       "layout": "channels_last"}, True),
     ({"shape": [1, 1152, 7, 7], "hidden": 48, "dtype": "float16", **_SILU}, True),
     ({"shape": [256, 1024, 14, 14], "hidden": 64, "dtype": "bfloat16", **_RELU}, True),
+    # Its last launch spills on sm_90, unless it has half as many threads.
+    ({"shape": [256, 1512, 7, 7], "hidden": 144, "dtype": "bfloat16", "before": "relu"}, True),
     ({"shape": [256, 672, 14, 14], "hidden": 168, "dtype": "float16", "gate": "hardsigmoid",
       "before": "hardswish"}, True),
     ({"shape": [256, 72, 28, 28], "hidden": 24, "dtype": "float16", "gate": "hardsigmoid",
@@ -68,7 +70,7 @@ _LAYERS: tuple[tuple[dict[str, Any], bool], ...] = (
     ({"shape": [256, 64, 8, 8], "hidden": 16, "dtype": "bfloat16", **_SILU, "inplace": True}, True),
 )  # fmt: skip
 # Enough to see that a target compiles at all.
-_FEW = (0, 2, 10)
+_FEW = (0, 2, 11)
 # Images that one block cannot hold, a cluster can.
 _CLUSTERS: tuple[tuple[dict[str, Any], bool], ...] = (
     ({"shape": [256, 64, 16, 16], "hidden": 16, "dtype": "float16", "shift": True, **_RELU}, True),

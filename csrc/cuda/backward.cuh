@@ -76,7 +76,7 @@ class BackwardBlock {
   }
 
   SENET_DEVICE void run() {
-    each_image<kBytes>(s_, p_, view_, a_.dy, team_, [this](int64_t b, const char* slot) {
+    each_image<kBytes, kVector>(s_, p_, view_, a_.dy, team_, [this](int64_t b, const char* slot) {
       prepare(b);
       if (s_.form == Form::squeeze) {
         const A* dz = static_cast<const A*>(a_.dz) + b * c_ + view_.channels.begin;

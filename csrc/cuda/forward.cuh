@@ -57,7 +57,7 @@ class ForwardBlock {
   }
 
   SENET_DEVICE void run() {
-    each_image<kBytes>(s_, p_, view_, a_.x, team_, [this](int64_t b, const char* slot) {
+    each_image<kBytes, kVector>(s_, p_, view_, a_.x, team_, [this](int64_t b, const char* slot) {
       const char* x = at(a_.x.data, b * a_.x.stride);
       if (s_.form != Form::scale) squeeze(b, x, slot);
       if (s_.form != Form::squeeze) {

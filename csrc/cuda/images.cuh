@@ -177,8 +177,9 @@ struct Ring {
 };
 
 // work(b, slot) for each image b of this block, one after another; `slot` is its slice in shared
-// memory, or null where it does not stay there. `from` are the images that stay.
-template <int kBytes, class A, class Work>
+// memory, or null where it does not stay there. `from` are the images that stay. The plan has none
+// stay that is read element by element: that kernel has no code for it, which spares it registers.
+template <int kBytes, bool kVector, class A, class Work>
 SENET_DEVICE void each_image(const Shape& s, const Plan& p, const View& v, const Images& from,
                              Team<A>& team, Work work) {
   const Ring<kBytes> ring(p, v);
@@ -187,7 +188,8 @@ SENET_DEVICE void each_image(const Shape& s, const Plan& p, const View& v, const
     const int64_t b = group + int64_t(i) * p.groups;
     return b < s.batch ? static_cast<const char*>(from.data) + b * from.stride * kBytes : nullptr;
   };
-  if (p.resident) {
+  const bool resident = kVector && p.resident;
+  if (resident) {
     ring.prepare();
     for (int i = 0; i < p.slots - 1; ++i) ring.start(i, image(i));
   }
@@ -195,7 +197,7 @@ SENET_DEVICE void each_image(const Shape& s, const Plan& p, const View& v, const
   uint32_t i = 0;
   for (int64_t b = group; b < s.batch; b += p.groups, ++i) {
     const char* slot = nullptr;
-    if (p.resident) {
+    if (resident) {
       ring.start(i + p.slots - 1, image(i + p.slots - 1));
       ring.wait(i);
       slot = ring.slot(i);
