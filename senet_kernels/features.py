@@ -69,11 +69,12 @@ _HUGE = (
 
 def is_huge(x: Tensor) -> bool:
     """Whether an image of x is beyond what the kernels for a GPU count in."""
-    if 0 < x.numel() <= _MOST_CHANNELS:  # nearly always; this is on the way of every call
-        return False
+    # Not by x.numel(): torch.export would bind a dynamic batch to it.
     channels, elements = x.shape[1], 1
     for extent in x.shape[1:]:
         elements *= extent
+    if elements <= _MOST_CHANNELS:  # nearly always
+        return False
     too_many = elements > _MOST_ELEMENTS or channels > _MOST_CHANNELS
     return too_many or elements > channels * _MOST_POSITIONS
 
