@@ -26,6 +26,11 @@ SOON = 20.0
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
+def _heed_interrupts() -> None:
+    """What runs in a shell's background inherits that SIGINT is ignored; CI may be such a thing."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """A command in a process group of its own, as a shell has it."""
 
@@ -33,7 +38,7 @@ class Command:
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", *words], cwd=cwd, env=env, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_heed_interrupts,
         )  # fmt: skip
 
     def interrupt_when(self, ready: Callable[[], bool], patience: float = 180) -> tuple[str, str]:
