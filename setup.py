@@ -169,6 +169,8 @@ def cuda_link_flags(nvcc: str) -> list[str]:
     output = subprocess.run(command, capture_output=True, text=True).stderr
     found = re.search(r"^#\$ LIBRARIES=(.*)$", output, re.MULTILINE)
     folders = shlex.split(found[1]) if found else []
+    # The one in a wheel names lib64, but has them in lib.
+    folders.append(f"-L{Path(nvcc).resolve().parent.parent / 'lib'}")
     return [*folders, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
 
 
