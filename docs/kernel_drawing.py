@@ -39,64 +39,66 @@ def traffic() -> Drawing:
     return d
 
 
-def _blocks(d: Drawing, steps: tuple[tuple[str, str], ...], exchanges: dict[int, str]) -> None:
-    """Columns are the blocks that share an image, rows what each does, in time downwards.
-    ``exchanges``: after which step what passes between them."""
+_EXCHANGE_AFTER = 2  # which step of a block
+
+
+def _shared_image(
+    title: str, memory: str, reads: str, steps: tuple[tuple[str, str], ...], conclusion: str
+) -> Drawing:
+    """Columns are the blocks that share an image, rows what each does, in time downwards."""
+    d = Drawing(760, 585)
+    d.title(380, 28, title)
+    d.box(150, 48, 568, 40, MEMORY, memory)
+    d.text(70, 145, reads)
+    d.text(70, 506, "writes N")
     left, w, gap, top, h = 150, 130, 16, 118, 46
+    gaps = [58 if i == _EXCHANGE_AFTER else 18 for i in range(len(steps))]
+    tops = [top + i * h + sum(gaps[:i]) for i in range(len(steps))]
     for b in range(4):
         x = left + b * (w + gap)
         d.text(x + w / 2, 112, f"block {b}")
-        y = top
         for i, (fill, words) in enumerate(steps):
-            d.box(x, y, w, h, fill, *words.split("\n"))
-            last = i == len(steps) - 1
-            below = y + h + (58 if i in exchanges else 18)
-            if not last:
-                d.arrow((x + w / 2, y + h), (x + w / 2, below))
-            y = below
-    y = top
-    for i in range(len(steps)):
-        if i in exchanges:
-            d.box(left, y + h + 12, 4 * w + 3 * gap, 30, SMALL, exchanges[i])
-        y += h + (58 if i in exchanges else 18)
+            d.box(x, tops[i], w, h, fill, *words.split("\n"))
+            if i + 1 < len(steps):
+                d.arrow((x + w / 2, tops[i] + h), (x + w / 2, tops[i + 1]))
+    exchange = "exchange: R partial sums per block, added in the order of blocks"
+    d.box(left, tops[_EXCHANGE_AFTER] + h + 12, 4 * w + 3 * gap, 30, SMALL, exchange)
+    d.text(434, 560, conclusion)
+    return d
 
 
 def forward() -> Drawing:
-    d = Drawing(760, 585)
-    d.title(380, 28, "Forward, one image shared by channels")
-    d.box(150, 48, 568, 40, MEMORY, "x of one image in memory: a slice of channels for each block")
-    d.text(70, 145, "reads N")
-    d.text(70, 506, "writes N")
-    steps = (
-        (CHIP, "load a slice\nand keep it on chip"),
-        (WORK, "means of channels:\nz of the slice"),
-        (WORK, "W1 z: a part of\nall R hidden sums"),
-        (WORK, "h, then W2's rows:\ngates of the slice"),
-        (WORK, "x from chip times g\n(+ residual, after)"),
-        (MEMORY, "y of the slice"),
+    return _shared_image(
+        "Forward, one image shared by channels",
+        "x of one image in memory: a slice of channels for each block",
+        "reads N",
+        (
+            (CHIP, "load a slice\nand keep it on chip"),
+            (WORK, "means of channels:\nz of the slice"),
+            (WORK, "W1 z: a part of\nall R hidden sums"),
+            (WORK, "h, then W2's rows:\ngates of the slice"),
+            (WORK, "x from chip times g\n(+ residual, after)"),
+            (MEMORY, "y of the slice"),
+        ),
+        "Nothing but R numbers per block passes between them; x is read once.",
     )
-    _blocks(d, steps, {2: "exchange: R partial sums per block, added in the order of blocks"})
-    d.text(434, 560, "Nothing but R numbers per block passes between them; x is read once.")
-    return d
 
 
 def backward() -> Drawing:
-    d = Drawing(760, 585)
-    d.title(380, 28, "Backward, one image shared by channels")
-    d.box(150, 48, 568, 40, MEMORY, "dy and x of one image in memory")
-    d.text(70, 145, "reads 2N")
-    d.text(70, 506, "writes N")
-    steps = (
-        (CHIP, "load dy and keep it;\nx passes by"),
-        (WORK, "ds = sum of dy x\ndu of the slice"),
-        (WORK, "W2's rows: a part of\nall R sums dh"),
-        (WORK, "dh, then W1's\ncolumns: dz"),
-        (WORK, "dx = dy scale + dz/S\nfrom dy on chip"),
-        (MEMORY, "dx of the slice"),
+    return _shared_image(
+        "Backward, one image shared by channels",
+        "dy and x of one image in memory",
+        "reads 2N",
+        (
+            (CHIP, "load dy and keep it;\nx passes by"),
+            (WORK, "ds = sum of dy x\ndu of the slice"),
+            (WORK, "W2's rows: a part of\nall R sums dh"),
+            (WORK, "dh, then W1's\ncolumns: dz"),
+            (WORK, "dx = dy scale + dz/S\nfrom dy on chip"),
+            (MEMORY, "dx of the slice"),
+        ),
+        "dx needs dy but not x: x is read once, and dy is still on chip.",
     )
-    _blocks(d, steps, {2: "exchange: R partial sums per block, added in the order of blocks"})
-    d.text(434, 560, "dx needs dy but not x: x is read once, and dy is still on chip.")
-    return d
 
 
 def cpu() -> Drawing:
