@@ -31,32 +31,28 @@ DEFAULT_OPTIONS = pack(Options("relu", "sigmoid", "identity", "identity"))
 _OPTIONS = 5  # position of `options` among a Function's arguments
 
 
-def _op(name: str) -> Any:
-    return getattr(torch.ops.senet_kernels, name).default
-
-
-# Looked up once: it is on the way of every call.
-_FORWARD = {backend: _op(f"{backend}_forward") for backend in ops.BACKENDS_WITH_OPS}
+# Looked up once: they are on the way of every call.
+_OPS = {name: getattr(torch.ops.senet_kernels, name).default for name in ops.NAMES}
 
 
 def forward_op(backend: str) -> Any:
     """The raw forward op of a backend."""
-    return _FORWARD[backend]
+    return _OPS[f"{backend}_forward"]
 
 
 def inplace_op(backend: str) -> Any:
     """The raw op of a backend that overwrites x."""
-    return _op(f"{backend}_forward_")
+    return _OPS[f"{backend}_forward_"]
 
 
 def squeeze_op(backend: str) -> Any:
     """The raw op of a backend for the squeeze alone."""
-    return _op(f"{backend}_squeeze")
+    return _OPS[f"{backend}_squeeze"]
 
 
 def channel_scale_op(backend: str) -> Any:
     """The raw op of a backend for the scaling alone."""
-    return _op(f"{backend}_channel_scale")
+    return _OPS[f"{backend}_channel_scale"]
 
 
 class _Part(NamedTuple):
@@ -73,7 +69,7 @@ class _Part(NamedTuple):
 
 
 def _whole(backend: str) -> _Part:
-    op = _op(f"{backend}_backward")
+    op = _OPS[f"{backend}_backward"]
 
     def backward(
         dy: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
@@ -85,7 +81,7 @@ def _whole(backend: str) -> _Part:
 
 
 def _squeeze(backend: str) -> _Part:
-    op = _op(f"{backend}_squeeze_backward")
+    op = _OPS[f"{backend}_squeeze_backward"]
 
     def backward(
         dz: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int
@@ -97,7 +93,7 @@ def _squeeze(backend: str) -> _Part:
 
 
 def _channel_scale(backend: str) -> _Part:
-    op = _op(f"{backend}_channel_scale_backward")
+    op = _OPS[f"{backend}_channel_scale_backward"]
 
     def backward(
         dy: Tensor, inputs: Any, lengths: Any, saved: Any, mask: Any, options: int, needs: int

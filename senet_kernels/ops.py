@@ -312,6 +312,7 @@ _OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "channel_scale": (CHANNEL_SCALE_SCHEMA, _channel_scale_fake),
     "channel_scale_backward": (CHANNEL_SCALE_BACKWARD_SCHEMA, _channel_scale_backward_fake),
 }
+NAMES = tuple(f"{backend}_{name}" for backend in BACKENDS_WITH_OPS for name in _OPS)
 NATIVE_OPS = tuple(f"native_{name}" for name in _OPS)
 
 
