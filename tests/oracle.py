@@ -171,6 +171,18 @@ def allowed_error(
     return own * right.abs() + 8 * ulp(accumulated) * magnitude + steps * smallest
 
 
+def raise_where(wrong: Tensor, name: str, got: Tensor, right: Tensor, allowed: Tensor) -> None:
+    """AssertionError with the first element that is wrong, if there is one."""
+    if not wrong.any():
+        return
+    at = tuple(wrong.nonzero()[0].tolist())
+    raise AssertionError(
+        f"{name}: {int(wrong.sum())} of {right.numel()} elements are wrong, first at {at}: "
+        f"got {got[at].item()!r}, expected {right[at].item()!r} "
+        f"(allowed error {allowed[at].item():.3g})"
+    )
+
+
 def assert_like_oracle(
     actual: dict[str, Tensor],
     expected: dict[str, Tensor],
@@ -193,10 +205,4 @@ def assert_like_oracle(
         allowed = allowed_error(right, magnitudes[name], dtype, dtype)
         off = (got.double() - right).abs()
         wrong = ~(off <= allowed)  # NaN is wrong
-        if wrong.any():
-            at = tuple(wrong.nonzero()[0].tolist())
-            raise AssertionError(
-                f"{name}: {int(wrong.sum())} of {right.numel()} elements are wrong, first at {at}: "
-                f"got {got[at].item()!r}, expected {right[at].item()!r} "
-                f"(allowed error {allowed[at].item():.3g})"
-            )
+        raise_where(wrong, name, got, right, allowed)

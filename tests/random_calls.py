@@ -497,13 +497,7 @@ def _assert_right(problem: Problem, call: RandomCall, actual: dict[str, Tensor])
                 there = other.double()
                 near = 2 * oracle.allowed_error(there, size, dtype, problem.dtype, steps)
                 wrong &= ~((got.double() - there).abs() <= near)
-        if wrong.any():
-            at = tuple(wrong.nonzero()[0].tolist())
-            raise AssertionError(
-                f"{name}: {int(wrong.sum())} of {right.numel()} elements are wrong, first at {at}: "
-                f"got {got[at].item()!r}, expected {right[at].item()!r} "
-                f"(allowed error {allowed[at].item():.3g})"
-            )
+        oracle.raise_where(wrong, name, got, right, allowed)
 
 
 def _same_kinds(name: str, got: Tensor, exact: Tensor, in_kind: list[Tensor]) -> Tensor:
