@@ -42,6 +42,7 @@ FILES = {
     "cpu": (
         "csrc/cpu/vec.h",
         "csrc/cpu/pointwise.h",
+        "csrc/cpu/lanes.h",
         "csrc/cpu/runs.h",
         "csrc/cpu/mlp.h",
         "csrc/cpu/forward.h",

@@ -1,0 +1,174 @@
+// What loops over runs of adjacent elements (runs.h) are written in: whole and partial vectors, the
+// parameters that go with a run's elements, and the prologue, which comes first wherever x is read.
+//
+// `Uniform`, `PerElement`, `PerRow` and `Prefix` are the kinds of parameter.
+#pragma once
+
+#include "pointwise.h"
+
+namespace senet {
+namespace SENET_ISA {
+namespace {
+
+// Lanes of a whole vector; a partial one is given by an int.
+struct Full {};
+struct None {};
+template <class T>
+SENET_INLINE Vec<Acc<T>> get(const T* p, Full) {
+  return load(p);
+}
+template <class T>
+SENET_INLINE Vec<Acc<T>> get(const T* p, int n) {
+  return load_n(p, n);
+}
+template <class T>
+SENET_INLINE void put(T* p, Vec<Acc<T>> v, Full) {
+  store(p, v);
+}
+template <class T>
+SENET_INLINE void put(T* p, Vec<Acc<T>> v, int n) {
+  store_n(p, v, n);
+}
+template <class A>
+SENET_INLINE int count(Full) {
+  return kLanes<A>;
+}
+template <class A>
+SENET_INLINE int count(int n) {
+  return n;
+}
+// Lanes beyond the end hold before(0) after the prologue: take them out of sums.
+template <class A>
+SENET_INLINE Vec<A> keep(Vec<A> v, Full) {
+  return v;
+}
+template <class A>
+SENET_INLINE Vec<A> keep(Vec<A> v, int n) {
+  typename Simd<A>::I limit = typename Simd<A>::I{} + n;
+  return lane_index<A>() < limit ? v : Vec<A>{};
+}
+
+template <class A, class Body>
+SENET_INLINE void for_vectors(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) body(i, Full{});
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+template <class A>
+struct Uniform {
+  Vec<A> v;
+  template <class N>
+  SENET_INLINE Vec<A> at(int64_t, N) const {
+    return v;
+  }
+};
+template <class A>
+struct PerElement {
+  const A* p;
+  template <class N>
+  SENET_INLINE Vec<A> at(int64_t i, N n) const {
+    return get(p + i, n);
+  }
+};
+// Of a run that is several rows of n >= lanes elements one after the other: a value for each row.
+// Must be asked in order, from the run's beginning.
+template <class A>
+struct PerRow {
+  const A *p, *last;
+  int64_t n, left;  // of the current row, whose value is *p
+  PerRow(const A* values, int64_t rows, int64_t row)
+      : p(values), last(values + rows - 1), n(row), left(row) {}
+  template <class N>
+  SENET_INLINE Vec<A> at(int64_t, N) {
+    constexpr int L = kLanes<A>;
+    const Vec<A> now = broadcast<A>(*p);
+    if (left >= L) {
+      left -= L;
+      return now;
+    }
+    const typename Simd<A>::I edge = typename Simd<A>::I{} + static_cast<int>(left);
+    p += p < last;
+    left += n - L;
+    return lane_index<A>() < edge ? now : broadcast<A>(*p);
+  }
+};
+// One value on elements before `end`, nothing after.
+template <class A>
+struct Prefix {
+  Vec<A> v;
+  int64_t end;
+  template <class N>
+  SENET_INLINE Vec<A> at(int64_t i, N) const {
+    const int64_t left = end - i;
+    return keep<A>(v, static_cast<int>(left < 0 ? 0 : (left < kLanes<A> ? left : kLanes<A>)));
+  }
+};
+
+// ---- the prologue: p = before(q), where q is x or a x + b ----
+
+// As a run applies it: to what stands at place i of the run. `backward` goes from dp to dq, and
+// `to_x` from dq to dx.
+template <class A, Fn kBefore>
+struct PlainPrologue {
+  static constexpr bool kReadsX = kBefore != Fn::identity;  // the derivative does
+  Fn fn;
+  template <class N>
+  SENET_INLINE Vec<A> forward(int64_t, N, Vec<A> x) const {
+    return before_value<kBefore, A>(fn, x);
+  }
+  template <class N>
+  SENET_INLINE Vec<A> backward(int64_t, N, Vec<A> x, Vec<A> dp) const {
+    return before_chain<kBefore, A>(fn, x, dp);
+  }
+  template <class N>
+  SENET_INLINE Vec<A> to_x(int64_t, N, Vec<A> dq) const {
+    return dq;
+  }
+};
+template <class A, class P>
+struct AffinePrologue {
+  static constexpr bool kReadsX = true;
+  Fn fn;
+  P a, b;
+  template <class N>
+  SENET_INLINE Vec<A> forward(int64_t i, N lanes, Vec<A> x) const {
+    const Vec<A> q = a.at(i, lanes) * x + b.at(i, lanes);
+    return fn == Fn::identity ? q : fn == Fn::relu ? value<A>(Fn::relu, q) : value_of<A>(fn, q);
+  }
+  template <class N>
+  SENET_INLINE Vec<A> backward(int64_t i, N lanes, Vec<A> x, Vec<A> dp) const {
+    if (fn == Fn::identity) return dp;
+    return chain_of<A>(fn, a.at(i, lanes) * x + b.at(i, lanes), dp);
+  }
+  template <class N>
+  SENET_INLINE Vec<A> to_x(int64_t i, N lanes, Vec<A> dq) const {
+    return a.at(i, lanes) * dq;
+  }
+};
+
+// Of a whole image: gives the prologue of the run that is channel c, or that has channels c, c + 1,
+// ... as its elements. a and b are null without an affine map.
+template <class A, Fn kBefore>
+struct Prologue {
+  Fn fn;
+  const A *a, *b;
+  SENET_INLINE auto of_channel(int64_t c) const {
+    if constexpr (kBefore == kAffine) {
+      return AffinePrologue<A, Uniform<A>>{fn, {broadcast<A>(a[c])}, {broadcast<A>(b[c])}};
+    } else {
+      return PlainPrologue<A, kBefore>{fn};
+    }
+  }
+  SENET_INLINE auto from_channel(int64_t c) const {
+    if constexpr (kBefore == kAffine) {
+      return AffinePrologue<A, PerElement<A>>{fn, {a + c}, {b + c}};
+    } else {
+      return PlainPrologue<A, kBefore>{fn};
+    }
+  }
+};
+
+}  // namespace
+}  // namespace SENET_ISA
+}  // namespace senet
