@@ -58,11 +58,17 @@ def _make_plan(
     return _Plan(options, pack(options), call, dispatch.choose(call, requested))
 
 
+# Known not to be made of other tensors without a call, which takes time.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+# What a Call says of a plain call of the whole operation, beyond device, dtypes and names.
+_PLAIN_FACTS = ("two layers", False, False, False, False, False, False, False, None)
+
+
 def _subclass(t: Tensor) -> str | None:
     """The name of a tensor subclass made of other tensors (a DTensor, a quantised weight): it knows
     what PyTorch's operators mean to it, and nothing of ours."""
     of: type = type(t)
-    if of in (Tensor, torch.nn.Parameter):  # without a call, which takes time
+    if of in _PLAIN_TYPES:
         return None
     wraps: bool = is_traceable_wrapper_subclass(t)
     return of.__name__ if wraps else None
@@ -82,7 +88,7 @@ def _resolve(
     inplace: bool,
     backend: str | None,
 ) -> _Plan:
-    """The plan for a call, from the cache when this kind was seen before."""
+    """The plan for a call: its kind, looked up."""
     kind = (
         x.device.type,
         x.dtype,
@@ -101,6 +107,11 @@ def _resolve(
         ),
         dispatch.requested_backend(backend),
     )
+    return _look_up(kind)
+
+
+def _look_up(kind: tuple[Any, ...]) -> _Plan:
+    """The plan for a kind of call, from the cache when it was seen before."""
     if torch.compiler.is_compiling():  # a guard on a growing dict would recompile
         return _make_plan(*kind)
     try:
@@ -142,7 +153,11 @@ def _together(dtype: torch.dtype, parameters: dict[str, Tensor | None]) -> dict[
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _prepare(
@@ -172,13 +187,14 @@ def _prepare(
         and lengths is None
         and not inplace
         and validation.is_ordinary(x, w1, b1, w2, b2)
-        and not reference.autocast_is_on(x.device.type)
+        and type(x) in _PLAIN_TYPES
+        and type(w2) in _PLAIN_TYPES
     ):
-        shift = w2.shape[0] != x.shape[1]
-        plan = _resolve(
-            "two layers", x, w2, shift, names, None, None, None, None, None, False, backend
-        )
-        return plan, (x, w1, b1, w2, b2, plan.code, None, None, None, None, None, None)
+        device, dtype = x.device.type, x.dtype
+        if not reference.autocast_is_on(device):
+            requested = dispatch.requested_backend(backend)
+            plan = _look_up((device, dtype, dtype, names, _PLAIN_FACTS, requested))
+            return plan, (x, w1, b1, w2, b2, plan.code, None, None, None, None, None, None)
 
     validation.check_input(x)
     validation.check_mlp(x, w1, b1, w2, b2)

@@ -291,18 +291,19 @@ def _forward(
     lengths: Tensor | None = None,
 ) -> Tensor:
     """The forward op of one of the plain Functions, keeping what its backward needs."""
-    needs = _needs(ctx.needs_input_grad)
+    needed = ctx.needs_input_grad
+    needs = _needs(needed)
     y, saved, mask = op(
         x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths,
         options, needs != 0,
     )  # fmt: skip
     ctx.options = options
     ctx.needs = needs
-    ctx.arguments = len(ctx.needs_input_grad)
+    ctx.arguments = len(needed)
+    kept = residual if residual is not None and _keeps_residual(options) else None
     ctx.save_for_backward(
-        x, w1, b1, w2, b2, residual if _keeps_residual(options) else None, alpha, beta,
-        affine_scale, affine_shift, lengths, saved, mask,
-    )  # fmt: skip
+        x, w1, b1, w2, b2, kept, alpha, beta, affine_scale, affine_shift, lengths, saved, mask
+    )
     result: Tensor = y
     return result
 

@@ -65,6 +65,8 @@ _HUGE = (
     f"images of more than {_MOST_ELEMENTS:,} elements, {_MOST_POSITIONS:,} positions or "
     f"{_MOST_CHANNELS:,} channels"
 )
+#: Images of so many elements are not, whatever their shape: nearly all images there are.
+NEVER_HUGE = min(_MOST_POSITIONS, _MOST_CHANNELS, _MOST_ELEMENTS)
 
 
 def is_huge(x: Tensor) -> bool:
@@ -73,7 +75,7 @@ def is_huge(x: Tensor) -> bool:
     channels, elements = x.shape[1], 1
     for extent in x.shape[1:]:
         elements *= extent
-    if elements <= _MOST_CHANNELS:  # nearly always
+    if elements <= NEVER_HUGE:
         return False
     too_many = elements > _MOST_ELEMENTS or channels > _MOST_CHANNELS
     return too_many or elements > channels * _MOST_POSITIONS

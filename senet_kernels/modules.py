@@ -47,7 +47,7 @@ def _not_plain(layer: nn.Module) -> str | None:
     """
     if type(layer) is nn.Conv2d:
         ordinary = layer.groups == 1 and layer.padding in _NO_PADDING
-        if not ordinary or layer.weight.shape[2:] != (1, 1):
+        if not ordinary or layer.kernel_size != (1, 1):
             return "is not a plain 1x1 convolution"
     elif type(layer) is not _TiedConv2d:
         return f"is a {type(layer).__name__}"
@@ -65,6 +65,12 @@ def _not_plain(layer: nn.Module) -> str | None:
 
 
 _NO_PADDING = ((0, 0), "valid", "same")
+
+
+def _own(layer: nn.Module, name: str) -> Any:
+    """``getattr(layer, name)``, which is slow to find a parameter: it looks elsewhere first."""
+    parameter = layer._parameters.get(name)
+    return getattr(layer, name) if parameter is None else parameter
 
 
 class FusedSEBlock(nn.Module):
@@ -175,7 +181,8 @@ class FusedSEBlock(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """``[B, C, *spatial] -> [B, C, *spatial]``; see :func:`senet_kernels.squeeze_excite`."""
-        fc1, fc2 = self.fc1, self.fc2
+        fc1: Any = self._modules.get("fc1")
+        fc2: Any = self._modules.get("fc2")
         if fc2 is None:
             return self._scale_and_shift(x, residual, lengths)
         for name, layer in (("fc1", fc1), ("fc2", fc2)):
@@ -183,10 +190,11 @@ class FusedSEBlock(nn.Module):
             if reason is not None:
                 dispatch.only_reference(f"this block: its child {name} {reason}", self.backend)
                 return self._layer_by_layer(x, residual, lengths)
-        w1, b1 = (None, None) if fc1 is None else (fc1.weight, fc1.bias)
-        w2 = fc1.weight.flatten(1).t() if type(fc2) is _TiedConv2d else fc2.weight
+        w1 = None if fc1 is None else _own(fc1, "weight")
+        b1 = None if fc1 is None else _own(fc1, "bias")
+        w2 = fc1.weight.flatten(1).t() if type(fc2) is _TiedConv2d else _own(fc2, "weight")
         return api.squeeze_excite(
-            x, w1, b1, w2, fc2.bias,
+            x, w1, b1, w2, _own(fc2, "bias"),
             activation=self.activation, gate=self.gate, before=self.before, after=self.after,
             residual=residual, alpha=self.alpha, beta=self.beta, lengths=lengths,
             backend=self.backend,

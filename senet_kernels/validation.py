@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .features import NEVER_HUGE
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -91,15 +93,16 @@ def check_mlp(x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any) -> None:
 def is_ordinary(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> bool:
     """Whether these are plainly legal: two layers with biases, one dtype, one device, 4-D x.
 
-    A quick yes for what ``check_input``, ``check_mlp`` and ``check_same_dtype`` accept: on a small
-    call they cost as much as the kernel.
+    A quick yes for what ``check_input``, ``check_mlp`` and ``check_same_dtype`` accept and
+    ``features.is_huge`` does not call huge: on a small call they cost as much as the kernel.
     """
     try:
         dtype, device, strided = x.dtype, x.device, torch.strided
-        batch, channels, _, _ = x.shape
+        _, channels, height, width = x.shape
         hidden = w2.shape[1]
         return (
             dtype in DTYPES
+            and channels * height * width <= NEVER_HUGE
             and w1.shape in ((hidden, channels), (hidden, channels, 1, 1))
             and w2.shape in ((channels, hidden), (channels, hidden, 1, 1))
             and b1.shape == (hidden,)

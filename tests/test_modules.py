@@ -283,6 +283,22 @@ def test_changed_children_are_really_called() -> None:
     torch.testing.assert_close(block(x), right(x), rtol=1e-5, atol=1e-5)
 
 
+def test_weights_that_are_no_parameters() -> None:
+    """A weight made elsewhere, by a hypernetwork say, in the place of a parameter."""
+    block, right = FusedSEBlock(8, hidden=4), _HandWritten(8, 4)
+    x, weights = torch.randn(2, 8, 3, 5), {}
+    for name in ("fc1", "fc2"):
+        weights[name] = torch.randn_like(getattr(block, name).weight).requires_grad_()
+        for layer in (getattr(block, name), getattr(right, name)):
+            del layer.weight
+            layer.weight = weights[name] * 2
+        getattr(right, name).bias = getattr(block, name).bias
+    y = block(x)
+    torch.testing.assert_close(y, right(x), rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert all(w.grad is not None and w.grad.any() for w in weights.values())
+
+
 @pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
 def test_explicit_backend_of_a_hooked_block(backend: BackendCase) -> None:
     """A backend asked for by name runs or raises; it does not silently become layer by layer."""
