@@ -15,8 +15,9 @@ NEWER := build/triton38
 MODELS ?= timm==1.0.31 transformers==5.23.0
 MODELS_ALONE ?= torchvision==0.28.0 monai==1.6.1 segmentation-models-pytorch==0.6.0
 # A CUDA compiler from PyPI, where `make test` finds none: the kernels are compiled, and run on the
-# CPU, on machines without a GPU too.
-NVCC ?= nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-cccl nvidia-cuda-runtime
+# CPU, on machines without a GPU too. Beside a torch with CUDA libraries it has to be of their release.
+NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
+	nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96
 VENV := .venv
 export SENET_KERNELS_BUILD ?= auto
 # The gate tests the native kernels; that they were not built is a failure unless asked for.
@@ -178,7 +179,9 @@ $(STAMPS)/nvcc: | $(STAMPS)/torch
 	  if [[ -n "$${CUDA_HOME:-}" ]] || command -v nvcc >/dev/null; then echo '    already there'; \
 	  elif [[ '$(SENET_KERNELS_BUILD)' != auto && '$(SENET_KERNELS_BUILD)' != cuda ]]; then \
 	    echo '    not wanted'; exit 0; \
-	  else $(PY) $(PIP) $(foreach wheel,$(NVCC),'$(wheel)') || echo '    not installed'; fi; touch $@; }
+	  else release="$$($(PY) -c 'import torch; print(torch.version.cuda or "")')"; wheels='$(NVCC)'; \
+	    if [[ -n "$$release" ]]; then wheels="$$(sed -E "s/==[^ ]*/==$$release.*/g" <<< "$$wheels")"; fi; \
+	    set -f; $(PY) $(PIP) $$wheels || echo '    not installed'; fi; touch $@; }
 
 $(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(NEWER)/stamp $(STAMPS)/nvcc
 	@echo '==> senet_kernels[test,lint,train,docs], native: $(SENET_KERNELS_BUILD)'; time { \
