@@ -49,7 +49,9 @@ class Learner:
         last = options.channels_last and processes.kind != "fsdp2"
         model.to(processes.device, self.dtype)
         if last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # Older releases' type stubs do not know this argument.
+            layout: dict[str, Any] = {"memory_format": torch.channels_last}
+            model.to(**layout)
         self.frozen_norms = freeze(model, stage.freeze, options.freeze_bn)
         #: Without DDP's wrapper, which in testing would only add communication.
         self.core = model
