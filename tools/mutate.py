@@ -158,6 +158,7 @@ class Tree:
         """What failed first, None where nothing did; and the processor time taken."""
         environment = {
             "OMP_NUM_THREADS": "1", "SENET_KERNELS_ISA": self.isa, "PYTHONPATH": str(self.root),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.root / "build" / "inductor"),
             **stage.environment,
         }  # fmt: skip
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
