@@ -59,24 +59,25 @@ def _make_plan(
 
 
 # Known not to be made of other tensors without a call, which takes time.
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # What a Call says of a plain call of the whole operation, beyond device, dtypes and names.
 _PLAIN_FACTS = ("two layers", False, False, False, False, False, False, False, None)
 
 
-def _subclass(t: Tensor) -> str | None:
-    """The name of a tensor subclass made of other tensors (a DTensor, a quantised weight): it knows
-    what PyTorch's operators mean to it, and nothing of ours."""
-    of: type = type(t)
-    if of in _PLAIN_TYPES:
-        return None
-    wraps: bool = is_traceable_wrapper_subclass(t)
-    return of.__name__ if wraps else None
+def _subclass(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """The name of a tensor subclass among these that is made of other tensors (a DTensor, a
+    quantised weight): it knows what PyTorch's operators mean to it, and nothing of ours."""
+    for t in tensors:
+        of: type = type(t)
+        wraps: bool = of not in _PLAIN_TYPES and is_traceable_wrapper_subclass(t)
+        if wraps:
+            return of.__name__
+    return None
 
 
 def _resolve(
     form: str,
-    x: Tensor,
+    tensors: tuple[Tensor | None, ...],
     parameter: Tensor,
     shift: bool,
     names: tuple[str | None, str | None, str | None, str | None],
@@ -88,7 +89,9 @@ def _resolve(
     inplace: bool,
     backend: str | None,
 ) -> _Plan:
-    """The plan for a call: its kind, looked up."""
+    """The plan for a call with these tensors, x first: its kind, looked up."""
+    x = tensors[0]
+    assert x is not None
     kind = (
         x.device.type,
         x.dtype,
@@ -103,7 +106,7 @@ def _resolve(
             residual is not None,
             inplace,
             features.is_huge(x),
-            _subclass(x) or _subclass(parameter),
+            _subclass(tensors),
         ),
         dispatch.requested_backend(backend),
     )
@@ -125,21 +128,27 @@ def _look_up(kind: tuple[Any, ...]) -> _Plan:
 
 
 def _autocast(
-    x: Tensor, parameters: dict[str, Tensor | None], residual: Tensor | None
+    x: Tensor,
+    parameters: dict[str, Tensor | None],
+    residual: Tensor | None,
+    *steps: torch.dtype | Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor | None], Tensor | None]:
     """Inputs as an eager block under autocast would promote them.
 
-    The output has the dtype eager gives (fp32 x stays fp32; fp16 x under bf16 autocast becomes
-    fp32); parameters in float32 are used as they are rather than rounded. float64 is left alone,
-    as autocast leaves it.
+    The output has the dtype that eager's steps lead to (``steps``: what meets x on the way): fp32 x
+    stays fp32; fp16 x under bf16 autocast becomes fp32. Parameters in float32 are used as they
+    are rather than rounded. float64 is left alone, as autocast leaves it.
     """
     everything = {**parameters, "residual": residual}
     if any(t is not None and t.dtype == torch.float64 for t in (x, *everything.values())):
         validation.check_same_dtype(x, everything)
         return x, parameters, residual
-    dtype = torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type))
+    dtype = x.dtype
+    for step in (*steps, residual):
+        if step is not None:
+            met = step if isinstance(step, torch.dtype) else step.dtype
+            dtype = torch.promote_types(dtype, met)
     if residual is not None:
-        dtype = torch.promote_types(dtype, residual.dtype)
         residual = residual.to(dtype)
     return x.to(dtype), _together(dtype, parameters), residual
 
@@ -187,8 +196,7 @@ def _prepare(
         and lengths is None
         and not inplace
         and validation.is_ordinary(x, w1, b1, w2, b2)
-        and type(x) in _PLAIN_TYPES
-        and type(w2) in _PLAIN_TYPES
+        and _PLAIN_TYPES.issuperset((type(x), type(w1), type(b1), type(w2), type(b2)))
     ):
         device, dtype = x.device.type, x.dtype
         if not reference.autocast_is_on(device):
@@ -220,10 +228,11 @@ def _prepare(
 
     given = x
     if reference.autocast_is_on(x.device.type):
-        x, parameters, residual = _autocast(x, parameters, residual)
-        w1, b1, w2, b2, *rest = parameters.values()  # type: ignore[assignment]
-        if rest:
-            alpha, beta, affine_scale, affine_shift = rest
+        of_mlp = torch.get_autocast_dtype(x.device.type)
+        x, parameters, residual = _autocast(x, parameters, residual, of_mlp, alpha, beta)
+        w1, b1, w2, b2, *more = parameters.values()  # type: ignore[assignment]
+        if more:
+            alpha, beta, affine_scale, affine_shift = more
     else:
         validation.check_same_dtype(x, parameters)
         if residual is not None:
@@ -243,14 +252,13 @@ def _prepare(
         validation.check_inplace(given, others)
 
     form = "two layers" if w1 is not None else "single layer (w1=None)"
+    layers = (x, w1, b1, w2, b2)
+    rest = (residual, alpha, beta, affine_scale, affine_shift, lengths)
     plan = _resolve(
-        form, x, w2, w2.shape[0] != x.shape[1], names, residual, alpha, beta, before_affine,
-        lengths, inplace, backend,
+        form, (*layers, *rest), w2, w2.shape[0] != x.shape[1], names, residual, alpha, beta,
+        before_affine, lengths, inplace, backend,
     )  # fmt: skip
-    arguments = (
-        x, w1, b1, w2, b2, plan.code, residual, alpha, beta, affine_scale, affine_shift, lengths,
-    )  # fmt: skip
-    return plan, arguments
+    return plan, (*layers, plan.code, *rest)
 
 
 def squeeze_excite(
@@ -316,7 +324,9 @@ def squeeze_excite(
             the reference, whatever was chosen: no kernel carries tangents.
 
     Returns:
-        y, with the shape, dtype and strides eager PyTorch gives: those of x.
+        y, with the shape, dtype and strides eager PyTorch gives: those of x. Under autocast its
+        dtype is what x, the MLP's autocast dtype, alpha, beta and residual promote to
+        (``before_affine`` stands for a BatchNorm, which keeps the dtype of x).
 
     Raises:
         TypeError: an argument is of the wrong kind, or dtypes mix outside autocast.
@@ -420,11 +430,11 @@ def squeeze(
         parameter = affine_scale
     if lengths is not None:
         validation.check_lengths(x, lengths)
+    arguments = (x, affine_scale, affine_shift, lengths)
     plan = _resolve(
-        "squeeze alone", x, parameter, False, (None, None, before, None), None, None, None,
+        "squeeze alone", arguments, parameter, False, (None, None, before, None), None, None, None,
         before_affine, lengths, False, backend,
     )  # fmt: skip
-    arguments = (x, affine_scale, affine_shift, lengths)
     if _is_reference(plan):
         return reference.squeeze_flat(plan.options, *arguments)
     chosen = plan.choice.backend
@@ -467,7 +477,8 @@ def channel_scale(
         backend: as in :func:`squeeze`.
 
     Returns:
-        y, like x. Differentiable, twice.
+        y, like x; under autocast in the dtype that x, u, alpha, beta and residual promote to.
+        Differentiable, twice.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
@@ -499,17 +510,17 @@ def channel_scale(
     if residual is not None:
         validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
     if reference.autocast_is_on(x.device.type):
-        x, tensors, residual = _autocast(x, tensors, residual)
+        x, tensors, residual = _autocast(x, tensors, residual, u, alpha, beta)
     else:
         validation.check_same_dtype(x, {**tensors, "residual": residual})
     given, *rest = tensors.values()
     assert given is not None
-    plan = _resolve(
-        "channel_scale alone", x, given, u.shape[1] != channels, (None, gate, before, after),
-        residual, alpha, beta, before_affine, None, False, backend,
-    )  # fmt: skip
     alpha, beta, affine_scale, affine_shift = rest
     arguments = (x, given, residual, alpha, beta, affine_scale, affine_shift)
+    plan = _resolve(
+        "channel_scale alone", arguments, given, u.shape[1] != channels,
+        (None, gate, before, after), residual, alpha, beta, before_affine, None, False, backend,
+    )  # fmt: skip
     if _is_reference(plan):
         return reference.channel_scale_flat(plan.options, *arguments)
     chosen = plan.choice.backend

@@ -14,6 +14,7 @@ from functools import partial, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from . import api, dispatch
 from .forms import Form, Mlp, Refusal, changed, find, one_line, watched
@@ -162,6 +163,8 @@ _CLASSES: dict[type[nn.Module], type[_Fused]] = {}
 
 def _fused_class(original: type[nn.Module]) -> type[_Fused]:
     if original not in _CLASSES:
+        if issubclass(original, GraphModule):
+            raise Refusal("it is a traced graph, of a class of its own: fuse before tracing")
 
         @wraps(original.forward)
         def forward(self: _Fused, *args: Any, **kwargs: Any) -> Any:
@@ -277,11 +280,13 @@ def fuse_se_blocks(
     Recognised are the modules of timm, torchvision, transformers, MONAI,
     segmentation-models-pytorch, fvcore and speechbrain, by their exact classes, and any other
     module that consists of an excitation's two layers and is shown on random numbers to compute
-    the operation. Parameter objects, names, state_dict keys, hooks on the module, train flag,
-    ``isinstance``, deepcopy and pickle stay as they are (``type(m)`` becomes a subclass); inlined
-    blocks that are no module of their own are not found. A child that gets a hook, a
-    parametrization or a replacement later makes its block run its original forward; flags of the
-    module itself that are changed later are not noticed: fuse after changing them.
+    the operation (what a forward would do for extents or values that were not tried is not seen:
+    leave a module that branches on them out by ``filter_fn``). Parameter objects, names,
+    state_dict keys, hooks on the module, train flag, ``isinstance``, deepcopy and pickle stay as
+    they are (``type(m)`` becomes a subclass); inlined blocks that are no module of their own are
+    not found. A child that gets a hook, a parametrization or a replacement later makes its block
+    run its original forward; flags of the module itself that are changed later are not noticed:
+    fuse after changing them.
 
     Args:
         model: any module; it may itself be a squeeze-and-excitation module.

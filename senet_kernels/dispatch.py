@@ -8,7 +8,7 @@ those in ``ONLY_BY_NAME``. A backend chosen explicitly never falls back: it runs
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
@@ -123,8 +123,8 @@ def only_reference(what: str, argument: str | None) -> None:
 def use_backend(backend: str | None) -> Iterator[None]:
     """Run the calls inside on one backend, or raise where it cannot.
 
-    Process-wide, like ``torch.backends`` flags; ``None`` and ``"auto"`` restore the automatic
-    choice. Under ``torch.compile`` a change recompiles.
+    Process-wide, like ``torch.backends`` flags, and so not for several threads at once; ``None``
+    and ``"auto"`` restore the automatic choice. Under ``torch.compile`` a change recompiles.
 
     Raises:
         ValueError: no such backend.
@@ -139,8 +139,8 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _forced = outer
 
 
-class Backends:
-    """What :func:`backends` returns: usable as a mapping, readable when printed.
+class Backends(Mapping[str, bool]):
+    """What :func:`backends` returns: a mapping that is readable when printed.
 
     ``available`` maps each backend's name to True or False, ``reasons`` an unavailable one's name
     to why.
@@ -165,6 +165,9 @@ class Backends:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.available)
+
+    def __len__(self) -> int:
+        return len(self.available)
 
     def __repr__(self) -> str:
         lines = [

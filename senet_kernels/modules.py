@@ -150,6 +150,7 @@ class FusedSEBlock(nn.Module):
         self.gate = check_name("gate", gate)
         self.before = check_name("before", before)
         self.after = check_name("after", after)
+        dispatch.check_backend_name(backend, "backend")
         self.backend = backend
         outputs = 2 * channels if scale_and_shift else channels
         # Any: what a user puts in the place of a layer is called as it is.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .features import NEVER_HUGE
 
@@ -21,6 +22,8 @@ def check_tensor(name: str, t: Any) -> None:
     """``t`` must be a dense tensor of a supported floating dtype."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
     if t.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {t.layout}")
     if t.dtype not in DTYPES:
@@ -111,7 +114,7 @@ def is_ordinary(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> bool:
             and x.layout is w1.layout is w2.layout is b1.layout is b2.layout is strided
             and device == w1.device == w2.device == b1.device == b2.device
         )
-    except (AttributeError, IndexError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, ValueError):  # nested: RuntimeError
         return False
 
 
@@ -141,6 +144,8 @@ def check_lengths(x: Tensor, lengths: Any) -> None:
         and lengths.numel()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()  # tracing: there may be no values
+        and not isinstance(lengths, FakeTensor)
     ):
         low, high = (int(v) for v in torch.aminmax(lengths))
         positions = x.shape[2:].numel()
@@ -185,6 +190,8 @@ def check_inplace(x: Tensor, others: dict[str, Tensor | None]) -> None:
     # the result is made apart and copied over x.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
+    if x.is_neg():
+        raise ValueError("inplace: expected an x in memory as it is, got a lazily negated view")
     storage = x.untyped_storage().data_ptr()
     for name, t in others.items():
         if t is not None and t.numel() and t.untyped_storage().data_ptr() == storage:

@@ -321,6 +321,21 @@ def test_wrapper_subclass(backend: BackendCase, wrapper: type[_Logging]) -> None
     torch.testing.assert_close(y.inner, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["x", "w1", "b1", "w2", "b2", "residual", "alpha", "beta"])
+def test_one_wrapper_subclass_among_plain_tensors(name: str) -> None:
+    """A model with one layer quantised, say."""
+    problem = build(Spec(residual="contiguous", weighted=True))
+    right = problem.call(squeeze_excite)
+    tensor = problem.tensors[name]
+    assert tensor is not None
+    wrapped: dict[str, Tensor | None] = {**problem.tensors, name: _Quantised(tensor)}
+    y = problem.call(squeeze_excite, wrapped)
+    assert isinstance(y, _Quantised)
+    torch.testing.assert_close(y.inner, right, rtol=1e-5, atol=1e-6)
+    with pytest.raises(senet_kernels.BackendUnavailableError, match="class _Quantised"):
+        problem.call(squeeze_excite, wrapped, backend="native")
+
+
 @each_backend
 def test_gradient_scaler_sees_overflow(backend: BackendCase) -> None:
     """An overflowing gradient comes out as Inf or NaN, so that GradScaler skips the step."""

@@ -447,6 +447,16 @@ def test_compile_export_and_fx() -> None:
     torch.testing.assert_close(traced(x), expected)
 
 
+def test_traced_graphs_are_refused() -> None:
+    """A GraphModule makes a class of its own whenever it is copied or pickled."""
+    traced = torch.fx.symbolic_trace(SELayer(8, 4))
+    report = fuse_se_blocks(traced)
+    assert not report.replaced
+    assert "fuse before tracing" in report.refused[0].note
+    x = torch.randn(2, 8, 3, 5)
+    assert torch.equal(copy.deepcopy(traced)(x), traced(x))
+
+
 def test_refusals_of_known_classes() -> None:
     timm = library("timm")
     layers = timm.layers

@@ -118,6 +118,13 @@ def test_environment_variable(value: str | None) -> None:
     assert done.stdout.split() == [expected, "reference", "reference"]
 
 
+def test_backends_are_a_mapping() -> None:
+    there = dict(backends())
+    assert list(there) == list(ORDER)
+    assert len(backends()) == len(ORDER)
+    assert there["reference"] is True
+
+
 def test_environment_variable_is_checked() -> None:
     done = _with_environment("gpu")
     assert done.returncode != 0

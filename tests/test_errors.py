@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +137,15 @@ def test_message_names_argument_expectation_and_value(case: str, grad: bool) -> 
         assert t.layout != torch.strided or torch.equal(t, old)
 
 
+def test_nested_tensors_are_refused() -> None:
+    images = [torch.randn(_C, 3, width) for width in (5, 7)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are a prototype
+        ragged = torch.nested.nested_tensor(images)
+    with pytest.raises(TypeError, match=r"^x: expected a dense tensor, got a nested one"):
+        squeeze_excite(**{**_legal(), "x": ragged})
+
+
 @pytest.mark.parametrize("case", _BAD)
 def test_explain_refuses_what_the_call_refuses(case: str) -> None:
     change, exception, words = _BAD[case]
@@ -160,6 +170,7 @@ def _inplace_bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "residual is x": ({"x": x, "residual": x}, ValueError, "residual"),
         "residual overlaps x": ({"x": ring[:240].view_as(x), "residual": ring[1:].view_as(x)},
                                 ValueError, "residual"),
+        "negated view": ({"x": (x * 1j).conj().imag}, ValueError, "negated"),
         "w1 shares memory": ({"x": half_x, "w1": w_inside}, ValueError, "w1"),
     }  # fmt: skip
 

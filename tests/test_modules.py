@@ -146,6 +146,11 @@ def test_hidden_width() -> None:
     assert FusedSEBlock(64, scale_and_shift=True).fc2.weight.shape == (128, 4, 1, 1)
 
 
+def test_backend_is_one_there_is() -> None:
+    with pytest.raises(ValueError, match=r"^backend: expected one of auto, .*'cudnn'"):
+        FusedSEBlock(8, backend="cudnn")
+
+
 def test_alpha_and_beta_only_when_enabled() -> None:
     assert list(FusedSEBlock(8).state_dict()) == [
         "fc1.weight",

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from backend_cases import FUSED_BACKENDS, BackendCase
 from problems import HALVES, LAYOUTS, TENSORS, Problem, Spec, build
-from senet_kernels import ops, pack_options
+from senet_kernels import ops, pack_options, squeeze_excite
 from senet_kernels.autograd import inplace_op
 
 each_fused = pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
@@ -249,3 +250,18 @@ def test_schemas_and_fakes_need_no_library(name: str) -> None:
         assert mask.dtype == torch.uint8
         grads = backward(x, *args[:-2], saved, mask, args[-2], ALL_NEEDS)
         assert len(grads) == ops.GRADIENTS
+
+
+def test_lengths_are_not_read_where_there_are_none() -> None:
+    """Under fake tensors and tracers lengths have no values to check."""
+    x, w, lengths = torch.randn(2, 8, 3, 5), torch.randn(8, 8), torch.tensor([3, 15])
+
+    def call(x: Tensor, w: Tensor, lengths: Tensor) -> Tensor:
+        return squeeze_excite(x, None, None, w, None, lengths=lengths)
+
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (x, w, lengths)]
+        assert call(*fakes).shape == x.shape
+    for way in ("real", "fake", "symbolic"):
+        traced = make_fx(call, tracing_mode=way)(x, w, lengths)
+        torch.testing.assert_close(traced(x, w, lengths), call(x, w, lengths))

@@ -17,7 +17,14 @@ from torch.func import vmap as torch_vmap
 import oracle
 from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase
 from problems import HALVES, Problem, Spec, build
-from senet_kernels import FusedSEBlock, NativeSEFunction, pack_options, squeeze_excite
+from senet_kernels import (
+    FusedSEBlock,
+    NativeSEFunction,
+    channel_scale,
+    pack_options,
+    squeeze,
+    squeeze_excite,
+)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
 
@@ -280,6 +287,40 @@ def test_autocast_gives_eagers_dtype(
                 assert leaf.grad is not None, f"{where}: {name}"
                 assert leaf.grad.dtype == leaf.dtype, f"{where}: {name}"
                 assert leaf.grad.isfinite().all(), f"{where}: {name}"
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@each_backend
+def test_autocast_of_a_weighted_sum_gives_eagers_dtype(
+    backend: BackendCase, autocast: torch.dtype
+) -> None:
+    for x_dtype, parameters in itertools.product(_DTYPES, _DTYPES):
+        block = FusedSEBlock(8, 4, weighted_sum=True, device=backend.device, dtype=parameters)
+        x = torch.randn(2, 8, 3, 5, device=backend.device, dtype=x_dtype)
+        with torch.autocast(backend.device, autocast):
+            g = block.fc2(block.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+            eager = block.alpha[:, None, None] * x + block.beta[:, None, None] * (g * x)
+            ours = block(x)
+        assert ours.dtype == eager.dtype, f"{x_dtype} x, {parameters} parameters"
+        torch.testing.assert_close(ours.float(), eager.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@each_backend
+def test_autocast_of_halves_gives_eagers_dtype(backend: BackendCase, autocast: torch.dtype) -> None:
+    """No half has a layer: what it is given decides."""
+    for x_dtype, other in itertools.product(_DTYPES, _DTYPES):
+        x = torch.randn(2, 8, 3, 5, device=backend.device, dtype=x_dtype)
+        u, alpha = (torch.randn(s, device=backend.device, dtype=other) for s in ((2, 8), (8,)))
+        with torch.autocast(backend.device, autocast):
+            assert squeeze(x).dtype == x_dtype
+            scaled = channel_scale(x, u, gate="sigmoid")
+            weighted = channel_scale(x, u.to(x_dtype), alpha=alpha)
+            eager = x * u.sigmoid()[:, :, None, None]
+            eager_weighted = x * (alpha + u.to(x_dtype))[:, :, None, None]
+        assert scaled.dtype == eager.dtype, f"{x_dtype} x, {other} u"
+        assert weighted.dtype == eager_weighted.dtype, f"{x_dtype} x, {other} alpha"
+        torch.testing.assert_close(scaled.float(), eager.float(), rtol=0.05, atol=0.05)
 
 
 @each_backend
