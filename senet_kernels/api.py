@@ -48,7 +48,7 @@ def _make_plan(
     dtype: torch.dtype,
     param_dtype: torch.dtype,
     names: tuple[str | None, str | None, str | None, str | None],
-    facts: tuple[str, bool, bool, bool, bool, bool, bool, bool, str | None],
+    facts: tuple[str, bool, bool, bool, bool, bool, bool, bool, bool, str | None],
     requested: str,
 ) -> _Plan:
     options = Options(
@@ -61,7 +61,7 @@ def _make_plan(
 # Known not to be made of other tensors without a call, which takes time.
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # What a Call says of a plain call of the whole operation, beyond device, dtypes and names.
-_PLAIN_FACTS = ("two layers", False, False, False, False, False, False, False, None)
+_PLAIN_FACTS = ("two layers", False, False, False, False, False, False, False, False, None)
 
 
 def _subclass(tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -87,6 +87,7 @@ def _resolve(
     affine: Any,
     lengths: Tensor | None,
     inplace: bool,
+    wide: bool,
     backend: str | None,
 ) -> _Plan:
     """The plan for a call with these tensors, x first: its kind, looked up."""
@@ -106,6 +107,7 @@ def _resolve(
             residual is not None,
             inplace,
             features.is_huge(x),
+            wide,
             _subclass(tensors),
         ),
         dispatch.requested_backend(backend),
@@ -254,9 +256,11 @@ def _prepare(
     form = "two layers" if w1 is not None else "single layer (w1=None)"
     layers = (x, w1, b1, w2, b2)
     rest = (residual, alpha, beta, affine_scale, affine_shift, lengths)
+    outputs = w2.shape[0]
+    wide = features.is_wide(x, w2.shape[1], outputs, before_affine is not None)
     plan = _resolve(
-        form, (*layers, *rest), w2, w2.shape[0] != x.shape[1], names, residual, alpha, beta,
-        before_affine, lengths, inplace, backend,
+        form, (*layers, *rest), w2, outputs != x.shape[1], names, residual, alpha, beta,
+        before_affine, lengths, inplace, wide, backend,
     )  # fmt: skip
     return plan, (*layers, plan.code, *rest)
 
@@ -384,7 +388,7 @@ def explain(
         beta, lengths, inplace, backend,
     )  # fmt: skip
     chosen, passed_over = plan.choice
-    notes = dispatch.notes(chosen, arguments[0], arguments[1], arguments[3])
+    notes = dispatch.notes(chosen, plan.call, arguments[0], arguments[1], arguments[3])
     return Explanation(chosen, passed_over, plan.call, notes)
 
 
@@ -431,9 +435,10 @@ def squeeze(
     if lengths is not None:
         validation.check_lengths(x, lengths)
     arguments = (x, affine_scale, affine_shift, lengths)
+    wide = features.is_wide(x, 0, x.shape[1], before_affine is not None)
     plan = _resolve(
         "squeeze alone", arguments, parameter, False, (None, None, before, None), None, None, None,
-        before_affine, lengths, False, backend,
+        before_affine, lengths, False, wide, backend,
     )  # fmt: skip
     if _is_reference(plan):
         return reference.squeeze_flat(plan.options, *arguments)
@@ -517,9 +522,11 @@ def channel_scale(
     assert given is not None
     alpha, beta, affine_scale, affine_shift = rest
     arguments = (x, given, residual, alpha, beta, affine_scale, affine_shift)
+    wide = features.is_wide(x, 0, u.shape[1], before_affine is not None)
     plan = _resolve(
         "channel_scale alone", arguments, given, u.shape[1] != channels,
-        (None, gate, before, after), residual, alpha, beta, before_affine, None, False, backend,
+        (None, gate, before, after), residual, alpha, beta, before_affine, None, False, wide,
+        backend,
     )  # fmt: skip
     if _is_reference(plan):
         return reference.channel_scale_flat(plan.options, *arguments)

@@ -102,10 +102,10 @@ def choose(call: Call, requested: str) -> Choice:
     raise AssertionError("the reference takes every call")
 
 
-def notes(backend: str, x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
+def notes(backend: str, call: Call, x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
     """What ``backend`` has to say about how it would run a call of the whole operation."""
     say = getattr(_MODULES.get(backend), "notes", None)
-    return () if say is None else tuple(say(x, w1, w2))
+    return () if say is None else tuple(say(x, w1, w2, call.options.after, call.affine))
 
 
 def only_reference(what: str, argument: str | None) -> None:

@@ -69,6 +69,26 @@ _HUGE = (
 NEVER_HUGE = min(_MOST_POSITIONS, _MOST_CHANNELS, _MOST_ELEMENTS)
 
 
+# A block of the CUDA kernels has vectors of all hidden channels and of its share of the channels in
+# shared memory. Up to this many bytes, so weighed, there is a plan for every GPU since sm_75, which
+# has least; tests/test_launch_plans.py tries.
+_MOST_SHARED, HIDDEN_WEIGHS = 263_000, 13
+
+#: Channels, and hidden channels so weighed: two layers of no more are not wide, in any dtype.
+NEVER_WIDE = _MOST_SHARED // 8
+
+
+def is_wide(x: Tensor, inner: int, outputs: int, affine: bool) -> bool:
+    """Whether a call has more channels than the CUDA kernels have room for.
+
+    ``inner`` is R, C for a single layer, 0 for a half of the operation; ``outputs`` is C or 2C.
+    """
+    channels, size = x.shape[1], 8 if x.dtype == torch.float64 else 4
+    if outputs != channels:
+        inner *= 2
+    return size * (HIDDEN_WEIGHS * inner + outputs + affine * channels) > _MOST_SHARED
+
+
 def is_huge(x: Tensor) -> bool:
     """Whether an image of x is beyond what the kernels for a GPU count in."""
     # Not by x.numel(): torch.export would bind a dynamic batch to it.
@@ -96,6 +116,7 @@ class Call(NamedTuple):
     residual: bool
     inplace: bool
     huge: bool = False  # see is_huge
+    wide: bool = False  # see is_wide
     subclass: str | None = None  # whose operators are its own, see api._subclass
 
 
@@ -127,6 +148,8 @@ def missing_feature(backend: str, call: Call) -> str | None:
     column = COLUMNS.index((backend, call.device))
     if call.huge and (backend, call.device) != ("native", "cpu"):
         return f"it does not take {_HUGE}"
+    if call.wide and (backend, call.device) == ("native", "cuda"):
+        return "it does not take so many channels and hidden channels: they exceed shared memory"
     for name in required_features(call):
         if name not in FEATURES:
             return f"it does not support {name}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .features import NEVER_HUGE
+from .features import HIDDEN_WEIGHS, NEVER_HUGE, NEVER_WIDE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -97,7 +97,7 @@ def is_ordinary(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> bool:
     """Whether these are plainly legal: two layers with biases, one dtype, one device, 4-D x.
 
     A quick yes for what ``check_input``, ``check_mlp`` and ``check_same_dtype`` accept and
-    ``features.is_huge`` does not call huge: on a small call they cost as much as the kernel.
+    ``features`` calls neither huge nor wide: on a small call they cost as much as the kernel.
     """
     try:
         dtype, device, strided = x.dtype, x.device, torch.strided
@@ -106,6 +106,7 @@ def is_ordinary(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> bool:
         return (
             dtype in DTYPES
             and channels * height * width <= NEVER_HUGE
+            and channels + HIDDEN_WEIGHS * hidden <= NEVER_WIDE
             and w1.shape in ((hidden, channels), (hidden, channels, 1, 1))
             and w2.shape in ((channels, hidden), (channels, hidden, 1, 1))
             and b1.shape == (hidden,)

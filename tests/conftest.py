@@ -53,6 +53,7 @@ SIMULATED_CASES = {
     "test_pairs_of_choices": 100,
     "test_odd_shapes": 50,
     "test_blocks": 24,
+    "test_empty_extents": 49,
     # About threads of a CPU, and processes.
     "test_thread_counts": 0,
     "test_same_bits_in_fresh_processes": 0,

@@ -67,7 +67,7 @@ BLOCKS: tuple[dict[str, Any], ...] = (
     {"lengths": True, "before": "hardswish"},
     {"hidden": None, "before": "gelu"},
     {"residual": "channels_last", "after": "gelu", "dy_layout": "channels_last"},
-    {"bias": False, "weighted": True, "after": "relu"},
+    {"bias": False, "weighted": True, "after": "relu", "affine": True},
 )
 
 

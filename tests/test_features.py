@@ -176,23 +176,29 @@ def test_huge_images(backend: BackendCase, image: tuple[int, ...], huge: bool) -
     x = torch.zeros(1, device=backend.device).expand(1, *image)
     w = torch.zeros(1, device=backend.device).expand(image[0], image[0])
     answer = explain(x, w, None, w, None)
-    if not huge or (backend.name, backend.device) == ("native", "cpu"):
+    assert answer.call.huge == huge
+    column = (backend.name, backend.device)
+    wide = answer.call.wide and column == ("native", "cuda")
+    if column == ("native", "cpu") or not (huge or wide):
         assert answer.backend == backend.name
         return
+    reason = "images of more than" if huge else "so many channels"
     assert answer.backend == "reference"
-    assert "it does not take images of more than" in dict(answer.passed_over)[backend.name]
-    with pytest.raises(BackendUnavailableError, match="it does not take images of more than"):
+    assert f"it does not take {reason}" in dict(answer.passed_over)[backend.name]
+    with pytest.raises(BackendUnavailableError, match=f"it does not take {reason}"):
         squeeze_excite(x, w, None, w, None, backend=backend.name)
 
 
 @pytest.mark.parametrize("column", COLUMNS, ids=str)
-def test_huge_images_by_the_table(column: tuple[str, str]) -> None:
+def test_huge_and_wide_calls_by_the_table(column: tuple[str, str]) -> None:
     """Where the device is not here."""
     backend, device = column
     call = _call(build(_SPEC)).call._replace(device=device)
     assert missing_feature(backend, call) is None
     reason = missing_feature(backend, call._replace(huge=True))
     assert reason is None if device == "cpu" and backend == "native" else "images" in str(reason)
+    reason = missing_feature(backend, call._replace(wide=True))
+    assert "channels" in str(reason) if column == ("native", "cuda") else reason is None
 
 
 def test_explain_computes_nothing(record_ops: Callable[[], set[str]]) -> None:

@@ -163,9 +163,9 @@ class Stages:
     def kernels(self, backend: str) -> Callable[[float], Task]:
         return lambda seconds: Task(self._of_backend(backend), self.of_kernels)
 
-    def _pytest(self, name: str, *arguments: str) -> Task:
+    def _pytest(self, name: str, *arguments: str, slow: bool = False) -> Task:
         self._need_device("pytest")
-        which = "not gpu and not slow" if self.dry else "gpu and not slow"
+        which = f"{'not gpu' if self.dry else 'gpu'} and {'slow' if slow else 'not slow'}"
         command = [self.python, "-m", "pytest", "-m", which, "-p", "no:cacheprovider"]
         command += ["-p", "tools.resume_tests", "-v", "--durations=10", *arguments]
         note = []
@@ -185,6 +185,12 @@ class Stages:
         if self.dry:  # the gate runs the suite on a CPU anyway
             return self._pytest("suite", "tests/test_pointwise.py")
         return self._pytest("suite", "tests", "--ignore=tests/test_gpu.py")
+
+    def slow(self, seconds: float) -> Task:
+        if self.dry:
+            raise SkipStage("slow tests, and those of a CPU belong to make test-all")
+        # Tensors of more than 2^31 elements, the layers that the tests stage has left out.
+        return self._pytest("slow", "tests/test_gpu.py", slow=True)
 
     def sanitizer(self, tool: str, backend: str) -> Callable[[float], Task]:
         def prepare(seconds: float) -> Task:
@@ -272,6 +278,7 @@ class Stages:
             *sanitizers[2:],
             Stage("suite", 0.3, self.suite, **tested),
             Stage("bytes", 0.2, self.bytes, **timed),
+            Stage("slow", 0.3, self.slow, **tested),
             Stage("sweep", 0.4, self.sweep, **timed),
             Stage("report", 0.2, self.report, reserved=REPORT, always=True),
         ]

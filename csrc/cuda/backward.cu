@@ -22,7 +22,9 @@ const char* run_gradients(const BackwardLaunch& l, void* stream) {
   const bool two = s.form == Form::two_layers;
   const Fn none = Fn::identity;
   GradientsLaunch g{};
-  const int64_t n = s.batch, parts = l.plan.axis == Axis::space ? n * l.plan.blocks : n;
+  // Without channels the kernel has not run, and every product is an empty sum.
+  const int64_t n = s.channels > 0 ? s.batch : 0;
+  const int64_t parts = l.plan.axis == Axis::space ? n * l.plan.blocks : n;
   const void *du = l.du, *dh = l.dh, *ds = l.ds, *h = two ? a.h : a.z;
   // out, left, right, pitches, rows, columns, function of right, apply it, gates, pitch, images
   const auto vector = [none](void* out, const void* right, int length, int64_t images) {

@@ -88,8 +88,8 @@ const Host& cuda_host() {
 }
 
 std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
-  STD_TORCH_CHECK(call.size() == 10 && (device.size() == 1 || device.size() == 8),
-                  "native_plan: expected 10 numbers for the call, and 1 or 8 for the device");
+  STD_TORCH_CHECK(call.size() == 12 && (device.size() == 1 || device.size() == 8),
+                  "native_plan: expected 12 numbers for the call, and 1 or 8 for the device");
   const auto number = [](int64_t v) { return static_cast<int>(v); };
   gpu::Device on;
   if (device.size() == 1) {
@@ -111,6 +111,9 @@ std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
   task.dtype = static_cast<DType>(call[7]);
   task.parameter_dtype = static_cast<DType>(call[8]);
   task.backward = task.needs_dx = call[9] != 0;
+  task.masks = !task.backward && call[10] != 0;
+  task.affine = call[11] != 0;
+  task.needs_daffine = task.backward && task.affine;
   task.aligned = true;
   return gpu::describe(gpu::make_plan(task, on, gpu::Policy{}));
 }

@@ -90,12 +90,21 @@ class Gpu(NamedTuple):
 
 
 def launch_plan(
-    x: Tensor, w1: Tensor | None, w2: Tensor, *, backward: bool = False, gpu: Gpu | None = None
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    *,
+    after: str = "identity",
+    affine: bool = False,
+    backward: bool = False,
+    gpu: Gpu | None = None,
 ) -> str:
-    """How the CUDA kernels would be launched for a plain call of the whole operation.
+    """How the CUDA kernels would be launched for a call of the whole operation.
 
     Args:
         x, w1, w2: as in ``squeeze_excite``; for a ``gpu`` that is not there, of any device.
+        after: ``"relu"`` may want a bit mask of x, in whole bytes a row.
+        affine: whether there is a ``before_affine``.
         backward: the backward pass up to ``dx`` instead of the forward pass.
         gpu: plan for this one; None is the device of x.
 
@@ -117,6 +126,8 @@ def launch_plan(
         _DTYPES.index(x.dtype),
         _DTYPES.index(w2.dtype),
         backward,
+        after == "relu",
+        affine,
     ]
     numbers = [int(v) for v in call]
     device = [x.device.index or 0] if gpu is None else [int(v) for v in gpu]
@@ -124,12 +135,15 @@ def launch_plan(
     return plan
 
 
-def notes(x: Tensor, w1: Tensor | None, w2: Tensor) -> list[str]:
+def notes(x: Tensor, w1: Tensor | None, w2: Tensor, after: str, affine: bool) -> list[str]:
     """How the CUDA kernels would be launched, for ``explain``."""
     if x.device.type != "cuda":
         return []
-    passes = {"forward": False, "backward": True}
-    return [f"{name}: {launch_plan(x, w1, w2, backward=way)}" for name, way in passes.items()]
+
+    def plan(backward: bool) -> str:
+        return launch_plan(x, w1, w2, after=after, affine=affine, backward=backward)
+
+    return [f"forward: {plan(False)}", f"backward: {plan(True)}"]
 
 
 def describe() -> str:

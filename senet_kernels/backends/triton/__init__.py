@@ -48,8 +48,9 @@ def describe() -> str:
     return f"Triton {version('triton')}, {how}"
 
 
-def notes(x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
-    """How a call with these tensors would be cut, and what stands in the way of a better cut."""
+def notes(x: Tensor, w1: Tensor | None, w2: Tensor, after: str, affine: bool) -> tuple[str, ...]:
+    """How a call with these tensors would be cut, and what stands in the way of a better cut. The
+    steps around it make no difference to that."""
     from . import operands, plan, tuning
 
     kind = operands.examine((x, w1, None, w2), 0)

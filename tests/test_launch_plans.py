@@ -1,0 +1,106 @@
+"""How the CUDA kernels would be launched on devices that need not be here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from senet_kernels import explain, features, squeeze_excite
+from senet_kernels.backends import native
+from senet_kernels.backends.native import Gpu, launch_plan
+
+pytestmark = pytest.mark.skipif(
+    bool(native.UNAVAILABLE or native.unavailable_on("cuda")),
+    reason="the library was built without CUDA kernels",
+)
+
+T4 = Gpu(75, 40, 65_536, 65_536, 1024)
+A100 = Gpu(80, 108, 166_912, 167_936)
+RTX_3090 = Gpu(86, 82, 101_376, 102_400, 1536)
+H100 = Gpu(90, 132, 232_448, 233_472)
+RTX_5090 = Gpu(120, 170, 101_376, 102_400, 1536)
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False) -> Tensor:
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.to(memory_format=torch.channels_last) if last else t
+
+
+def _plan(
+    gpu: Gpu, channels: int, hidden: int, side: int,
+    after: str = "identity", last: bool = False, backward: bool = False,
+) -> str:  # fmt: skip
+    x = _tensor(256, channels, side, side, last=last)
+    w1, w2 = _tensor(hidden, channels), _tensor(channels, hidden)
+    return launch_plan(x, w1, w2, after=after, backward=backward, gpu=gpu)
+
+
+def test_the_layers_of_se_resnet_50() -> None:
+    """An H100 keeps every image in one block's shared memory or a cluster's, for a single pass."""
+    for channels, hidden, side in ((256, 16, 56), (512, 32, 28), (1024, 64, 14), (2048, 128, 7)):
+        for last, backward in itertools.product((False, True), repeat=2):
+            plan = _plan(H100, channels, hidden, side, last=last, backward=backward)
+            assert "single pass" in plan, plan
+            assert "element by element" not in plan
+    assert "cluster of" in _plan(H100, 256, 16, 56)
+    assert "exchange through global memory" in _plan(A100, 256, 16, 56)  # it has no clusters
+
+
+def test_a_bit_mask_of_odd_rows_costs_the_vectors() -> None:
+    """What explain says is what is launched: 14x14 and 7x7 are no whole bytes of a mask."""
+    for side in (14, 7):
+        assert "single pass" in _plan(H100, 1024, 64, side)
+        with_mask = _plan(H100, 1024, 64, side, after="relu")
+        assert with_mask.endswith("two passes, element by element")
+        assert "single pass" in _plan(H100, 1024, 64, side, after="relu", last=True)
+
+
+def _least_that_is_wide(
+    single: bool, ratio: int, shift: bool, affine: bool, dtype: torch.dtype
+) -> int:
+    """The least C that is too wide for the CUDA kernels."""
+    low, high = 1, 1 << 20
+    while high - low > 1:
+        middle = (low + high) // 2
+        x = _tensor(1, middle, 1, 1, dtype=dtype)
+        inner = middle if single else max(1, middle // ratio)
+        wide = features.is_wide(x, inner, middle * (2 if shift else 1), affine)
+        low, high = (low, middle) if wide else (middle, high)
+    return high
+
+
+@pytest.mark.parametrize("gpu", [T4, A100, RTX_3090, H100, RTX_5090], ids=lambda g: g.capability)
+def test_what_is_not_too_wide_has_a_plan(gpu: Gpu) -> None:
+    forms = [(True, 1), (False, 1), (False, 4), (False, 1 << 20)]
+    for (single, ratio), shift, affine in itertools.product(forms, (False, True), (False, True)):
+        for dtype in (torch.bfloat16, torch.float64):
+            channels = _least_that_is_wide(single, ratio, shift, affine, dtype) - 1
+            hidden = channels if single else max(1, channels // ratio)
+            w1 = None if single else _tensor(hidden, channels, dtype=dtype)
+            w2 = _tensor(channels * (2 if shift else 1), hidden, dtype=dtype)
+            for last, backward, batch, side in itertools.product(
+                (False, True), (False, True), (1, 300), (1, 14)
+            ):
+                x = _tensor(batch, channels, side, side, dtype=dtype, last=last)
+                plan = launch_plan(x, w1, w2, affine=affine, backward=backward, gpu=gpu)
+                where = f"{list(x.shape)}, R={hidden}, {shift=}, {affine=}, {last=}, {backward=}"
+                assert not plan.startswith("no plan"), f"{where}: {plan}"
+
+
+def test_real_layers_are_not_wide() -> None:
+    """Nor is 65,537, which one test of launch grids is about; 20,000 by 20,000 is."""
+    for channels, hidden in ((7392, 1848), (3712, 232), (2688, 112), (65_537, 1)):
+        assert not features.is_wide(_tensor(1, channels, 1, 1), hidden, channels, affine=False)
+    assert features.is_wide(_tensor(1, 20_000, 1, 1), 20_000, 20_000, affine=False)
+
+
+def test_wide_calls_still_run_fused_on_the_cpu() -> None:
+    x, w1, w2 = torch.randn(1, 4, 3), torch.randn(30_000, 4), torch.randn(4, 30_000)
+    answer = explain(x, w1, None, w2, None)
+    assert answer.call.wide
+    assert answer.backend == "native"
+    y, right = (squeeze_excite(x, w1, None, w2, None, backend=b) for b in ("native", "reference"))
+    torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-4)
