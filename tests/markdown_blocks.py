@@ -64,6 +64,11 @@ def blocks(path: Path) -> list[Block]:
     ]
 
 
+def inline_code(path: Path) -> list[str]:
+    """What stands in backticks inside the text."""
+    return [token.content for token in _tokens(path) if token.type == "code_inline"]
+
+
 # ---- links ----
 
 
