@@ -16,15 +16,6 @@ from senet_kernels._libraries import load
 ORIGINAL, FUSED, NEIGHBOURS, WITHOUT = "original", "fused", "neighbours", "no-se"
 COMPILE, COMPILE_FUSED, COMPILE_WITHOUT = "compile", "compile-fused", "compile-no-se"
 VARIANTS = (ORIGINAL, FUSED, NEIGHBOURS, WITHOUT, COMPILE, COMPILE_FUSED, COMPILE_WITHOUT)
-DESCRIPTIONS = {
-    ORIGINAL: "the network as its library makes it",
-    FUSED: "`fuse_se_blocks(model)`",
-    NEIGHBOURS: "`fuse_se_blocks(model, neighbours=True)`",
-    WITHOUT: "the same network, every SE module replaced by `nn.Identity`",
-    COMPILE: "`torch.compile(model, dynamic=False)` of the original",
-    COMPILE_FUSED: "`torch.compile` of `neighbours`: our op inside",
-    COMPILE_WITHOUT: "`torch.compile` of `no-se`",
-}
 # What each is built from; a compiled variant is its base, compiled.
 BASE = {COMPILE: ORIGINAL, COMPILE_FUSED: NEIGHBOURS, COMPILE_WITHOUT: WITHOUT}
 

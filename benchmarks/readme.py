@@ -6,9 +6,10 @@ A file says itself what goes where. Between
     <!-- benchmark:end -->
 
 comes what the record, a path from the file's folder, gives: ``TABLE`` is ``layers``, ``models`` or
-``sweep`` for all there is to say, ``layers-short`` for means, losses and the first plot, or
-``models-short`` for times and price alone. ``--check`` changes nothing and only says whether the
-blocks are what the records give (exit code 1 if not).
+``sweep`` for all there is to say, ``layers-short`` for means, losses and the first plot,
+``layers-short-zh`` for the same in Chinese, or ``models-short`` for times and price alone.
+``--check`` changes nothing and only says whether the blocks are what the records give (exit code 1
+if not).
 """
 
 from __future__ import annotations
@@ -29,13 +30,35 @@ BLOCK = re.compile(
     r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+) -->\n).*?(<!-- benchmark:end -->)",
     re.DOTALL,
 )
-TABLES = ("layers", "layers-short", "models", "models-short", "sweep")
+TABLES = ("layers", "layers-short", "layers-short-zh", "models", "models-short", "sweep")
 MOST_LOSSES = 8
 MOST_LOSSES_IN_SHORT = 3
 NOTE = (
     "Geometric mean over the distinct layers of each network; (n/m): only n of m layers have the "
     "figure. Limit: the least traffic at the speed of `x.clone()` in the same run."
 )
+
+#: What the words of ``layers-short`` are in Chinese; figures, names and commands stay.
+CHINESE = (
+    (r"^Losses beyond 5 %, (\d+) in all: ", r"慢 5 % 以上的情形，共 \1 处："),
+    (r"; and (\d+) smaller ones in the record", r"；其余 \1 处较小的见记录"),
+    (r"^Nothing is slower than what it has to beat by more than 5 %", "没有一处比对手慢 5 % 以上"),
+    (r"\bforward\+backward\b", "前向+反向"),
+    (r"\bforward\b", "前向"),
+    (r"\bgraph built\b", "建图"),
+    (r"\bvs\b", "对"),
+    (r"\| layers \|", "| 层数 |"),
+    (r"\btime / limit\b", "时间 / limit"),
+    (r"\b(\d+) threads\b", r"\1 线程"),
+    (r"^!\[Speed-up per layer\]", "![各层的加速比]"),
+    (r"\.$", "。"),
+)
+
+
+def _in_chinese(text: str) -> str:
+    for pattern, chinese in CHINESE:
+        text = re.sub(pattern, chinese, text, flags=re.MULTILINE)
+    return text
 
 
 def _table(lines: Lines) -> list[str]:
@@ -112,7 +135,7 @@ def render(record: Record, table: str, images: Sequence[tuple[str, str]]) -> str
     out = [_stamp(record)]
     if table == "layers":
         out += _layers(record)
-    elif table == "layers-short":
+    elif table.startswith("layers-short"):
         out += _layers_short(record)
         images = images[:1]
     else:
@@ -151,6 +174,8 @@ def renewed(text: str, start: Path) -> str:
         if table.partition("-")[0] != record["kind"]:
             raise ValueError(f"{match['record']}: has {record['kind']}, {table} was asked for")
         body = render(record, table, _images(path, record, start))
+        if table.endswith("-zh"):
+            body = _in_chinese(body)
         return f"{match[1]}{body}\n{match[4]}"
 
     new, count = BLOCK.subn(block, text)

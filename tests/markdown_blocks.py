@@ -18,10 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import tomllib
 from markdown_it import MarkdownIt
 
 from senet_kernels import _libraries
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it there
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,6 +62,11 @@ def blocks(path: Path) -> list[Block]:
         for token in _tokens(path)
         if token.type == "fence"
     ]
+
+
+def inline_code(path: Path) -> list[str]:
+    """What stands in backticks inside the text."""
+    return [token.content for token in _tokens(path) if token.type == "code_inline"]
 
 
 # ---- links ----

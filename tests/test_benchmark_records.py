@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,21 @@ def test_numbers_in_a_record() -> None:
 # -- what people read ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "docs/performance.md"])
 def test_figures_are_those_of_the_records(name: str) -> None:
     text = (ROOT / name).read_text()
     assert readme.renewed(text, (ROOT / name).parent) == text, "run python -m benchmarks.readme"
+
+
+def test_a_block_in_chinese_has_the_same_figures() -> None:
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")]
+    english, chinese = (text.split("<!-- benchmark:")[1].split("-->", 1)[1] for text in texts)
+    figures = r"\d+(?:\.\d+)?×?"
+    assert re.findall(figures, english) == re.findall(figures, chinese)
+    assert set(re.findall(r"[a-z]{3,}", chinese)) < set(re.findall(r"[a-z]{3,}", english))
+    for word in ("forward", "threads", "layers |", "Speed-up"):
+        assert word in english
+        assert word not in chinese
 
 
 def test_readme_mistakes() -> None:

@@ -68,6 +68,73 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert not any(broken), [reason for reason in broken if reason]
 
 
+#: Written by commands, and not always there.
+GENERATED = ("benchmarks/results/local", "docs/reliability_results.json")
+
+
+def _missing_files(path: Path) -> list[str]:
+    """What a document names in backticks of the repository's folders, and is not there."""
+    folders = [
+        f.name for f in ROOT.iterdir() if f.is_dir() and f.name not in (".git", "build", "dist")
+    ]
+    word = re.compile(
+        rf"(?<![\w./-])(?:{'|'.join(map(re.escape, folders))})/[\w.{{}},*/-]*[\w}}*/]"
+    )
+    named = [name for text in markdown.inline_code(path) for name in word.findall(text)]
+    return [
+        name
+        for name in named
+        if not name.startswith(GENERATED)
+        and not all(list(ROOT.glob(one.rstrip("/"))) for one in _alternatives(name))
+    ]
+
+
+def _alternatives(name: str) -> list[str]:
+    """``{a,b}`` written out."""
+    found = re.search(r"\{([^{}]*)\}", name)
+    if not found:
+        return [name]
+    return [
+        whole
+        for one in found[1].split(",")
+        for whole in _alternatives(name[: found.start()] + one + name[found.end() :])
+    ]
+
+
+@of_every_document
+def test_files_named_in_backticks_exist(path: Path) -> None:
+    if path.name != "CHANGELOG.md":  # which names what was there
+        assert _missing_files(path) == []
+
+
+def test_files_that_are_gone_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`csrc/cuda/block.cuh`, `csrc/cuda/{plan,block}.cpp`, `python tests/test_gone.py -k x`,"
+        " `tools/gone_*.py`; but `csrc/cuda/plan.{cpp,h}`, `csrc/cuda/*.cuh`, `csrc/cpu/`,"
+        " `x/docs/y`, `benchmarks/results/local`, `python -m benchmarks`"
+    )
+    assert _missing_files(page) == [
+        "csrc/cuda/block.cuh", "csrc/cuda/{plan,block}.cpp", "tests/test_gone.py",
+        "tools/gone_*.py",
+    ]  # fmt: skip
+
+
+def test_every_environment_variable_is_documented() -> None:
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    table = page.partition("\n## Environment variables\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"SENET_KERNELS_[A-Z_]+", row)}
+    files = [ROOT / "setup.py", ROOT / "Makefile"]
+    files += [*(ROOT / "senet_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    read = {
+        name
+        for path in files
+        for name in re.findall(r"SENET_KERNELS_[A-Z_]*[A-Z]", path.read_text(encoding="utf-8"))
+    }
+    assert read == documented
+
+
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
 def test_support_table_is_what_dispatch_says(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")

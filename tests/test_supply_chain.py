@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -188,12 +189,16 @@ def test_dangers_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _pins() -> dict[str, str]:
-    pins = {}
+    pins: dict[str, str] = {}
+    markers: dict[str, set[str]] = {}
     for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines():
         if line and not line.startswith("#"):
-            match = re.fullmatch(r"([\w.-]+)==([\w.]+)( ; python_version >= \"3\.11\")?", line)
+            match = re.fullmatch(r"([\w.-]+)==([\w.]+)( ; python_version (>=|<) \"3\.11\")?", line)
             assert match, line
-            pins[match[1]] = match[2]
+            pins.setdefault(match[1], match[2])
+            markers.setdefault(match[1], set()).add(match[4] or "")
+    # Every Python has a version of each: one for all, or one below 3.11 and one from there on.
+    assert all(found in ({""}, {"<", ">="}) for found in markers.values()), markers
     return pins
 
 
@@ -201,6 +206,51 @@ def _name(requirement: str) -> str:
     found = re.match(r"[\w.-]+", requirement)
     assert found, requirement
     return found[0]
+
+
+def _unpinned(command: str, pins: dict[str, str]) -> list[str]:
+    """What a line of a workflow lets pip choose the version of."""
+    _, installs, rest = re.sub(r"\$\{\{.*?\}\}", "0", command).partition("pip install")
+    words = shlex.split(rest)
+    constrained = False
+    found = []
+    while installs and words:
+        word = words.pop(0)
+        if word in ("-c", "--constraint"):
+            constrained = words.pop(0) == ".ci/constraints.txt"
+        elif word in ("--index-url", "--extra-index-url"):
+            words.pop(0)
+        elif not word.startswith(("-", ".", "dist/")):
+            found.append(word)
+    return [w for w in found if not (re.search(r"==\d", w) or (constrained and _name(w) in pins))]
+
+
+def _workflow_lines() -> list[str]:
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    return [line for path in files for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("command", "unpinned"),
+    [("pip install build==1.6.1 twine", ["twine"]),
+     ("python -m pip install 'setuptools>=77' ninja", ["setuptools>=77", "ninja"]),
+     ("pip install -c .ci/constraints.txt build nothing-known", ["nothing-known"]),
+     ("pip install torch==${{ matrix.torch }} --index-url https://an.index/", []),
+     ("pip install -c .ci/constraints.txt build twine", []),
+     ("pip install --no-deps dist/*.whl", []), ("make test", [])],
+)  # fmt: skip
+def test_unpinned_tools_are_seen(command: str, unpinned: list[str]) -> None:
+    assert _unpinned(f"      - run: {command}", _pins()) == unpinned
+
+
+def test_what_workflows_install_is_pinned() -> None:
+    pins = _pins()
+    lines = _workflow_lines()
+    assert sum("pip install" in line for line in lines) >= 4
+    assert [word for line in lines for word in _unpinned(line, pins)] == []
+    # What `python -m build` installs for itself is read from here.
+    isolated = [x for x in lines if "-m build" in x and "--no-isolation" not in x]
+    assert all("PIP_CONSTRAINT=" in line for line in isolated)
 
 
 def test_what_ci_installs_is_pinned() -> None:

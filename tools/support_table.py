@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.readme import renew_files
 from senet_kernels import dispatch, features
@@ -125,8 +124,8 @@ def table(language: str) -> str:
     return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
 
 
-def renewed(text: str, folder: Path | None = None) -> str:
-    """A Markdown text with its tables as the predicates give them now, whatever its folder.
+def renewed(text: str) -> str:
+    """A Markdown text with its tables as the predicates give them now.
 
     Raises:
         ValueError: it has no table, or one in an unknown language.

@@ -1,0 +1,134 @@
+"""What may import what: the layers of CONTRIBUTING.md, and nothing newer than the oldest Python."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "senet_kernels"
+
+#: From the user down. A module imports from its own layer and from later ones.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__main__", "selftest", "flops", "train"),
+    ("",),  # senet_kernels/__init__.py
+    ("models",),
+    ("convert", "layers", "modules"),
+    ("recognise", "proof", "neighbours", "forms"),
+    ("api",),
+    ("dispatch", "autograd"),
+    ("validation",),
+    ("features",),
+    ("backends.native", "backends.triton"),
+    ("ops",),
+    ("reference",),
+    ("pointwise", "_libraries", "_version", "backends"),
+)
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+#: Loaded at the first call, when the layers above their own are long there.
+EXCEPTIONS = {
+    ("backends.triton.launch", "validation"),
+    ("backends.triton.operands", "validation"),
+}
+#: Modules of the standard library that Python 3.10 lacks.
+LATER = {"annotationlib", "compression", "tomllib"}
+
+
+def _unit(module: str) -> str:
+    """What stands in the table for a module: itself, or the package that it is in."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "backends" else 1])
+
+
+def _modules(package: Path) -> Iterator[tuple[str, ast.Module]]:
+    """Names without the package's, and sources."""
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(package: Path) -> set[tuple[str, str]]:
+    """Pairs of modules of the package, the importing one first."""
+    modules = dict(_modules(package))
+    found = set()
+    for name, tree in modules.items():
+        is_package = (package / name.replace(".", "/") / "__init__.py").exists()
+        parts = [PACKAGE, *filter(None, name.split("."))]
+        for node in ast.walk(tree):
+            wanted: list[str] = []
+            if isinstance(node, ast.Import):
+                wanted = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                up = node.level - is_package
+                start = parts[: len(parts) - up] if node.level else []
+                base = ".".join([*start, *filter(None, [node.module])])
+                wanted = [f"{base}.{alias.name}" for alias in node.names]
+            for target in wanted:
+                if target.split(".")[0] != PACKAGE:
+                    continue
+                inner = target.partition(".")[2]
+                while inner not in modules:  # a name in a module
+                    inner = inner.rpartition(".")[0]
+                found.add((name, inner))
+    return found
+
+
+def _wrong(package: Path) -> list[str]:
+    wrong = []
+    for name, target in sorted(_imports(package) - EXCEPTIONS):
+        here, there = _unit(name), _unit(target)
+        if here == there:
+            continue
+        both_backends = (
+            LAYERS[LAYER[here]] == LAYERS[LAYER[there]] == LAYERS[LAYER["backends.native"]]
+        )
+        if LAYER[there] < LAYER[here] or both_backends:
+            wrong.append(f"{name} imports {target}")
+    return wrong
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {_unit(name) for name, _ in _modules(ROOT / PACKAGE)} == set(LAYER)
+
+
+def test_imports_go_down() -> None:
+    assert _imports(ROOT / PACKAGE) >= EXCEPTIONS
+    assert _wrong(ROOT / PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [("ops", "from .api import explain"), ("ops", "from . import api"),
+     ("reference", f"import {PACKAGE}.ops"), ("backends/native", "from .triton import plan"),
+     ("backends/triton/plan", f"from {PACKAGE} import dispatch"),
+     ("models/resnet", "from .. import FusedSEBlock")],
+)  # fmt: skip
+def test_imports_that_go_up_are_seen(tmp_path: Path, module: str, line: str) -> None:
+    for name in ("__init__", "api", "dispatch", "backends/__init__", "ops", "reference",
+                 "backends/native", "backends/triton/__init__", "backends/triton/plan",
+                 "models/__init__", "models/resnet"):  # fmt: skip
+        path = tmp_path / PACKAGE / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line if name == module else "")
+    assert len(_wrong(tmp_path / PACKAGE)) == 1
+
+
+def _unguarded(path: Path) -> list[str]:
+    """Imports at the top of a file that fail on Python 3.10; under an ``if`` they may stand."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        found += [f"{path.name}: {name}" for name in names if name.split(".")[0] in LATER]
+    return found
+
+
+def test_nothing_is_newer_than_the_oldest_python() -> None:
+    folders = (PACKAGE, "benchmarks", "docs", "examples", "tests", "tools")
+    files = [ROOT / "setup.py", *(p for f in folders for p in sorted((ROOT / f).rglob("*.py")))]
+    assert [line for path in files for line in _unguarded(path)] == []
