@@ -45,8 +45,9 @@ def find_nvcc() -> str | None:
 
 
 class Kernel(NamedTuple):
-    """A row of the table. 16-byte loads; 16- and 2-byte stores to global memory. Shared memory is
-    what the kernel has beside the bytes that its plan asks for, which is none."""
+    """A row of the table. 16-byte loads, and those of them from global memory; 16- and 2-byte
+    stores to global memory. Shared memory is what the kernel has beside the bytes that its plan
+    asks for, which is none."""
 
     name: str
     bytes: int  # of an element; 0 for the gradients' sums
@@ -56,6 +57,7 @@ class Kernel(NamedTuple):
     spilled: int
     shared: int
     wide_loads: int
+    wide_global_loads: int
     wide_stores: int
     narrow_stores: int
 
@@ -109,6 +111,7 @@ def compile_for(target: str, source: str, instances: Sequence[str] = ()) -> list
                 sum(int(spilled) for _, spilled in stacks),
                 sum(map(int, re.findall(r"(\d+) bytes smem", part))),
                 len(re.findall(r"\bld(?:\.\w+)*\.v4\.\w+", body)),
+                len(re.findall(r"\bld\.global(?:\.\w+)*\.v4\.\w+", body)),
                 len(re.findall(r"\bst\.global(?:\.\w+)*\.v4\.\w+", body)),
                 len(re.findall(r"\bst\.global(?:\.\w+)*\.[bu]16\b", body)),
             )
@@ -127,11 +130,15 @@ def _check(source: str, kernels: list[Kernel]) -> None:
         if kernel.bytes in (2, 4):
             assert kernel.registers <= _MOST_REGISTERS[source], kernel
         if kernel.vector:
-            # x, or dy and x, in two passes; y, or dx and d_residual. Eight floats are two vectors.
+            # x in sums over rows and over columns, unrolled twice, then x and the residual; dy and
+            # x in the same. y, or dx and d_residual. Eight floats are two vectors.
             vectors = kernel.bytes // 2
-            assert kernel.wide_loads >= (3 if source == "forward" else 4) * vectors, kernel
+            loads = 6 if source == "forward" else 12
+            assert kernel.wide_global_loads >= loads * vectors, kernel
             assert kernel.wide_stores >= (1 if source == "forward" else 2) * vectors, kernel
             assert kernel.narrow_stores == 0, kernel
+        elif kernel.bytes:  # or else the count above would be of something else
+            assert kernel.wide_global_loads == 0, kernel
 
 
 @needs_nvcc
