@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -99,8 +100,8 @@ inline bool has_memory(const Tensor& t) {
     if (sizes[d] == 0) return true;
     last += (sizes[d] - 1) * strides[d];
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   return (offset + last + 1) * static_cast<int64_t>(t.element_size()) <= bytes;
 }
 

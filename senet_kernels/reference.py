@@ -15,6 +15,7 @@ from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 
 from .pointwise import POINTWISE, Options
 
@@ -26,12 +27,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is enabled for a device type; False for types it does not know."""
-    known = device in _HAVE_AUTOCAST or torch.amp.is_autocast_available(device)
+    known = device in _HAVE_AUTOCAST or is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
 
 
 # So that the usual call need not ask.
-_HAVE_AUTOCAST = frozenset(d for d in ("cpu", "cuda") if torch.amp.is_autocast_available(d))
+_HAVE_AUTOCAST = frozenset(d for d in ("cpu", "cuda") if is_autocast_available(d))
 
 
 _P = ParamSpec("_P")

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 
@@ -35,7 +36,7 @@ void* current_stream(int32_t index) {
   }();
   STD_TORCH_CHECK(get, "this PyTorch has no CUDA streams: it was built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(index, &stream));
+  TORCH_ERROR_CODE_CHECK(get(index, &stream));
   return stream;
 }
 int32_t device_type() { return aoti_torch_device_type_cuda(); }
@@ -48,7 +49,7 @@ std::optional<Tensor> scratch(int64_t bytes, int32_t index) {
   if (bytes == 0) return std::nullopt;
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       1, &bytes, &stride, aoti_torch_dtype_uint8(), device_type(), index, &handle));
   return Tensor(handle);
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from senet_kernels.models import ResNet
 
@@ -57,9 +58,7 @@ class Learner:
         self.core = model
         self.model = processes.parallel(model)
         self.optimizer = optimiser(self.model, options)
-        self.scaler = torch.amp.GradScaler(
-            processes.device.type, enabled=options.precision == "fp16"
-        )
+        self.scaler = GradScaler(processes.device.type, enabled=options.precision == "fp16")
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision, where asked for."""
