@@ -241,7 +241,8 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
     }
     return attempt(static_cast<int>(most), false, 0) || attempt(1, false, 0);
   };
-  if (!search()) return refuse("more channels, or hidden channels, than there is shared memory for");
+  if (!search())
+    return refuse("more channels, or hidden channels, than there is shared memory for");
 
   // By name.
   if (policy.blocks > 0 || policy.exchange >= 0 || policy.resident >= 0 || policy.slots > 0) {
