@@ -86,7 +86,8 @@ def is_wide(x: Tensor, inner: int, outputs: int, affine: bool) -> bool:
     channels, size = x.shape[1], 8 if x.dtype == torch.float64 else 4
     if outputs != channels:
         inner *= 2
-    return size * (HIDDEN_WEIGHS * inner + outputs + affine * channels) > _MOST_SHARED
+    vectors = HIDDEN_WEIGHS * inner + outputs + (channels if affine else 0)
+    return size * vectors > _MOST_SHARED
 
 
 def is_huge(x: Tensor) -> bool:
