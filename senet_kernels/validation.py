@@ -101,6 +101,8 @@ def is_ordinary(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> bool:
     """
     try:
         dtype, device, strided = x.dtype, x.device, torch.strided
+        if x.dim() != 4:  # unpacking says so, but under Dynamo of torch 2.11 in its own way
+            return False
         _, channels, height, width = x.shape
         hidden = w2.shape[1]
         return (
