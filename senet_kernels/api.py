@@ -139,7 +139,8 @@ def _autocast(
 
     The output has the dtype that eager's steps lead to (``steps``: what meets x on the way): fp32 x
     stays fp32; fp16 x under bf16 autocast becomes fp32. Parameters in float32 are used as they
-    are rather than rounded. float64 is left alone, as autocast leaves it.
+    are rather than rounded, and per-channel ones (alpha, beta, those of a BatchNorm) do not widen
+    the output. float64 is left alone, as autocast leaves it.
     """
     everything = {**parameters, "residual": residual}
     if any(t is not None and t.dtype == torch.float64 for t in (x, *everything.values())):
@@ -231,7 +232,7 @@ def _prepare(
     given = x
     if reference.autocast_is_on(x.device.type):
         of_mlp = torch.get_autocast_dtype(x.device.type)
-        x, parameters, residual = _autocast(x, parameters, residual, of_mlp, alpha, beta)
+        x, parameters, residual = _autocast(x, parameters, residual, of_mlp)
         w1, b1, w2, b2, *more = parameters.values()  # type: ignore[assignment]
         if more:
             alpha, beta, affine_scale, affine_shift = more
@@ -329,8 +330,8 @@ def squeeze_excite(
 
     Returns:
         y, with the shape, dtype and strides eager PyTorch gives: those of x. Under autocast its
-        dtype is what x, the MLP's autocast dtype, alpha, beta and residual promote to
-        (``before_affine`` stands for a BatchNorm, which keeps the dtype of x).
+        dtype is what x, the MLP's autocast dtype and residual promote to: alpha, beta and
+        ``before_affine`` in float32 are used so, but keep the dtype of x, as a BatchNorm does.
 
     Raises:
         TypeError: an argument is of the wrong kind, or dtypes mix outside autocast.
@@ -482,7 +483,7 @@ def channel_scale(
         backend: as in :func:`squeeze`.
 
     Returns:
-        y, like x; under autocast in the dtype that x, u, alpha, beta and residual promote to.
+        y, like x; under autocast in the dtype that x, u and residual promote to.
         Differentiable, twice.
 
     Raises:
@@ -515,7 +516,7 @@ def channel_scale(
     if residual is not None:
         validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
     if reference.autocast_is_on(x.device.type):
-        x, tensors, residual = _autocast(x, tensors, residual, u, alpha, beta)
+        x, tensors, residual = _autocast(x, tensors, residual, u)
     else:
         validation.check_same_dtype(x, {**tensors, "residual": residual})
     given, *rest = tensors.values()

@@ -87,7 +87,9 @@ def is_wide(x: Tensor, inner: int, outputs: int, affine: bool) -> bool:
     if outputs != channels:
         inner *= 2
     vectors = HIDDEN_WEIGHS * inner + outputs + (channels if affine else 0)
-    return size * vectors > _MOST_SHARED
+    if size * vectors > _MOST_SHARED:  # noqa: SIM103 (with symbolic shapes the condition is a symbol)
+        return True
+    return False
 
 
 def is_huge(x: Tensor) -> bool:
@@ -98,8 +100,11 @@ def is_huge(x: Tensor) -> bool:
         elements *= extent
     if elements <= NEVER_HUGE:
         return False
-    too_many = elements > _MOST_ELEMENTS or channels > _MOST_CHANNELS
-    return too_many or elements > channels * _MOST_POSITIONS
+    if elements > _MOST_ELEMENTS or channels > _MOST_CHANNELS:
+        return True
+    if elements > channels * _MOST_POSITIONS:  # noqa: SIM103 (as above)
+        return True
+    return False
 
 
 class Call(NamedTuple):

@@ -219,9 +219,7 @@ def calls(draw: st.DrawFn, name: str, plans: tuple[str, ...] = ("",)) -> RandomC
     float32: tuple[str, ...] = ()
     halves = (torch.bfloat16, torch.float16)
     if spec.part == "whole" and spec.dtype in halves and _seldom(draw, 4):
-        # Not what the result's dtype depends on: that is test_transforms.py's business.
-        fixed = ("x", "residual", "alpha", "beta")
-        parameters = tuple(n for n in given if n not in fixed)
+        parameters = tuple(n for n in given if n not in ("x", "residual"))
         float32 = parameters if draw(st.booleans()) else _some(draw, parameters)
     asked = () if inplace else given if draw(st.booleans()) else _some(draw, given)
     special = []

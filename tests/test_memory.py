@@ -36,11 +36,12 @@ def used():
 small = [torch.ones(1, 4, 64, 64), torch.ones(2, 4), torch.ones(4, 2)]  # starts the threads
 right = call(*small)
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+# Each above 32 MiB, up to which glibc may keep what was freed and hand it out again.
 MODES = {  # channels, hidden, positions: what there is no memory for
-    "forward": (64, 4, 100_000),  # y
-    "strided": (64, 4, 100_000),  # a copy of x
-    "scratch": (4_000_000, 2, 1),  # y, or z, h and u
-    "backward": (64, 4, 100_000),  # a copy of dy, dx
+    "forward": (64, 4, 400_000),  # y
+    "strided": (64, 4, 400_000),  # a copy of x
+    "scratch": (16_000_000, 2, 1),  # y, or z, h and u
+    "backward": (64, 4, 400_000),  # a copy of dy, dx
 }
 for mode, (channels, hidden, positions) in MODES.items():
     x = torch.ones(1, channels, positions, requires_grad=mode == "backward")
