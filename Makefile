@@ -49,6 +49,7 @@ READY_MODELS := $(STAMPS)/models
 endif
 FOR_MODELS := $(if $(filter models,$(ARGS)),$(READY_MODELS))
 OUT ?= build/gpu
+WORKERS ?= 2
 BUDGET ?= 540
 DEVICE ?= cuda
 
@@ -62,6 +63,7 @@ help:  ## this list
 	@echo '  PYTHON=...  interpreter for $(VENV); one that has torch is used directly'
 	@echo '  TORCH=...   what pip installs as torch (default $(TORCH))'
 	@echo '  ARGS=...    arguments for the benchmarks or for pytest'
+	@echo '  WORKERS=... processes that share the tests (default $(WORKERS); 0: this one alone)'
 	@echo '  OUT=...     folder for the results of gpu (default $(OUT))'
 	@echo '  BUDGET=...  seconds for gpu and fuzz (default $(BUDGET))'
 	@echo '  DEVICE=cpu  a dry run of gpu: every stage, with a small task for the CPU'
@@ -79,14 +81,14 @@ test: $(READY_TEST)  ## lint, docs, and the tests that need no GPU and no patien
 	else echo '==> lint: left out, see above'; fi
 	@if $(call missing,sphinx myst_parser furo); then $(MAKE) --no-print-directory docs; \
 	else echo '==> docs: left out, see above'; fi
-	@echo '==> tests'; time $(PY) -m pytest -m 'not slow and not gpu' $(ARGS)
+	@echo '==> tests'; time $(PYTEST) -m 'not slow and not gpu' $(ARGS)
 	@if $(call missing,triton); then echo "==> tests in Triton's interpreter"; \
-	  time TRITON_INTERPRET=1 $(PY) -m pytest -m 'not slow and not gpu' $(ARGS); fi
+	  time TRITON_INTERPRET=1 $(PYTEST) -m 'not slow and not gpu' $(ARGS); fi
 
 test-all: $(READY_TEST)  ## all tests, the slow ones and those for a GPU too
-	@echo '==> all tests'; time $(PY) -m pytest $(ARGS)
+	@echo '==> all tests'; time $(PYTEST) $(ARGS)
 	@if $(call missing,triton); then echo "==> all tests in Triton's interpreter"; \
-	  time TRITON_INTERPRET=1 $(PY) -m pytest -m 'not gpu' $(ARGS); fi
+	  time TRITON_INTERPRET=1 $(PYTEST) -m 'not gpu' $(ARGS); fi
 
 fuzz: $(READY_TEST)  ## random calls of every backend for BUDGET seconds
 	@echo '==> fuzz'; time $(PY) tests/fuzz.py --seconds '$(BUDGET)' $(ARGS)
@@ -123,6 +125,10 @@ clean:  ## remove all that was built ($(VENV) keeps torch)
 	rm -rf build dist *.egg-info senet_kernels/_native*.so senet_kernels/_build.json
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f $(STAMPS)/bench $(STAMPS)/test
+
+# The tests by several processes, each of which begins with a part of its own.
+PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && \
+  echo '-n $(WORKERS) --dist worksteal')
 
 # The module has no __main__, and its script need not be on PATH.
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'

@@ -327,8 +327,11 @@ def test_passed_tests_are_not_run_again(tmp_path: Path) -> None:
         "    assert i < 2 or pathlib.Path('mended').exists()\n"
     )
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.resume_tests"]
-    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT),
-                   "SENET_KERNELS_PASSED": str(tmp_path / "some.passed")}  # fmt: skip
+    # Without what pytest-xdist tells its workers, of which this may be one.
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_XDIST")}
+    environment |= {
+        "PYTHONPATH": str(gpu.ROOT), "SENET_KERNELS_PASSED": str(tmp_path / "some.passed"),
+    }  # fmt: skip
 
     def run() -> str:
         done = subprocess.run([*command, "test_some.py"], cwd=tmp_path, env=environment,

@@ -59,7 +59,7 @@ def _workload_shapes() -> list[Shape]:
 _ODD = [
     Shape(b, c, s, r, o * c, last)
     for b in (0, 1, 5, 65537)
-    for c in (0, 1, 3, 17, 4097)
+    for c in (0, 1, 3, 17, 4097, (1 << 21) + 1)
     for s in (0, 1, 49, 1 << 20)
     for r, o in ((None, 0), (None, 1), (0, 1), (1, 2), (257, 1))
     for last in (False, True)
@@ -357,6 +357,15 @@ def test_what_a_prepared_call_depends_on() -> None:
     # A kind that is known, with other values.
     check(build(replace(base, seed=1)), squeeze_excite, backend="triton")
     assert len(launch._calls) == kept
+
+
+@interpreted
+@pytest.mark.parametrize("batch", [9, 530])  # more than a program takes at once, than a chain takes
+@pytest.mark.parametrize("part", ["whole", "channel_scale"])
+def test_sums_over_many_images(part: str, batch: int) -> None:
+    shift = part == "channel_scale"
+    spec = Spec((batch, 3, 2, 2), 2, part=part, affine=True, weighted=True, shift=shift)
+    check(build(spec), squeeze_excite, backend="triton")
 
 
 @interpreted

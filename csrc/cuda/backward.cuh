@@ -185,11 +185,11 @@ class BackwardBlock {
     const char* dy = at(a_.dy.data, b * a_.dy.stride);
     const char* x = at(a_.x.data, b * a_.x.stride);
     const char* residual = at(a_.residual.data, b * a_.residual.stride);
-    A* const to[1] = {place_of(b, which)};
+    A* const to = place_of(b, which);
     const bool of_affine = which == Sum::dq_x || which == Sum::dq;
     const bool reads_x = which != Sum::m || needs_pre();
     const int limit = counted(s_, a_.lengths, b);
-    const auto term = [&](int64_t in_image, int64_t in_slice, int, int last, int channel, A* t) {
+    const auto term = [&](int64_t in_image, int64_t in_slice, int last, int channel, A* t) {
       if (slot) {
         load_unit<kBytes, kVector, From::shared>(slot + in_slice * kBytes, last, half_, t);
       } else if (dy) {
@@ -246,9 +246,9 @@ class BackwardBlock {
     const int all = static_cast<int>(s_.positions);
     __syncthreads();  // scratch
     if (view_.last) {
-      sum_columns<kVector, 1>(view_, all, scratch_, to, term);
+      sum_columns<kVector>(view_, all, scratch_, to, term);
     } else {
-      sum_rows<kVector, 1>(view_, p_, all, scratch_, to, term);
+      sum_rows<kVector>(view_, p_, all, scratch_, to, term);
     }
   }
 

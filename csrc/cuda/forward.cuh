@@ -83,8 +83,8 @@ class ForwardBlock {
   SENET_DEVICE void squeeze(int64_t b, const char* x, const char* slot) {
     const int n = counted(s_, a_.lengths, b);
     const bool split_space = p_.exchange != Exchange::none && p_.axis == Axis::space;
-    A* const to[1] = {split_space ? team_.mine() : sums_};
-    const auto term = [&](int64_t in_image, int64_t in_slice, int, int last, int channel, A* t) {
+    A* const to = split_space ? team_.mine() : sums_;
+    const auto term = [&](int64_t in_image, int64_t in_slice, int last, int channel, A* t) {
       if (slot) {
         load_unit<kBytes, kVector, From::shared>(slot + in_slice * kBytes, last, half_, t);
       } else {
@@ -97,9 +97,9 @@ class ForwardBlock {
       }
     };
     if (view_.last) {
-      sum_columns<kVector, 1>(view_, n, scratch_, to, term);
+      sum_columns<kVector>(view_, n, scratch_, to, term);
     } else {
-      sum_rows<kVector, 1>(view_, p_, n, scratch_, to, term);
+      sum_rows<kVector>(view_, p_, n, scratch_, to, term);
     }
     if (split_space) {
       team_.meet();

@@ -90,7 +90,7 @@ class Draft {
     p.segments = 1;
     int64_t scratch = 0;
     if (s_.channels_last) {
-      scratch = int64_t(2) * kUnit * std::max<int64_t>(p.threads, ceil_div(channels, kUnit));
+      scratch = kUnit * std::max<int64_t>(p.threads, ceil_div(channels, kUnit));
     } else {
       const int64_t units = ceil_div(positions, kUnit) + (p.vector && positions % kUnit ? 1 : 0);
       p.lanes = std::min(32, power_of_two(units));
@@ -99,7 +99,7 @@ class Draft {
              units >= int64_t(8) * p.lanes * p.segments) {
         p.segments *= 2;
       }
-      if (p.segments > 1) scratch = int64_t(2) * channels * p.segments;
+      if (p.segments > 1) scratch = channels * p.segments;
     }
     if (t_.backward) {  // transposed products
       const int64_t columns = std::max<int64_t>(s_.hidden, channels);

@@ -8,15 +8,14 @@ namespace gpu {
 
 // ---- sums over the slice ----
 
-// sums[k][c] of each channel c of the slice, for kSums quantities. `term(row, in_image, in_slice,
-// first, last, channel, t)` gives t[k * 8 + j] for elements first <= j < last of a unit; the other
-// ones are ignored. Positions from `limit` on do not count. All threads call it; when it returns
-// the sums may be read after a barrier.
+// sums[c] of each channel c of the slice. `term(in_image, in_slice, last, channel, t)` gives t[j]
+// for elements j < last of a unit; the other ones are ignored. Positions from `limit` on do not
+// count. All threads call it; when it returns the sums may be read after a barrier.
 //
 // Rows: `lanes` threads share a row and add up by shuffles; long and few rows are cut further,
 // into `segments`, that meet in `scratch`.
-template <bool kVector, int kSums, class A, class Term>
-SENET_DEVICE void sum_rows(const View& v, const Plan& p, int limit, A* scratch, A* const* sums,
+template <bool kVector, class A, class Term>
+SENET_DEVICE void sum_rows(const View& v, const Plan& p, int limit, A* scratch, A* sums,
                            Term term) {
   const int lanes = p.lanes, segments = p.segments;
   const int tasks = v.outer * segments, together = blockDim.x / lanes;
@@ -24,7 +23,7 @@ SENET_DEVICE void sum_rows(const View& v, const Plan& p, int limit, A* scratch, 
   for (int first_task = 0; first_task < tasks; first_task += together) {
     const int task = first_task + mine;
     const int row = task / segments, segment = task % segments;
-    A total[kSums] = {};
+    A total = A(0);
     if (task < tasks) {
       // In elements of the slice, which is flat where kVector.
       const int64_t begin = int64_t(row) * v.inner, end = begin + limit;
@@ -32,47 +31,31 @@ SENET_DEVICE void sum_rows(const View& v, const Plan& p, int limit, A* scratch, 
       const int64_t step = int64_t(kUnit) * lanes * segments;
       int64_t e = start + int64_t(kUnit) * (lane + segment * lanes);
       while (e < end) {
-        A part[kSums] = {};
+        A part = A(0);
 #pragma unroll 2
         for (int i = 0; i < kChain && e < end; ++i, e += step) {
           const int first = e < begin ? static_cast<int>(begin - e) : 0;
           const int last = end - e < kUnit ? static_cast<int>(end - e) : kUnit;
-          A t[kSums * kUnit];
-          term(v.first + row * v.pitch + (e - begin), e, first, last, row, t);
+          A t[kUnit];
+          term(v.first + row * v.pitch + (e - begin), e, last, row, t);
 #pragma unroll
-          for (int k = 0; k < kSums; ++k) {
-#pragma unroll
-            for (int j = 0; j < kUnit; ++j) {
-              if (j < first || j >= last) t[k * kUnit + j] = A(0);
-            }
-            part[k] += sum8(t + k * kUnit);
+          for (int j = 0; j < kUnit; ++j) {
+            if (j < first || j >= last) t[j] = A(0);
           }
+          part += sum8(t);
         }
-#pragma unroll
-        for (int k = 0; k < kSums; ++k) total[k] += part[k];
+        total += part;
       }
     }
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      for (int o = lanes / 2; o > 0; o /= 2) total[k] += __shfl_xor_sync(kWholeWarp, total[k], o);
-      if (lane == 0 && task < tasks) {
-        if (segments == 1) {
-          sums[k][row] = total[k];
-        } else {
-          scratch[k * tasks + task] = total[k];
-        }
-      }
-    }
+    for (int o = lanes / 2; o > 0; o /= 2) total += __shfl_xor_sync(kWholeWarp, total, o);
+    if (lane == 0 && task < tasks) (segments == 1 ? sums : scratch)[task] = total;
   }
   if (segments == 1) return;
   __syncthreads();
   for (int row = threadIdx.x; row < v.outer; row += blockDim.x) {
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      A total = scratch[k * tasks + row * segments];
-      for (int i = 1; i < segments; ++i) total += scratch[k * tasks + row * segments + i];
-      sums[k][row] = total;
-    }
+    A total = scratch[row * segments];
+    for (int i = 1; i < segments; ++i) total += scratch[row * segments + i];
+    sums[row] = total;
   }
 }
 
@@ -89,31 +72,26 @@ struct Columns {
   SENET_DEVICE bool mine() const { return k < units && part < parts; }
 };
 
-// to[k][i] = the parts' sums together, of `columns` columns; or is increased by them.
-template <int kSums, class A>
-SENET_DEVICE void add_parts(const Columns& c, int columns, const A* scratch, A* const* to,
+// to[i] = the parts' sums together, of `columns` columns; or is increased by them.
+template <class A>
+SENET_DEVICE void add_parts(const Columns& c, int columns, const A* scratch, A* to,
                             bool increase = false) {
   __syncthreads();
   const int width = c.units * kUnit;
   for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      A total = A(0);
-      for (int p0 = 0; p0 < c.parts; p0 += kChain) {
-        A chain = A(0);
-        for (int p = p0; p < c.parts && p < p0 + kChain; ++p) {
-          chain += scratch[(k * c.parts + p) * width + i];
-        }
-        total += chain;
-      }
-      to[k][i] = increase ? to[k][i] + total : total;
+    A total = A(0);
+    for (int p0 = 0; p0 < c.parts; p0 += kChain) {
+      A chain = A(0);
+      for (int p = p0; p < c.parts && p < p0 + kChain; ++p) chain += scratch[p * width + i];
+      total += chain;
     }
+    to[i] = increase ? to[i] + total : total;
   }
 }
 
 // The same sums channels-last: each thread adds up eight columns over some of the rows.
-template <bool kVector, int kSums, class A, class Term>
-SENET_DEVICE void sum_columns(const View& v, int limit, A* scratch, A* const* sums, Term term) {
+template <bool kVector, class A, class Term>
+SENET_DEVICE void sum_columns(const View& v, int limit, A* scratch, A* sums, Term term) {
   Columns c(v.inner);
   const int width = c.units * kUnit;
   const int left = limit - v.positions.begin;
@@ -121,29 +99,24 @@ SENET_DEVICE void sum_columns(const View& v, int limit, A* scratch, A* const* su
   for (; c.mine(); c.k += c.parts > 1 ? c.units : static_cast<int>(blockDim.x)) {
     const int at = c.k * kUnit;
     const int count = kVector || v.inner - at >= kUnit ? kUnit : v.inner - at;
-    A total[kSums * kUnit] = {};
+    A total[kUnit] = {};
     int row = c.part;
     while (row < rows) {
-      A part[kSums * kUnit] = {};
+      A part[kUnit] = {};
 #pragma unroll 2
       for (int i = 0; i < kChain && row < rows; ++i, row += c.parts) {
-        A t[kSums * kUnit];
-        term(v.first + row * v.pitch + at, int64_t(row) * v.inner + at, 0, count, at, t);
+        A t[kUnit];
+        term(v.first + row * v.pitch + at, int64_t(row) * v.inner + at, count, at, t);
 #pragma unroll
-        for (int j = 0; j < kSums * kUnit; ++j) part[j] += t[j];
+        for (int j = 0; j < kUnit; ++j) part[j] += t[j];
       }
 #pragma unroll
-      for (int j = 0; j < kSums * kUnit; ++j) total[j] += part[j];
+      for (int j = 0; j < kUnit; ++j) total[j] += part[j];
     }
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-#pragma unroll
-      for (int j = 0; j < kUnit; ++j) {
-        scratch[(k * c.parts + c.part) * width + at + j] = total[k * kUnit + j];
-      }
-    }
+    for (int j = 0; j < kUnit; ++j) scratch[c.part * width + at + j] = total[j];
   }
-  add_parts<kSums>(Columns(v.inner), v.inner, scratch, sums);
+  add_parts(Columns(v.inner), v.inner, scratch, sums);
 }
 
 // ---- the small matrix products ----
@@ -229,8 +202,7 @@ __device__ __noinline__ void columns_product(Matrix m, int rows, int columns, co
       for (int j = 0; j < kUnit; ++j) scratch[c.part * width + at + j] = total[j];
     }
   });
-  A* const sums[1] = {to};
-  add_parts<1>(Columns(columns), columns, scratch, sums, increase);
+  add_parts(Columns(columns), columns, scratch, to, increase);
 }
 
 }  // namespace gpu

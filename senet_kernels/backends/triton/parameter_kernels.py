@@ -8,6 +8,8 @@ from .forward_kernels import load_u, store_u
 from .pointwise import value
 from .tiles import saved_at, sum_parts
 
+CHAIN = tl.constexpr(64)  # additions one after another: more of them cost accuracy
+
 
 @triton.jit
 def outer_products(
@@ -19,14 +21,17 @@ def outer_products(
     o = (pid // across) * BO + tl.arange(0, BO)
     i = (pid % across) * BI + tl.arange(0, BI)
     total = tl.zeros([BO, BI], ACC)
-    for b0 in range(0, batch, BB):
-        b = (b0 + tl.arange(0, BB)).to(tl.int64)
-        ok_l = (b < batch)[:, None] & (o < rows)[None, :]
-        ok_r = (b < batch)[:, None] & (i < columns)[None, :]
-        v_l = tl.load(left + b[:, None] * rows + o[None, :], mask=ok_l, other=0.0)
-        v_r = tl.load(right + b[:, None] * columns + i[None, :], mask=ok_r, other=0.0)
-        v_r = tl.where(ok_r, value(F, v_r), 0.0)
-        total += tl.sum(v_l[:, :, None] * v_r[:, None, :], axis=0)
+    for first in range(0, batch, CHAIN * BB):
+        chain = tl.zeros([BO, BI], ACC)
+        for b0 in range(first, tl.minimum(first + CHAIN * BB, batch), BB):
+            b = (b0 + tl.arange(0, BB)).to(tl.int64)
+            ok_l = (b < batch)[:, None] & (o < rows)[None, :]
+            ok_r = (b < batch)[:, None] & (i < columns)[None, :]
+            v_l = tl.load(left + b[:, None] * rows + o[None, :], mask=ok_l, other=0.0)
+            v_r = tl.load(right + b[:, None] * columns + i[None, :], mask=ok_r, other=0.0)
+            v_r = tl.where(ok_r, value(F, v_r), 0.0)
+            chain += tl.sum(v_l[:, :, None] * v_r[:, None, :], axis=0)
+        total += chain
     ok = (o < rows)[:, None] & (i < columns)[None, :]
     where = o.to(tl.int64)[:, None] * columns + i[None, :]
     tl.store(out + where, total.to(out.dtype.element_ty), mask=ok)
@@ -41,15 +46,18 @@ def column_sums(
     given."""
     if out is not None:
         total = tl.zeros([BB, i.shape[0]], ACC)
-        for b0 in range(0, rows, BB):
-            b = (b0 + tl.arange(0, BB)).to(tl.int64)
-            ok = (b < rows)[:, None] & (i < columns)[None, :]
-            v = tl.load(a + b[:, None] * a_stride + i[None, :], mask=ok, other=0.0)
-            if factor is not None:
-                where = (b // per_factor)[:, None] * factor_stride + i[None, :]
-                f = tl.load(factor + where, mask=ok, other=0.0).to(ACC)
-                v = tl.where(ok, v * value(F, f), 0.0)
-            total += v
+        for first in range(0, rows, CHAIN * BB):
+            chain = tl.zeros([BB, i.shape[0]], ACC)
+            for b0 in range(first, tl.minimum(first + CHAIN * BB, rows), BB):
+                b = (b0 + tl.arange(0, BB)).to(tl.int64)
+                ok = (b < rows)[:, None] & (i < columns)[None, :]
+                v = tl.load(a + b[:, None] * a_stride + i[None, :], mask=ok, other=0.0)
+                if factor is not None:
+                    where = (b // per_factor)[:, None] * factor_stride + i[None, :]
+                    f = tl.load(factor + where, mask=ok, other=0.0).to(ACC)
+                    v = tl.where(ok, v * value(F, f), 0.0)
+                chain += v
+            total += chain
         tl.store(out + i, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=i < columns)
 
 

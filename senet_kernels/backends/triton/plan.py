@@ -17,8 +17,9 @@ _PRODUCTS = 4096
 _PRODUCTS_OF_WARP = 512
 # ... while two tensors are there, in the backward pass of an image on chip.
 _BACKWARD_PRODUCTS = 512
-# At most so many programs share an image by channels: each reads all the parts of all the others.
-_PARTS = 16
+# At most so many programs share an image by channels, unless their tiles would be too large with
+# so few positions: each reads all the parts of all the others.
+_PARTS, _FEW_POSITIONS = 16, 8
 # At most so many images share a reading of the weights: more would leave _PRODUCTS too few columns.
 _WALK = 8
 # ... fewer where a tile is larger than most, or is moved element by element; one where both: the
@@ -125,14 +126,15 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
     largest = max(tile, _LARGEST_TILE)
     if itemsize == 8:
         tile, largest = tile // 2, largest // 2
-    fewest_channels = min(channels, power_of_two(ceil_div(shape.channels, _PARTS)))
+    fewest_channels = power_of_two(ceil_div(shape.channels, _PARTS))
+    fewest_channels = min(channels, fewest_channels, largest // _FEW_POSITIONS)
     flat = False
     if shape.last:
         # A byte of the bit mask holds eight channels.
         bc = max(_clamp(channels, 8, _SLICE_BYTES // itemsize), fewest_channels)
         bs = _clamp(tile // bc, 1, positions)
     else:
-        bs = _clamp(positions, 8, 1024)
+        bs = _clamp(positions, _FEW_POSITIONS, 1024)
         bc = max(_clamp(tile // bs, 1, channels), fewest_channels)
         # Twice as many programs as elsewhere, if need be: all positions must be in the tile.
         of_flat = min(bc, largest // bs)
@@ -141,7 +143,7 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
             and ceil_div(shape.channels, of_flat) <= 2 * _PARTS
         ):  # fmt: skip
             flat, bc = True, of_flat
-        bs = _clamp(largest // bc, 8, bs)
+        bs = _clamp(largest // bc, _FEW_POSITIONS, bs)
 
     # Several images in a tile that one does not fill, as long as the device stays full.
     tiles = max(1, ceil_div(shape.channels, bc))
