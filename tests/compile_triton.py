@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what came out as JSON.
 
 ``python compile_triton.py CAPABILITY`` reads option sets as JSON lines from standard input: the
-fields of ``problems.Spec``, the device's ``multiprocessors``, and ``inplace``. It prints a line for
-each, what became of its kernels, and last how many cubins were compiled in all. It runs the ops'
+fields of ``problems.Spec``, the device's ``multiprocessors``, ``inplace``, and ``candidate``, the
+number of the plan among those that tuning would time. It prints a line for each, what became of its
+kernels, and last how many cubins were compiled in all. It runs the ops'
 own host code on meta tensors, with every launch turned into a compilation: so these are the very
 kernels, constants and argument specialisations a call would use. A process of its own, since
 Triton's driver is replaced and a compiler that fails may abort.
@@ -28,8 +29,8 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from senet_kernels import ops, pack_options
-from senet_kernels.backends.triton import halves, launch, operands
-from senet_kernels.backends.triton.plan import Device, why_no_cluster
+from senet_kernels.backends.triton import halves, launch, operands, tuning
+from senet_kernels.backends.triton.plan import Choice, Device, candidates, why_no_cluster
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -155,6 +156,16 @@ def _calls(given: dict[str, Any]) -> list[Callable[[], object]]:
     ]
 
 
+def _candidate(number: int) -> Callable[..., Choice]:
+    """In place of the choice of a plan: this one of the candidates, or the last."""
+
+    def choose(*call: Any) -> Choice:
+        found = candidates(*call)
+        return found[min(number, len(found) - 1)]
+
+    return choose
+
+
 def main() -> None:
     capability = int(sys.argv[1])
     triton.runtime.driver.set_active(_Driver(capability))
@@ -179,6 +190,7 @@ def main() -> None:
         clusters = why_no_cluster(known_as, triton.__version__) is None
         device = Device(known_as, given.pop("multiprocessors"), clusters)
         operands._device = lambda _, device=device: device
+        tuning.fixed_choice = _candidate(given.pop("candidate", 0))
         launch.forget()
         seen.clear()
         for call in _calls(given):

@@ -69,8 +69,8 @@ _LAYERS: tuple[tuple[dict[str, Any], bool], ...] = (
       "inplace": True}, True),
     ({"shape": [256, 64, 8, 8], "hidden": 16, "dtype": "bfloat16", **_SILU, "inplace": True}, True),
 )  # fmt: skip
-# Enough to see that a target compiles at all.
-_FEW = (0, 2, 11)
+# Each dtype, layout and strategy once, for the targets that do not get all of them.
+_FEW = (0, 1, 2, 3, 4, 11, 14)
 # Images that one block cannot hold, a cluster can.
 _CLUSTERS: tuple[tuple[dict[str, Any], bool], ...] = (
     ({"shape": [256, 64, 16, 16], "hidden": 16, "dtype": "float16", "shift": True, **_RELU}, True),
@@ -144,7 +144,6 @@ _LAUNCHES = {
     "channel_scale": [["scale_kernel", "half_backward_kernel", "half_parameters_kernel"]],
 }  # fmt: skip
 _WITHOUT_IMAGES = ("parameters_kernel", "half_parameters_kernel", "add_parts_kernel")
-_READERS = ("squeeze_kernel", "dots_kernel")
 
 
 def _check(
@@ -158,12 +157,26 @@ def _check(
         name = kernel["kernel"]
         if name in _WITHOUT_IMAGES:
             continue
-        # No squeeze needs x for its gradient unless `before` does.
-        reads = not (part == "squeeze" and "backward" in name and "before" not in options)
-        if wide and reads:
-            assert kernel["loads_16"] >= max(1, kernel["vectors"]), f"narrow loads: {kernel}"
-        if wide and name not in _READERS:
-            assert kernel["stores_16"] >= max(1, kernel["vectors"]), f"narrow stores: {kernel}"
+        if wide:
+            reads, writes = _traffic(name, part, options)
+            vectors = max(1, kernel["vectors"])
+            assert kernel["loads_16"] >= reads * vectors, f"narrow loads: {kernel}"
+            assert kernel["stores_16"] >= writes * vectors, f"narrow stores: {kernel}"
+
+
+def _traffic(kernel: str, part: str, options: dict[str, Any]) -> tuple[int, int]:
+    """How many images a kernel reads, and writes."""
+    before, residual = bool(options.get("before")), bool(options.get("residual"))
+    if kernel == "half_backward_kernel":  # a squeeze's gradient needs x if `before` does
+        return (before, 1) if part == "squeeze" else (2, 1 + residual)
+    return {
+        "squeeze_kernel": (1, 0),
+        "scale_kernel": (1 + residual, 1),
+        "resident_kernel": (1 + residual, 1),
+        "dots_kernel": (2, 0),
+        "dx_kernel": (1 + before, 1 + residual),
+        "resident_backward_kernel": (2, 1 + residual),
+    }[kernel]
 
 
 def _layers(capability: int) -> list[tuple[dict[str, Any], bool]]:
@@ -243,11 +256,12 @@ def _workloads() -> list[dict[str, Any]]:
             "activation": la["activation"], "gate": la["gate"], "layout": layout,
             "before": names.get(la["before"], la["before"]),
             "after": names.get(la["after"], la["after"]),
-            "residual": la["after"] == "add_relu", "dtype": "bfloat16",
+            "residual": la["after"] == "add_relu",
         })
         for la in layers for batch in (1, 256) for layout in ("contiguous", "channels_last")
     }  # fmt: skip
-    return [json.loads(text) for text in sorted(distinct)]
+    dtypes = ("bfloat16", "float16", "float32")
+    return [{**json.loads(text), "dtype": dtypes[i % 3]} for i, text in enumerate(sorted(distinct))]
 
 
 @pytest.mark.slow
@@ -256,5 +270,15 @@ def _workloads() -> list[dict[str, Any]]:
 def test_layers_of_real_networks(capability: int, part: int) -> None:
     layers = _workloads()[part::8]
     for options, kernels in zip(layers, _compile(capability, layers), strict=True):
-        spilled = [k for k in kernels if k["STACK"]]
-        assert not spilled, f"{options}: {spilled}"
+        _check(capability, options, kernels, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", DEVICES)
+@pytest.mark.parametrize("number", range(12))
+def test_what_tuning_would_time_compiles(capability: int, number: int) -> None:
+    """Candidates may be poor, which is why they are timed; they must be there to be timed."""
+    layers = [{**options, "candidate": number} for options, _ in _layers(capability)]
+    for options, kernels in zip(layers, _compile(capability, layers), strict=True):
+        for kernel in kernels:
+            assert kernel["shared"] <= DEVICES[capability][0], f"{options}: {kernel}"
