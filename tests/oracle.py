@@ -16,6 +16,12 @@ from torch import Tensor
 
 from senet_kernels.pointwise import POINTWISE
 
+
+def _clamped(t: Tensor) -> Tensor:
+    """``t.clamp(0, 1)`` with the derivative 1 at its ends, where torch's is 0 from 2.15 on."""
+    return torch.where((t >= 0) & (t <= 1), t, t.detach().clamp(0, 1))
+
+
 # What is not written out is torch's function of that name; the names alone are the package's.
 _WRITTEN_OUT: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda t: t,
@@ -25,7 +31,7 @@ _WRITTEN_OUT: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     # F.hardsigmoid's derivative is a float32 1/6, in float64 too; the kinks are the same.
     "hardsigmoid": lambda t: F.relu6(t + 3) / 6,
-    "hardsigmoid_02": lambda t: (0.2 * t + 0.5).clamp(0, 1),
+    "hardsigmoid_02": lambda t: _clamped(0.2 * t + 0.5),
 }
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     name: _WRITTEN_OUT.get(name) or getattr(F, name) for name in POINTWISE
