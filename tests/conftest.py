@@ -41,6 +41,7 @@ INTERPRETED_CASES = {
     "test_odd_shapes": 10,
     "test_against_torch": 12,
     "test_blocks": 4,
+    "test_long_sums": 0,  # test_triton.py has fewer images
     # Hundreds of evaluations each.
     "test_first_and_second_derivatives": 0,
     "test_second_derivative_with_some_inputs_frozen": 0,

@@ -144,6 +144,24 @@ def test_odd_shapes(backend: BackendCase, spec: Spec) -> None:
     check(build(spec), squeeze_excite, backend=backend.name)
 
 
+def _long_specs(backend: BackendCase) -> list[Spec]:
+    """More images than two chains of sums have; channels-last, rows of channels that the blocks of
+    the CUDA kernels take in two parts, forward and backward."""
+    options: dict[str, Any] = {"device": backend.device, "layout": "channels_last"}
+    if backend.takes("alpha, beta", "before_affine"):
+        options |= {"weighted": True, "affine": True}
+    return [
+        Spec((1030, 3, 2, 2), 2, **options),
+        Spec((2, 1000, 5), 3, **options),
+        Spec((2, 1200, 5), 3, **options),
+    ]
+
+
+@pytest.mark.parametrize(("backend", "spec"), _params(_long_specs), indirect=["backend"])
+def test_long_sums(backend: BackendCase, spec: Spec) -> None:
+    check(build(spec), squeeze_excite, backend=backend.name)
+
+
 def _block_specs(backend: BackendCase) -> list[Spec]:
     grid = itertools.product(_BLOCKS, backend.dtypes, ("contiguous", "channels_last"))
     return [
