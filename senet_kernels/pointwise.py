@@ -40,8 +40,9 @@ def _hardsigmoid(x: Tensor) -> Tensor:
 
 def _hardsigmoid_02(x: Tensor) -> Tensor:
     # Keras' and Paddle's slope: clamp(0.2 x + 0.5, 0, 1); torch's hardsigmoid has slope 1/6.
-    # Exactly at its ends clamp's derivative is 1, as the kernels have it, but 0 from torch 2.15 on.
-    return torch.clamp(0.2 * x + 0.5, 0.0, 1.0)
+    y = 0.2 * x + 0.5
+    # Exactly at its ends the slope is 0.2, as in the kernels: that of clamp is so up to torch 2.14.
+    return torch.where((y >= 0) & (y <= 1), y, torch.clamp(y, 0.0, 1.0))
 
 
 POINTWISE: dict[str, Pointwise] = {

@@ -19,7 +19,7 @@ from senet_kernels.pointwise import POINTWISE
 
 def _clamped(t: Tensor) -> Tensor:
     """``t.clamp(0, 1)`` with the derivative 1 at its ends, where torch's is 0 from 2.15 on."""
-    return torch.where((t >= 0) & (t <= 1), t, t.detach().clamp(0, 1))
+    return torch.where((t >= 0) & (t <= 1), t, t.clamp(0, 1))
 
 
 # What is not written out is torch's function of that name; the names alone are the package's.
