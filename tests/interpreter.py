@@ -8,8 +8,9 @@ run one after another, a cluster as one program), launching, streams, graphs, ti
 out of bounds may pass unnoticed. What compiling proves is in ``test_triton_compile.py``; the rest
 needs a GPU: ``test_gpu.py`` and ``make gpu``.
 
-It converts float32 to bfloat16 by cutting bits off; a device rounds to nearest even. Nothing is
-changed about arithmetic on bfloat16, which it gets wrong altogether: kernels must not do any.
+It converts float32 to bfloat16 by cutting bits off; a device rounds to nearest even. That of Triton
+3.9 takes a comparison for an integer of 32 bits, and then not for a mask. Nothing is changed about
+arithmetic on bfloat16, which it gets wrong altogether: kernels must not do any.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
+def _as_mask(mask: Any) -> Any:
+    return TensorHandle(mask.data.astype(bool), tl.int1)
+
+
 def install() -> None:
-    """Round to nearest; and no warnings for the infinities that tests are about."""
+    """Round to nearest; masks are masks; no warnings for the infinities that tests are about."""
     np.seterr(all="ignore")
     cast = InterpreterBuilder.cast_impl
 
@@ -38,4 +43,14 @@ def install() -> None:
             return TensorHandle(_rounded(src.data), tl.bfloat16)
         return cast(self, src, dst_type)
 
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, pointers, _as_mask(mask), *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, pointers, value, _as_mask(mask), *rest)
+
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_masked_load = masked_load
+    InterpreterBuilder.create_masked_store = masked_store
