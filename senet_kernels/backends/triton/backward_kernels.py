@@ -257,7 +257,6 @@ def dots_kernel(
     row = image * splits + split
     store_u(dots_parts, ds, dshift, row, of_channel, ok_mean, channels, SHIFT)
     du = through_gate(ds, gate_in, beta, of_channel, channels, GATE, ACC)
-    du = tl.where(ok_mean, du, 0.0)
     if TWO_LAYERS:
         ok_channel = of_channel < channels
         part = (image * tiles + tile) * splits + split

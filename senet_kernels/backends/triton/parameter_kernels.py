@@ -39,8 +39,8 @@ def outer_products(
 
 @triton.jit
 def column_sums(
-    a, factor, out, rows, columns, a_stride, factor_stride, per_factor, i, F: tl.constexpr,
-    ACC: tl.constexpr, BB: tl.constexpr,
+    a, out, rows, columns, a_stride, i, ACC: tl.constexpr, BB: tl.constexpr,
+    factor=None, factor_stride=0, per_factor=1, F: tl.constexpr = "identity",
 ):  # fmt: skip
     """``out[i] = sum over rows of a[row, i]``, times ``F(factor[row // per_factor, i])`` where
     given."""
@@ -89,12 +89,12 @@ def parameters_kernel(
     else:
         i = (pid - w2_tiles - w1_tiles) * BV + tl.arange(0, BV)
         rows, n = batch * splits, channels
-        column_sums(du, None, db2, batch, outputs, outputs, 0, 1, i, "identity", ACC, BB)
-        column_sums(dh, None, db1, batch, hidden, hidden, 0, 1, i, "identity", ACC, BB)
-        column_sums(ds, None, dalpha, batch, n, n, 0, 1, i, "identity", ACC, BB)
-        column_sums(ds, u, dbeta, batch, n, n, outputs, 1, i, GATE, ACC, BB)
-        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, "identity", ACC, BB)
-        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, "identity", ACC, BB)
+        column_sums(du, db2, batch, outputs, outputs, i, ACC, BB)
+        column_sums(dh, db1, batch, hidden, hidden, i, ACC, BB)
+        column_sums(ds, dalpha, batch, n, n, i, ACC, BB)
+        column_sums(ds, dbeta, batch, n, n, i, ACC, BB, u, outputs, 1, GATE)
+        column_sums(da_parts, daffine_scale, rows, n, n, i, ACC, BB)
+        column_sums(db_parts, daffine_shift, rows, n, n, i, ACC, BB)
 
 
 @triton.jit(do_not_specialize=("batch", "channels", "outputs", "splits", "du_tiles"))
@@ -127,7 +127,7 @@ def half_parameters_kernel(
     else:
         i = (pid - du_tiles) * BV + tl.arange(0, BV)
         rows, n, o = batch * splits, channels, outputs
-        column_sums(dots_parts, None, dalpha, rows, n, o, 0, 1, i, "identity", ACC, BB)
-        column_sums(dots_parts, u, dbeta, rows, n, o, o, splits, i, GATE, ACC, BB)
-        column_sums(da_parts, None, daffine_scale, rows, n, n, 0, 1, i, "identity", ACC, BB)
-        column_sums(db_parts, None, daffine_shift, rows, n, n, 0, 1, i, "identity", ACC, BB)
+        column_sums(dots_parts, dalpha, rows, n, o, i, ACC, BB)
+        column_sums(dots_parts, dbeta, rows, n, o, i, ACC, BB, u, o, splits, GATE)
+        column_sums(da_parts, daffine_scale, rows, n, n, i, ACC, BB)
+        column_sums(db_parts, daffine_shift, rows, n, n, i, ACC, BB)
