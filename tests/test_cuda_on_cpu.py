@@ -5,6 +5,7 @@ backend ``simulated-cuda``.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -69,6 +70,14 @@ BLOCKS: tuple[dict[str, Any], ...] = (
     {"residual": "channels_last", "after": "gelu", "dy_layout": "channels_last"},
     {"bias": False, "weighted": True, "after": "relu", "affine": True},
 )
+HALVES: tuple[dict[str, Any], ...] = (
+    {"part": "squeeze", "before": "silu"},
+    {"part": "squeeze", "lengths": True, "affine": True},
+    {"part": "channel_scale", "gate": "sigmoid", "before": "hardswish"},
+    {"part": "channel_scale", "residual": "contiguous", "after": "relu", "shift": True},
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = ("contiguous", "channels_last", "misaligned", "misaligned_channels_last")
 
 
 def _parsed(policy: str) -> dict[str, str]:
@@ -84,6 +93,8 @@ def _is_legal(policy: str, spec: Spec) -> bool:
         return False
     if asked.get("resident") != "1":
         return True
+    if spec.part != "whole":  # one pass each: there is nothing to stay for
+        return False
     # 16-byte accesses to x, dy and the residual, in their own rows where there is a mask. (Ops copy
     # what is not laid out like x.)
     aligned = spec.dtype != torch.float64 and "misaligned" not in spec.layout
@@ -95,10 +106,10 @@ def _cases() -> list[Any]:
     rows = pairwise(
         {
             "policy": POLICIES,
-            "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-            "layout": ("contiguous", "channels_last", "misaligned", "misaligned_channels_last"),
+            "dtype": DTYPES,
+            "layout": LAYOUTS,
             "shape": SHAPES,
-            "block": BLOCKS,
+            "block": (*BLOCKS, *HALVES),
         }
     )
     cases, policies = [], set()
@@ -143,16 +154,43 @@ def _as_asked(policy: str, launches: list[str]) -> None:
 @pytest.mark.parametrize(("policy", "device", "spec"), _cases())
 def test_policies(policy: str, device: int, spec: Spec, force: Any) -> None:
     force(policy)
+    _meet(policy, device, spec)
+
+
+def _meet(policy: str, device: int, spec: Spec) -> None:
+    """Right, and cut as asked, or refused."""
     problem = build(spec)
     with cuda_on_cpu.plugged_in(spec.seed, device) as simulation:
         if _is_legal(policy, spec):
             check(problem, squeeze_excite, backend="native")
             launches = simulation.take_launches()
-            _as_asked(policy, launches)
+            # Blocks of a half may have nothing to exchange: then each is on its own.
+            if spec.part == "whole" or "exchange=none" in policy:
+                _as_asked(policy, launches)
             assert 2 <= len(launches) <= 3, launches
         else:
             with pytest.raises(RuntimeError, match=f"{PLAN}: (axis=space|resident=1) is for"):
                 problem.run(squeeze_excite, backend="native")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy or "automatic")
+def test_every_policy_with_everything(policy: str, dtype: torch.dtype, force: Any) -> None:
+    """The whole product, where the gate has pairs; devices take turns."""
+    force(policy)
+    wrong, devices = [], POLICIES[policy]
+    for i, (layout, (shape, hidden), block) in enumerate(
+        itertools.product(LAYOUTS, SHAPES, (*BLOCKS, *HALVES))
+    ):
+        spec = replace(Spec(shape, hidden, dtype, layout, seed=i), **block)
+        if spec.fits(SIMULATED):
+            device = devices[i % len(devices)]
+            try:
+                _meet(policy, device, spec)
+            except (AssertionError, RuntimeError) as error:
+                wrong.append(f"{spec} on device {device}: {error}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
