@@ -55,8 +55,13 @@ def _fuse(name: str, size: int, batch: int, device: str, seconds: float, neighbo
     model = _load(name).to(device).eval()
     _wake(model)
     x = torch.randn(batch, _input_channels(model), size, size, device=device)
-    with torch.no_grad():
-        before = _first_tensor(model(x))
+    try:
+        with torch.no_grad():
+            before = _first_tensor(model(x))
+    except Exception as error:  # of a stranger's model
+        sys.exit(
+            f"model: {name!r} does not run on {list(x.shape)}: {type(error).__name__}: {error}"
+        )
     fuse = partial(fuse_se_blocks, neighbours=neighbours)
     report = fuse(model)
     print(report)
@@ -87,7 +92,7 @@ def _load(name: str) -> nn.Module:
             model = load("torchvision.models").get_model(rest, weights=None)
         else:
             model = getattr(load(source), rest)()
-    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever a stranger's code raises
         sys.exit(f"model: {name!r} cannot be made: {type(error).__name__}: {error}")
     if not isinstance(model, nn.Module):
         sys.exit(f"model: expected {name!r} to give a torch.nn.Module, got {type(model).__name__}")

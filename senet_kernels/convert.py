@@ -83,7 +83,10 @@ class _Fused(nn.Module):
         return api.channel_scale(x, u, gate=form.gate, backend=backend)
 
     def _run_block(self, block: Block, x: Tensor) -> Any:
-        se = find(self, block.se)
+        try:
+            se = find(self, block.se)
+        except KeyError:  # taken out
+            return NotImplemented
         form = se._senet_form if isinstance(se, _Fused) else None
         if not isinstance(form, Mlp) or watched(se) or changed(se, form.parts):
             return NotImplemented

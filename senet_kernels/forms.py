@@ -94,7 +94,7 @@ LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def pointwise_name(module: nn.Module) -> str | None:
     """The table's name for a pointwise module; None where the table has no such function."""
     name = _POINTWISE_NAMES.get(class_name(module))
-    if isinstance(module, nn.GELU):
+    if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:
         return None

@@ -203,7 +203,7 @@ def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
             steps.append(Step((name,)))
             continue
         before = after = None
-        last = _last_activation(children[i - 1][1]) if i else None
+        last = _last_activation(children[:i]) if i else None
         if last is not None and not steps[-1].is_se:
             inner, before = last
             previous = steps.pop()
@@ -223,24 +223,41 @@ def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
         notes += [f"after {after}"] if after else []
     found = [s for s in steps if s.is_se]
     if len(found) != 1 or not notes:
-        raise Refusal("no activation stands beside its one excitation")
+        raise Refusal("no activation that may join stands beside its one excitation")
     return Block(
         found[0].path, _run_sequential, "", tuple(parts), ", ".join(notes), tuple(steps),
         tuple(names),
     )  # fmt: skip
 
 
-def _last_activation(child: nn.Module) -> tuple[Path, str] | None:
-    """Where a child ends in an activation: path within it, and the function."""
-    function = pointwise_name(child)
-    if function in ACTIVATIONS and function != "identity":
-        return (), function
+def _last_activation(children: list[tuple[str, nn.Module]]) -> tuple[Path, str] | None:
+    """Where the last child ends in an activation that may join what follows: path within it, and
+    the function."""
+    path: Path = ()
+    child = children[-1][1]
     if is_sequential(child) and len(child._modules) > 1:
-        name, last = list(child._modules.items())[-1]
-        function = None if last is None else pointwise_name(last)
-        if function in ACTIVATIONS and function != "identity":
-            return (name,), function
-    return None
+        children = [(n, c) for n, c in child._modules.items() if c is not None]
+        path, child = (children[-1][0],), children[-1][1]
+    function = pointwise_name(child)
+    if function not in ACTIVATIONS or function == "identity":
+        return None
+    if getattr(child, "inplace", False):
+        # What it overwrites others may hold, a shortcut say, unless it was made just before.
+        made = children[-2][1] if len(children) > 1 else None
+        while made is not None and is_sequential(made):
+            made = next(reversed(made._modules.values()), None)
+        if type(made) not in _MAKERS and (made is None or class_name(made) not in _FURTHER_MAKERS):
+            return None
+    return path, function
+
+
+#: Modules whose output nobody else has.
+_MAKERS = frozenset((
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm,
+    nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+))  # fmt: skip
+_FURTHER_MAKERS = frozenset(("torchvision.ops.misc.FrozenBatchNorm2d",))
 
 
 def _run_sequential(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:

@@ -30,7 +30,9 @@ from .forms import (
 from .pointwise import ACTIVATIONS, GATES, POINTWISE
 
 _PROBE_SPACE = {4: (5, 4), 3: (7,), 5: (3, 2, 4)}
-_SOUNDS_LIKE_SE = re.compile(r"(?i:squeeze|excit)|(^|[a-z_])SE([A-Z_]|$)|^E?SE", re.ASCII)
+_SOUNDS_LIKE_SE = re.compile(
+    r"(?i:squeeze(?!bert|net|former)|excit)|(^|[a-z_])SE([A-Z_]|$)|^E?SE", re.ASCII
+)
 _MOST_CHILDREN = 16  # nothing that only excites has more; keeps whole networks from being tried
 
 
@@ -59,12 +61,14 @@ def layers_of(module: nn.Module) -> list[Path] | None:
     return layers
 
 
+@torch.random.fork_rng(devices=())
 def prove(module: nn.Module, paths: list[Path]) -> Mlp:
     """The form of a module of unknown class, established by running a copy of it in float64.
 
     ``paths`` are its layers. The form found must hold in training and in eval mode, with and
     without gradients, for unusual numbers, extents, layouts and dtypes, and leave no trace in the
-    module. What a module reads from outside itself cannot be seen.
+    module, nor in the random numbers that others draw on the CPU. What a module reads from outside
+    itself cannot be seen.
 
     Raises:
         Refusal: no form, or more than one, gives what the module gives.

@@ -84,6 +84,15 @@ def without():
 
 def number():
     return 3
+
+def needs(argument):
+    return without()
+
+def fails():
+    return {}["key"]
+
+def fixed():
+    return nn.Sequential(nn.Flatten(), nn.Linear(7, 3))
 """
 
 
@@ -108,6 +117,9 @@ def test_fuse(
     monkeypatch.setattr(convert, "_excite", lambda *a, **k: 1.001 * excite(*a, **k))
     assert main(["fuse", "my_models:hidden", *options]) == 0
     assert "output: largest difference 1.0e-03" in capsys.readouterr().out
-    for wrong in ("seresnet50", "my_models:nothing", "no_such_module:x", "my_models:number"):
+    for wrong in (
+        "seresnet50", "no_such_module:x",
+        *(f"my_models:{name}" for name in ("nothing", "number", "needs", "fails", "fixed")),
+    ):  # fmt: skip
         with pytest.raises(SystemExit, match="model: "):
             main(["fuse", wrong, *options])

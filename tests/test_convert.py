@@ -638,6 +638,75 @@ def test_neighbours_that_change() -> None:
     assert "senet_kernels::native_forward" not in _operations(model, x)
 
 
+@pytest.mark.parametrize("before", ["nothing", "identity", "nested", "convolution"])
+def test_neighbours_that_overwrite_a_shortcut(before: str) -> None:
+    """An activation in place changes what its caller holds, unless a layer has just made it."""
+
+    class PreActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            act = nn.ReLU(inplace=True)
+            first: dict[str, tuple[nn.Module, ...]] = {
+                "nothing": (act,), "identity": (nn.Identity(), act),
+                "nested": (nn.Sequential(nn.Dropout(0.5), act),),
+                "convolution": (nn.Conv2d(24, 24, 1), act),
+            }  # fmt: skip
+            self.branch = nn.Sequential(*first[before], SELayer(), nn.Conv2d(24, 24, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            return x + self.branch(x)  # type: ignore[no-any-return]
+
+    model = PreActivation().eval()
+    original = copy.deepcopy(model)
+    report = fuse_se_blocks(model, neighbours=True)
+    x = _x(2, 24, 5, 7)
+    torch.testing.assert_close(model(x), original(x))
+    joined = [e for e in report.replaced if e.note == "neighbours: before relu"]
+    assert bool(joined) == (before == "convolution")
+
+
+def test_neighbours_of_a_block_whose_excitation_is_taken_out() -> None:
+    timm = library("timm")
+    model = timm.models.resnet.BasicBlock(32, 32, attn_layer="se").eval()
+    fuse_se_blocks(model, neighbours=True)
+    model.se = None
+    original = copy.deepcopy(model)
+    unfuse_se_blocks(original)
+    x = _x(2, 32, 6, 6)
+    assert torch.equal(model(x), original(x))
+
+
+def test_functions_of_subclasses_are_unknown() -> None:
+    class QuickGELU(nn.GELU):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(1.702 * x)
+
+    timm = library("timm")
+    model = timm.layers.SEModule(32, rd_channels=8, act_layer=QuickGELU).eval()
+    with pytest.raises(ValueError, match="no kernel has the function of its child act"):
+        fuse_se_blocks(model, strict=True)
+
+
+def test_random_numbers_of_others_are_left_alone() -> None:
+    model = SELayer()
+    state = torch.get_rng_state()
+    assert fuse_se_blocks(model).replaced
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_names_that_only_sound_alike() -> None:
+    class SqueezeBertPooler(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.dense(x))
+
+    assert not fuse_se_blocks(SqueezeBertPooler(), strict=True).refused
+
+
 def test_neighbours_refused() -> None:
     class Home(nn.Module):
         def __init__(self) -> None:
@@ -653,7 +722,7 @@ def test_neighbours_refused() -> None:
     assert len(report.replaced) == 2
     assert [(e.name, e.note) for e in report.refused] == [
         ("home", "neighbours: a block of this class is not known"),
-        ("bare", "neighbours: no activation stands beside its one excitation"),
+        ("bare", "neighbours: no activation that may join stands beside its one excitation"),
     ]
     _assert_same(model["home"], _x())
 
