@@ -6,6 +6,7 @@ backend ``simulated-cuda``.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -277,6 +278,22 @@ def test_everything_happens_on_the_device_of_x(
         ), call  # fmt: skip
         seen.update(steps)
     assert seen == {s for steps in _STEPS.values() for s in steps} | {"enter", "leave"}
+
+
+# None of these allocates, waits, or makes a stream: what a capture would refuse, or what only
+# PyTorch's allocator and streams may do.
+_HOST_CALLS = {
+    "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaGetDevice",
+    "cudaGetErrorString", "cudaGetLastError", "cudaLaunchKernelEx", "cudaMemsetAsync",
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaOccupancyMaxActiveClusters",
+}  # fmt: skip
+
+
+def test_host_code_neither_allocates_nor_waits() -> None:
+    text = "\n".join(path.read_text() for path in cuda_on_cpu.CUDA.iterdir() if path.is_file())
+    found = set(re.findall(r"\b(cu(?:da)?[A-Z]\w*)\s*\(", text))
+    assert found == _HOST_CALLS
+    assert "<<<" not in text
 
 
 @pytest.fixture
