@@ -241,6 +241,8 @@ def stale() -> list[str]:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for place, r in results.items():
         of_place = of_kernels(r.get("kernels"), KERNELS_IN[place])
+        if "kernels" not in r:
+            of_place = "of which kernels is not recorded"
         if of_place != AS_THEY_ARE:
             said.append(f"results, {place}: {of_place}")
     recorded = json.loads(SANITIZERS.read_text()) if SANITIZERS.exists() else {}
