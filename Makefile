@@ -93,6 +93,7 @@ test-all: $(READY_TEST)  ## all tests, the slow ones and those for a GPU too
 fuzz: $(READY_TEST)  ## random calls of every backend for BUDGET seconds
 	@echo '==> fuzz'; time $(PY) tests/fuzz.py --seconds '$(BUDGET)' $(ARGS)
 
+# ARGS=--record writes what they say to docs/sanitizers.json and the page made of it.
 sanitize: $(READY_TEST)  ## the native CPU code under sanitizers and valgrind, where there are
 	@echo '==> sanitize'; time $(PY) -m tools.sanitize $(ARGS)
 

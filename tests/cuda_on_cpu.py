@@ -36,15 +36,31 @@ def why_not() -> str | None:
     return None if build.compiler() else "no C++ compiler"
 
 
-def compile_library(*, sanitize: bool = False) -> Path:
-    """The library; compiled once per content of its sources."""
-    from torch.utils.cpp_extension import include_paths, library_paths
+def _with_torch() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
 
-    with_torch = [
+    return [
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-fvisibility=hidden",
         *(f"-isystem{path}" for path in include_paths()),
     ]
+
+
+def pretended_devices() -> str:
+    """What ``csrc/cuda/host.cpp``, compiled as for a GPU, does on which of several devices that
+    are not there: the events that ``tests/simt/devices.cpp`` writes down."""
+    flags = [*_with_torch(), "-USENET_SIMT", f"-I{build.ROOT / 'csrc'}", f"-I{CUDA}"]
+    sources = [(CUDA / "host.cpp", flags), (build.HERE / "devices.cpp", flags)]
+    program = build.build("devices", sources)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def compile_library(*, sanitize: bool = False) -> Path:
+    """The library; compiled once per content of its sources."""
+    from torch.utils.cpp_extension import library_paths
+
+    with_torch = _with_torch()
     kernels = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")])
     sources = [(build.ROOT / "csrc" / "registration.cpp", with_torch)]
     # The large ones first.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -276,6 +277,61 @@ def test_policies_that_cannot_be(policy: str, message: str, force: Any) -> None:
         pytest.raises(RuntimeError, match=f"{PLAN}: .*{message}"),
     ):
         build(Spec()).run(squeeze_excite, backend="native")
+
+
+# What the host does for a call, between entering the device of x and leaving it.
+_STEPS = {
+    "forward": ["plan", "memory", "stream", "forward"],
+    "backward": ["plan", "memory", "stream", "backward"],
+    "poison": ["stream", "poison"],
+    "plan": ["query"],
+}
+
+
+@pytest.mark.skipif(_SANITIZED, reason="no kernel runs")
+@pytest.mark.parametrize("poison", ["0", "1"])
+def test_everything_happens_on_the_device_of_x(
+    poison: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the current device is; and it is that again afterwards, also when a call throws."""
+    monkeypatch.setenv("SENET_KERNELS_POISON", poison)
+    calls = cuda_on_cpu.pretended_devices().split("call ")[1:]
+    assert len(calls) == 4 * len(_STEPS) * 4
+    seen = set()
+    for call in calls:
+        head, *events, outcome, after = call.splitlines()
+        name, of_x, current, how = head.split()
+        device, before = of_x.removeprefix("x="), current.removeprefix("current=")
+        launches = name in ("forward", "backward")
+        assert outcome == ("threw" if how != "works" and launches else "returned"), call
+        assert after == f"after {before}", call
+        assert [event.split(" ", 1)[1] for event in events] == [device] * len(events), call
+        steps = [event.split()[0] for event in events]
+        assert (steps[0], steps[-1]) == ("enter", "leave"), call
+        expected = _STEPS[name]
+        if how == "out_of_memory" and launches:
+            expected = expected[: expected.index("memory") + 1]
+        assert [s for s in steps[1:-1] if s in expected] in (
+            expected, [s for s in expected if s != "memory"]
+        ), call  # fmt: skip
+        seen.update(steps)
+    assert seen == {s for steps in _STEPS.values() for s in steps} | {"enter", "leave"}
+
+
+# None of these allocates, waits, or makes a stream: what a capture would refuse, or what only
+# PyTorch's allocator and streams may do.
+_HOST_CALLS = {
+    "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaGetDevice",
+    "cudaGetErrorString", "cudaGetLastError", "cudaLaunchKernelEx", "cudaMemsetAsync",
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaOccupancyMaxActiveClusters",
+}  # fmt: skip
+
+
+def test_host_code_neither_allocates_nor_waits() -> None:
+    text = "\n".join(path.read_text() for path in cuda_on_cpu.CUDA.iterdir() if path.is_file())
+    found = set(re.findall(r"\b(cu(?:da)?[A-Z]\w*)\s*\(", text))
+    assert found == _HOST_CALLS
+    assert "<<<" not in text
 
 
 @pytest.fixture

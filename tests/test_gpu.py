@@ -249,6 +249,40 @@ def test_an_unprepared_call_is_refused_during_capture(backend: BackendCase) -> N
     assert torch.equal(results["y"], static.step()["y"])
 
 
+_COLD_CAPTURE = """
+import torch
+import conftest
+conftest.pytest_configure()
+from backend_cases import BackendCase
+from test_gpu import _GRAPHED, _Static
+for spec in _GRAPHED:
+    _Static(spec, BackendCase("reference", "cuda"), True).warm_up()  # what is PyTorch's, alone
+    static = _Static(spec, BackendCase("native", "cuda"), True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = static.step()
+    for seed in range(2):
+        static.renew(seed)
+        for t in results.values():
+            t.fill_(float("nan"))
+        graph.replay()
+        for name, right in static.step().items():
+            assert torch.equal(results[name], right), f"{spec}: {name}, seed {seed}"
+"""
+
+
+@native_on_gpu
+def test_the_first_call_of_a_process_can_be_captured(backend: BackendCase) -> None:
+    """Compiled ahead of time: what the first call asks of the device is legal in a capture."""
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", _COLD_CAPTURE], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": path}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @on_gpu
 def test_overwriting_x_in_a_graph(backend: BackendCase) -> None:
     for shape in ((4, 32, 7, 7), (4, 96, 28, 28)):  # one launch, and two
@@ -343,11 +377,41 @@ def test_tensors_on_another_device_than_the_current(backend: BackendCase, spec: 
         problem = build(replace(spec, device=device))
         assert torch.cuda.current_device() == 0
         results.append(problem.run(squeeze_excite, backend=backend.name))
+        assert torch.cuda.current_device() == 0
         assert {t.device for t in results[-1].values()} == {torch.device(device)}
     oracle.assert_like_oracle(
         results[0], {n: t.to("cuda:1") for n, t in problem.expected().items()},
         magnitudes(problem), spec.dtype,
     )  # fmt: skip
+
+
+@each_graphed
+@on_gpu
+def test_the_current_device_stays(backend: BackendCase, spec: Spec) -> None:
+    """After forward and backward, with x on any device there is; backward on this thread, since
+    those of autograd have current devices of their own."""
+    count = torch.cuda.device_count()
+    for current in range(count):
+        with torch.cuda.device(current), torch.autograd.set_multithreading_enabled(False):
+            for of_x in range(count):
+                static = _Static(spec, replace(backend, device=f"cuda:{of_x}"), True)
+                y = static.problem.call(squeeze_excite, static.leaves, backend=backend.name)
+                assert torch.cuda.current_device() == current
+                leaves = [static.leaves[n] for n in static.names]
+                torch.autograd.grad(y, leaves, static.problem.dy)
+                assert torch.cuda.current_device() == current
+
+
+@native_on_gpu
+def test_the_current_device_stays_when_a_call_fails(
+    backend: BackendCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, current = torch.cuda.device_count(), torch.cuda.current_device()
+    problem = build(Spec(device=f"cuda:{count - 1}"))
+    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "speed=1")
+    with pytest.raises(RuntimeError, match="expected exchange, blocks, axis"):
+        problem.run(squeeze_excite, backend=backend.name)
+    assert torch.cuda.current_device() == current
 
 
 _BITS = """

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,27 @@ FEW = {"native": 120, "reference": 60, "simulated-cuda": 40, "triton": 12}
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 
 
-def _draw_and_check(backend: BackendCase, examples: int) -> None:
+def _draw_and_check(backend: BackendCase, examples: int) -> int:
+    """How many calls were checked."""
+    checked = 0
+
     def check(call: RandomCall) -> None:
-        check_call(call)
+        nonlocal checked
+        checked += check_call(call)
 
     chosen = settings(
         max_examples=examples, derandomize=True, deadline=None, database=None, print_blob=True,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     chosen(given(calls(str(backend), plans_of(backend)))(check))()
+    return checked
 
 
 @pytest.mark.usefixtures("poisoned_empty")
 @each_backend
-def test_any_call(backend: BackendCase) -> None:
+def test_any_call(backend: BackendCase, record_property: Callable[[str, object], None]) -> None:
     require(backend)
-    _draw_and_check(backend, FEW.get(str(backend), 120))
+    record_property("calls", _draw_and_check(backend, FEW.get(str(backend), 120)))
 
 
 @pytest.mark.slow

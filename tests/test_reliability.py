@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tools import mutate, reliability
-from tools.mutation_sites import FILES, Mutant, sites
+from tools import mutate, reliability, sanitize
+from tools.mutation_sites import FILES, Mutant, sites, text_hash
 
 ROOT = reliability.ROOT
 ROWS: list[dict[str, Any]] = json.loads(reliability.DATA.read_text())["rows"]
@@ -75,11 +75,114 @@ def test_nothing_failed_when_last_run() -> None:
     assert failed == []
 
 
+def test_no_test_is_named_where_it_is_always_skipped() -> None:
+    """What a device lacks may skip GPU tests; elsewhere a skipped test holds no promise."""
+    results = json.loads(reliability.RESULTS.read_text())
+    empty = [
+        (place, test)
+        for place in results.keys() - {"GPU"}
+        for test in reliability.tests_of(place)
+        if results[place]["tests"].get(test, {}).keys() == {"skipped"}
+    ]
+    assert empty == []
+
+
 def test_mutants_are_killed_or_explained() -> None:
     found = json.loads(reliability.MUTANTS.read_text())["mutants"]
     killed = [m for m in found if m["killed"]]
     assert len(killed) >= mutate.LEAST * len(found)
     assert all(m.get("explanation") for m in found if not m["killed"])
+
+
+# -- which kernels a record is of ------------------------------------------------------------------
+
+
+def _mutant_rows(page: str) -> dict[str, str]:
+    table = page[page.index("| backend | mutants | killed | these are |") :]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2 : 2 + len(FILES)]]
+    return {cells[0]: cells[-1].strip(" |") for cells in rows}
+
+
+def test_the_page_says_of_which_kernels_the_mutants_were() -> None:
+    found = json.loads(reliability.MUTANTS.read_text())["mutants"]
+    said = _mutant_rows(reliability.PAGE.read_text())
+    assert said.keys() == FILES.keys()
+    for backend, words in said.items():
+        texts = {m["text"] for m in found if m["backend"] == backend}
+        if not texts:
+            assert words == "not recorded"
+        elif texts == {text_hash(backend)}:
+            assert words == "of the kernels as they are"
+        else:
+            assert words.endswith("of earlier kernels: stale")
+
+
+def test_a_change_of_the_kernels_makes_records_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page tells, ``--check`` warns, and neither is a failure."""
+    for name in ("PAGE", "MUTANTS", "SANITIZERS", "RESULTS"):
+        monkeypatch.setattr(reliability, name, tmp_path / getattr(reliability, name).name)
+    mutant = {
+        "id": "a:1:1:b>c",
+        "before": "b",
+        "after": "c",
+        "kind": "sum",
+        "killed": True,
+        "by": "d",
+    }
+    record = {"command": "e", "date": "f", "commit": "g", "compiler": "h", "discarded": []}
+    record["mutants"] = [mutant | {"backend": b, "text": text_hash(b)} for b in FILES]
+    reliability.MUTANTS.write_text(json.dumps(record))
+    clean = sanitize.Outcome("3 tests", f"FAILED: {reliability.ROOT}/i | j")
+    for kind in sanitize.KINDS:
+        sanitize.write_down(kind, clean, "k", "")
+    result = {"command": "l", "date": "m", "commit": "n", "tests": {}}
+    result["kernels"] = reliability.kernels()
+    reliability.RESULTS.write_text(json.dumps(dict.fromkeys(reliability.PLACES, result)))
+    monkeypatch.setattr(sys, "argv", ["reliability"])
+    assert reliability.main() == 0
+    fresh = reliability.PAGE.read_text()
+    assert str(reliability.ROOT) not in fresh
+    assert set(_mutant_rows(fresh).values()) == {"of the kernels as they are"}
+    assert reliability.stale() == []
+    monkeypatch.setattr(sys, "argv", ["reliability", "--check"])
+    assert reliability.main() == 0
+    assert "warning" not in capsys.readouterr().err
+
+    def changed(backend: str) -> str:
+        return text_hash(backend) + ("" if backend == "cuda" else "!")
+
+    monkeypatch.setattr(reliability, "text_hash", changed)
+    assert reliability.main() == 1  # not what would be generated
+    assert reliability.PAGE.read_text() == fresh
+    warnings = capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["reliability"])
+    assert reliability.main() == 0
+    assert _mutant_rows(reliability.PAGE.read_text()) == {
+        "triton": "of earlier kernels: stale",
+        "cuda": "of the kernels as they are",
+        "cpu": "of earlier kernels: stale",
+    }
+    for line in ("mutants of triton: of earlier", "mutants of cpu: of", "sanitizers, thread: of",
+                 "results, CPU: of earlier"):  # fmt: skip
+        assert f"warning: {line}" in warnings
+    assert "mutants of cuda" not in warnings
+    assert "simulated" not in warnings
+
+
+def test_every_run_of_the_fuzzer_says_of_which_kernels() -> None:
+    for run in json.loads(reliability.FUZZ.read_text())["runs"]:
+        assert run["kernels"].keys() == FILES.keys()
+
+
+def test_the_record_of_sanitizers() -> None:
+    assert reliability.SANITIZED.keys() == sanitize.KINDS.keys()
+    record = json.loads(reliability.SANITIZERS.read_text())
+    assert record.keys() <= sanitize.KINDS.keys()
+    for kind, entry in record.items():
+        assert not entry["result"].startswith("FAILED"), kind
+        assert all(entry[key] for key in ("over", "command", "date", "commit", "tools", "kernels"))
 
 
 # -- the generator of mutants ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ becomes of what.
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,6 +97,13 @@ class Mutant:
     def applied(self, text: str) -> str:
         assert text[self.start : self.end] == self.before
         return text[: self.start] + self.after + text[self.end :]
+
+
+def text_hash(backend: str, root: Path = ROOT) -> str:
+    """Of a backend's kernels as they are: what is recorded of others is stale."""
+    return hashlib.sha256(
+        b"".join((root / path).read_bytes() for path in FILES[backend])
+    ).hexdigest()[:16]
 
 
 def sites(backend: str, root: Path = ROOT) -> list[Mutant]:

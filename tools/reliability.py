@@ -2,11 +2,15 @@
 
 ``docs/reliability.json`` says, hazard by hazard, what is promised and which tests hold it, by the
 place where they run; ``docs/reliability_results.json`` what they gave when last run here;
-``docs/fuzz.json`` what the fuzzer found, and ``docs/mutants.json`` (``make mutants``) which mutants
-of the kernels the suite kills. The page is made of these and of nothing else; a test compares.
+``docs/fuzz.json`` what the fuzzer found, ``docs/sanitizers.json`` (``make sanitize``) what the
+sanitizers said, and ``docs/mutants.json`` (``make mutants``) which mutants of the kernels the suite
+kills. The page is made of these, and of a hash of the kernels' text: it says of each record
+whether it is of the kernels as they are. A test compares, so that after a change of the kernels
+the page has to be generated anew; a record that has become stale by it fails nothing, and is told.
 
 ``make reliability`` runs every test named: on the CPU, on the simulation of CUDA, in Triton's
 interpreter and, where there is one, on a GPU; ``--place`` chooses, ``--slow`` runs slow cases too.
+``--check`` writes nothing: exit code 1 where the page is not what would be generated.
 """
 
 from __future__ import annotations
@@ -19,21 +23,23 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tools.mutation_sites import FILES
+from tools.mutation_sites import FILES, text_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGE, DATA, RESULTS, FUZZ, MUTANTS = (
+PAGE, DATA, RESULTS, FUZZ, SANITIZERS, MUTANTS = (
     DOCS / name
     for name in (
         "reliability.md",
         "reliability.json",
         "reliability_results.json",
         "fuzz.json",
+        "sanitizers.json",
         "mutants.json",
     )
 )
@@ -43,7 +49,15 @@ PLACES: dict[str, tuple[str, dict[str, str]]] = {
     "Triton interpreter": ("triton", {"TRITON_INTERPRET": "1"}),
     "GPU": ("", {}),
 }
+#: The kernels that a place's results are about.
+KERNELS_IN = {
+    "CPU": ("cpu",),
+    "simulated CUDA": ("cuda",),
+    "Triton interpreter": ("triton",),
+    "GPU": ("triton", "cuda"),
+}
 NOT_YET = "not yet run on a GPU"
+AS_THEY_ARE, STALE = "of the kernels as they are", "of earlier kernels: stale"
 _OUTCOMES = ("passed", "failed", "skipped")
 
 
@@ -77,12 +91,30 @@ def run(place: str, slow: bool) -> dict[str, Any]:
     return {
         "command": f"make reliability ARGS='--place \"{place}\"{' --slow' if slow else ''}'",
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
+        "kernels": kernels(),
         "tests": {test: dict(sorted(counts[test].items())) for test in sorted(counts)},
     }
 
 
-def _commit() -> str:
+def kernels() -> dict[str, str]:
+    """What a record says it is of."""
+    return {backend: text_hash(backend) for backend in FILES}
+
+
+def of_kernels(recorded: dict[str, str] | None, backends: Iterable[str]) -> str:
+    """Whether a record is of the kernels as they are, in words."""
+    if recorded is None:
+        return "not recorded"
+    now = kernels()
+    stale = [b for b in backends if recorded.get(b) != now[b]]
+    fresh = [b for b in backends if b not in stale]
+    if stale and fresh:
+        return f"{AS_THEY_ARE}: {', '.join(fresh)}; {STALE}: {', '.join(stale)}"
+    return STALE if stale else AS_THEY_ARE
+
+
+def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
@@ -129,7 +161,7 @@ def hazards() -> list[str]:
 def runs() -> list[str]:
     """When and how the results came about."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    lines = ["| where | command | date | commit | cases |", "|---|---|---|---|---|"]
+    lines = ["| where | command | date | commit | kernels | cases |", "|---|---|---|---|---|---|"]
     for place in PLACES:
         if place in results:
             r = results[place]
@@ -138,10 +170,11 @@ def runs() -> list[str]:
                 total.update(counts)
             cases = ", ".join(f"{total[name]} {name}" for name in _OUTCOMES if total[name])
             command = f"`{r['command']}`"
-            lines.append(f"| {place} | {command} | {r['date']} | {r['commit']} | {cases} |")
+            of = of_kernels(r.get("kernels"), KERNELS_IN[place])
+            lines.append(f"| {place} | {command} | {r['date']} | {r['commit']} | {of} | {cases} |")
         else:
             why = NOT_YET if place == "GPU" else "not recorded"
-            lines.append(f"| {place} | `make reliability` | | | {why} |")
+            lines.append(f"| {place} | `make reliability` | | | | {why} |")
     return lines
 
 
@@ -151,7 +184,8 @@ def fuzz() -> list[str]:
     for r in json.loads(FUZZ.read_text())["runs"]:
         calls = sum(w["calls"] for w in r["workers"])
         wrong = sum(w["wrong"] for w in r["workers"])
-        summary = f"{r['date']}, commit {r['commit']}: **{calls:,} calls, {wrong} wrong.**"
+        of = of_kernels(r.get("kernels"), FILES)
+        summary = f"{r['date']}, commit {r['commit']}: **{calls:,} calls, {wrong} wrong** ({of})."
         lines += [
             "",
             f"`{r['command']}`, {summary} {r['note']}",
@@ -164,6 +198,67 @@ def fuzz() -> list[str]:
             for w in r["workers"]
         ]
     return lines
+
+
+def sanitizers() -> list[str]:
+    """A row per sanitizer, and one for the CUDA kernels' turn, which is a test of the suite."""
+    record = json.loads(SANITIZERS.read_text()) if SANITIZERS.exists() else {}
+    lines = [
+        "| sanitizer | over | result | command, date, commit | tools | kernels |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, what in SANITIZED.items():
+        if name in record:
+            r = record[name]
+            cells = [r["over"], r["result"], f"`{r['command']}`, {r['date']}, {r['commit']}"]
+            cells += [r["tools"], of_kernels(r["kernels"], ["cpu"])]
+        else:
+            cells = ["", "not recorded", f"`make sanitize ARGS='--record {name}'`", "", ""]
+        lines.append(f"| {what} | {' | '.join(c.replace('|', ' ') for c in cells)} |")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    row = {"tests": {"simulated CUDA": [_CUDA_SANITIZED]}}
+    cells = [_short(_CUDA_SANITIZED), outcome(row, "simulated CUDA", results)]
+    if "simulated CUDA" in results:
+        r = results["simulated CUDA"]
+        cells += [f"`{r['command']}`, {r['date']}, {r['commit']}", ""]
+        cells += [of_kernels(r.get("kernels"), ["cuda"])]
+    else:
+        cells += ["", "", ""]
+    what = "AddressSanitizer and UndefinedBehaviorSanitizer, simulated CUDA"
+    return [*lines, f"| {what} | {' | '.join(cells)} |"]
+
+
+def stale() -> list[str]:
+    """What should be recorded anew, a line each."""
+    said = []
+    record = json.loads(MUTANTS.read_text()) if MUTANTS.exists() else {"mutants": []}
+    for backend in FILES:
+        of = [m for m in record["mutants"] if m["backend"] == backend]
+        if not of:
+            said.append(f"mutants of {backend}: not recorded")
+        elif _of_mutants(of) != AS_THEY_ARE:
+            said.append(f"mutants of {backend}: {_of_mutants(of)}")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for place, r in results.items():
+        of_place = of_kernels(r.get("kernels"), KERNELS_IN[place])
+        if "kernels" not in r:
+            of_place = "of which kernels is not recorded"
+        if of_place != AS_THEY_ARE:
+            said.append(f"results, {place}: {of_place}")
+    recorded = json.loads(SANITIZERS.read_text()) if SANITIZERS.exists() else {}
+    for name in SANITIZED:
+        kept = recorded.get(name, {}).get("kernels")
+        if of_kernels(kept, ["cpu"]) != AS_THEY_ARE:
+            said.append(f"sanitizers, {name}: {of_kernels(kept, ['cpu'])}")
+    return said
+
+
+def _of_mutants(entries: list[dict[str, Any]]) -> str:
+    """Whether recorded mutants of one backend are of its kernels as they are."""
+    old = sum(m["text"] != text_hash(m["backend"]) for m in entries)
+    if old in (0, len(entries)):
+        return STALE if old else AS_THEY_ARE
+    return f"{old} of these {STALE}"
 
 
 def mutants() -> list[str]:
@@ -180,10 +275,11 @@ def mutants() -> list[str]:
         f"`{record['command']}`, {record['date']}, commit {record['commit']}, "
         f"{record['compiler']}. Drawn and not counted: {dropped}."
     )
-    lines = [summary, "", "| backend | mutants | killed |", "|---|---|---|"]
+    lines = [summary, "", "| backend | mutants | killed | these are |", "|---|---|---|---|"]
     for backend in FILES:
         of = [m for m in found if m["backend"] == backend]
-        score = f"{len(of)} | {sum(m['killed'] for m in of)}" if of else "not recorded |"
+        killed = sum(m["killed"] for m in of)
+        score = f"{len(of)} | {killed} | {_of_mutants(of)}" if of else "not recorded | |"
         lines.append(f"| {backend} | {score} |")
     lines += ["", "| mutant | kind | killed by |", "|---|---|---|"]
     for m in found:
@@ -195,9 +291,22 @@ def mutants() -> list[str]:
     return lines
 
 
+#: What ``make sanitize`` runs over the CPU code.
+SANITIZED = {
+    "address": "AddressSanitizer and UndefinedBehaviorSanitizer",
+    "thread": "ThreadSanitizer",
+    "valgrind": "valgrind (memcheck, with leaks)",
+}
+_CUDA_SANITIZED = "tests/test_cuda_on_cpu.py::test_clean_under_sanitizers"
+
+
 def page() -> str:
     """The whole of docs/reliability.md."""
-    return "\n".join([_HEAD, *hazards(), _RUNS, *runs(), _FUZZ, *fuzz(), _MUTANTS, *mutants(), ""])
+    parts = [
+        *(_HEAD, *hazards(), _RUNS, *runs(), _FUZZ, *fuzz()),
+        *(_SANITIZERS, *sanitizers(), _MUTANTS, *mutants(), ""),
+    ]
+    return "\n".join(parts)
 
 
 _HEAD = """\
@@ -207,9 +316,11 @@ What has broken in libraries like this one, what is promised here instead, and t
 the promise. Public reports are named as evidence that such things happen, not as blame.
 
 This page is generated by `python -m tools.reliability` from `docs/reliability.json`,
-`docs/reliability_results.json`, `docs/fuzz.json` and `docs/mutants.json`; a test compares. A test
-is named by its file and function: `layouts::empty_extents` is
-`tests/test_layouts.py::test_empty_extents`. Where it runs:
+`docs/reliability_results.json`, `docs/fuzz.json`, `docs/sanitizers.json` and `docs/mutants.json`; a
+test compares. What was recorded of other kernels than those in the tree is called stale, by a hash
+of their text (`tools/mutation_sites.py` lists the files): it fails no test, but the page tells, and
+`python -m tools.reliability --check` warns. A test is named by its file and function:
+`layouts::empty_extents` is `tests/test_layouts.py::test_empty_extents`. Where it runs:
 
 - **CPU**: any machine; the C++ kernels, the reference, and everything around them.
 - **simulated CUDA**: the CUDA sources, compiled by a C++ compiler and executed thread by thread
@@ -223,6 +334,9 @@ is named by its file and function: `layouts::empty_extents` is
 """
 _RUNS = """
 ## When these results were taken
+
+"Not run" counts tests whose cases there are all slow, which take `ARGS=--slow`, or that are newer
+than the results.
 """
 _FUZZ = """
 ## The fuzzer
@@ -231,6 +345,17 @@ _FUZZ = """
 options, gradients asked for, special values, threads, plans), compares outputs and gradients with a
 float64 oracle, prints a command that reproduces what is wrong, and keeps it in `tests/corpus/`,
 which the gate replays. Triton runs in the interpreter, CUDA on the simulation. Recorded runs:"""
+_SANITIZERS = """
+## Sanitizers
+
+`make sanitize` builds the native CPU code for the sanitizers and runs it, `ARGS=--record` writes
+what they said. Each must also see a fault that is planted, or it counts as failed. ThreadSanitizer
+and valgrind run a program with `std::thread` in place of OpenMP (`tests/team/team.cpp`),
+AddressSanitizer the tests that reach all of the code, on small tensors; what takes memory limits,
+forks or threads of its own is left out (`tools/sanitize.py`). The CUDA kernels have their turn on
+the simulation; on a device `make gpu` runs them under compute-sanitizer, which is not yet run on a
+GPU.
+"""
 _MUTANTS = """
 ## Mutants of the kernels
 
@@ -252,7 +377,19 @@ def main() -> int:
     parser.add_argument("--run", action="store_true", help="run the tests first")
     parser.add_argument("--place", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--slow", action="store_true", help="slow cases, too")
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument(
+        "--kernels", action="store_true", help="print what a record of docs/fuzz.json is of"
+    )
     options = parser.parse_args()
+    if options.kernels:
+        print(json.dumps(kernels()))
+        return 0
+    if options.check:
+        same = PAGE.read_text() == page()
+        _warn()
+        print(f"{PAGE.name}: {'as generated' if same else 'run python -m tools.reliability'}")
+        return int(not same)
     failed = False
     for place in options.place if options.run else ():
         if place == "GPU" and not _has_gpu():
@@ -264,7 +401,13 @@ def main() -> int:
         results[place] = latest
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page())
+    _warn()
     return int(failed)
+
+
+def _warn() -> None:
+    for line in stale():
+        print("warning:", line, file=sys.stderr)
 
 
 def _has_gpu() -> bool:

@@ -7,21 +7,29 @@
 ``valgrind``  the same program under memcheck
 
 Each is left out, with the reason, where the machine has no means for it. The CUDA kernels' turn
-comes in ``tests/test_cuda_on_cpu.py``.
+comes in ``tests/test_cuda_on_cpu.py``. ``--record`` writes what was said to docs/sanitizers.json,
+and docs/reliability.md from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools import reliability
+
+ROOT = reliability.ROOT
 OUT = ROOT / "build" / "sanitize"
 TEAM = ROOT / "tests" / "team" / "team.cpp"
 KERNELS = ROOT / "csrc" / "cpu" / "kernels.cpp"
@@ -35,6 +43,14 @@ NOT_CHOSEN = "out_of_memory or absurd or fakes or opcheck or thread_counts or sa
 
 class Failure(Exception):
     """A sanitizer complained, or a test failed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sanitizer ran over, and what it said of it."""
+
+    over: str
+    result: str
 
 
 def compiler() -> list[str]:
@@ -56,8 +72,23 @@ def run(command: list[str], **environment: str) -> None:
         raise Failure(f"{shlex.join(command)} ended with {done.returncode}")
 
 
-def address(arguments: list[str]) -> str:
-    """Build, preload, test; returns what was done."""
+def counted(report: Path) -> str:
+    """The tests that passed, and how many of the fuzzer's calls they made."""
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    passed = sum(
+        all(child.tag not in ("skipped", "failure", "error") for child in c) for c in cases
+    )
+    calls = sum(
+        int(p.get("value", 0))
+        for case in cases
+        for p in case.iter("property")
+        if p.get("name") == "calls"
+    )
+    return f"{passed:,} tests, {calls:,} of the fuzzer's calls among them"
+
+
+def address(arguments: list[str]) -> Outcome:
+    """Build, preload, test."""
     kinds = "address,undefined"
     run(
         [sys.executable, "setup.py", "-q", "build", "--build-lib", str(OUT)],
@@ -96,8 +127,12 @@ def address(arguments: list[str]) -> str:
         "-k", f"({CHOSEN}) and not ({NOT_CHOSEN})",
     ]  # fmt: skip
     command = [*python, "-m", "pytest", "-q", "-x", "-o", f"pythonpath={OUT} ."]
-    run([*command, "-p", "no:cacheprovider", *tests], **environment)
-    return f"clean under {kinds}"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
+        run([*command, *tests], **environment)
+        over = counted(report)
+    return Outcome(over, "clean; a planted fault is found")
 
 
 def team_program(*flags: str) -> Path:
@@ -109,47 +144,98 @@ def team_program(*flags: str) -> Path:
     return program
 
 
-def thread(_: list[str]) -> str:
+def calls_of(command: list[str]) -> str:
+    """Run the team program to its end; what it did, in its words."""
+    print("+", shlex.join(command), flush=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        raise Failure(f"{shlex.join(command)} ended with {done.returncode}")
+    return f"`{TEAM.relative_to(ROOT)}`: {done.stdout.strip().splitlines()[-1]}"
+
+
+def thread(_: list[str]) -> Outcome:
     program = team_program("-fsanitize=thread")
-    run([*fixed_addresses(), str(program)])
+    over = calls_of([*fixed_addresses(), str(program)])
     planted = subprocess.run(
         [*fixed_addresses(), str(program), "fault"], capture_output=True, text=True
     )
     if "data race" not in planted.stderr:
         raise Failure("ThreadSanitizer did not see a planted race")
-    return "no data race; a planted one is found"
+    return Outcome(over, "no data race; a planted one is found")
 
 
-def valgrind(_: list[str]) -> str:
+def valgrind(_: list[str]) -> Outcome:
     if not shutil.which("valgrind"):
-        return "left out: valgrind is not installed"
+        return Outcome("nothing", "left out: valgrind is not installed")
     program = team_program()
-    run(["valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full", str(program), "memory"])
-    return "no invalid or uninitialised read, no leak"
+    command = ["valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full", str(program)]
+    over = calls_of([*command, "memory"])
+    planted = subprocess.run([*command, "unwritten"], capture_output=True, text=True)
+    if planted.returncode != 9 or "uninitialised" not in planted.stderr:
+        raise Failure("valgrind did not see a planted read of what nobody wrote")
+    found = "no invalid access, no use of what nobody wrote, no leak; a planted use is found"
+    return Outcome(over, found)
 
 
 KINDS = {"address": address, "thread": thread, "valgrind": valgrind}
+
+
+def tools_of(kind: str) -> str:
+    """The compiler, and valgrind, by their versions."""
+    commands = [[*compiler(), "--version"], *([["valgrind", "--version"]] * (kind == "valgrind"))]
+    lines = [
+        subprocess.check_output(command, text=True).partition("\n")[0]
+        for command in commands
+        if shutil.which(command[0])
+    ]
+    return ", ".join(lines)
+
+
+def write_down(kind: str, outcome: Outcome, commit: str, arguments: str) -> None:
+    """In the record, in the place of what was there of this kind; and the page made of it."""
+    path = reliability.SANITIZERS
+    record = json.loads(path.read_text()) if path.exists() else {}
+    # Nothing of this machine's folders.
+    result = outcome.result.replace(f"{ROOT}/", "").replace(sys.executable, "python")
+    tests = f" --pytest={shlex.quote(arguments)}" if arguments else ""
+    record[kind] = {
+        "over": outcome.over,
+        "result": " ".join(result.split())[:200],
+        "command": f"make sanitize ARGS='{kind}{tests}'",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "tools": tools_of(kind),
+        "kernels": reliability.kernels(),
+    }
+    path.write_text(json.dumps({k: record[k] for k in KINDS if k in record}, indent=1) + "\n")
+    reliability.PAGE.write_text(reliability.page())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="kind", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--pytest", default="", help="arguments instead of the usual tests")
+    parser.add_argument("--record", action="store_true", help="write the results down")
     chosen = parser.parse_args()
     unknown = set(chosen.kinds) - set(KINDS)
     if unknown:
         parser.error(f"expected {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
-    if not compiler():
-        print("left out: no C++ compiler")
-        return 0
+    commit = reliability.commit()  # before the first record makes the tree another
     status = 0
     for name in chosen.kinds or KINDS:
         start = time.monotonic()
         try:
-            result = KINDS[name](shlex.split(chosen.pytest))
+            if compiler():
+                outcome = KINDS[name](shlex.split(chosen.pytest))
+            else:
+                outcome = Outcome("nothing", "left out: no C++ compiler")
         except Failure as error:
-            result, status = f"FAILED: {error}", 1
-        print(f"{name}: {result} ({time.monotonic() - start:.0f} s)", flush=True)
+            outcome, status = Outcome("", f"FAILED: {error}"), 1
+        seconds = time.monotonic() - start
+        print(f"{name}: {outcome.result} ({outcome.over}; {seconds:.0f} s)", flush=True)
+        if chosen.record:
+            write_down(name, outcome, commit, chosen.pytest)
     return status
 
 

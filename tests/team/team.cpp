@@ -4,7 +4,7 @@
 // Runs forward and backward over shapes that the plan shares out in every way it has, with several
 // callers at once, and holds the results of a team to those of one thread. `fault` as the only
 // argument adds a race, which must be reported. `memory` is for valgrind: one team, and scratch
-// memory as it came, so that a read of what nobody wrote shows.
+// memory as it came, so that a read of what nobody wrote shows; `unwritten` plants one.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -170,7 +170,11 @@ bool close(const std::vector<Values>& a, const std::vector<Values>& b) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   faulty = mode == "fault";
-  fresh = mode == "memory";
+  fresh = mode == "memory" || mode == "unwritten";
+  if (mode == "unwritten") {
+    std::puts(*static_cast<float*>(scratch(64)) > 0 ? "positive" : "not positive");
+    return 0;
+  }
   const Fn none = Fn::identity;
   std::vector<Case> cases;
   for (bool last : {false, true}) {
