@@ -207,6 +207,18 @@ def test_few_long_rows(policy: str, dtype: torch.dtype, force: Any) -> None:
             check(problem, squeeze_excite, backend="native")
 
 
+@pytest.mark.parametrize("channels", [1000, 1200])
+def test_rows_of_channels_in_two_parts(channels: int, force: Any) -> None:
+    """As many as the threads of a block have room for twice, forward or backward."""
+    force("exchange=none,resident=0")
+    with cuda_on_cpu.plugged_in(1, A100):
+        check(
+            build(Spec((2, channels, 5), 3, layout="channels_last")),
+            squeeze_excite,
+            backend="native",
+        )
+
+
 def _bits(problem: Problem) -> list[bytes]:
     results = problem.run(squeeze_excite, backend="native")
     return [t.contiguous().view(torch.uint8).numpy().tobytes() for t in results.values()]

@@ -8,6 +8,7 @@ from .forward_kernels import load_u, store_u
 from .pointwise import value
 from .tiles import saved_at, sum_parts
 
+IDENTITY = tl.constexpr("identity")  # as a default: Triton 3.6 takes no plain string for one
 CHAIN = tl.constexpr(64)  # additions one after another: more of them cost accuracy
 
 
@@ -40,7 +41,7 @@ def outer_products(
 @triton.jit
 def column_sums(
     a, out, rows, columns, a_stride, i, ACC: tl.constexpr, BB: tl.constexpr,
-    factor=None, factor_stride=0, per_factor=1, F: tl.constexpr = "identity",
+    factor=None, factor_stride=0, per_factor=1, F: tl.constexpr = IDENTITY,
 ):  # fmt: skip
     """``out[i] = sum over rows of a[row, i]``, times ``F(factor[row // per_factor, i])`` where
     given."""
