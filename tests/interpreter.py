@@ -8,9 +8,10 @@ run one after another, a cluster as one program), launching, streams, graphs, ti
 out of bounds may pass unnoticed. What compiling proves is in ``test_triton_compile.py``; the rest
 needs a GPU: ``test_gpu.py`` and ``make gpu``.
 
-It converts float32 to bfloat16 by cutting bits off; a device rounds to nearest even. That of Triton
-3.9 takes a comparison for an integer of 32 bits, and then not for a mask. Nothing is changed about
-arithmetic on bfloat16, which it gets wrong altogether: kernels must not do any.
+It converts float32 to bfloat16 by cutting bits off, and subnormal bfloat16 to another number; a
+device rounds to nearest even, and keeps subnormals. That of Triton 3.9 takes a comparison for an
+integer of 32 bits, and then not for a mask. Nothing is changed about arithmetic on bfloat16, which
+it gets wrong altogether: kernels must not do any.
 """
 
 from __future__ import annotations
@@ -29,18 +30,25 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
+def _widened(bits: np.ndarray) -> np.ndarray:
+    """The bit patterns of bfloat16 to float32."""
+    return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
 def _as_mask(mask: Any) -> Any:
     return TensorHandle(mask.data.astype(bool), tl.int1)
 
 
 def install() -> None:
-    """Round to nearest; masks are masks; no warnings for the infinities that tests are about."""
+    """bfloat16 as on a device; masks are masks; no warnings for the infinities of the tests."""
     np.seterr(all="ignore")
     cast = InterpreterBuilder.cast_impl
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             return TensorHandle(_rounded(src.data), tl.bfloat16)
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            return TensorHandle(_widened(src.data), tl.float32)
         return cast(self, src, dst_type)
 
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store

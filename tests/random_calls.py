@@ -31,6 +31,7 @@ from special import (
     limits,
     nan_derivative,
     scalar,
+    uncancelled,
     vectorised,
 )  # fmt: skip
 
@@ -415,7 +416,7 @@ def _in_kind(problem: Problem, call: RandomCall) -> list[dict[str, Tensor]]:
     not: of float32 by each rule (float64 for float64)."""
     in_kind = problem.double() if problem.dtype == torch.float64 else in_float32(problem)
     found = []
-    for rule in (vectorised, scalar, nan_derivative, limits):
+    for rule in (vectorised, scalar, uncancelled, nan_derivative, limits):
         with by_rule(rule):
             found.append(in_kind.run(oracle.block, call.asked))
     return found
@@ -493,7 +494,7 @@ def _assert_right(problem: Problem, call: RandomCall, actual: dict[str, Tensor])
         if special:
             wrong &= _same_kinds(name, got, rounded, others)
             # The derivative at NaN may be finite, and another one by the other rule.
-            for other in (*others[:2], others[3]):
+            for other in (*others[:3], others[4]):
                 there = other.double()
                 near = 2 * oracle.allowed_error(there, size, dtype, problem.dtype, steps)
                 wrong &= ~((got.double() - there).abs() <= near)
@@ -503,23 +504,24 @@ def _assert_right(problem: Problem, call: RandomCall, actual: dict[str, Tensor])
 def _same_kinds(name: str, got: Tensor, exact: Tensor, in_kind: list[Tensor]) -> Tensor:
     """Non-finite where float32 (or, for large values, exact) arithmetic has it, and nowhere else.
     Returns where all are finite."""
-    first, second, strict, generous = in_kind
+    *rules, strict, generous = in_kind
+    eager = (exact, *rules)
     if name == "y":
         wrong = torch.ones_like(got, dtype=torch.bool)
-        for other in (exact, first, second):
+        for other in eager:
             wrong &= kinds(got) != kinds(other)
         lost = wrong
     else:
-        possible = torch.stack([t.isfinite() for t in (exact, first, second)])
+        possible = torch.stack([t.isfinite() for t in eager])
         lost = got.isfinite() & ~possible.any(0) & ~generous.isfinite()
         lost |= ~got.isfinite() & possible.all(0) & strict.isfinite()
     if lost.any():
         at = tuple(lost.nonzero()[0].tolist())
         raise AssertionError(
             f"{name} at {at}: got {got[at].item()!r}, where exact arithmetic gives "
-            f"{exact[at].item()!r} and eager {first[at].item()!r} or {second[at].item()!r}"
+            f"{exact[at].item()!r} and eager {rules[0][at].item()!r} or {rules[1][at].item()!r}"
         )
-    return got.isfinite() & exact.isfinite() & first.isfinite() & second.isfinite()
+    return torch.stack([t.isfinite() for t in (got, *eager)]).all(0)
 
 
 @contextmanager

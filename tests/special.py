@@ -50,20 +50,29 @@ def _relu6_with_slope_at_nan(t: Tensor) -> Tensor:
     return torch.where(t.isnan(), t, F.relu6(t))
 
 
+def uncancelled(name: str, fn: Function) -> Function:
+    """gelu of large negative numbers is small; eager's 1 + tanh is 0 there, and Inf times 0 NaN."""
+    if name == "gelu":
+        return lambda t: 0.5 * t * torch.erfc(t * -math.sqrt(0.5))
+    if name == "gelu_tanh":
+        return lambda t: t * torch.sigmoid(math.sqrt(8 / math.pi) * (t + 0.044715 * t**3))
+    return fn
+
+
 def nan_derivative(name: str, fn: Function) -> Function:
     return lambda t: torch.where(t.isnan(), t * math.nan, fn(t))
 
 
 def limits(name: str, fn: Function) -> Function:
-    """At infinity the derivative's limit, 1 or 0, where eager's own is an artefact, Inf * 0; and
-    ``F.hardsigmoid`` itself, whose derivative at NaN is 0."""
+    """At infinity the limits of value and derivative, where eager's own are artefacts, Inf * 0; and
+    hardsigmoid's derivative at NaN is 0, as ``F.hardsigmoid``'s scalar loop has it."""
     if name == "hardsigmoid":
-        return F.hardsigmoid
+        return lambda t: torch.where(t.isnan(), t.detach(), fn(t.nan_to_num(0)))
     if name not in ("silu", "gelu", "gelu_tanh", "mish"):
         return fn
 
     def with_slope(t: Tensor) -> Tensor:
-        there = fn(t.detach()) + torch.where(t.isposinf(), t, 0.0)
+        there = torch.where(t.isposinf(), t, fn(t.detach()))
         return torch.where(t.isinf(), there, fn(t.masked_fill(t.isinf(), 0.0)))
 
     return with_slope
