@@ -452,6 +452,7 @@ def test_no_arithmetic_on_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @interpreted
 def test_the_interpreter_rounds_as_a_device_does() -> None:
+    """And every bfloat16, subnormal or not, is the same number in float32."""
     import numpy as np
 
     import interpreter
@@ -459,6 +460,9 @@ def test_the_interpreter_rounds_as_a_device_does() -> None:
     values = torch.cat([torch.randn(4096), torch.tensor([torch.inf, -torch.inf, 1 + 2**-8, 0.0])])
     right = values.bfloat16().view(torch.uint16).numpy()
     assert np.array_equal(interpreter._rounded(values.numpy()), right)
+    bits = torch.arange(1 << 16).to(torch.uint16)
+    right = bits.view(torch.bfloat16).float().numpy()
+    assert np.array_equal(interpreter._widened(bits.numpy()), right, equal_nan=True)
 
 
 @interpreted
