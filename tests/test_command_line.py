@@ -44,6 +44,7 @@ def test_selftest_can_fail(
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--batch", "0"), "expected a positive integer, got '0'"),
     (("--size", "big"), "expected a positive integer, got 'big'"),
+    (("--seconds", "-1"), "expected a number of seconds, got '-1'"),
     (("--device", "abacus"), "'abacus' cannot be used"),
     (("--device", "cuda:99"), "'cuda:99' cannot be used"),
 ], ids=str)  # fmt: skip
@@ -79,6 +80,9 @@ def hidden():  # by its last norm, as timm's and torchvision's ResNets start
     nn.init.zeros_(model[2].weight)
     return model
 
+def pooled():  # its norm has a variance of one position over several images only
+    return nn.Sequential(nn.Conv2d(5, 8, 3), Gate(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8))
+
 def without():
     return nn.Conv2d(3, 8, 3)
 
@@ -110,6 +114,10 @@ def test_fuse(
     assert "training step:" in out
     assert main(["fuse", "my_models:with_act", *options, "--neighbours"]) == 0
     assert "neighbours: before relu" in capsys.readouterr().out
+    assert main(["fuse", "my_models:pooled", *options]) == 0
+    assert "training step: does not run" not in capsys.readouterr().out
+    assert main(["fuse", "my_models:pooled", *options, "--batch", "1"]) == 0
+    assert "training step: does not run: ValueError" in capsys.readouterr().out
     assert main(["fuse", "my_models:without", *options]) == 1
     capsys.readouterr()
     # A block that is off by a thousandth shows, whatever stands behind it.
