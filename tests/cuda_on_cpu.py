@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,7 @@ class Simulation:
         self.library.simt_set_seed.argtypes = [ctypes.c_uint64]
         self.library.simt_device_name.restype = ctypes.c_char_p
         self.library.simt_take_launches.restype = ctypes.c_char_p
+        self.library.simt_take_prefetches.restype = ctypes.c_char_p
 
     @property
     def devices(self) -> list[str]:
@@ -99,6 +101,17 @@ class Simulation:
     def take_launches(self) -> list[str]:
         """The launches since the last call."""
         return self.library.simt_take_launches().decode().splitlines()
+
+    @contextmanager
+    def prefetches(self) -> Iterator[Counter[int]]:
+        """The addresses that kernels ask L2 for within the block; known at its end."""
+        addresses: Counter[int] = Counter()
+        self.library.simt_record_prefetches(1)
+        try:
+            yield addresses
+        finally:
+            self.library.simt_record_prefetches(0)
+            addresses.update(map(int, self.library.simt_take_prefetches().split()))
 
 
 @functools.cache

@@ -60,6 +60,7 @@ class Kernel(NamedTuple):
     wide_shared_loads: int
     wide_stores: int
     narrow_stores: int
+    prefetches: bool
 
 
 def compile_for(target: str, source: str, instances: Sequence[str] = ()) -> list[Kernel]:
@@ -114,6 +115,7 @@ def compile_for(target: str, source: str, instances: Sequence[str] = ()) -> list
                 len(re.findall(r"\bld\.shared(?:\.\w+)*\.v4\.\w+", body)),
                 len(re.findall(r"\bst\.global(?:\.\w+)*\.v4\.\w+", body)),
                 len(re.findall(r"\bst\.global(?:\.\w+)*\.[bu]16\b", body)),
+                "prefetch_rows" in body and "prefetch.global.L2" in ptx,
             )
         )
     return kernels
@@ -127,6 +129,7 @@ def _check(source: str, kernels: list[Kernel]) -> None:
         assert kernel.stack == 0, kernel
         assert kernel.spilled == 0, kernel
         assert kernel.shared == 0, kernel
+        assert kernel.prefetches == (kernel.bytes > 0), kernel
         if kernel.bytes in (2, 4):
             assert kernel.registers <= _MOST_REGISTERS[source], kernel
         if kernel.vector:

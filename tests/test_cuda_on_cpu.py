@@ -305,6 +305,47 @@ def test_one_launch_forward_two_backward(
         assert len(simulation.take_launches()) <= 3
 
 
+@pytest.mark.parametrize("policy", [p for p in POLICIES if "resident" in p])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("after", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("residual", [None, "contiguous"])
+def test_what_is_read_is_asked_for(
+    policy: str, layout: str, after: str, residual: str | None, force: Any
+) -> None:
+    """Once, all of it and nothing else: what does not come into shared memory by itself. (Each
+    slice is of whole sectors here.)"""
+    force(policy)
+    if "axis=space" in policy and layout == "contiguous":
+        pytest.skip("not a policy for this layout")
+    residual = residual and layout
+    spec = Spec((5, 160, 4, 8), 6, torch.float16, layout, dy_layout=layout)
+    spec = replace(spec, residual=residual, after=after)
+    problem = build(spec)
+    t = problem.tensors
+    resident = "resident=1" in policy
+    with cuda_on_cpu.plugged_in(3, POLICIES[policy][0]) as simulation:
+        with simulation.prefetches() as forward, torch.no_grad():
+            problem.call(squeeze_excite, backend="native")
+        x = t["x"].requires_grad_()
+        y = problem.call(squeeze_excite, backend="native")
+        with simulation.prefetches() as backward:
+            torch.autograd.grad(y, x, problem.dy)
+    first = [] if resident else ["x"]
+    assert forward == _sectors(*(t[n] for n in (*first, "residual")))
+    again = [x] + ([] if resident else [problem.dy])
+    assert backward == _sectors(*again, t["residual"] if after == "silu" else None)
+
+
+def _sectors(*tensors: torch.Tensor | None) -> Counter[int]:
+    """The first byte of every 32."""
+    return Counter(
+        address
+        for t in tensors
+        if t is not None
+        for address in range(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), 32)
+    )
+
+
 @pytest.mark.parametrize("device", range(6))
 def test_no_positions(device: int) -> None:
     """Where there is nothing to copy no block waits for a copy: that deadlocked."""

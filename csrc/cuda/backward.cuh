@@ -76,24 +76,31 @@ class BackwardBlock {
   }
 
   SENET_DEVICE void run() {
-    each_image<kBytes, kVector>(s_, p_, view_, a_.dy, team_, [this](int64_t b, const char* slot) {
-      prepare(b);
-      if (s_.form == Form::squeeze) {
-        const A* dz = static_cast<const A*>(a_.dz) + b * c_ + view_.channels.begin;
-        divide_mean(b, [&](int c) { return dz[c]; });
-      }
-      // Each sum is a pass of its own: all but the first are rare, and one place for them makes a
-      // small kernel.
-      for (int i = 0; i < kSums; ++i) {
-        const Sum which = static_cast<Sum>(i);
-        if (wants(which)) sum(b, slot, which);
-        if (which != Sum::m || !l_.wants_sums) continue;
-        finish_sums();
-        through_gate(b);
-        if (s_.form != Form::scale) through_layers(b);
-      }
-      if (a_.dx || a_.dresidual) write(b, slot);
-    });
+    const bool reads_x = l_.wants_sums || l_.da || second_pass_needs_x() || needs_pre();
+    const auto ask = [this, reads_x](int64_t b) {
+      if (reads_x) prefetch_slice<kBytes>(view_, at(a_.x.data, b * a_.x.stride));
+      if (!needs_pre()) return;
+      prefetch_slice<kBytes>(view_, at(a_.residual.data, b * a_.residual.stride));
+    };
+    each_image<kBytes, kVector>(
+        s_, p_, view_, a_.dy, team_, ask, [this](int64_t b, const char* slot) {
+          prepare(b);
+          if (s_.form == Form::squeeze) {
+            const A* dz = static_cast<const A*>(a_.dz) + b * c_ + view_.channels.begin;
+            divide_mean(b, [&](int c) { return dz[c]; });
+          }
+          // Each sum is a pass of its own: all but the first are rare, and one place for them makes
+          // a small kernel.
+          for (int i = 0; i < kSums; ++i) {
+            const Sum which = static_cast<Sum>(i);
+            if (wants(which)) sum(b, slot, which);
+            if (which != Sum::m || !l_.wants_sums) continue;
+            finish_sums();
+            through_gate(b);
+            if (s_.form != Form::scale) through_layers(b);
+          }
+          if (a_.dx || a_.dresidual) write(b, slot);
+        });
   }
 
  private:

@@ -57,20 +57,24 @@ class ForwardBlock {
   }
 
   SENET_DEVICE void run() {
-    each_image<kBytes, kVector>(s_, p_, view_, a_.x, team_, [this](int64_t b, const char* slot) {
-      const char* x = at(a_.x.data, b * a_.x.stride);
-      if (s_.form != Form::scale) squeeze(b, x, slot);
-      if (s_.form != Form::squeeze) {
-        excite(b);
-        scale(b, x, slot);
-      }
-    });
+    const auto ask = [this](int64_t b) {
+      prefetch_slice<kBytes>(view_, at(a_.residual.data, b * a_.residual.stride));
+    };
+    each_image<kBytes, kVector>(s_, p_, view_, a_.x, team_, ask,
+                                [this](int64_t b, const char* slot) {
+                                  const char* x = at(a_.x.data, b * a_.x.stride);
+                                  if (s_.form != Form::scale) squeeze(b, x, slot);
+                                  if (s_.form != Form::squeeze) {
+                                    excite(b);
+                                    scale(b, x, slot);
+                                  }
+                                });
   }
 
  private:
   SENET_DEVICE A* array(int offset) const { return reinterpret_cast<A*>(shared_memory() + offset); }
   SENET_DEVICE static const char* at(const void* data, int64_t element) {
-    return static_cast<const char*>(data) + element * kBytes;
+    return data ? static_cast<const char*>(data) + element * kBytes : nullptr;
   }
   // Whether each block has but its own channels of vectors over channels.
   SENET_DEVICE bool split_channels() const {
@@ -180,8 +184,7 @@ class ForwardBlock {
 
   // y, a unit per thread at a time.
   SENET_DEVICE void scale(int64_t b, const char* x, const char* slot) {
-    const char* residual =
-        a_.residual.data ? at(a_.residual.data, b * a_.residual.stride) : nullptr;
+    const char* residual = at(a_.residual.data, b * a_.residual.stride);
     char* y = static_cast<char*>(a_.y) + b * a_.y_stride * kBytes;
     const int64_t rows = view_.last ? s_.positions : s_.channels;
     const int64_t bit_row = (view_.pitch + 7) / 8;

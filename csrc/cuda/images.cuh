@@ -176,12 +176,46 @@ struct Ring {
   }
 };
 
+// ---- slices on their way to L2 ----
+
+constexpr int kSector = 32;  // bytes that L2 fetches at least
+
+// Asks for `rows` rows of so many bytes, `pitch` bytes apart. A call, so that it takes no registers
+// from the passes.
+inline __device__ __noinline__ void prefetch_rows(const char* from, int rows, int64_t row,
+                                                  int64_t pitch) {
+  const int sectors = static_cast<int>((row + kSector - 1) / kSector);
+  const int first = threadIdx.x / sectors, step = blockDim.x / sectors;
+  int r = first, k = threadIdx.x % sectors;
+  while (r < rows) {
+    prefetch_l2(from + r * pitch + int64_t(kSector) * k);
+    r += step;
+    k += static_cast<int>(blockDim.x) - step * sectors;
+    if (k >= sectors) k -= sectors, ++r;
+  }
+}
+
+// Asks for the block's slice of an image, before a loop that reads it. A thread of such a loop has
+// one or two loads under way, and a multiprocessor fewer of them than memory needs to be busy.
+template <int kBytes>
+SENET_DEVICE void prefetch_slice(const View& v, const char* image) {
+  if (!image || v.outer == 0 || v.inner == 0) return;
+  const int64_t row = int64_t(v.inner) * kBytes;
+  const bool flat = !v.last || v.inner == v.pitch;
+  prefetch_rows(image + v.first * kBytes, flat ? 1 : v.outer, flat ? v.outer * row : row,
+                v.pitch * kBytes);
+}
+
 // work(b, slot) for each image b of this block, one after another; `slot` is its slice in shared
-// memory, or null where it does not stay there. `from` are the images that stay. The plan has none
-// stay that is read element by element: that kernel has no code for it, which spares it registers.
-template <int kBytes, bool kVector, class A, class Work>
+// memory, or null where it does not stay there. `from` are the images that stay; `ask(b)`
+// prefetches what else is read of image b. The plan has none stay that is read element by element:
+// that kernel has no code for it, which spares it registers.
+//
+// What stays is on its way images ahead, and so is what is read beside it. Otherwise only the image
+// at hand is asked for: it is read twice, and L2 need not have room for a second one.
+template <int kBytes, bool kVector, class A, class Ask, class Work>
 SENET_DEVICE void each_image(const Shape& s, const Plan& p, const View& v, const Images& from,
-                             Team<A>& team, Work work) {
+                             Team<A>& team, Ask ask, Work work) {
   const Ring<kBytes> ring(p, v);
   const int64_t group = blockIdx.x / p.blocks;
   const auto image = [&](uint32_t i) -> const char* {
@@ -189,16 +223,26 @@ SENET_DEVICE void each_image(const Shape& s, const Plan& p, const View& v, const
     return b < s.batch ? static_cast<const char*>(from.data) + b * from.stride * kBytes : nullptr;
   };
   const bool resident = kVector && p.resident;
+  const int ahead = resident ? p.slots - 1 : 0;
+  const auto start = [&](uint32_t i) {
+    const int64_t b = group + int64_t(i) * p.groups;
+    if (resident) {
+      ring.start(i, image(i));
+    } else if (from.data) {
+      prefetch_slice<kBytes>(v, image(i));
+    }
+    if (b < s.batch) ask(b);
+  };
   if (resident) {
     ring.prepare();
-    for (int i = 0; i < p.slots - 1; ++i) ring.start(i, image(i));
+    for (int i = 0; i < ahead; ++i) start(i);
   }
   __syncthreads();  // what the constructors wrote
   uint32_t i = 0;
   for (int64_t b = group; b < s.batch; b += p.groups, ++i) {
     const char* slot = nullptr;
+    start(i + ahead);
     if (resident) {
-      ring.start(i + p.slots - 1, image(i + p.slots - 1));
       ring.wait(i);
       slot = ring.slot(i);
     }

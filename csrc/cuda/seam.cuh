@@ -80,6 +80,10 @@ SENET_DEVICE void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 // Global memory that nobody reads soon: first to leave the cache.
 SENET_DEVICE void store16_stream(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 
+// Asks for the 32 bytes around p to be brought into L2: a hint, which takes no register and nobody
+// waits for.
+SENET_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---- shared memory ----
 
 // The dynamic shared memory of the block, as much as the launch asked for.

@@ -47,6 +47,7 @@ extern "C" {
 int32_t aoti_torch_device_type_cuda() { return 1; }
 int32_t aoti_torch_device_type_cpu() { return 0; }
 int32_t aoti_torch_dtype_uint8() { return 0; }
+uint64_t aoti_torch_abi_version() { return 0; }  // of a torch without any of the newer functions
 AOTITorchError aoti_torch_create_device_guard(int32_t device, DeviceGuardHandle* guard) {
   *guard = reinterpret_cast<DeviceGuardHandle>(new int(current));
   current = device;

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -34,7 +35,8 @@ struct Attributes {
 };
 std::mutex guard;  // of what follows
 std::map<std::pair<int, const void*>, Attributes> attributes;
-std::string launches;
+std::string launches, prefetches;
+std::atomic<bool> records_prefetches{false};
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string message;
@@ -178,6 +180,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   return error.empty() ? cudaSuccess : report(cudaErrorLaunchFailure, error);
 }
 
+void prefetched(const void* p) {
+  if (!records_prefetches) return;
+  const std::lock_guard lock(guard);
+  prefetches += std::to_string(reinterpret_cast<uintptr_t>(p)) + "\n";
+}
+
 }  // namespace simt
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -275,6 +283,14 @@ SIMT_EXPORT void simt_set_seed(uint64_t seed) { simt::options.seed = seed; }
 SIMT_EXPORT int simt_set_device(int device) { return cudaSetDevice(device); }
 SIMT_EXPORT int simt_device_count() { return simt::kCount; }
 SIMT_EXPORT const char* simt_device_name(int device) { return simt::kDevices[device].name; }
+// Whether prefetches are written down from now on, and those since the last call: addresses.
+SIMT_EXPORT void simt_record_prefetches(int on) { simt::records_prefetches = on != 0; }
+SIMT_EXPORT const char* simt_take_prefetches() {
+  static std::string taken;
+  const std::lock_guard lock(simt::guard);
+  taken = std::exchange(simt::prefetches, {});
+  return taken.c_str();
+}
 // The launches since the last call, a line each.
 SIMT_EXPORT const char* simt_take_launches() {
   static std::string taken;

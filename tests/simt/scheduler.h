@@ -158,4 +158,6 @@ void wait_for_copies(unsigned but);  // of the closed groups may be under way
 void wait_for_write(const volatile void* address, const Where& where);
 void written(const volatile void* address);
 
+void prefetched(const void* address);  // written down, where a test wants it
+
 }  // namespace simt

@@ -176,6 +176,12 @@ inline void store16_stream(void* p, uint4 v, Where where = Where::current()) {
   store16(p, v, where);
 }
 
+// Hardware ignores a bad address here; sanitizers must not.
+inline void prefetch_l2(const void* p) {
+  [[maybe_unused]] const char byte = *static_cast<const volatile char*>(p);
+  simt::prefetched(p);
+}
+
 inline char* shared_memory() { return simt::current->block->shared; }
 inline void red_zone(char* p, int64_t bytes) { simt::red_zone(p, static_cast<size_t>(bytes)); }
 
