@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from senet_kernels import use_backend
+
 from . import stats
 from .compiling import CompileAccount, graphs_so_far
 from .environment import clocks, stamp
 from .options import Options, without_option
-from .providers import Call, one_line
+from .providers import Call, backend_to_ask_for, one_line
 from .timing import CpuTimer, CudaTimer, GraphTimer, OtherLoad, Rounds, Timer, measure
 
 SCHEMA = "senet_kernels.benchmark/2"
@@ -69,7 +71,7 @@ class Bench:
             "kind": self.kind,
             "command": options.command,
             "status": "running",
-            "environment": stamp(options.device),
+            "environment": stamp(options.device) | {"backend": backend_to_ask_for(options.device)},
             "clocks": {"start": clocks(options.device)},
             "cache_state": self.cache_state(),
             "seed": options.seed,
@@ -79,6 +81,14 @@ class Bench:
             "not_measured": [],
             "results": [],
         }
+
+    def run(self, progress: Callable[[list[Any]], Any]) -> None:
+        """Measure everything; ``progress`` wraps the list of cases (a progress bar)."""
+        with use_backend(self.record["environment"]["backend"]):
+            self._run(progress)
+
+    def _run(self, progress: Callable[[list[Any]], Any]) -> None:
+        raise NotImplementedError
 
     def cache_state(self) -> str:
         return CpuTimer.state if self.options.device.type == "cpu" else CudaTimer.state

@@ -115,6 +115,7 @@ def stamp(device: torch.device) -> dict[str, object]:
         out |= {
             "device": properties.name,
             "cuda": torch.version.cuda,
+            "tf32_convolutions": torch.backends.cudnn.allow_tf32,
             "capability": f"{properties.major}.{properties.minor}",
             "l2_bytes": properties.L2_cache_size,
             "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),

@@ -188,8 +188,7 @@ class ModelRun(Bench):
             for layout in options.layouts
         ]
 
-    def run(self, progress: Callable[[list[Any]], Any]) -> None:
-        """Measure everything; ``progress`` wraps the list of cases."""
+    def _run(self, progress: Callable[[list[Any]], Any]) -> None:
         cases = [c for c in self.cases()
                  if (c.spec.name, c.dtype, c.layout, c.batch, c.size) not in self.done]  # fmt: skip
         for index, case in enumerate(progress(cases)):

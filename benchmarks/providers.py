@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from senet_kernels import backends, channel_scale, squeeze
+from senet_kernels import backends, channel_scale, dispatch, squeeze
 from senet_kernels._libraries import load
 
 from .problem import DTYPES, FORWARD, TRAINING, Problem
@@ -125,7 +125,7 @@ class FusedSE(_Block):
 
 
 class Halves(_Block):
-    """``squeeze``, torch's linear layers, ``channel_scale``: by whichever backend is chosen."""
+    """``squeeze``, torch's linear layers, ``channel_scale``: by the backend that no call names."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem, linear=True)
@@ -228,6 +228,17 @@ def unavailable(name: str, device: torch.device) -> str | None:
     except Exception as error:  # whatever a missing compiler, driver or library raises
         return one_line(error)
     return None
+
+
+def backend_to_ask_for(device: torch.device) -> str:
+    """The backend of calls that name none: what was asked for, else the automatic choice; unless
+    that is the reference, on a device whose backends run only when asked for by name."""
+    requested = dispatch.requested_backend(None)
+    if requested == "auto":
+        for name in FUSED:
+            if unavailable(name, device) is None:
+                return name if (name, device.type) in dispatch.ONLY_BY_NAME else requested
+    return requested
 
 
 def one_line(error: BaseException) -> str:

@@ -81,6 +81,5 @@ class SweepRun(LayerBench):
             )
         )
 
-    def run(self, progress: Callable[[list[Any]], Any]) -> None:
-        """Measure everything; ``progress`` wraps the list of cases."""
+    def _run(self, progress: Callable[[list[Any]], Any]) -> None:
         self.measure_all(self.cases(), lambda case: False, progress)

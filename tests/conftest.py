@@ -19,11 +19,15 @@ os.environ.setdefault("SENET_KERNELS_POISON", "1")
 # Or cuBLAS refuses matrix products under use_deterministic_algorithms, see `poisoned_empty`.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Eager in float32 is a yardstick: not with the ten bits of mantissa that cuDNN is allowed.
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import senet_kernels
 from backend_cases import BackendCase, require
+from senet_kernels import api, dispatch
 from senet_kernels.backends import triton
 
 THREADS = 2
@@ -144,6 +148,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
     require(case)
     with case.running(seed=zlib.crc32(request.node.nodeid.encode())):
         yield case
+
+
+@pytest.fixture
+def automatic(backend: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that name no backend run on this one, which others may be preferred to, or which runs
+    only when asked for by name."""
+    monkeypatch.setattr(dispatch, "ORDER", (backend.name, "reference"))
+    monkeypatch.delitem(dispatch.ONLY_BY_NAME, (backend.name, backend.device), raising=False)
+    monkeypatch.setattr(api, "_PLANS", {})
 
 
 @pytest.fixture(autouse=True)

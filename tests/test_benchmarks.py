@@ -31,6 +31,7 @@ from benchmarks import (
     workloads,
 )
 from benchmarks.__main__ import main
+from senet_kernels import api, backends, dispatch, use_backend
 
 CPU = torch.device("cpu")
 LAYER = ("layers", "--network", "lc0_10x128", "--batch", "1", "--layout", "contiguous",
@@ -184,6 +185,25 @@ def test_nothing_fused_is_not_timed_as_fused(
 
 
 @pytest.mark.slow
+def test_calls_that_name_no_backend(
+    tiny: None,
+    run: Callable[..., tuple[int, Any]],
+    record_ops: Callable[[], set[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where none is chosen by itself, as on a GPU yet, networks are not timed on the reference."""
+    if not backends()["native"]:
+        pytest.skip("the native backend is not available")
+    assert providers.backend_to_ask_for(CPU) == "auto"
+    monkeypatch.setitem(dispatch.ONLY_BY_NAME, ("native", "cpu"), "in this test")
+    monkeypatch.setattr(api, "_PLANS", {})
+    code, record = run(*MODEL)
+    assert (code, record["environment"]["backend"]) == (0, "native")
+    assert "senet_kernels::native_forward" in record_ops()
+    with use_backend("reference"):
+        assert providers.backend_to_ask_for(CPU) == "reference"
+
+
 def test_compiled_models(tiny: None, run: Callable[..., tuple[int, Any]]) -> None:
     words = [*MODEL, "--provider", "compile", "--provider", "compile-fused"]
     words[words.index("0.5")] = "0"

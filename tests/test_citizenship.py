@@ -33,7 +33,7 @@ def _python(script: str, *, cwd: Path) -> str:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(_PATHS)}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=cwd, env=env, capture_output=True, text=True,
-        timeout=120, check=False,
+        timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -204,6 +204,7 @@ def test_recompiles(backend: BackendCase) -> None:
     assert _count(fn, backend.device, (4, 4, 4), dynamic=None) == 1
 
 
+@pytest.mark.usefixtures("automatic")
 @each_fused
 def test_changing_the_backend_recompiles(backend: BackendCase) -> None:
     graphs: list[str] = []

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,28 +27,30 @@ from senet_kernels.dispatch import ENVIRONMENT_VARIABLE, ORDER
 each_fused = pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
 
 
-def _chosen(**extra: Any) -> str:
-    name: str = build(Spec()).call(explain, **extra).backend
+def _chosen(device: str = "cpu", **extra: Any) -> str:
+    name: str = build(Spec(device=device)).call(explain, **extra).backend
     return name
 
 
+@pytest.mark.usefixtures("automatic")
 @each_fused
-def test_precedence(backend: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _chosen() == backend.name
+def test_precedence(backend: BackendCase) -> None:
+    chosen = partial(_chosen, backend.device)
+    assert chosen() == backend.name
     with use_backend("reference"):
-        assert _chosen() == "reference"
-        assert _chosen(backend=backend.name) == backend.name
-        assert _chosen(backend="auto") == backend.name
+        assert chosen() == "reference"
+        assert chosen(backend=backend.name) == backend.name
+        assert chosen(backend="auto") == backend.name
         with use_backend(backend.name):
-            assert _chosen() == backend.name
-        assert _chosen() == "reference"
+            assert chosen() == backend.name
+        assert chosen() == "reference"
         with use_backend(None):
-            assert _chosen() == backend.name
+            assert chosen() == backend.name
         with use_backend("auto"):
-            assert _chosen() == backend.name
-        assert _chosen() == "reference"
-    assert _chosen() == backend.name
-    assert _chosen(backend="reference") == "reference"
+            assert chosen() == backend.name
+        assert chosen() == "reference"
+    assert chosen() == backend.name
+    assert chosen(backend="reference") == "reference"
 
 
 def test_context_manager_restores_after_an_error() -> None:
@@ -57,6 +60,7 @@ def test_context_manager_restores_after_an_error() -> None:
     assert _chosen() == before
 
 
+@pytest.mark.usefixtures("automatic")
 @pytest.mark.parametrize("part", HALVES)
 @each_fused
 def test_halves_choose_as_the_whole_does(

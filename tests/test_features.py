@@ -131,6 +131,7 @@ def _call(problem: Problem, **extra: Any) -> Any:
     return problem.call(explain, **extra)
 
 
+@pytest.mark.usefixtures("automatic")
 @pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
 def test_explain_says_what_runs_and_why(backend: BackendCase) -> None:
     fused = _call(build(replace(_SPEC, device=backend.device)))
@@ -170,6 +171,7 @@ def test_explain_says_what_runs_and_why(backend: BackendCase) -> None:
         ((0, 1 << 40), False),
     ],
 )
+@pytest.mark.usefixtures("automatic")
 @pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
 def test_huge_images(backend: BackendCase, image: tuple[int, ...], huge: bool) -> None:
     """Those that the kernels for a GPU cannot count fall back, and are refused by name."""

@@ -23,8 +23,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint_sequential
 
+from backend_cases import FUSED_BACKENDS, BackendCase
 from models import library, randomise
-from senet_kernels import backends, fuse_se_blocks
+from senet_kernels import backends, fuse_se_blocks, use_backend
 from senet_kernels.convert import _Fused
 
 
@@ -168,8 +169,16 @@ def test_halves_compiled_for_any_extents(fresh_dynamo: None) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True])
-def test_reduce_overhead(fresh_dynamo: None, training: bool) -> None:
+@pytest.mark.parametrize(
+    "backend", [b for b in FUSED_BACKENDS if b.device == "cuda"], indirect=True, ids=str
+)
+def test_reduce_overhead(backend: BackendCase, fresh_dynamo: None, training: bool) -> None:
     """In CUDA graphs, replayed with other numbers and other weights."""
+    with use_backend(backend.name):
+        _replay(training)
+
+
+def _replay(training: bool) -> None:
     net, eager = _net().cuda().train(training), _net(fused=False).cuda().train(training)
     compiled = torch.compile(net, fullgraph=True, mode="reduce-overhead")
     for i in range(4):

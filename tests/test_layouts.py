@@ -72,7 +72,7 @@ _CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean over space": lambda y: y.flatten(2).mean(2).square().sum(),
     "split": lambda y: y.split(y.shape[1] // 2, 1)[1].square().sum(),
     "cat": lambda y: torch.cat([y, y], 1).square().sum(),
-    "transposed": lambda y: (y.transpose(1, -1) * torch.arange(y.shape[1])).sum(),
+    "transposed": lambda y: (y.transpose(1, -1) * torch.arange(y.shape[1]).to(y.device)).sum(),
     "sliced": lambda y: y[..., 1::2].square().sum(),
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -409,6 +411,42 @@ def test_launches_are_made_on_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -
         check(build(spec), squeeze_excite, backend="triton")
     launch.forget()
     assert len(set(launched)) >= 7
+
+
+def test_threads_compile_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same options: others might add up in another order. The kernel pretended here spills
+    until it has half as many threads."""
+    from senet_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    compiled, launched = [], []
+
+    class Compiled:
+        def __init__(self, warps: int) -> None:
+            self.n_regs, self.n_spills, self.warps = 64, int(warps > 4), warps
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments: launched.append(self.warps)
+
+    class Kernel:
+        arg_names = ("x",)
+
+        def warmup(self, *pointers: Any, num_warps: int, **options: Any) -> Compiled:
+            compiled.append(num_warps)
+            time.sleep(0.01)
+            return Compiled(num_warps)
+
+        def __getitem__(self, grid: Any) -> Any:
+            def run(*arguments: Any, num_warps: int, **options: Any) -> Compiled:
+                launched.append(num_warps)
+                return Compiled(num_warps)
+
+            return run
+
+    call = launch.Launch(Kernel(), 1, {}, warps=8)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, [None] * 8))
+    assert (compiled, launched) == ([8, 8, 8, 4], [4] * 8)
 
 
 def test_the_guard_is_of_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ such kind of call, and kept: after that a call is a look-up, the allocations and
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -78,16 +79,26 @@ class Launch:
         self._options = {"num_warps": warps} | ({"num_ctas": blocks} if blocks > 1 else {})
         self._rest = tuple(values[name] for name in names[pointers:])
         self._compiled: Callable[..., None] | None = None
+        self._first = threading.Lock()
 
     def __call__(self, *pointers: Tensor | None) -> None:
-        if self._compiled is not None:
-            self._compiled(*pointers, *self._rest)
-        elif self._programs:
-            if not INTERPRETED and torch.version.hip is None:  # an option of NVIDIA's assembler
-                self._bound_registers(pointers)
-            kernel = self.kernel[(self._programs,)](*pointers, *self._rest, **self._options)
-            if kernel is not None:  # the interpreter has none
-                self._compiled = kernel[(self._programs, 1, 1)]
+        compiled = self._compiled
+        if compiled is None:
+            if not self._programs:
+                return
+            with self._first:  # other threads would compile it too, and to other options
+                compiled = self._compiled
+                if compiled is None:
+                    self._compile_and_launch(pointers)
+                    return
+        compiled(*pointers, *self._rest)
+
+    def _compile_and_launch(self, pointers: tuple[Tensor | None, ...]) -> None:
+        if not INTERPRETED and torch.version.hip is None:  # an option of NVIDIA's assembler
+            self._bound_registers(pointers)
+        kernel = self.kernel[(self._programs,)](*pointers, *self._rest, **self._options)
+        if kernel is not None:  # the interpreter has none
+            self._compiled = kernel[(self._programs, 1, 1)]
 
     def _bound_registers(self, pointers: tuple[Tensor | None, ...]) -> None:
         """Spare the kernel spills that it need not have.

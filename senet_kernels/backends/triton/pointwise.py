@@ -99,8 +99,8 @@ def evaluate(F: tl.constexpr, x, SLOPE: tl.constexpr):
     elif F == "hardsigmoid":
         if SLOPE:
             y = tl.where((x > -3) & (x < 3), zero + 0.16666666666666666, zero)
-        else:
-            y = _clamp(x + 3.0, 0.0, 6.0) / 6.0
+        else:  # times 1/6 it is 1 at 6; a device's division is rounded to two units
+            y = _clamp(x + 3.0, 0.0, 6.0) * 0.16666666666666666
     elif F == "hardsigmoid_02":
         y = x * 0.2 + 0.5
         # The slope at NaN is 0, as clamp's.
