@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from ._libraries import load
+from .api import explain
 from .convert import fuse_se_blocks, unfuse_se_blocks
 from .dispatch import backends
 from .selftest import run as selftest
@@ -68,6 +69,7 @@ def _fuse(name: str, size: int, batch: int, device: str, seconds: float, neighbo
     print(report)
     if not report.replaced:
         return 1
+    print(_backend_on(device))
     with torch.no_grad():
         after = _first_tensor(model(x))
     scale = before.abs().max().clamp_min(1e-30)
@@ -84,6 +86,16 @@ def _fuse(name: str, size: int, batch: int, device: str, seconds: float, neighbo
             f"{original / fused:.2f}x (batch {batch}, {size}x{size}, {device})"
         )
     return 0
+
+
+def _backend_on(device: str) -> str:
+    """What calls there run on, and, where that is the reference, why nothing faster does."""
+    w = torch.ones(8, 8, device=device)
+    answer = explain(torch.ones(1, 8, 2, 2, device=device), w, None, w, None)
+    lines = [f"runs on: {answer.backend}"]
+    if answer.backend == "reference":
+        lines += [f"not on {name}: {reason}" for name, reason in answer.passed_over]
+    return "\n".join(lines)
 
 
 def _load(name: str) -> nn.Module:

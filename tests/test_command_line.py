@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from senet_kernels import __version__, convert, selftest
+from senet_kernels import __version__, backends, convert, selftest, use_backend
 from senet_kernels.__main__ import main
 from senet_kernels.pointwise import POINTWISE
 
@@ -111,7 +111,11 @@ def test_fuse(
     assert "replaced 1, refused 0" in out
     assert "my_models.Gate" in out
     assert "output: largest difference" in out
+    assert ("runs on: native" if backends()["native"] else "not on native: ") in out
     assert "training step:" in out
+    with use_backend("reference"):
+        assert main(["fuse", "my_models:with_se", *options]) == 0
+    assert "runs on: reference" in capsys.readouterr().out
     assert main(["fuse", "my_models:with_act", *options, "--neighbours"]) == 0
     assert "neighbours: before relu" in capsys.readouterr().out
     assert main(["fuse", "my_models:pooled", *options]) == 0
