@@ -254,6 +254,16 @@ def test_few_long_rows(policy: str, dtype: torch.dtype, force: Any) -> None:
             check(problem, squeeze_excite, backend="native")
 
 
+@pytest.mark.parametrize("positions", range(1, 12))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bits_of_short_rows(positions: int, dtype: torch.dtype) -> None:
+    """Backward a unit may be of up to eight channels, each with a byte of the mask."""
+    problem = build(Spec((3, 24, positions), 5, dtype, after="relu"))
+    for seed in range(2):
+        with cuda_on_cpu.plugged_in(seed, A100):
+            check(problem, squeeze_excite, backend="native")
+
+
 @pytest.mark.parametrize("channels", [1000, 1200])
 def test_rows_of_channels_in_two_parts(channels: int, force: Any) -> None:
     """As many as the threads of a block have room for twice, forward or backward."""

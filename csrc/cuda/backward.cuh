@@ -406,7 +406,7 @@ class BackwardBlock {
     }
   }
 
-  // The mask's bits of a unit, which may reach over the ends of rows.
+  // The mask's bits of a unit, which may reach over the ends of rows. What pads a row is 0.
   SENET_DEVICE uint32_t unit_bits(int64_t b, const Walk<kVector>& at) const {
     if (view_.last) {
       return row_bits(mask_row(b, view_.positions.begin + at.row), bit_row(),
@@ -414,15 +414,10 @@ class BackwardBlock {
     }
     const int64_t row = view_.channels.begin + at.row;
     uint32_t bits = row_bits(mask_row(b, row), bit_row(), at.at);
-    if (kVector && at.at + kUnit > at.width) {
-      const int width = static_cast<int>(at.width);
-      int end = width - static_cast<int>(at.at);
-      bits &= (1u << end) - 1;
-      for (int64_t next = row + 1; end < kUnit; ++next, end += width) {
-        // From its beginning on, after the bits that are there.
-        uint32_t more = mask_row(b, next)[0];
-        if (width < kUnit) more &= (1u << width) - 1;
-        bits |= more << end;
+    if constexpr (kVector) {
+      uint32_t end = at.width - at.at;
+      for (int64_t next = row + 1; end < kUnit; ++next, end += at.width) {
+        bits |= uint32_t(mask_row(b, next)[0]) << end;
       }
     }
     return bits;
