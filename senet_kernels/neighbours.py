@@ -25,6 +25,7 @@ from .forms import (
     find,
     part_of,
     pointwise_name,
+    watched,
 )
 from .pointwise import ACTIVATIONS
 
@@ -67,6 +68,14 @@ def _activation(module: nn.Module, *path: str) -> str:
 # ---- timm ----
 
 
+def _is_idle(drop_path: Foreign | None) -> bool:
+    """Whether a stochastic depth passes on what it is given, and need not be called."""
+    if drop_path is None:
+        return True
+    known = class_name(drop_path) == "timm.layers.drop.DropPath" and not drop_path.training
+    return (known or type(drop_path) is nn.Identity) and watched(drop_path) is None
+
+
 def _resnet(act: str, run: Run) -> Callable[[Foreign], Block]:
     """A reader of blocks that end in a sum and the activation ``act``."""
 
@@ -79,8 +88,6 @@ def _resnet(act: str, run: Run) -> Callable[[Foreign], Block]:
 
 
 def _basic_block(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
-    if module.drop_path is not None and module.training:
-        return NotImplemented
     shortcut = x
     x = module.aa(module.act1(module.drop_block(module.bn1(module.conv1(x)))))
     x = module.bn2(module.conv2(x))
@@ -88,8 +95,6 @@ def _basic_block(block: Block, module: Foreign, x: Tensor, excite: Excite) -> An
 
 
 def _bottleneck(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
-    if module.drop_path is not None and module.training:
-        return NotImplemented
     shortcut = x
     x = module.act1(module.bn1(module.conv1(x)))
     x = module.aa(module.act2(module.drop_block(module.bn2(module.conv2(x)))))
@@ -98,11 +103,14 @@ def _bottleneck(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any
 
 
 def _residual(block: Block, module: Foreign, x: Tensor, shortcut: Tensor, excite: Excite) -> Tensor:
+    idle = _is_idle(module.drop_path)
+    y = x if idle else module.drop_path(excite(x))
     if module.downsample is not None:
         shortcut = module.downsample(shortcut)
-    if shortcut.dtype == x.dtype and shortcut.shape == x.shape:
-        return excite(x, residual=shortcut, after=block.function)
-    y = excite(x)  # autocast: the sum has the dtype of x
+    if idle:
+        if shortcut.dtype == x.dtype and shortcut.shape == x.shape:
+            return excite(x, residual=shortcut, after=block.function)
+        y = excite(x)  # autocast: the sum has the dtype of x
     y += shortcut
     act: Tensor = find(module, block.parts[0].path)(y)
     return act

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,20 @@ def layers_of(module: nn.Module) -> list[Path] | None:
     return layers
 
 
-@torch.random.fork_rng(devices=())
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """Those that a proof is about, whatever a model is converted under."""
+    with (
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=()),
+    ):
+        yield
+
+
+@_surroundings()
 def prove(module: nn.Module, paths: list[Path]) -> Mlp:
     """The form of a module of unknown class, established by running a copy of it in float64.
 
@@ -91,7 +105,9 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         rank
         for rank, space in _PROBE_SPACE.items()
         if _run(module, torch.empty(3, channels, *space, device="meta")) is not None
-        and _seems_to_scale(module, torch.randn(2, channels, *space, generator=generator))
+        and _seems_to_scale(
+            module, torch.randn(2, channels, *space, generator=generator, dtype=torch.float32)
+        )
     ]
     if not taken:
         raise Refusal("it multiplies no channels of [B, C, *spatial] by numbers")

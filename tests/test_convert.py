@@ -6,7 +6,8 @@ import copy
 import inspect
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -695,6 +696,37 @@ def test_random_numbers_of_others_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+_UNDER: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "another default device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: _default_dtype(torch.float64),
+    "bfloat16": lambda: _default_dtype(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("under", _UNDER.values(), ids=_UNDER)
+def test_converted_under(under: Callable[[], AbstractContextManager[Any]]) -> None:
+    """What is proved of a class does not depend on the mode that its model is converted in."""
+    model = nn.Sequential(SELayer(), SELayer(bias=True))
+    x = _x(2, 24, 5, 4)
+    expected = model(x)
+    with under():
+        report = fuse_se_blocks(model)
+    assert len(report.replaced) == 2
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_names_that_only_sound_alike() -> None:
     class SqueezeBertPooler(nn.Module):
         def __init__(self) -> None:
@@ -742,6 +774,39 @@ def test_neighbours_know_a_block_by_its_source(monkeypatch: pytest.MonkeyPatch) 
     assert {e.note for e in report.refused} == {
         "neighbours: its forward is not the one that is known (another release?)"
     }
+
+
+class _Half(nn.Module):
+    """As stochastic depth was at first: a factor in eval, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "seresnet50"])
+def test_stochastic_depth_of_any_kind(name: str) -> None:
+    """None, timm's, another's, one that is watched, and one that is training by itself."""
+    timm = library("timm")
+    model = timm.create_model(name, drop_path_rate=0.3).eval()
+    randomise(model)
+    seen: list[Tensor] = []
+    blocks = [model.layer1[1], model.layer2[0], model.layer2[1], model.layer3[0]]
+    blocks[0].drop_path = nn.Identity()
+    blocks[1].drop_path = _Half()
+    blocks[2].drop_path.train()
+    blocks[3].drop_path.register_forward_hook(lambda m, given, y: seen.append(y))
+    fused = copy.deepcopy(model)
+    report = fuse_se_blocks(fused, neighbours=True)
+    assert sum("after relu" in entry.note for entry in report.replaced) >= 8
+    results, calls = [], []
+    for m in (model, fused):
+        torch.manual_seed(3)
+        seen.clear()
+        with torch.no_grad():
+            results.append(m(_x(4, 3, 64, 64)))
+        calls.append(len(seen))
+    assert calls == [1, 1]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["seresnet18", "efficientnet_b0"])
