@@ -196,6 +196,8 @@ def _seconds(text: str) -> float:
 
 
 def _device(text: str) -> str:
+    if text.partition(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:  # no such device, or not in this build of torch
@@ -207,6 +209,7 @@ def _device(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m senet_kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"senet_kernels {__version__}")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("report", help="versions, devices, backends and features (the default)")
     commands.add_parser("selftest", help="every backend that runs here against the reference")

@@ -307,11 +307,15 @@ def fuse_se_blocks(
         (but for ``backend``) and listed as replaced.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``filter_fn`` no function.
         ValueError: ``strict``, and a module was refused; or no such backend.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"filter_fn: expected a function of name and module, got {type(filter_fn).__name__}"
+        )
     dispatch.check_backend_name(backend, "backend")
     plan = _Plan(model, filter_fn)
     plan.add_modules()

@@ -6,11 +6,13 @@ Their arguments are those that the two libraries pass; neither library is import
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import validation
 from .forms import pointwise_name
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
@@ -34,7 +36,7 @@ def _function(argument: str, layer: _Layer) -> str:
             f"got {type(layer).__name__} {layer!r}"
         )
     else:
-        module = _make(layer)
+        module = _make(argument, layer)
         name = pointwise_name(module)
         shown = repr(module)
     if name is None or name not in legal:
@@ -42,11 +44,13 @@ def _function(argument: str, layer: _Layer) -> str:
     return name
 
 
-def _make(layer: Callable[..., nn.Module]) -> nn.Module:
+def _make(argument: str, layer: Callable[..., nn.Module]) -> nn.Module:
     try:
         return layer()
-    except TypeError:  # timm passes it, where it is taken
-        return layer(inplace=True)
+    except TypeError as error:
+        with suppress(TypeError):  # timm passes it, where it is taken
+            return layer(inplace=True)
+        raise TypeError(f"{argument}: {layer!r} cannot be made: {error}") from error
 
 
 def divisible(value: float, divisor: int) -> int:
@@ -99,6 +103,9 @@ class TimmSE(FusedSEBlock):
         dtype: torch.dtype | None = None,
     ) -> None:
         if not rd_channels:
+            validation.check_positive("channels", channels)
+            validation.check_positive("rd_divisor", rd_divisor)
+            validation.check_positive_number("rd_ratio", rd_ratio)
             width = channels * rd_ratio
             rd_channels = rd_round_fn(width) if rd_round_fn else divisible(width, rd_divisor)
         super().__init__(
@@ -143,6 +150,8 @@ class TorchvisionSE(FusedSEBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        validation.check_positive("input_channels", input_channels)
+        validation.check_positive("squeeze_channels", squeeze_channels)
         super().__init__(
             input_channels,
             hidden=squeeze_channels,

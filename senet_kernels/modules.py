@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import api, dispatch
+from . import api, dispatch, validation
 from .pointwise import POINTWISE, check_name
 
 #: What computes the gate: two layers; one of C by C (effective SE, arXiv:1911.06667); two that
@@ -127,10 +127,10 @@ class FusedSEBlock(nn.Module):
         super().__init__()
         extents = {"channels": channels, "reduction": reduction, "hidden": hidden}
         for name, value in extents.items():
-            if value is None and name == "hidden":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            if value is not None or name != "hidden":
+                validation.check_positive(name, value)
+        if dtype is not None:
+            validation.check_parameter_dtype(dtype)
         if excitation not in EXCITATIONS:
             raise ValueError(f"excitation: expected one of {EXCITATIONS}, got {excitation!r}")
         if scale_and_shift and excitation in ("tied", "constant"):
@@ -201,7 +201,16 @@ class FusedSEBlock(nn.Module):
             backend=self.backend,
         )  # fmt: skip
 
+    def _check_channels(self, x: Tensor) -> None:
+        validation.check_input(x)
+        if x.shape[1] != self.channels:
+            raise ValueError(
+                f"x: expected [B, {self.channels}, *spatial], as this block has "
+                f"channels={self.channels}, got shape {list(x.shape)}"
+            )
+
     def _layer_by_layer(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Tensor:
+        self._check_channels(x)
         z = api.squeeze(x, before=self.before, lengths=lengths, backend=self.backend)
         h = z[:, :, None, None]
         if self.fc1 is not None:
@@ -217,6 +226,7 @@ class FusedSEBlock(nn.Module):
     def _scale_and_shift(
         self, x: Tensor, residual: Tensor | None, lengths: Tensor | None
     ) -> Tensor:
+        self._check_channels(x)
         if lengths is not None:
             raise ValueError(
                 "lengths: expected None with excitation='constant' (nothing is averaged)"

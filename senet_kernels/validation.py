@@ -3,6 +3,7 @@ what came. Nothing here reads a tensor's values, except ``lengths`` on the CPU."
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _shape(t: Tensor) -> str:
     return str(list(t.shape))
+
+
+def check_positive(name: str, value: Any) -> None:
+    """``value`` must be an integer above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_positive_number(name: str, value: Any, *, or_zero: bool = False) -> None:
+    """``value`` must be a finite number above 0, or 0 where that will do."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf or (value == 0 and not or_zero):
+        expected = "a number of at least 0" if or_zero else "a positive number"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_parameter_dtype(dtype: Any) -> None:
+    """``dtype`` must be one that the kernels take."""
+    if dtype not in DTYPES:
+        expected = ", ".join(map(str, DTYPES))
+        raise ValueError(f"dtype: expected one of {expected}, got {dtype!r}")
 
 
 def check_tensor(name: str, t: Any) -> None:

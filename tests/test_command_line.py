@@ -45,7 +45,9 @@ def test_selftest_can_fail(
     (("--batch", "0"), "expected a positive integer, got '0'"),
     (("--size", "big"), "expected a positive integer, got 'big'"),
     (("--seconds", "-1"), "expected a number of seconds, got '-1'"),
-    (("--device", "abacus"), "'abacus' cannot be used"),
+    (("--device", "abacus"), "expected cpu, cuda or cuda:N, got 'abacus'"),
+    (("--device", "meta"), "expected cpu, cuda or cuda:N, got 'meta'"),
+    (("--device", "cpu:x"), "'cpu:x' cannot be used"),
     (("--device", "cuda:99"), "'cuda:99' cannot be used"),
 ], ids=str)  # fmt: skip
 def test_wrong_arguments(

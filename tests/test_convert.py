@@ -322,6 +322,11 @@ def test_strict_changes_nothing() -> None:
         fuse_se_blocks(model, backend="cudnn")
 
 
+def test_filter_is_a_function() -> None:
+    with pytest.raises(TypeError, match=r"^filter_fn: expected a function .*, got str"):
+        fuse_se_blocks(SELayer(), filter_fn="x")  # type: ignore[arg-type]
+
+
 def test_filter_and_twice() -> None:
     shared = SELayer()
     model = nn.ModuleDict({"a": SELayer(), "b": shared, "c": shared})

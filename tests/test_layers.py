@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -187,3 +188,14 @@ def test_errors() -> None:
         TimmSE(8, add_maxpool=True)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="hidden: expected a positive integer, got 0"):
         TimmSE(8, rd_ratio=0.01, rd_round_fn=round)
+    for ratio in (-1, math.nan, "x"):
+        with pytest.raises(ValueError, match="rd_ratio: expected a positive number"):
+            TimmSE(8, rd_ratio=ratio)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rd_divisor: expected a positive integer, got 0"):
+        TimmSE(8, rd_divisor=0)
+    with pytest.raises(ValueError, match="channels: expected a positive integer, got '8'"):
+        TimmSE("8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="squeeze_channels: expected a positive integer, got None"):
+        TorchvisionSE(8, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"activation: .*Linear.* cannot be made: .*in_features"):
+        TorchvisionSE(8, 2, activation=nn.Linear)

@@ -151,6 +151,23 @@ def test_backend_is_one_there_is() -> None:
         FusedSEBlock(8, backend="cudnn")
 
 
+def test_dtype_is_one_that_kernels_take() -> None:
+    with pytest.raises(ValueError, match=r"^dtype: expected one of torch.float32, .*torch.int32"):
+        FusedSEBlock(8, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("how", ["plain", "constant", "hooked"])
+def test_wrong_inputs_are_named(how: str) -> None:
+    block = FusedSEBlock(8, excitation="constant" if how == "constant" else "two")
+    if how == "hooked":
+        block.fc1.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match=r"^x: expected a tensor, got str"):
+        block("x")
+    name = "w2" if how == "plain" else "x"
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*8"):
+        block(torch.randn(2, 7, 3, 3))
+
+
 def test_alpha_and_beta_only_when_enabled() -> None:
     assert list(FusedSEBlock(8).state_dict()) == [
         "fc1.weight",

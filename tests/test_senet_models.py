@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 import runpy
@@ -564,6 +565,14 @@ def test_fuse_se_blocks_leaves_our_models_alone() -> None:
     expected = model(x)
     fuse_se_blocks(model, neighbours=True)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_parameter_groups_of_what_is_none() -> None:
+    with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got NoneType"):
+        parameter_groups(None, 0.1)  # type: ignore[arg-type]
+    for decay in (-1.0, math.nan, "x"):
+        with pytest.raises(ValueError, match=r"^weight_decay: expected a number of at least 0"):
+            parameter_groups(nn.Linear(2, 2), decay)  # type: ignore[arg-type]
 
 
 def test_parameter_groups() -> None:

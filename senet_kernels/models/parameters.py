@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from senet_kernels.modules import FusedSEBlock
+from senet_kernels.validation import check_positive_number
 
 
 def _se_blocks(model: nn.Module) -> Iterator[tuple[str, FusedSEBlock]]:
@@ -45,7 +46,14 @@ def parameter_groups(
 
     Returns:
         One or two dicts with ``params`` and ``weight_decay``; none for no parameters.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: weight_decay is not a number of at least 0.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_positive_number("weight_decay", weight_decay, or_zero=True)
     weights = {id(p) for _, block in _se_blocks(model) for p in (block.alpha, block.beta)}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
