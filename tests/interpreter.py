@@ -10,8 +10,9 @@ needs a GPU: ``test_gpu.py`` and ``make gpu``.
 
 It converts float32 to bfloat16 by cutting bits off, and subnormal bfloat16 to another number; a
 device rounds to nearest even, and keeps subnormals. That of Triton 3.9 takes a comparison for an
-integer of 32 bits, and then not for a mask. Nothing is changed about arithmetic on bfloat16, which
-it gets wrong altogether: kernels must not do any.
+integer of 32 bits, and then not for a mask; that of Triton 3.6 makes integers of arrays of one
+element, which numpy has given up. Nothing is changed about arithmetic on bfloat16, which it gets
+wrong altogether: kernels must not do any.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -59,6 +61,13 @@ def install() -> None:
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return store(self, pointers, value, _as_mask(mask), *rest)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_masked_load = masked_load
     InterpreterBuilder.create_masked_store = masked_store
