@@ -264,6 +264,22 @@ def test_bits_of_short_rows(positions: int, dtype: torch.dtype) -> None:
             check(problem, squeeze_excite, backend="native")
 
 
+@pytest.mark.parametrize("policy", ["resident=0", "resident=1", "exchange=cluster,blocks=2"])
+@pytest.mark.parametrize("positions", [1, 3, 49, 575])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bits_of_several_stretches(
+    policy: str, positions: int, dtype: torch.dtype, force: Any
+) -> None:
+    """Forward the bits of so many units are gathered at a time, here of 512: some bytes of the mask
+    have bits of two stretches."""
+    channels = 16 * (9000 // (16 * positions) + 1)
+    force(f"threads=32,{policy}")
+    for residual in (None, "contiguous"):
+        spec = Spec((3, channels, positions), 5, dtype, residual=residual, after="relu")
+        with cuda_on_cpu.plugged_in(1, SMALL_90):
+            check(build(spec), squeeze_excite, backend="native")
+
+
 @pytest.mark.parametrize("channels", [1000, 1200])
 def test_rows_of_channels_in_two_parts(channels: int, force: Any) -> None:
     """As many as the threads of a block have room for twice, forward or backward."""
@@ -394,7 +410,7 @@ _STEPS = {
     "forward": ["plan", "memory", "stream", "forward"],
     "backward": ["plan", "memory", "stream", "backward"],
     "poison": ["stream", "poison"],
-    "plan": ["query"],
+    "plan": ["plan"],
 }
 
 

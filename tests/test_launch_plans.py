@@ -49,13 +49,23 @@ def test_the_layers_of_se_resnet_50() -> None:
     assert "exchange through global memory" in _plan(A100, 256, 16, 56)  # it has no clusters
 
 
-def test_a_bit_mask_of_odd_rows_costs_the_vectors() -> None:
-    """What explain says is what is launched: 14x14 and 7x7 are no whole bytes of a mask."""
-    for side in (14, 7):
-        assert "single pass" in _plan(H100, 1024, 64, side)
-        with_mask = _plan(H100, 1024, 64, side, after="relu")
-        assert with_mask.endswith("two passes, element by element")
-        assert "single pass" in _plan(H100, 1024, 64, side, after="relu", last=True)
+@pytest.mark.parametrize("side", [14, 7])
+def test_a_bit_mask_of_odd_rows_costs_nothing(side: int) -> None:
+    """14x14 and 7x7 are no whole bytes of a mask."""
+    for last in (False, True):
+        without = _plan(H100, 1024, 64, side, last=last)
+        with_mask = _plan(H100, 1024, 64, side, after="relu", last=last)
+        assert "single pass" in without
+        assert "single pass" in with_mask
+        assert "element by element" not in with_mask
+
+
+def test_a_plan_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "exchange=none,resident=0")
+    assert _plan(H100, 1024, 64, 14).startswith("one block per image")
+    assert "two passes" in _plan(H100, 1024, 64, 14)
+    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "speed=1")
+    assert "expected exchange, blocks" in _plan(H100, 1024, 64, 14)
 
 
 def _least_that_is_wide(

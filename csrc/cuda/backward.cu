@@ -22,8 +22,7 @@ const char* run_gradients(const BackwardLaunch& l, void* stream) {
   const bool two = s.form == Form::two_layers;
   const Fn none = Fn::identity;
   GradientsLaunch g{};
-  // Without channels the kernel has not run, and every product is an empty sum.
-  const int64_t n = s.channels > 0 ? s.batch : 0;
+  const int64_t n = s.batch;
   const int64_t parts = l.plan.axis == Axis::space ? n * l.plan.blocks : n;
   const void *du = l.du, *dh = l.dh, *ds = l.ds, *h = two ? a.h : a.z;
   // out, left, right, pitches, rows, columns, function of right, apply it, gates, pitch, images
@@ -82,7 +81,7 @@ const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, 
     l.db = memory + plan.of_daffine +
            images * args.shape.channels * (args.dtype == DType::f64 ? 8 : 4);
   }
-  if (args.shape.batch > 0 && args.shape.channels > 0) {
+  if (args.shape.batch > 0) {
     const char* error = with_instance<BackwardKernels>(
         args.dtype, args.options.before, plan.vector, [&](auto* kernel, Prepared& prepared) {
           return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, stream);
@@ -92,9 +91,9 @@ const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, 
   return layers || affine ? run_gradients(l, stream) : nullptr;
 }
 
-Room room_for(const BackwardArgs& args, const Plan& plan) {
+Room backward_room(const Task& task, const Plan& plan) {
   return with_instance<BackwardKernels>(
-      args.dtype, args.options.before, plan.vector,
+      task.dtype, task.before, plan.vector,
       [&](auto* kernel, Prepared& prepared) { return room_for(kernel, prepared, plan); });
 }
 

@@ -2,7 +2,6 @@
 #include <cuda_runtime.h>
 
 #include <array>
-#include <cstdlib>
 #include <mutex>
 #include <unordered_map>
 
@@ -38,13 +37,11 @@ bool is_aligned(const Images& images, int64_t element) {
 bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // A plan that holds on the device as it is: with the blocks that really run at once.
-template <class Args>
-Plan make(const Args& args, const Policy& policy) {
-  const Task task = task_of(args);
+Plan make(const Task& task, const Policy& policy) {
   Device device = current_device();
   Plan plan = make_plan(task, device, policy);
   for (int i = 0; i < 3 && !plan.error; ++i) {
-    const Room room = room_for(args, plan);
+    const Room room = task.backward ? backward_room(task, plan) : forward_room(task, plan);
     if (room.per_multiprocessor == 0 || room.per_multiprocessor >= plan.per_multiprocessor) {
       if (room.clusters > 0 && room.clusters < plan.groups) {
         share_out(&plan, task.shape.batch, room.clusters);
@@ -60,18 +57,10 @@ Plan make(const Args& args, const Policy& policy) {
 // Plans by what they depend on, so many per thread; then it starts anew.
 constexpr size_t kMostPlans = 1024;
 
-template <class Args>
-Plan cached(const Args& args) {
-  if (const char* named = std::getenv("SENET_KERNELS_CUDA_PLAN")) {
-    Policy policy;
-    if (const char* error = parse_policy(named, &policy)) {
-      Plan plan;
-      plan.error = error;
-      return plan;
-    }
-    return make(args, policy);
-  }
-  const Task t = task_of(args);
+}  // namespace
+
+Plan plan_of(const Task& t) {
+  if (const auto named = named_policy()) return make(t, *named);
   using Key = std::array<int64_t, 11>;
   const Key key = {current_ordinal(),
                    static_cast<int64_t>(t.shape.form),
@@ -82,7 +71,7 @@ Plan cached(const Args& args) {
                    t.shape.outputs,
                    static_cast<int64_t>(t.dtype),
                    static_cast<int64_t>(t.parameter_dtype),
-                   static_cast<int64_t>(args.options.before),
+                   static_cast<int64_t>(t.before),
                    t.shape.channels_last + 2 * t.backward + 4 * t.aligned + 8 * t.masks +
                        16 * t.needs_dx + 32 * t.needs_ds + 64 * t.affine + 128 * t.needs_daffine};
   struct Hash {
@@ -96,10 +85,8 @@ Plan cached(const Args& args) {
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMostPlans) plans.clear();
-  return plans[key] = make(args, Policy{});
+  return plans[key] = make(t, Policy{});
 }
-
-}  // namespace
 
 int current_ordinal() {
   int ordinal = 0;
@@ -121,6 +108,7 @@ Task task_of(const ForwardArgs& a) {
   t.shape = a.shape;
   t.dtype = a.dtype;
   t.parameter_dtype = a.parameters.dtype;
+  t.before = a.options.before;
   const int64_t size = a.dtype == DType::f32 ? 4 : 2;
   t.aligned = is_aligned(a.x, size) && (!a.residual.data || is_aligned(a.residual, size)) &&
               (!a.y || is_aligned({a.y, a.y_stride}, size));
@@ -134,6 +122,7 @@ Task task_of(const BackwardArgs& a) {
   t.shape = a.shape;
   t.dtype = a.dtype;
   t.parameter_dtype = a.parameters.dtype;
+  t.before = a.options.before;
   t.backward = true;
   const int64_t size = a.dtype == DType::f32 ? 4 : 2;
   t.aligned = is_aligned(a.x, size) && (!a.dy.data || is_aligned(a.dy, size)) &&
@@ -145,9 +134,6 @@ Task task_of(const BackwardArgs& a) {
   t.needs_daffine = a.daffine_scale || a.daffine_shift;
   return t;
 }
-
-Plan plan_forward(const ForwardArgs& args) { return cached(args); }
-Plan plan_backward(const BackwardArgs& args) { return cached(args); }
 
 void poison(void* p, size_t bytes, void* stream) {
   cudaMemsetAsync(p, 0xff, bytes, static_cast<cudaStream_t>(stream));

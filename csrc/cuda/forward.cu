@@ -17,7 +17,7 @@ struct ForwardKernels {
 
 const char* forward(const ForwardArgs& args, const Plan& plan, void* scratch, void* stream) {
   if (plan.error) return plan.error;
-  if (args.shape.batch == 0 || args.shape.channels == 0) return nullptr;
+  if (args.shape.batch == 0) return nullptr;
   const ForwardLaunch l{args, plan, static_cast<char*>(scratch)};
   return with_instance<ForwardKernels>(
       args.dtype, args.options.before, plan.vector, [&](auto* kernel, Prepared& prepared) {
@@ -25,9 +25,9 @@ const char* forward(const ForwardArgs& args, const Plan& plan, void* scratch, vo
       });
 }
 
-Room room_for(const ForwardArgs& args, const Plan& plan) {
+Room forward_room(const Task& task, const Plan& plan) {
   return with_instance<ForwardKernels>(
-      args.dtype, args.options.before, plan.vector,
+      task.dtype, task.before, plan.vector,
       [&](auto* kernel, Prepared& prepared) { return room_for(kernel, prepared, plan); });
 }
 

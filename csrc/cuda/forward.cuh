@@ -58,11 +58,11 @@ class ForwardBlock {
 
   SENET_DEVICE void run() {
     const auto ask = [this](int64_t b) {
-      prefetch_slice<kBytes>(view_, at(a_.residual.data, b * a_.residual.stride));
+      prefetch_slice<kBytes>(view_, image(a_.residual.data, b * a_.residual.stride));
     };
     each_image<kBytes, kVector>(s_, p_, view_, a_.x, team_, ask,
                                 [this](int64_t b, const char* slot) {
-                                  const char* x = at(a_.x.data, b * a_.x.stride);
+                                  const char* x = image(a_.x.data, b * a_.x.stride);
                                   if (s_.form != Form::scale) squeeze(b, x, slot);
                                   if (s_.form != Form::squeeze) {
                                     excite(b);
@@ -73,7 +73,7 @@ class ForwardBlock {
 
  private:
   SENET_DEVICE A* array(int offset) const { return reinterpret_cast<A*>(shared_memory() + offset); }
-  SENET_DEVICE static const char* at(const void* data, int64_t element) {
+  SENET_DEVICE static const char* image(const void* data, int64_t element) {
     return data ? static_cast<const char*>(data) + element * kBytes : nullptr;
   }
   // Whether each block has but its own channels of vectors over channels.
@@ -182,15 +182,74 @@ class ForwardBlock {
     __syncthreads();
   }
 
-  // y, a unit per thread at a time.
+  // y, and the mask where it is wanted.
+  //
+  // Where rows of the image are no whole bytes, those of the mask are all the same, and the bits of
+  // a unit belong to several bytes (stretch > 0). They are gathered, a stretch of units at a time,
+  // and one unit before it, with which the first byte may begin.
   SENET_DEVICE void scale(int64_t b, const char* x, const char* slot) {
-    const char* residual = at(a_.residual.data, b * a_.residual.stride);
-    char* y = static_cast<char*>(a_.y) + b * a_.y_stride * kBytes;
     const int64_t rows = view_.last ? s_.positions : s_.channels;
-    const int64_t bit_row = (view_.pitch + 7) / 8;
-    uint8_t* mask = a_.mask ? a_.mask + b * rows * bit_row : nullptr;
+    uint8_t* const mask = a_.mask ? a_.mask + b * rows * bit_row() : nullptr;
+    const bool gathers = kVector && mask && p_.stretch > 0;
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    const int turns = gathers ? p_.stretch / threads : INT32_MAX;
+    uint8_t* const units = reinterpret_cast<uint8_t*>(shared_memory() + p_.at.bits) + 1;
+    const int64_t all = int64_t(view_.outer) * view_.inner / kUnit;
+    Walk<kVector> at(view_);
+    for (int64_t first = 0;; first += p_.stretch) {
+      scale_units(b, x, slot, at, turns, [&](int turn, uint32_t bits) {
+        if (gathers) {
+          units[turn * threads + thread] = static_cast<uint8_t>(bits);
+          return;
+        }
+        // Rows of a slice begin at whole bytes: such is the plan.
+        const int64_t row = (view_.last ? view_.positions.begin : view_.channels.begin) + at.row;
+        const int64_t column = (view_.last ? view_.channels.begin : view_.positions.begin) + at.at;
+        mask[row * bit_row() + column / 8] = static_cast<uint8_t>(bits);
+      });
+      if (!gathers) return;
+      __syncthreads();
+      const int64_t next = first + p_.stretch, end = next < all ? next : all;
+      write_bytes(mask + view_.channels.begin * bit_row(), units - first, bytes_before(first),
+                  bytes_before(end));
+      if (next >= all) return;
+      __syncthreads();
+      // The thread that will write the last unit of the next stretch moves that of this one.
+      if (thread == threads - 1) units[-1] = units[p_.stretch - 1];
+    }
+  }
+
+  // Bytes of a row of the mask.
+  SENET_DEVICE int64_t bit_row() const { return (view_.pitch + 7) / 8; }
+  // Bytes of the slice's mask all of whose bits are in its first so many units.
+  SENET_DEVICE int64_t bytes_before(int64_t units) const {
+    const int64_t row = units * kUnit / view_.inner, rest = units * kUnit - row * view_.inner;
+    return row * bit_row() + rest / 8;
+  }
+  // Bytes begin .. end of the slice's mask, out of the bits of its units.
+  SENET_DEVICE void write_bytes(uint8_t* mask, const uint8_t* units, int64_t begin,
+                                int64_t end) const {
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+      const int64_t row = i / bit_row(), column = (i - row * bit_row()) * 8;
+      const int64_t from = row * view_.inner + column;
+      const int shift = static_cast<int>(from % kUnit);
+      uint32_t bits = units[from / kUnit];
+      const int64_t left = view_.inner - column;
+      const int count = left < 8 ? static_cast<int>(left) : 8;
+      if (shift + count > kUnit) bits |= uint32_t(units[from / kUnit + 1]) << 8;
+      mask[i] = static_cast<uint8_t>(bits >> shift & ((1u << count) - 1));
+    }
+  }
+
+  // y of at most so many units of this thread from `at` on. Calls give(turn, bits) for each, with
+  // its bits of the mask.
+  template <class F>
+  SENET_DEVICE void scale_units(int64_t b, const char* x, const char* slot, Walk<kVector>& at,
+                                int turns, F give) {
+    const char* residual = image(a_.residual.data, b * a_.residual.stride);
+    char* y = static_cast<char*>(a_.y) + b * a_.y_stride * kBytes;
     const Fn after = a_.options.after;
-    for (Walk<kVector> at(view_); at.inside(view_); at.advance()) {
+    for (int turn = 0; turn < turns && at.inside(view_); ++turn, at.advance()) {
       const int count = at.count(view_);
       const int64_t offset = at.in_image(view_) * kBytes;
       A v[kUnit], factor[kUnit];
@@ -216,14 +275,11 @@ class ForwardBlock {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) v[j] += factor[j];
       }
-      if (mask) {
+      if (a_.mask) {
         uint32_t bits = 0;
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) bits |= (j < count && !(v[j] <= A(0)) ? 1u : 0u) << j;
-        // Rows of a slice begin at whole bytes: such is the plan.
-        const int64_t row = (view_.last ? view_.positions.begin : view_.channels.begin) + at.row;
-        const int64_t column = (view_.last ? view_.channels.begin : view_.positions.begin) + at.at;
-        mask[row * bit_row + column / 8] = static_cast<uint8_t>(bits);
+        give(turn, bits);
       }
       if (after == Fn::relu) {
 #pragma unroll

@@ -56,10 +56,10 @@ std::optional<Tensor> scratch(int64_t bytes, int32_t index) {
 
 // Plans a call and launches it.
 template <class Args>
-void run(const Args& args, int32_t index, gpu::Plan (*plan_of)(const Args&),
+void run(const Args& args, int32_t index,
          const char* (*kernels)(const Args&, const gpu::Plan&, void*, void*)) {
   const OnDevice guard(index);
-  const gpu::Plan plan = plan_of(args);
+  const gpu::Plan plan = gpu::plan_of(gpu::task_of(args));
   const std::optional<Tensor> memory = scratch(plan.scratch, index);
   void* const p = memory ? memory->mutable_data_ptr() : nullptr;
   void* const stream = current_stream(index);
@@ -71,52 +71,51 @@ void run(const Args& args, int32_t index, gpu::Plan (*plan_of)(const Args&),
 }  // namespace
 
 const Host& cuda_host() {
-  static const Host host = {"a CUDA tensor on the device of x",
-                            device_type,
-                            holds,
-                            [](size_t) -> void* { return nullptr; },
-                            [](const ForwardArgs& args, int32_t index) {
-                              run(args, index, gpu::plan_forward, gpu::forward);
-                            },
-                            [](const BackwardArgs& args, int32_t index) {
-                              run(args, index, gpu::plan_backward, gpu::backward);
-                            },
-                            [](void* p, size_t bytes, int32_t index) {
-                              const OnDevice guard(index);
-                              gpu::poison(p, bytes, current_stream(index));
-                            }};
+  static const Host host = {
+      "a CUDA tensor on the device of x",
+      device_type,
+      holds,
+      [](size_t) -> void* { return nullptr; },
+      [](const ForwardArgs& args, int32_t index) { run(args, index, gpu::forward); },
+      [](const BackwardArgs& args, int32_t index) { run(args, index, gpu::backward); },
+      [](void* p, size_t bytes, int32_t index) {
+        const OnDevice guard(index);
+        gpu::poison(p, bytes, current_stream(index));
+      }};
   return host;
 }
 
 std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
-  STD_TORCH_CHECK(call.size() == 12 && (device.size() == 1 || device.size() == 8),
-                  "native_plan: expected 12 numbers for the call, and 1 or 8 for the device");
+  STD_TORCH_CHECK(call.size() == 13 && (device.size() == 1 || device.size() == 8),
+                  "native_plan: expected 13 numbers for the call, and 1 or 8 for the device");
   const auto number = [](int64_t v) { return static_cast<int>(v); };
-  gpu::Device on;
-  if (device.size() == 1) {
-    const OnDevice guard(number(device[0]));
-    on = gpu::current_device();
-  } else {
-    on.capability = number(device[0]);
-    on.multiprocessors = number(device[1]);
-    on.shared_per_block = device[2];
-    on.shared_per_multiprocessor = device[3];
-    on.threads_per_multiprocessor = number(device[4]);
-    on.registers_per_multiprocessor = number(device[5]);
-    on.largest_cluster = number(device[6]);
-    on.cooperative = device[7] != 0;
-  }
+  const Options options = unpack_options(call[10]);
   gpu::Task task{};
   task.shape = {
       static_cast<Form>(call[0]), call[1], call[2], call[3], call[4], call[5], call[6] != 0};
   task.dtype = static_cast<DType>(call[7]);
   task.parameter_dtype = static_cast<DType>(call[8]);
+  task.before = options.before;
   task.backward = task.needs_dx = call[9] != 0;
-  task.masks = !task.backward && call[10] != 0;
+  task.masks = !task.backward && options.after == Fn::relu;
   task.affine = call[11] != 0;
   task.needs_daffine = task.backward && task.affine;
-  task.aligned = true;
-  return gpu::describe(gpu::make_plan(task, on, gpu::Policy{}));
+  task.aligned = call[12] != 0;
+  if (device.size() == 1) {
+    const OnDevice guard(number(device[0]));
+    return gpu::describe(gpu::plan_of(task));
+  }
+  gpu::Device absent;
+  absent.capability = number(device[0]);
+  absent.multiprocessors = number(device[1]);
+  absent.shared_per_block = device[2];
+  absent.shared_per_multiprocessor = device[3];
+  absent.threads_per_multiprocessor = number(device[4]);
+  absent.registers_per_multiprocessor = number(device[5]);
+  absent.largest_cluster = number(device[6]);
+  absent.cooperative = device[7] != 0;
+  const gpu::Policy policy = gpu::named_policy().value_or(gpu::Policy{});
+  return gpu::describe(gpu::make_plan(task, absent, policy));
 }
 
 }  // namespace senet

@@ -13,9 +13,8 @@ const Device& current_device();
 Task task_of(const ForwardArgs& args);
 Task task_of(const BackwardArgs& args);
 
-// Cached per thread, kind of call and device.
-Plan plan_forward(const ForwardArgs& args);
-Plan plan_backward(const BackwardArgs& args);
+// The plan for the current device. Cached per thread, kind of call and device.
+Plan plan_of(const Task& task);
 
 // Launch on a stream (a cudaStream_t), with plan.scratch bytes of device memory, contents
 // arbitrary. An error message, or null. Nothing is launched where there is nothing to do.

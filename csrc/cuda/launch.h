@@ -139,8 +139,8 @@ auto with_instance(DType dtype, Fn before, bool vector, F f) {
 }
 
 // What device.cpp, which has no kernels, asks of forward.cu and backward.cu.
-Room room_for(const ForwardArgs& args, const Plan& plan);
-Room room_for(const BackwardArgs& args, const Plan& plan);
+Room forward_room(const Task& task, const Plan& plan);
+Room backward_room(const Task& task, const Plan& plan);
 // The capability the kernels were compiled for, at most the device's; and the largest cluster whose
 // blocks each have a multiprocessor to themselves. Of the current device.
 int compiled_capability(const Device& device);

@@ -15,6 +15,8 @@ constexpr int kUnit = 8;
 constexpr int64_t kSmallestSlice = 8 << 10;
 // What the runtime keeps of a multiprocessor's shared memory for each block.
 constexpr int64_t kReserved = 1024;
+// Units of each thread between two writings of the mask's bytes: two barriers, and 4 KB for 256.
+constexpr int kTurns = 16;
 // The most registers a thread has, by the kernels' launch bounds.
 int registers_of(const Task& t) {
   if (t.dtype == DType::f64) return 256;
@@ -37,10 +39,7 @@ class Draft {
     element_ = element_size(t_.dtype);
     accumulator_ = t_.dtype == DType::f64 ? 8 : 4;
     plan.vector = t_.aligned && t_.dtype != DType::f64 && s_.image() % kUnit == 0 &&
-                  (!s_.channels_last || s_.channels % kUnit == 0) &&
-                  // A byte of the mask is a unit of a row. Whether one is written or not: the
-                  // same sums, in the same order, with and without gradients.
-                  (!t_.masks || s_.channels_last || s_.positions % kUnit == 0);
+                  (!s_.channels_last || s_.channels % kUnit == 0);
   }
 
   Plan plan;
@@ -122,6 +121,12 @@ class Draft {
     p.at.hidden = vectors(inner_vector());
     p.at.exchange = p.exchange == Exchange::cluster ? vectors(2 * p.exchanged) : p.at.sums;
     p.at.scratch = vectors(scratch);
+    // A row of the mask is whole bytes. Where a row of the image is not, a unit's bits are of
+    // several bytes, and they are put together in shared memory: a byte per unit, and one before.
+    // Whether a mask is written or not: the same sums, in the same order, with and without.
+    const bool gathers = t_.masks && p.vector && !s_.channels_last && s_.positions % kUnit != 0;
+    p.stretch = gathers ? kTurns * p.threads : 0;
+    p.at.bits = carve(gathers ? p.stretch + 1 : 0);
     p.at.weights = carve(p.weights ? weight_bytes() : 0);
     p.at.barriers = carve(8 * p.slots);
     bytes = round_up(bytes + kRedZone, 128);
@@ -183,6 +188,7 @@ Plan refuse(const char* why) {
 // is reduced; no more blocks per image than that takes.
 Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
   const Shape& s = task.shape;
+  if (policy.error) return refuse(policy.error);
   if (s.positions >= (int64_t(1) << 31) - 64 || s.channels >= (int64_t(1) << 30) ||
       s.hidden >= (int64_t(1) << 30) || s.image() >= (int64_t(1) << 34)) {
     return refuse("an image of more than 2^34 elements, or 2^31 positions");
@@ -217,9 +223,9 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
   if (policy.threads > 0) p.threads = policy.threads;
   // Both passes read the image: forward, and backward what it keeps of it, dy.
   const bool two_passes = s.form == Form::two_layers || s.form == Form::one_layer;
-  // Without positions there is nothing to bring in, and no copy whose arrival one could wait for.
+  // Of an empty image there is nothing to bring in, and no copy whose arrival one could wait for.
   const bool can_stay =
-      p.vector && two_passes && (!task.backward || task.needs_dx) && s.positions > 0;
+      p.vector && two_passes && (!task.backward || task.needs_dx) && s.image() > 0;
   const auto attempt = [&](int b, bool resident, int slots) {
     p.blocks = b;
     p.exchange = b == 1 ? Exchange::none : (clusters ? Exchange::cluster : Exchange::grid);
@@ -368,13 +374,20 @@ std::string describe(const Plan& p) {
   return text;
 }
 
-const char* parse_policy(const char* text, Policy* policy) {
-  while (text && *text) {
+std::optional<Policy> named_policy() {
+  const char* text = std::getenv("SENET_KERNELS_CUDA_PLAN");
+  if (!text) return std::nullopt;
+  Policy policy;
+  const auto wrong = [&policy](const char* why) {
+    policy.error = why;
+    return policy;
+  };
+  while (*text) {
     const char* equals = std::strchr(text, '=');
     const char* end = std::strchr(text, ',');
     if (!end) end = text + std::strlen(text);
     if (!equals || equals > end) {
-      return "SENET_KERNELS_CUDA_PLAN: expected name=value, separated by commas";
+      return wrong("SENET_KERNELS_CUDA_PLAN: expected name=value, separated by commas");
     }
     const std::string name(text, equals), value(equals + 1, end);
     char* rest = nullptr;
@@ -387,29 +400,30 @@ const char* parse_policy(const char* text, Policy* policy) {
         number = value == "channels" ? 0 : value == "space" ? 1 : -1;
       }
     }
-    int* field = name == "exchange"   ? &policy->exchange
-                 : name == "blocks"   ? &policy->blocks
-                 : name == "axis"     ? &policy->axis
-                 : name == "resident" ? &policy->resident
-                 : name == "slots"    ? &policy->slots
-                 : name == "weights"  ? &policy->weights
-                 : name == "threads"  ? &policy->threads
-                 : name == "groups"   ? &policy->groups
+    int* field = name == "exchange"   ? &policy.exchange
+                 : name == "blocks"   ? &policy.blocks
+                 : name == "axis"     ? &policy.axis
+                 : name == "resident" ? &policy.resident
+                 : name == "slots"    ? &policy.slots
+                 : name == "weights"  ? &policy.weights
+                 : name == "threads"  ? &policy.threads
+                 : name == "groups"   ? &policy.groups
                                       : nullptr;
     if (!field) {
-      return "SENET_KERNELS_CUDA_PLAN: expected exchange, blocks, axis, resident, slots, weights, "
-             "threads or groups";
+      return wrong(
+          "SENET_KERNELS_CUDA_PLAN: expected exchange, blocks, axis, resident, slots, weights, "
+          "threads or groups");
     }
-    const bool choice = field == &policy->exchange || field == &policy->axis;
-    const bool bad = number < 0 || (choice && number > (field == &policy->axis ? 1 : 2)) ||
-                     (field == &policy->threads && (number % 32 || number > 256)) ||
-                     (field == &policy->slots && number > 3) ||
-                     (field == &policy->blocks && number > 64);
-    if (bad) return "SENET_KERNELS_CUDA_PLAN: a value is out of range";
+    const bool choice = field == &policy.exchange || field == &policy.axis;
+    const bool bad = number < 0 || (choice && number > (field == &policy.axis ? 1 : 2)) ||
+                     (field == &policy.threads && (number % 32 || number > 256)) ||
+                     (field == &policy.slots && number > 3) ||
+                     (field == &policy.blocks && number > 64);
+    if (bad) return wrong("SENET_KERNELS_CUDA_PLAN: a value is out of range");
     *field = number;
     text = *end ? end + 1 : end;
   }
-  return nullptr;
+  return policy;
 }
 
 }  // namespace gpu

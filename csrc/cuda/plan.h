@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "../se.h"
@@ -43,11 +44,12 @@ enum class Axis : int { channels, space };
 struct Policy {
   int exchange = -1, blocks = -1, axis = -1, resident = -1, slots = -1, weights = -1;
   int threads = -1, groups = -1;
+  const char* error = nullptr;  // what is wrong with the text it was read from
 };
 
 // Where a block's arrays begin in its shared memory, in bytes.
 struct Carving {
-  int sums, scale, shift, mean, affine, hidden, exchange, scratch, weights, barriers, slots;
+  int sums, scale, shift, mean, affine, hidden, exchange, scratch, bits, weights, barriers, slots;
 };
 
 // Bytes before each array but the first, and behind each slot, that nobody may touch: the
@@ -76,6 +78,7 @@ struct Plan {
   int exchanged = 0;       // elements that a block publishes per image
   int lanes = 32;          // threads that share a row in a sum over positions
   int segments = 1;        // ... times so many groups of them, for few and long rows
+  int stretch = 0;  // units whose bits of the mask are gathered at a time; 0: they need not be
   Carving at{};
   int shared = 0;       // bytes per block
   int64_t scratch = 0;  // bytes of global memory for the call
@@ -88,6 +91,7 @@ struct Plan {
 struct Task {
   Shape shape;
   DType dtype, parameter_dtype;
+  Fn before;  // chooses the instance of the kernel
   bool backward;
   bool aligned;                // 16-byte vectors are possible, as far as addresses and strides go
   bool masks;                  // forward: after="relu", whose bit mask may be wanted
@@ -103,8 +107,8 @@ void share_out(Plan* plan, int64_t batch, int64_t room);
 // "cluster of 8 blocks per image, 98 KB each, 2 blocks per multiprocessor, single pass", say.
 std::string describe(const Plan& plan);
 
-// Reads SENET_KERNELS_CUDA_PLAN's syntax; an error message, or null.
-const char* parse_policy(const char* text, Policy* policy);
+// What SENET_KERNELS_CUDA_PLAN asks for, where it is set.
+std::optional<Policy> named_policy();
 
 }  // namespace gpu
 }  // namespace senet

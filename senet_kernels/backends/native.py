@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from senet_kernels import ops
+from senet_kernels.pointwise import Options, pack
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FORWARD = "senet_kernels::native_forward"
@@ -94,6 +95,7 @@ def launch_plan(
     w1: Tensor | None,
     w2: Tensor,
     *,
+    before: str = "identity",
     after: str = "identity",
     affine: bool = False,
     backward: bool = False,
@@ -103,10 +105,12 @@ def launch_plan(
 
     Args:
         x, w1, w2: as in ``squeeze_excite``; for a ``gpu`` that is not there, of any device.
-        after: ``"relu"`` may want a bit mask of x, in whole bytes a row.
+        before, after: of the call; ``after="relu"`` may want a bit mask of x.
         affine: whether there is a ``before_affine``.
         backward: the backward pass up to ``dx`` instead of the forward pass.
-        gpu: plan for this one; None is the device of x.
+        gpu: plan for this one; None is the device of x, with what the CUDA runtime says of it.
+
+    Other tensors of the call are taken to be laid out as x is. ``SENET_KERNELS_CUDA_PLAN`` counts.
 
     Raises:
         RuntimeError: the library has no CUDA kernels.
@@ -126,8 +130,9 @@ def launch_plan(
         _DTYPES.index(x.dtype),
         _DTYPES.index(w2.dtype),
         backward,
-        after == "relu",
+        pack(Options("identity", "identity", before, after)),
         affine,
+        gpu is not None or _is_aligned(x),
     ]
     numbers = [int(v) for v in call]
     device = [x.device.index or 0] if gpu is None else [int(v) for v in gpu]
@@ -135,13 +140,22 @@ def launch_plan(
     return plan
 
 
-def notes(x: Tensor, w1: Tensor | None, w2: Tensor, after: str, affine: bool) -> list[str]:
+def _is_aligned(x: Tensor) -> bool:
+    """Whether all images of x begin at multiples of 16 bytes and of 8 elements."""
+    stride = x.stride(0)
+    return x.data_ptr() % 16 == 0 and stride % 8 == 0 and stride * x.element_size() % 16 == 0
+
+
+def notes(x: Tensor, w1: Tensor | None, w2: Tensor, options: Options, affine: bool) -> list[str]:
     """How the CUDA kernels would be launched, for ``explain``."""
     if x.device.type != "cuda":
         return []
 
     def plan(backward: bool) -> str:
-        return launch_plan(x, w1, w2, after=after, affine=affine, backward=backward)
+        return launch_plan(
+            x, w1, w2,
+            before=options.before, after=options.after, affine=affine, backward=backward,
+        )  # fmt: skip
 
     return [f"forward: {plan(False)}", f"backward: {plan(True)}"]
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from senet_kernels import ops
+from senet_kernels.pointwise import Options
 
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,7 +49,9 @@ def describe() -> str:
     return f"Triton {version('triton')}, {how}"
 
 
-def notes(x: Tensor, w1: Tensor | None, w2: Tensor, after: str, affine: bool) -> tuple[str, ...]:
+def notes(
+    x: Tensor, w1: Tensor | None, w2: Tensor, options: Options, affine: bool
+) -> tuple[str, ...]:
     """How a call with these tensors would be cut, and what stands in the way of a better cut. The
     steps around it make no difference to that."""
     from . import operands, plan, tuning
