@@ -1,19 +1,19 @@
 """``python -m benchmarks [layers|models|sweep|report]``: measure, report, write record and plots.
 
-Without a word it is ``layers``. Exit code 0: done; 1: some provider gave a wrong result; 130:
-interrupted, with what there was.
+Without a word it is ``layers``. Exit code 0: done; 1: some provider gave a wrong result; 2: an
+option cannot be what it is; 130: interrupted, with what there was.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from senet_kernels._command_line import command, make_writable
 
 from . import records
 from .bench import Bench
@@ -50,10 +50,26 @@ def tables(record: dict[str, Any]) -> None:
     print_report(record, console)
 
 
-def _resume(run: Bench, path: Path) -> None:
-    with suppress(OSError, json.JSONDecodeError, records.InvalidRecord):
-        if run.resume(records.read(path)):
-            print(f"goes on from {path}: {len(run.record['results'])} results", file=sys.stderr)
+def _earlier(path: Path) -> dict[str, Any] | None:
+    """The record that a new one is to go on from or replace, if it is there.
+
+    Raises:
+        InvalidRecord: something else is.
+        OSError: no record can be written there.
+    """
+    make_writable(path.parent)
+    if not path.exists():
+        return None
+    if not path.is_file():  # reading a pipe would wait
+        raise records.InvalidRecord(f"{path}: not a regular file")
+    return records.read(path)
+
+
+def _resume(run: Bench, old: dict[str, Any], path: Path) -> None:
+    if differs := run.resume(old):
+        print(f"replaces {path}, which differs in {', '.join(differs)}", file=sys.stderr)
+    else:
+        print(f"goes on from {path}: {len(run.record['results'])} results", file=sys.stderr)
 
 
 def measure(kind: str, argv: Sequence[str]) -> int:
@@ -77,9 +93,18 @@ def measure(kind: str, argv: Sequence[str]) -> int:
 
     name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{options.device.type}-{kind}.json"
     path = options.record or options.out / name
+    try:
+        old = _earlier(path)
+    except OSError as error:
+        flag = "--record" if options.record else "--out"
+        print(f"{flag}: {path} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    except records.InvalidRecord as error:
+        print(f"--record: expected a record or a new file, got {error}", file=sys.stderr)
+        return 2
     run: Bench = RUNS[kind](options, tell, lambda record: records.write(record, path))
-    if options.record:
-        _resume(run, path)
+    if old is not None:
+        _resume(run, old, path)
     status = "complete"
     try:
         run.run(progress)
@@ -103,6 +128,7 @@ def measure(kind: str, argv: Sequence[str]) -> int:
     return 1 if run.wrong else 0
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     kind = words.pop(0) if words and not words[0].startswith("-") else "layers"

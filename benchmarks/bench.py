@@ -104,26 +104,28 @@ class Bench:
     def key(self, entry: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(entry[name] for name in self.key_fields)
 
-    def resume(self, old: dict[str, Any]) -> bool:
-        """Take over the results of an earlier record of the same command, code and device."""
+    def resume(self, old: dict[str, Any]) -> list[str]:
+        """Take over the results of an earlier record of the same command, code and device; of
+        another, take nothing and name what differs."""
 
-        def identity(record: dict[str, Any]) -> tuple[Any, ...]:
+        def identity(record: dict[str, Any]) -> dict[str, Any]:
             env = record.get("environment", {})
             same = ("commit", "uncommitted_changes", "torch", "device", "cpu", "threads")
-            words = without_option(record.get("command", ""), "--budget")
-            return (
-                record.get("schema"), record.get("kind"), record.get("seed"), words,
-                *(env.get(name) for name in same),
-            )  # fmt: skip
+            return {
+                **{name: record.get(name) for name in ("schema", "kind", "seed")},
+                "command": without_option(record.get("command", ""), "--budget"),
+                **{name: env.get(name) for name in same},
+            }
 
-        if identity(old) != identity(self.record):
-            return False
+        before, now = identity(old), identity(self.record)
+        if before != now:
+            return [name for name in now if before[name] != now[name]]
         self.record["results"] = old["results"]
         if "small_call" in self.record:
             self.record["small_call"] = old.get("small_call", [])
         self.record["resumed"] = [*old.get("resumed", []), old["environment"]["date"]]
         self.done = {self.key(entry) for entry in old["results"]}
-        return True
+        return []
 
     # -- budget ------------------------------------------------------------------------------------
 

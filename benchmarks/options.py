@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from senet_kernels._command_line import count, seconds
+
 from .networks import COMPILE_WITHOUT, FULL_ONLY, NETWORKS, VARIANTS, NetworkSpec
 from .problem import DTYPES, FORWARD, LAYOUTS, TRAINING
 from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES
@@ -68,25 +70,31 @@ class ModelOptions(Options):
     compile_all: bool = True  # and not only the networks that take little time to compile
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
 def _common(add: Any, *, dtypes: Sequence[str], budget: float) -> None:
     add("--dtype", action="append", choices=dtypes, help="default: fp32 on CPU, bf16 on CUDA")
     add("--mode", action="append", choices=[FORWARD, TRAINING], help="default: both")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--threads", type=count, help="CPU threads (default: torch's)")
     add(
         "--budget",
-        type=float,
+        type=seconds,
         help="seconds to aim for: rounds and torch.compile adapt; 0 is no limit "
         f"(default: {budget:.0f}, and no limit with --full)",
     )
-    add("--seed", type=int, default=0, help="of the data and of the order of providers")
+    add("--seed", type=_seed, default=0, help="of the data and of the order of providers")
     add("--out", type=Path, default=LOCAL_RESULTS, metavar="DIR", help="for the record and plots")
     add(
         "--record",
         type=Path,
         metavar="FILE",
         help="name of the record, written after every case; if it is there and of the same "
-        "command, commit and device, what it has is not measured again",
+        "command, commit and device, what it has is not measured again; another record is replaced",
     )
 
 
@@ -107,8 +115,8 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     if kind == "models":
         _common(add, dtypes=[*DTYPES, AMP], budget=280)
         add("--network", action="append", choices=list(NETWORKS), help="default: most of them")
-        add("--batch", action="append", type=int, help="default: of the network and the device")
-        add("--size", type=int, help="height and width of the images (default: of the network; "
+        add("--batch", action="append", type=count, help="default: of the network and the device")
+        add("--size", type=count, help="height and width of the images (default: of the network; "
             "160 on a CPU)")  # fmt: skip
         add("--layout", action="append", choices=LAYOUTS,
             help="default: contiguous on CPU, both on CUDA")  # fmt: skip
@@ -124,7 +132,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         add("--provider", action="append",
             help=f"{fused}; default: the baselines (on a CPU without timm and "
             "compile-max) and every fused backend")  # fmt: skip
-        add("--batch", action="append", type=int, help="default: 8 on CPU, 256 on CUDA")
+        add("--batch", action="append", type=count, help="default: 8 on CPU, 256 on CUDA")
         add("--network", action="append", help="network of workloads.json (repeatable)")
         add("--layer", action="append", default=[], metavar="CxHxW", help="only this shape")
         add("--neighbours", action="store_true", help="with the pointwise steps before and after")
@@ -134,11 +142,11 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--provider", action="append",
         help=f"{fused}; default: eager, halves and every fused backend")  # fmt: skip
     add("--axis", action="append", choices=AXES, help="default: all")
-    add("--batch", type=int, help="where the axes meet (default: 8 on CPU, 64 on CUDA)")
-    add("--channels", type=int, default=256, help="where the axes meet (256)")
-    add("--side", type=int, default=14, help="height and width where the axes meet (14)")
-    add("--hidden", type=int, default=16, help="where the axes meet (16)")
-    add("--points", type=int, default=0, help="at most so many per axis (default: all)")
+    add("--batch", type=count, help="where the axes meet (default: 8 on CPU, 64 on CUDA)")
+    add("--channels", type=count, default=256, help="where the axes meet (256)")
+    add("--side", type=count, default=14, help="height and width where the axes meet (14)")
+    add("--hidden", type=count, default=16, help="where the axes meet (16)")
+    add("--points", type=count, default=0, help="at most so many per axis (default: all)")
     add("--full", action="store_true", help="torch.compile too, no limit of time")
     return parser
 
@@ -167,9 +175,6 @@ def parse(kind: str, argv: Sequence[str]) -> LayerOptions | SweepOptions | Model
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"device: torch {torch.__version__} finds no CUDA device here")
-    batches = args.batch if isinstance(args.batch, list) else [args.batch or 1]
-    if batches and min(batches) < 1:
-        parser.error(f"batch: expected at least 1, got {min(batches)}")
     budget = args.budget
     if budget is None:
         budget = 0.0 if args.full else 280.0 if kind == "models" else 180.0
@@ -188,7 +193,7 @@ def parse(kind: str, argv: Sequence[str]) -> LayerOptions | SweepOptions | Model
     allowed = (*BASELINES, *COMPOSED, *FUSED, *STRATEGIES, "reference")
     if unknown := [name for name in args.provider or [] if name not in allowed]:
         parser.error(f"provider: unknown {unknown[0]!r}; known: {', '.join(allowed)}")
-    return _layers(parser, args, common) if kind == "layers" else _sweep(parser, args, common)
+    return _layers(parser, args, common) if kind == "layers" else _sweep(args, common)
 
 
 def _layers(
@@ -216,14 +221,10 @@ def _layers(
     )
 
 
-def _sweep(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, common: dict[str, Any]
-) -> SweepOptions:
+def _sweep(args: argparse.Namespace, common: dict[str, Any]) -> SweepOptions:
     cuda = common["device"].type == "cuda"
     batch = args.batch or (64 if cuda else 8)
     base = {"batch": batch, "channels": args.channels, "side": args.side, "hidden": args.hidden}
-    if min(base.values()) < 1 or args.points < 0:
-        parser.error(f"expected positive extents, got {base} and points {args.points}")
     wanted = ("eager-conv", "eager-linear", *(("compile",) if args.full else ()))
     baselines = [name for name in BASELINES if name in wanted]
     strategies = STRATEGIES if cuda else ()

@@ -15,6 +15,8 @@ from typing import Any
 
 from jinja2 import Environment  # torch depends on it
 
+from senet_kernels._command_line import make_writable
+
 from . import digest, plots, records, summary
 from .options import LOCAL_RESULTS
 from .summary import Record
@@ -120,7 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, records.InvalidRecord) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        make_writable(args.out)
+    except OSError as error:
+        print(f"--out: {args.out} cannot be written to: {error.strerror}", file=sys.stderr)
+        return 2
     for path, record in found:
         records.write_csv(record, args.out / f"{path.stem}.csv")
         if not args.quiet:

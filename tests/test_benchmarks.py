@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 from benchmarks import (
+    bench,
     digest,
     dram,
     launches,
@@ -96,14 +97,18 @@ def test_a_word_is_not_needed(run: Callable[..., tuple[int, Any]]) -> None:
     assert run(*LAYER[1:])[1]["command"] == run(*LAYER)[1]["command"]
 
 
-def test_going_on_from_a_record(run: Callable[..., tuple[int, Any]]) -> None:
+def test_going_on_from_a_record(
+    run: Callable[..., tuple[int, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     _, first = run(*LAYER)
     _, again = run(*LAYER[:-1], "0.7")  # another budget is no other measurement
     assert again["results"] == first["results"]
     assert again["resumed"] == [first["environment"]["date"]]
+    assert "goes on from" in capsys.readouterr().err
     _, other = run(*LAYER, "--seed", "1")
     assert "resumed" not in other
     assert other["results"] != first["results"]
+    assert "record.json, which differs in seed, command\n" in capsys.readouterr().err
 
 
 def test_models(tiny: None, run: Callable[..., tuple[int, Any]]) -> None:
@@ -222,17 +227,41 @@ def test_compiled_models(tiny: None, run: Callable[..., tuple[int, Any]]) -> Non
         (("nonsense",), "unknown 'nonsense'"),
         (("layers", "--provider", "magic"), "unknown 'magic'"),
         (("models", "--network", "lenet"), "lenet"),
-        (("sweep", "--channels", "0"), "positive extents"),
-        (("layers", "--batch", "0"), "at least 1"),
+        (("sweep", "--channels", "0"), "--channels: expected a positive integer, got '0'"),
+        (("sweep", "--batch", "0"), "--batch: expected a positive"),
+        (("sweep", "--points", "-1"), "--points: expected a positive"),
+        (("layers", "--batch", "0"), "--batch: expected a positive"),
+        (("layers", "--threads", "0"), "--threads: expected a positive"),
+        (("layers", "--budget", "-1"), "--budget: expected a number of seconds, got '-1'"),
+        (("layers", "--budget", "nan"), "--budget: expected a number of seconds"),
+        (("layers", "--seed", "-1"), "--seed: expected an integer of 0 to"),
+        (("models", "--size", "0"), "--size: expected a positive"),
+        (("layers", "--record", "file/record.json"), "cannot be written: File exists\n"),
+        (("layers", "--record", "."), "--record: expected a record or a new file, got .: not a"),
+        (("layers", "--record", "file"), "a new file, got file: not JSON"),
+        (("layers", "--record", "other.json"), "a new file, got other.json: record: 'schema' is"),
+        (("layers", "--out", "file"), "layers.json cannot be written: File exists\n"),
+        (("report", "--out", "file/x"), "--out: file/x cannot be written to: Not a directory\n"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_mistakes(words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Found before anything is measured or written."""
+    monkeypatch.setattr(bench.Bench, "run", lambda *_: pytest.fail("it measures"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "other.json").write_text("{}")
     try:
         code = main(words)
     except SystemExit as error:
         code = error.code
     assert code == 2
     assert text in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "text"
+    assert (tmp_path / "other.json").read_text() == "{}"
 
 
 # -- networks --------------------------------------------------------------------------------------

@@ -1,16 +1,23 @@
-"""``python -m senet_kernels``: the report, the self-test, and the trial of a model."""
+"""``python -m senet_kernels``: the report, the self-test, and the trial of a model; and how every
+command line of the project ends."""
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import senet_kernels.__main__
 from senet_kernels import __version__, backends, convert, selftest, use_backend
 from senet_kernels.__main__ import main
 from senet_kernels.pointwise import POINTWISE
+from training import needs_images
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +63,50 @@ def test_wrong_arguments(
     with pytest.raises(SystemExit):
         main(["fuse", "timm:resnet18", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> list[object]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(senet_kernels.__main__, "selftest", interrupted)
+    try:
+        assert main(["selftest"]) == 130
+    except KeyboardInterrupt:  # would end pytest
+        pytest.fail("a traceback")
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize("words", [
+    ("senet_kernels",), ("benchmarks", "report", "--help"),
+    pytest.param(("senet_kernels.train", "--model", "se_resnet8"), marks=needs_images),
+], ids=lambda words: words[0])  # fmt: skip
+def test_an_output_closed_early(words: tuple[str, ...], tmp_path: Path) -> None:
+    """As by ``| head -1`` that has what it wants."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    # Buffered, as without a terminal: argparse would pass over the error of its own print.
+    env = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "PYTHONUNBUFFERED": ""}
+    with open(writing, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", *words], stdout=closed, stderr=subprocess.PIPE, cwd=tmp_path,
+            env=os.environ | env, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_difference_of_outputs() -> None:
+    nan, inf = math.nan, math.inf
+    before = torch.tensor([nan, inf, -4.0, 0.0])
+    for change, difference in (
+        ([nan, inf, -4.0, 0.0], 0), ([nan, inf, -3.0, 0.0], 0.25), ([nan, inf, -4.0, inf], inf),
+        ([nan, -inf, -4.0, 0.0], inf), ([nan, inf, nan, 0.0], nan), ([0.0, inf, -4.0, 0.0], nan),
+    ):  # fmt: skip
+        found = senet_kernels.__main__._difference(before, torch.tensor(change))
+        assert found == pytest.approx(difference, nan_ok=True)
+    assert senet_kernels.__main__._difference(torch.zeros(2, dtype=torch.half), before[3:]) == inf
+    assert senet_kernels.__main__._difference(*torch.zeros(2, 3, dtype=torch.half)) == 0
 
 
 _MODEL = """
@@ -126,11 +177,17 @@ def test_fuse(
     assert "training step: does not run: ValueError" in capsys.readouterr().out
     assert main(["fuse", "my_models:without", *options]) == 1
     capsys.readouterr()
-    # A block that is off by a thousandth shows, whatever stands behind it.
+    # A block that is off by a hundredth shows, whatever stands behind it.
     excite = convert._excite
-    monkeypatch.setattr(convert, "_excite", lambda *a, **k: 1.001 * excite(*a, **k))
-    assert main(["fuse", "my_models:hidden", *options]) == 0
-    assert "output: largest difference 1.0e-03" in capsys.readouterr().out
+    for factor, shown in ((1.01, "1.0e-02"), (math.nan, "nan")):
+        monkeypatch.setattr(convert, "_excite", lambda *a, f=factor, **k: f * excite(*a, **k))
+        assert main(["fuse", "my_models:hidden", *options]) == 1
+        out = capsys.readouterr().out
+        assert f"output: largest difference {shown}" in out
+        assert "WRONG: expected a difference of at most 1.0e-03" in out
+        assert "inference" not in out
+    with pytest.raises(SystemExit, match=r"does not run on .*, 10000000"):
+        main(["fuse", "my_models:with_se", "--size", "10000000"])
     for wrong in (
         "seresnet50", "no_such_module:x",
         *(f"my_models:{name}" for name in ("nothing", "number", "needs", "fails", "fixed")),

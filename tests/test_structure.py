@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends.native", "backends.triton"),
     ("ops",),
     ("reference",),
-    ("pointwise", "_libraries", "_version", "backends"),
+    ("pointwise", "_command_line", "_libraries", "_version", "backends"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 #: Loaded at the first call, when the layers above their own are long there.

@@ -140,7 +140,9 @@ def test_weight_decay_is_of_weights_only() -> None:
 
 
 def test_cosine_and_steps() -> None:
-    stage, options = Stage("none", 10, 0.4), Options(warmup_epochs=2, min_lr=0.01)
+    stage, options = Stage("none", 10, 0.4), Options(warmup_epochs=1e308)
+    assert learning_rate(options, stage, 48, 5) == pytest.approx(0.4 * 49 / 50)
+    options = Options(warmup_epochs=2, min_lr=0.01)
     rates = [learning_rate(options, stage, i, 5) for i in range(50)]
     assert rates[:10] == pytest.approx([0.4 * (i + 1) / 11 for i in range(10)])
     assert rates[10] == pytest.approx(0.4)
@@ -171,6 +173,7 @@ def test_stages_in_the_options() -> None:
         ({"schedule": "linear"}, "--schedule: expected one of cosine, step"),
         ({"stages": "head:3"}, "--stages: expected FREEZE:EPOCHS"),
         ({"stages": "se"}, "--stages"),
+        ({"image_size": 10**9}, "--image-size: expected 0 to 16384, got 1e"),
         ({"momentum": 0.0}, "--nesterov: needs --momentum above 0"),
         ({"model_args": "tied"}, "--model-args: expected NAME=VALUE, got 'tied'"),
     ],
@@ -457,6 +460,31 @@ def test_evaluating_on_something_else(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "some may have been trained on" in capsys.readouterr().err
 
 
+def test_evaluating_what_others_saved(tmp_path: Path) -> None:
+    """Their words for the rest of a checkpoint mean something else."""
+    weights = create_model("se_resnet8", 4, 1).state_dict()
+    torch.save({"model": weights, "classes": 4, "options": [1], "data": "d"}, tmp_path / "w.pt")
+    given = {"model": "se_resnet8", "classes": "0,1,2,3", "init_from": str(tmp_path / "w.pt")}
+    assert evaluate(given)["same_images"] is None
+
+
+@pytest.mark.parametrize(("failure", "message"), [
+    (RuntimeError("CUDA out of memory. Tried"), "out of memory: expected a smaller --batch-size"),
+    (RuntimeError("can't allocate memory: you"), "out of memory: expected a smaller --batch-size"),
+    (PermissionError(13, "Permission denied", "flowers"), "flowers: Permission denied"),
+])  # fmt: skip
+def test_failures_that_the_user_can_put_right(
+    failure: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(data_module, "load", fail)
+    assert main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
 def test_a_batch_without_a_readable_image_moves_nothing() -> None:
     torch.manual_seed(0)
     model = create_model("se_resnet8", 4, 1)
@@ -556,9 +584,19 @@ def test_init_from_refuses_another_model(tmp_path: Path) -> None:
     for content, message in (
         (b"", "not a readable checkpoint"),
         (b"\x80\x02cos\nsystem\n.", "not a readable checkpoint: not tensors and plain values"),
-        (b"a text file\n", "not a readable checkpoint"),
+        (b"hi", "not a readable checkpoint: KeyError: 105"),
     ):
         plain.write_bytes(content)
+        with pytest.raises(TrainError, match=message):
+            short_run(tmp_path / "c", init_from=str(plain))
+    weights = create_model("se_resnet8", 4, 1).state_dict()
+    lacking = {name: value for name, value in weights.items() if name != "fc.weight"}
+    for foreign, message in (
+        (lacking, r"\(1 differences\): lacks fc\.weight"),
+        ({**weights, "fc.weight": torch.tensor(1.0)}, r"size mismatch for fc\.weight"),
+        ({**weights, 7: torch.zeros(1)}, r"\(1 differences\): has unknown 7"),
+    ):
+        torch.save(foreign, plain)
         with pytest.raises(TrainError, match=message):
             short_run(tmp_path / "c", init_from=str(plain))
     torch.save({"epoch": 3}, plain)

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from senet_kernels._command_line import command
+
 from .api import evaluate, train
 from .errors import TrainError
 from .options import parse
 from .parallel import under_torchrun
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit status: 2 for what the user can put right."""
     try:
@@ -23,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(arguments.given, arguments.resume)
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on", file=sys.stderr)

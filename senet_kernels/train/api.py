@@ -51,6 +51,8 @@ def evaluate(given: dict[str, Any]) -> dict[str, Any]:
     if not given.get("init_from"):
         raise TrainError("--evaluate: needs --init-from")
     state = network.read(given["init_from"])
+    if state.get("format") != checkpoint.FORMAT:
+        state = {}  # in a checkpoint of others the same names mean something else
     trained = {name: state.get("options", {}).get(name) for name in _OF_TRAINING}
     options = Options.of({**{n: v for n, v in trained.items() if v is not None}, **given})
     with _surroundings(options) as procs:
@@ -120,6 +122,13 @@ def _surroundings(options: Options) -> Iterator[Processes]:
                 "--batch-size: BatchNorm needs more than one value of each channel, and the last "
                 "feature map has one per image: expected at least 2 images per process"
             ) from None
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if "out of memory" in text or "can't allocate memory" in text:
+            raise TrainError(
+                "out of memory: expected a smaller --batch-size, --image-size or --test-size"
+            ) from error
         raise
     finally:
         torch.use_deterministic_algorithms(before)

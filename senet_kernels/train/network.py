@@ -73,7 +73,9 @@ def read(path: str) -> dict[str, Any]:
     except Exception as error:  # whatever loaders make of a broken or foreign file
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # torch's advice is to allow code to be run.
-        why = "not tensors and plain values alone" if "weights_only" in lines[0] else lines[0]
+        why = f"{type(error).__name__}: {lines[0]}"
+        if "weights_only" in lines[0]:
+            why = "not tensors and plain values alone"
         raise TrainError(f"{path}: not a readable checkpoint: {why}") from None
     if not isinstance(content, dict):
         raise TrainError(f"{path}: expected a dictionary, got {type(content).__name__}")
@@ -100,11 +102,10 @@ def initialise(model: ResNet, path: str) -> list[str]:
     head = _classifier_prefix(model)
     ours = {key: next(iter(from_legacy({key: 0}))) for key in weights}
     notes: list[str] = []
-    theirs = {n: weights[k] for k, n in ours.items() if n.startswith(head)}
-    if theirs and {n: t.shape for n, t in theirs.items()} != {
-        n: t.shape for n, t in own.items() if n.startswith(head)
-    }:
-        old, new = theirs[f"{head}weight"].shape[0], own[f"{head}weight"].shape[0]
+    theirs = {n: weights[k].shape for k, n in ours.items() if n.startswith(head)}
+    shape = theirs.get(f"{head}weight")  # a broken file may lack it, or have a number there
+    if shape and theirs != {n: t.shape for n, t in own.items() if n.startswith(head)}:
+        old, new = shape[0], own[f"{head}weight"].shape[0]
         notes.append(f"classifier replaced: {old} classes in {path}, {new} in the data")
         weights = {k: t for k, t in weights.items() if not ours[k].startswith(head)}
     try:
@@ -143,7 +144,7 @@ def _state_dict(content: dict[str, Any], path: str) -> dict[str, Tensor]:
         if isinstance(inner, dict) and any(isinstance(v, Tensor) for v in inner.values()):
             content = inner
             break
-    weights = {_bare(name): t for name, t in content.items() if isinstance(t, Tensor)}
+    weights = {_bare(str(name)): t for name, t in content.items() if isinstance(t, Tensor)}
     if not weights:
         raise TrainError(f"--init-from {path}: no weights in it")
     return weights

@@ -28,7 +28,7 @@ def learning_rate(options: Options, stage: Stage, step: int, per_epoch: int) -> 
     falls to ``min_lr``, or a staircase falls by ``step_factor`` every ``step_epochs`` epochs.
     """
     total = stage.epochs * per_epoch
-    warmup = min(round(options.warmup_epochs * per_epoch), total - 1)
+    warmup = round(min(options.warmup_epochs * per_epoch, total - 1))
     if step < warmup:
         return stage.lr * (step + 1) / (warmup + 1)
     if options.schedule == "step":

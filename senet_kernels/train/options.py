@@ -221,7 +221,7 @@ _GROUPS = {
 }  # fmt: skip
 _ANY = float("inf")
 _RANGES: dict[str, tuple[float, float]] = {
-    "test_fraction": (0.01, 0.99), "image_size": (0, _ANY), "test_size": (0, _ANY),
+    "test_fraction": (0.01, 0.99), "image_size": (0, 2**14), "test_size": (0, 2**14),
     "test_scale": (0.01, 100), "workers": (-1, _ANY), "epochs": (1, _ANY), "batch_size": (1, _ANY),
     "lr": (0, 1e6), "momentum": (0, 1), "weight_decay": (0, _ANY), "warmup_epochs": (0, _ANY),
     "min_lr": (0, 1e6), "step_epochs": (1e-6, _ANY), "step_factor": (0, 1),

@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from senet_kernels._command_line import make_writable
+
 from .errors import TrainError
 
 METRICS = "metrics.jsonl"
@@ -51,10 +53,7 @@ def check_folder(folder: Path, may_replace: bool) -> None:
         TrainError: they cannot, or there is a run already that may not be replaced.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        make_writable(folder)
     except OSError as error:
         raise TrainError(f"--out: {folder} cannot be written to: {error.strerror}") from None
     there = [name for name in (METRICS, "last.pt") if (folder / name).exists()]
