@@ -324,7 +324,8 @@ class NativeSEFunction(torch.autograd.Function):
     :func:`senet_kernels.squeeze_excite`; ``options`` is the integer of
     :func:`senet_kernels.pack_options` (default: relu and sigmoid). Double backward works. It
     takes what the feature table calls fused and raises ``RuntimeError`` otherwise; for checked
-    arguments, fallbacks, autocast and ``torch.func`` use ``squeeze_excite``.
+    arguments, fallbacks, autocast and ``torch.func`` use ``squeeze_excite``. On CUDA tensors not
+    yet run on a GPU.
     """
 
     backend = "native"
@@ -339,7 +340,9 @@ class NativeSEFunction(torch.autograd.Function):
 
 
 class TritonSEFunction(torch.autograd.Function):
-    """Squeeze-and-excitation by the Triton kernels; otherwise as :class:`NativeSEFunction`."""
+    """Squeeze-and-excitation by the Triton kernels, not yet run on a GPU; otherwise as
+    :class:`NativeSEFunction`.
+    """
 
     backend = "triton"
 
