@@ -71,6 +71,22 @@ def compile_library(*, sanitize: bool = False) -> Path:
     return build.build("cuda_on_cpu.so", sources, link_flags, sanitize=sanitize)
 
 
+class Accesses(list[tuple[str, int, int]]):
+    """``(how, address, bytes)`` of each 16-byte access to global memory, each copy out of it, and
+    each sector that L2 is asked for. ``how`` is ``r``, ``w`` or ``p``."""
+
+    def prefetches(self) -> Counter[int]:
+        """How often L2 is asked for which address."""
+        return Counter(address for how, address, _ in self if how == "p")
+
+    def times(self, how: str, t: torch.Tensor) -> float:
+        """How often all of a tensor is read (``r``) or written (``w``), in bytes."""
+        size = t.numel() * t.element_size()
+        begin = t.data_ptr()
+        of_it = (n for h, at, n in self if h == how and begin <= at < begin + size)
+        return sum(of_it) / size
+
+
 class Simulation:
     """The loaded library."""
 
@@ -85,7 +101,7 @@ class Simulation:
         self.library.simt_set_seed.argtypes = [ctypes.c_uint64]
         self.library.simt_device_name.restype = ctypes.c_char_p
         self.library.simt_take_launches.restype = ctypes.c_char_p
-        self.library.simt_take_prefetches.restype = ctypes.c_char_p
+        self.library.simt_take_accesses.restype = ctypes.c_char_p
 
     @property
     def devices(self) -> list[str]:
@@ -103,15 +119,17 @@ class Simulation:
         return self.library.simt_take_launches().decode().splitlines()
 
     @contextmanager
-    def prefetches(self) -> Iterator[Counter[int]]:
-        """The addresses that kernels ask L2 for within the block; known at its end."""
-        addresses: Counter[int] = Counter()
-        self.library.simt_record_prefetches(1)
+    def accesses(self) -> Iterator[Accesses]:
+        """What kernels do with global memory within the block; known at its end."""
+        found = Accesses()
+        self.library.simt_record_accesses(1)
         try:
-            yield addresses
+            yield found
         finally:
-            self.library.simt_record_prefetches(0)
-            addresses.update(map(int, self.library.simt_take_prefetches().split()))
+            self.library.simt_record_accesses(0)
+            for line in self.library.simt_take_accesses().decode().splitlines():
+                how, address, size = line.split()
+                found.append((how, int(address), int(size)))
 
 
 @functools.cache

@@ -350,16 +350,45 @@ def test_what_is_read_is_asked_for(
     t = problem.tensors
     resident = "resident=1" in policy
     with cuda_on_cpu.plugged_in(3, POLICIES[policy][0]) as simulation:
-        with simulation.prefetches() as forward, torch.no_grad():
+        with simulation.accesses() as forward, torch.no_grad():
             problem.call(squeeze_excite, backend="native")
         x = t["x"].requires_grad_()
         y = problem.call(squeeze_excite, backend="native")
-        with simulation.prefetches() as backward:
+        with simulation.accesses() as backward:
             torch.autograd.grad(y, x, problem.dy)
     first = [] if resident else ["x"]
-    assert forward == _sectors(*(t[n] for n in (*first, "residual")))
+    assert forward.prefetches() == _sectors(*(t[n] for n in (*first, "residual")))
     again = [x] + ([] if resident else [problem.dy])
-    assert backward == _sectors(*again, t["residual"] if after == "silu" else None)
+    assert backward.prefetches() == _sectors(*again, t["residual"] if after == "silu" else None)
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if "resident" in p])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(5, 160, 4, 8), (3, 160, 7, 7)], ids=["4x8", "7x7"])
+def test_bytes_moved(policy: str, layout: str, shape: tuple[int, ...], force: Any) -> None:
+    """2N forward and 3N backward where an image stays in shared memory; one more reading of ``x``,
+    or of ``dy``, where it does not. A residual and its gradient add N each. In a sum, rows that
+    share a word of 16 bytes read it each."""
+    force(policy)
+    if "axis=space" in policy and layout == "contiguous":
+        pytest.skip("not a policy for this layout")
+    spec = Spec(shape, 6, torch.float16, layout, dy_layout=layout, residual=layout, after="relu")
+    problem = build(spec)
+    row = 2 * shape[2] * shape[3] if layout == "contiguous" else 2 * shape[1]
+    of_sum = sum(-(-(r + 1) * row // 16) - r * row // 16 for r in range(8)) * 16 / (8 * row)
+    once = 1 if "resident=1" in policy else 1 + of_sum
+    with cuda_on_cpu.plugged_in(3, POLICIES[policy][0]) as simulation:
+        x = problem.tensors["x"].requires_grad_()
+        residual = problem.tensors["residual"].requires_grad_()
+        with simulation.accesses() as forward:
+            y = problem.call(squeeze_excite, backend="native")
+        with simulation.accesses() as backward:
+            dx, dresidual = torch.autograd.grad(y, (x, residual), problem.dy)
+    assert [forward.times("r", t) for t in (x, residual)] == [once, 1]
+    assert forward.times("w", y) == 1
+    assert [backward.times("r", t) for t in (problem.dy, x)] == [once, of_sum]
+    assert [backward.times("r", t) for t in (residual, y)] == [0, 0]
+    assert [backward.times("w", t) for t in (dx, dresidual)] == [1, 1]
 
 
 def _sectors(*tensors: torch.Tensor | None) -> Counter[int]:

@@ -35,8 +35,8 @@ struct Attributes {
 };
 std::mutex guard;  // of what follows
 std::map<std::pair<int, const void*>, Attributes> attributes;
-std::string launches, prefetches;
-std::atomic<bool> records_prefetches{false};
+std::string launches, accesses;
+std::atomic<bool> records_accesses{false};
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string message;
@@ -180,10 +180,14 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   return error.empty() ? cudaSuccess : report(cudaErrorLaunchFailure, error);
 }
 
-void prefetched(const void* p) {
-  if (!records_prefetches) return;
+void accessed(Access how, const void* p, size_t bytes) {
+  if (!records_accesses) return;
+  const char *const at = static_cast<const char*>(p), *const shared = current->block->shared;
+  if (at >= shared && at < shared + current->block->shared_bytes) return;
   const std::lock_guard lock(guard);
-  prefetches += std::to_string(reinterpret_cast<uintptr_t>(p)) + "\n";
+  accesses += static_cast<char>(how);
+  accesses += ' ' + std::to_string(reinterpret_cast<uintptr_t>(p)) + ' ' + std::to_string(bytes);
+  accesses += '\n';
 }
 
 }  // namespace simt
@@ -283,12 +287,13 @@ SIMT_EXPORT void simt_set_seed(uint64_t seed) { simt::options.seed = seed; }
 SIMT_EXPORT int simt_set_device(int device) { return cudaSetDevice(device); }
 SIMT_EXPORT int simt_device_count() { return simt::kCount; }
 SIMT_EXPORT const char* simt_device_name(int device) { return simt::kDevices[device].name; }
-// Whether prefetches are written down from now on, and those since the last call: addresses.
-SIMT_EXPORT void simt_record_prefetches(int on) { simt::records_prefetches = on != 0; }
-SIMT_EXPORT const char* simt_take_prefetches() {
+// Whether accesses are written down from now on, and those since the last call, a line each: how,
+// address, bytes.
+SIMT_EXPORT void simt_record_accesses(int on) { simt::records_accesses = on != 0; }
+SIMT_EXPORT const char* simt_take_accesses() {
   static std::string taken;
   const std::lock_guard lock(simt::guard);
-  taken = std::exchange(simt::prefetches, {});
+  taken = std::exchange(simt::accesses, {});
   return taken.c_str();
 }
 // The launches since the last call, a line each.

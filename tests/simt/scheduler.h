@@ -158,6 +158,9 @@ void wait_for_copies(unsigned but);  // of the closed groups may be under way
 void wait_for_write(const volatile void* address, const Where& where);
 void written(const volatile void* address);
 
-void prefetched(const void* address);  // written down, where a test wants it
+// Written down, where a test wants it: what 16-byte accesses and copies touch of global memory, and
+// what L2 is asked for.
+enum class Access : char { read = 'r', write = 'w', prefetch = 'p' };
+void accessed(Access how, const void* address, size_t bytes);
 
 }  // namespace simt

@@ -163,6 +163,7 @@ inline void check_alignment(const void* p, const Where& where) {
 }
 inline uint4 load16(const void* p, Where where = Where::current()) {
   check_alignment(p, where);
+  simt::accessed(simt::Access::read, p, 16);
   return *static_cast<const uint4*>(p);
 }
 inline uint4 load16_stream(const void* p, Where where = Where::current()) {
@@ -170,6 +171,7 @@ inline uint4 load16_stream(const void* p, Where where = Where::current()) {
 }
 inline void store16(void* p, uint4 v, Where where = Where::current()) {
   check_alignment(p, where);
+  simt::accessed(simt::Access::write, p, 16);
   *static_cast<uint4*>(p) = v;
 }
 inline void store16_stream(void* p, uint4 v, Where where = Where::current()) {
@@ -179,7 +181,7 @@ inline void store16_stream(void* p, uint4 v, Where where = Where::current()) {
 // Hardware ignores a bad address here; sanitizers must not.
 inline void prefetch_l2(const void* p) {
   [[maybe_unused]] const char byte = *static_cast<const volatile char*>(p);
-  simt::prefetched(p);
+  simt::accessed(simt::Access::prefetch, p, 32);
 }
 
 inline char* shared_memory() { return simt::current->block->shared; }
@@ -187,6 +189,7 @@ inline void red_zone(char* p, int64_t bytes) { simt::red_zone(p, static_cast<siz
 
 inline void async_copy16(void* shared, const void* global, Where where = Where::current()) {
   if (simt::device().major >= 8) {
+    simt::accessed(simt::Access::read, global, 16);
     simt::async_copy(shared, global, 16, where);
   } else {
     store16(shared, load16(global, where), where);
@@ -213,6 +216,7 @@ inline void mbarrier_wait(Mbarrier* b, uint32_t parity, Where where = Where::cur
 }
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, Mbarrier* b,
                       Where where = Where::current()) {
+  simt::accessed(simt::Access::read, global, bytes);
   simt::bulk_load(shared, global, bytes, &b->state, where);
 }
 inline void fence_proxy_async() {}
