@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +63,7 @@ MORE_BLOCKS: tuple[dict[str, Any], ...] = (
 
 
 def _is_legal(policy: str, spec: Spec) -> bool:
-    """Whether the plan takes the policy; a test holds it to that."""
+    """Whether the plan takes the policy; tests hold it to that, and to the reverse."""
     asked = parsed(policy)
     channels, positions = spec.shape[1], spec.shape[2] * spec.shape[3]
     last = "channels_last" in spec.layout
@@ -95,30 +96,39 @@ def _may_not_fit(policy: str, spec: Spec) -> bool:
     return weights * spec.dtype.itemsize / blocks > 120 << 10
 
 
+# All that is chosen of a case beside its device; every pair of choices that is legal is in one.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "policy": tuple(POLICIES),
+    "dtype": DTYPES,
+    "layout": ("contiguous", "channels_last", "misaligned", "misaligned_channels_last"),
+    "shape": SHAPES,
+    "block": BLOCKS,
+}
+
+
+def _spec(row: dict[str, Any], seed: int = 0) -> Spec:
+    shape, hidden = row["shape"]
+    return replace(Spec(shape, hidden, row["dtype"], row["layout"], seed=seed), **row["block"])
+
+
+def _computes(row: dict[str, Any]) -> bool:
+    policy, spec = row["policy"], _spec(row)
+    fits = spec.fits(SIMULATED) and not _may_not_fit(policy, spec)
+    return fits and _is_legal(policy, spec)
+
+
 def _cases() -> list[Any]:
-    rows = pairwise(
-        {
-            "policy": POLICIES,
-            "dtype": DTYPES,
-            "layout": ("contiguous", "channels_last", "misaligned", "misaligned_channels_last"),
-            "shape": SHAPES,
-            "block": BLOCKS,
-        }
-    )
-    cases, policies = [], set()
-    for i, row in enumerate(rows):
-        shape, hidden = row["shape"]
-        spec = Spec(shape, hidden, row["dtype"], row["layout"], seed=i)
-        spec = replace(spec, **row["block"])
-        devices = POLICIES[row["policy"]]
-        device = devices[i % len(devices)]
-        if spec.fits(SIMULATED):
-            # Under sanitizers the gate runs one case of each policy: they take half a second.
-            seen = row["policy"] in policies or not _is_legal(row["policy"], spec)
-            marks = [pytest.mark.slow] if _SANITIZED and seen else []
-            policies |= set() if seen else {row["policy"]}
-            name = f"{row['policy'] or 'automatic'}-{device}-{spec}"
-            cases.append(pytest.param(row["policy"], device, spec, id=name, marks=marks))
+    cases = []
+    devices = {policy: itertools.cycle(devices) for policy, devices in POLICIES.items()}
+    seen = set()
+    for i, row in enumerate(pairwise(CHOICES, _computes)):
+        policy, spec = row["policy"], _spec(row, seed=i)
+        device = next(devices[policy])
+        # Under sanitizers the gate runs one case of each policy: they take half a second.
+        marks = [pytest.mark.slow] if _SANITIZED and policy in seen else []
+        seen.add(policy)
+        name = f"{policy or 'automatic'}-{device}-{spec}"
+        cases.append(pytest.param(policy, device, spec, id=name, marks=marks))
     return cases
 
 
@@ -148,31 +158,80 @@ def _as_asked(policy: str, part: str, launches: list[str]) -> None:
             assert f" threads={asked['threads']} " in launches[i]
 
 
-def _hold_to(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> bool:
-    """The policy, which is forced, gives right results, or is refused where it is not legal."""
-    problem = build(spec)
+def _is_refused(problem: Problem) -> None:
+    with pytest.raises(RuntimeError, match=f"{PLAN}: (axis=space|resident=1) is for"):
+        problem.run(squeeze_excite, backend="native")
+
+
+def _computes_right(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> None:
     simulation.take_launches()
-    if not _is_legal(policy, spec):
-        with pytest.raises(RuntimeError, match=f"{PLAN}: (axis=space|resident=1) is for"):
-            problem.run(squeeze_excite, backend="native")
-        return False
-    try:
-        check(problem, squeeze_excite, backend="native")
-    except RuntimeError as error:
-        if "the weights do not fit" in str(error) and _may_not_fit(policy, spec):
-            return False
-        raise
+    check(build(spec), squeeze_excite, backend="native")
     launches = simulation.take_launches()
     assert 2 <= len(launches) <= 3, launches
     _as_asked(policy, spec.part, launches)
-    return True
 
 
 @pytest.mark.parametrize(("policy", "device", "spec"), _cases())
 def test_policies(policy: str, device: int, spec: Spec, force: Any) -> None:
     force(policy)
     with cuda_on_cpu.plugged_in(spec.seed, device) as simulation:
-        _hold_to(policy, spec, simulation)
+        _computes_right(policy, spec, simulation)
+
+
+def _pairs(row: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+    return itertools.combinations(enumerate(row), 2)
+
+
+def test_every_legal_pair_of_choices_is_in_a_case() -> None:
+    legal = set()
+    for row in itertools.product(*(range(len(choices)) for choices in CHOICES.values())):
+        chosen = {n: CHOICES[n][i] for n, i in zip(CHOICES, row, strict=True)}
+        if not legal.issuperset(_pairs(row)) and _computes(chosen):
+            legal.update(_pairs(row))
+    rows = ([CHOICES[n].index(c) for n, c in row.items()] for row in pairwise(CHOICES, _computes))
+    assert set(itertools.chain.from_iterable(map(_pairs, rows))) == legal
+
+
+@pytest.mark.parametrize("layout", CHOICES["layout"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_what_is_not_legal_is_refused(dtype: torch.dtype, layout: str, force: Any) -> None:
+    """All of it, that is, what the cases above leave out; with one image each."""
+    with cuda_on_cpu.plugged_in() as simulation:
+        for block, ((_, *sizes), hidden) in itertools.product(BLOCKS, SHAPES):
+            spec = replace(Spec((1, *sizes), hidden, dtype, layout), **block)
+            problem = build(spec)
+            for policy in (policy for policy in POLICIES if not _is_legal(policy, spec)):
+                force(policy)
+                simulation.use(0, POLICIES[policy][0])
+                _is_refused(problem)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if "weights=1" in policy])
+def test_weights_that_do_not_fit_are_refused(policy: str, force: Any) -> None:
+    force(policy)
+    spec = Spec((1, 136, 6, 8), 800, layout="channels_last", shift=True)
+    assert _may_not_fit(policy, spec)
+    for device in POLICIES[policy]:
+        with (
+            cuda_on_cpu.plugged_in(device=device),
+            pytest.raises(RuntimeError, match=f"{PLAN}: the weights do not fit"),
+        ):
+            build(spec).run(squeeze_excite, backend="native")
+
+
+def _hold_to(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> bool:
+    """Whether the policy, which is forced, gives results, and right ones; or else is refused where
+    it is not legal, or may not fit."""
+    if not _is_legal(policy, spec):
+        _is_refused(build(spec))
+        return False
+    try:
+        _computes_right(policy, spec, simulation)
+    except RuntimeError as error:
+        if "the weights do not fit" in str(error) and _may_not_fit(policy, spec):
+            return False
+        raise
+    return True
 
 
 def _groups() -> list[Any]:
