@@ -385,8 +385,12 @@ def check(problem: Problem, fn: Callable[..., Tensor], **extra: Any) -> dict[str
     return results
 
 
-def pairwise(factors: dict[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """Rows such that every pair of values of two factors occurs in one; deterministic, greedy."""
+def pairwise(
+    factors: dict[str, Iterable[Any]],
+    legal: Callable[[dict[str, Any]], bool] = lambda row: True,
+) -> list[dict[str, Any]]:
+    """Legal rows such that every pair of values of two factors that is in a legal row at all occurs
+    in one; deterministic, greedy."""
     names = list(factors)
     values = {n: list(v) for n, v in factors.items()}
     missing = {
@@ -396,22 +400,30 @@ def pairwise(factors: dict[str, Iterable[Any]]) -> list[dict[str, Any]]:
         for i in range(len(values[a]))
         for j in range(len(values[b]))
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def completed(row: dict[str, int]) -> dict[str, int] | None:
+        """With what gains most pairs for each further factor, as far as that is legal."""
+        name = next((n for n in names if n not in row), None)
+        if name is None:
+            return row if legal({n: values[n][row[n]] for n in names}) else None
+
+        def gain(k: int) -> tuple[int, int]:
+            pairs = ((n, v, name, k) for n, v in row.items())
+            new = sum(p in missing or (*p[2:], *p[:2]) in missing for p in pairs)
+            return new, -((k + len(rows)) % len(values[name]))
+
+        tried = sorted(range(len(values[name])), key=gain, reverse=True)
+        return next((found for k in tried if (found := completed({**row, name: k}))), None)
+
     while missing:
         a, i, b, j = min(missing)
-        row = {a: i, b: j}
-        for name in names:
-            if name in row:
-                continue
-
-            def gain(k: int, name: str = name, row: dict[str, int] = row) -> tuple[int, int]:
-                pairs = ((n, v, name, k) for n, v in row.items())
-                new = sum(p in missing or (*p[2:], *p[:2]) in missing for p in pairs)
-                return new, -((k + len(rows)) % len(values[name]))
-
-            row[name] = max(range(len(values[name])), key=gain)
+        row = completed({a: i, b: j})
+        missing.discard((a, i, b, j))
+        if row is None:
+            continue
         for ai, a in enumerate(names):
             for b in names[ai + 1 :]:
                 missing.discard((a, row[a], b, row[b]))
-        rows.append({n: values[n][k] for n, k in row.items()})
+        rows.append({n: values[n][row[n]] for n in names})
     return rows

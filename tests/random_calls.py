@@ -22,6 +22,7 @@ from torch import Tensor
 import cuda_on_cpu
 import oracle
 from backend_cases import BACKENDS, BackendCase
+from policies import PLAN, POLICIES
 from problems import LAYOUTS, Problem, Spec, build, lay_out, magnitudes, off_the_kinks
 from senet_kernels import squeeze_excite
 from special import (
@@ -35,7 +36,6 @@ from special import (
     vectorised,
 )  # fmt: skip
 
-PLAN = "SENET_KERNELS_CUDA_PLAN"
 #: Names of backends to draw calls for.
 BY_NAME: dict[str, BackendCase] = {str(backend): backend for backend in BACKENDS}
 # Elements of x at most: what takes a few milliseconds.
@@ -86,8 +86,6 @@ class RandomCall:
 
 def plans_of(backend: BackendCase) -> tuple[str, ...]:
     """The plans worth drawing from; what does not suit a call runs with the automatic one."""
-    from test_cuda_on_cpu import POLICIES
-
     return tuple(POLICIES) if backend.simulated else ("",)
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 import cuda_on_cpu
 from backend_cases import SIMULATED
+from policies import A100, PLAN, POLICIES, SMALL_90, parsed
 from problems import LAYOUTS, Problem, Spec, build, check, pairwise
 from senet_kernels import squeeze_excite
 
@@ -28,37 +30,6 @@ pytestmark = [
 ]
 
 _SANITIZED = os.environ.get(cuda_on_cpu.SANITIZED) == "1"
-PLAN = "SENET_KERNELS_CUDA_PLAN"
-# Of the simulated devices, by their order in tests/simt/runtime.cpp.
-H100, A100, T4, RTX, SMALL_90, SMALL_80 = range(6)
-
-# A policy, and the devices it is forced on. Each image of a batch of five is a group's first,
-# second or last; slices are uneven.
-POLICIES: dict[str, tuple[int, ...]] = {
-    "": (H100, A100, T4, RTX, SMALL_90, SMALL_80),
-    "exchange=none,resident=0": (A100, SMALL_90),
-    "exchange=none,resident=0,groups=1": (T4,),
-    "exchange=none,resident=1,slots=1": (A100, SMALL_90),
-    "exchange=none,resident=1,slots=1,groups=2": (H100, T4),
-    "exchange=none,resident=1,slots=2,groups=2": (RTX, SMALL_80),
-    "exchange=none,resident=1,slots=3,groups=1": (H100, A100),
-    "exchange=none,resident=1,slots=2,groups=1,weights=1": (H100, SMALL_80),
-    "exchange=none,resident=0,groups=2,weights=1,threads=64": (A100, SMALL_90),
-    "exchange=none,threads=32": (T4,),
-    "exchange=none,threads=256": (A100,),
-    "exchange=cluster,blocks=2,resident=0": (H100, SMALL_90),
-    "exchange=cluster,blocks=2,resident=0,axis=space,groups=2": (H100, RTX),
-    "exchange=cluster,blocks=3,resident=1,slots=1": (H100,),
-    "exchange=cluster,blocks=3,resident=1,slots=2,groups=1": (RTX,),
-    "exchange=cluster,blocks=2,resident=1,slots=2,groups=2,axis=space": (SMALL_90,),
-    "exchange=cluster,blocks=4,resident=0,groups=1,weights=1,threads=96": (H100,),
-    "exchange=cluster,blocks=5,axis=space,resident=0,threads=64": (RTX,),
-    "exchange=grid,blocks=2,resident=0": (A100, H100),
-    "exchange=grid,blocks=2,resident=0,axis=space,groups=2": (SMALL_80,),
-    "exchange=grid,blocks=3,resident=1,slots=1,groups=2": (A100, T4),
-    "exchange=grid,blocks=3,resident=1,slots=2,groups=1,axis=space": (SMALL_80,),
-    "exchange=grid,blocks=4,resident=0,groups=1,weights=1,threads=64": (A100,),
-}
 # Positions that units of eight divide and do not; channels that blocks do not share evenly, even
 # where a block's part is a multiple of 64 bytes; weights larger than the image.
 SHAPES = (((5, 136, 6, 8), 12), ((5, 160, 3, 5), 6), ((5, 136, 2, 4), 72), ((5, 133, 5, 5), 3))
@@ -91,13 +62,9 @@ MORE_BLOCKS: tuple[dict[str, Any], ...] = (
 )
 
 
-def _parsed(policy: str) -> dict[str, str]:
-    return dict(part.split("=") for part in policy.split(",") if part)
-
-
 def _is_legal(policy: str, spec: Spec) -> bool:
-    """Whether the plan takes the policy; a test holds it to that."""
-    asked = _parsed(policy)
+    """Whether the plan takes the policy; tests hold it to that, and to the reverse."""
+    asked = parsed(policy)
     channels, positions = spec.shape[1], spec.shape[2] * spec.shape[3]
     last = "channels_last" in spec.layout
     if asked.get("axis") == "space" and not last:
@@ -119,38 +86,49 @@ def _is_legal(policy: str, spec: Spec) -> bool:
 def _may_not_fit(policy: str, spec: Spec) -> bool:
     """Whether the plan may have no room for the weights that the policy wants to stay. Devices have
     163 KB of shared memory and more, of which the rest takes no more than 40."""
-    asked = _parsed(policy)
+    asked = parsed(policy)
     if asked.get("weights") != "1" or spec.part != "whole":
         return False
     channels, outputs = spec.shape[1], spec.shape[1] * (1 + spec.shift)
     weights = outputs * channels if spec.hidden is None else spec.hidden * (channels + outputs)
-    return weights * spec.dtype.itemsize / int(asked.get("blocks", 1)) > 120 << 10
+    # Blocks that cut an image in space have all of the weights each.
+    blocks = 1 if asked.get("axis") == "space" else int(asked.get("blocks", 1))
+    return weights * spec.dtype.itemsize / blocks > 120 << 10
+
+
+# All that is chosen of a case beside its device; every pair of choices that is legal is in one.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "policy": tuple(POLICIES),
+    "dtype": DTYPES,
+    "layout": ("contiguous", "channels_last", "misaligned", "misaligned_channels_last"),
+    "shape": SHAPES,
+    "block": BLOCKS,
+}
+
+
+def _spec(row: dict[str, Any], seed: int = 0) -> Spec:
+    shape, hidden = row["shape"]
+    return replace(Spec(shape, hidden, row["dtype"], row["layout"], seed=seed), **row["block"])
+
+
+def _computes(row: dict[str, Any]) -> bool:
+    policy, spec = row["policy"], _spec(row)
+    fits = spec.fits(SIMULATED) and not _may_not_fit(policy, spec)
+    return fits and _is_legal(policy, spec)
 
 
 def _cases() -> list[Any]:
-    rows = pairwise(
-        {
-            "policy": POLICIES,
-            "dtype": DTYPES,
-            "layout": ("contiguous", "channels_last", "misaligned", "misaligned_channels_last"),
-            "shape": SHAPES,
-            "block": BLOCKS,
-        }
-    )
-    cases, policies = [], set()
-    for i, row in enumerate(rows):
-        shape, hidden = row["shape"]
-        spec = Spec(shape, hidden, row["dtype"], row["layout"], seed=i)
-        spec = replace(spec, **row["block"])
-        devices = POLICIES[row["policy"]]
-        device = devices[i % len(devices)]
-        if spec.fits(SIMULATED):
-            # Under sanitizers the gate runs one case of each policy: they take half a second.
-            seen = row["policy"] in policies or not _is_legal(row["policy"], spec)
-            marks = [pytest.mark.slow] if _SANITIZED and seen else []
-            policies |= set() if seen else {row["policy"]}
-            name = f"{row['policy'] or 'automatic'}-{device}-{spec}"
-            cases.append(pytest.param(row["policy"], device, spec, id=name, marks=marks))
+    cases = []
+    devices = {policy: itertools.cycle(devices) for policy, devices in POLICIES.items()}
+    seen = set()
+    for i, row in enumerate(pairwise(CHOICES, _computes)):
+        policy, spec = row["policy"], _spec(row, seed=i)
+        device = next(devices[policy])
+        # Under sanitizers the gate runs one case of each policy: they take half a second.
+        marks = [pytest.mark.slow] if _SANITIZED and policy in seen else []
+        seen.add(policy)
+        name = f"{policy or 'automatic'}-{device}-{spec}"
+        cases.append(pytest.param(policy, device, spec, id=name, marks=marks))
     return cases
 
 
@@ -164,7 +142,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def _as_asked(policy: str, part: str, launches: list[str]) -> None:
     """The launches are of the kind that the policy says."""
-    asked = _parsed(policy)
+    asked = parsed(policy)
     # Forward the squeeze adds up, backward the scaling, and only where blocks share channels; the
     # other passes of the halves have nothing to exchange.
     adding = {"squeeze": 0, "channel_scale": 1}
@@ -180,31 +158,80 @@ def _as_asked(policy: str, part: str, launches: list[str]) -> None:
             assert f" threads={asked['threads']} " in launches[i]
 
 
-def _hold_to(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> bool:
-    """The policy, which is forced, gives right results, or is refused where it is not legal."""
-    problem = build(spec)
+def _is_refused(problem: Problem) -> None:
+    with pytest.raises(RuntimeError, match=f"{PLAN}: (axis=space|resident=1) is for"):
+        problem.run(squeeze_excite, backend="native")
+
+
+def _computes_right(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> None:
     simulation.take_launches()
-    if not _is_legal(policy, spec):
-        with pytest.raises(RuntimeError, match=f"{PLAN}: (axis=space|resident=1) is for"):
-            problem.run(squeeze_excite, backend="native")
-        return False
-    try:
-        check(problem, squeeze_excite, backend="native")
-    except RuntimeError as error:
-        if "the weights do not fit" in str(error) and _may_not_fit(policy, spec):
-            return False
-        raise
+    check(build(spec), squeeze_excite, backend="native")
     launches = simulation.take_launches()
     assert 2 <= len(launches) <= 3, launches
     _as_asked(policy, spec.part, launches)
-    return True
 
 
 @pytest.mark.parametrize(("policy", "device", "spec"), _cases())
 def test_policies(policy: str, device: int, spec: Spec, force: Any) -> None:
     force(policy)
     with cuda_on_cpu.plugged_in(spec.seed, device) as simulation:
-        _hold_to(policy, spec, simulation)
+        _computes_right(policy, spec, simulation)
+
+
+def _pairs(row: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
+    return itertools.combinations(enumerate(row), 2)
+
+
+def test_every_legal_pair_of_choices_is_in_a_case() -> None:
+    legal = set()
+    for row in itertools.product(*(range(len(choices)) for choices in CHOICES.values())):
+        chosen = {n: CHOICES[n][i] for n, i in zip(CHOICES, row, strict=True)}
+        if not legal.issuperset(_pairs(row)) and _computes(chosen):
+            legal.update(_pairs(row))
+    rows = ([CHOICES[n].index(c) for n, c in row.items()] for row in pairwise(CHOICES, _computes))
+    assert set(itertools.chain.from_iterable(map(_pairs, rows))) == legal
+
+
+@pytest.mark.parametrize("layout", CHOICES["layout"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_what_is_not_legal_is_refused(dtype: torch.dtype, layout: str, force: Any) -> None:
+    """All of it, that is, what the cases above leave out; with one image each."""
+    with cuda_on_cpu.plugged_in() as simulation:
+        for block, ((_, *sizes), hidden) in itertools.product(BLOCKS, SHAPES):
+            spec = replace(Spec((1, *sizes), hidden, dtype, layout), **block)
+            problem = build(spec)
+            for policy in (policy for policy in POLICIES if not _is_legal(policy, spec)):
+                force(policy)
+                simulation.use(0, POLICIES[policy][0])
+                _is_refused(problem)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if "weights=1" in policy])
+def test_weights_that_do_not_fit_are_refused(policy: str, force: Any) -> None:
+    force(policy)
+    spec = Spec((1, 136, 6, 8), 800, layout="channels_last", shift=True)
+    assert _may_not_fit(policy, spec)
+    for device in POLICIES[policy]:
+        with (
+            cuda_on_cpu.plugged_in(device=device),
+            pytest.raises(RuntimeError, match=f"{PLAN}: the weights do not fit"),
+        ):
+            build(spec).run(squeeze_excite, backend="native")
+
+
+def _hold_to(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> bool:
+    """Whether the policy, which is forced, gives results, and right ones; or else is refused where
+    it is not legal, or may not fit."""
+    if not _is_legal(policy, spec):
+        _is_refused(build(spec))
+        return False
+    try:
+        _computes_right(policy, spec, simulation)
+    except RuntimeError as error:
+        if "the weights do not fit" in str(error) and _may_not_fit(policy, spec):
+            return False
+        raise
+    return True
 
 
 def _groups() -> list[Any]:
@@ -225,7 +252,7 @@ def test_every_policy_with_everything(
     policy: str, device: int, dtype: torch.dtype, layout: str, force: Any
 ) -> None:
     """Every policy, device, dtype, layout, shape and block, with nothing left out: what is not
-    legal has to be refused. 84,240 cases, a quarter of an hour of one core."""
+    legal has to be refused. 97,200 cases, a quarter of an hour of one core."""
     force(policy)
     outcomes: Counter[bool] = Counter()
     wrong = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,8 +24,10 @@ import oracle
 from backend_cases import FUSED_BACKENDS, BackendCase
 from benchmarks import problem as workload
 from benchmarks.workloads import Layer, load_networks
+from policies import PLAN, POLICIES
 from problems import TENSORS, Problem, Spec, build, check, magnitudes
 from senet_kernels import squeeze_excite
+from tools.gpu_kernels import NOT_HERE
 
 _ON_GPU = [backend for backend in FUSED_BACKENDS if backend.device == "cuda"]
 _INTERPRETED = [b for b in FUSED_BACKENDS if (b.name, b.device) == ("triton", "cpu")]
@@ -414,7 +417,7 @@ def test_the_current_device_stays_when_a_call_fails(
 ) -> None:
     count, current = torch.cuda.device_count(), torch.cuda.current_device()
     problem = build(Spec(device=f"cuda:{count - 1}"))
-    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "speed=1")
+    monkeypatch.setenv(PLAN, "speed=1")
     with pytest.raises(RuntimeError, match="expected exchange, blocks, axis"):
         problem.run(squeeze_excite, backend=backend.name)
     assert torch.cuda.current_device() == current
@@ -460,17 +463,9 @@ def test_same_bits_in_fresh_processes(backend: BackendCase, tmp_path: Path) -> N
 
 # -- races -----------------------------------------------------------------------------------------
 
-# Several images and turns for each block, and sums that several blocks exchange, by each policy.
+# Several images and turns for each block, and sums that several blocks exchange.
 _RACING = Spec((40, 136, 6, 8), 12, torch.bfloat16, residual="contiguous", after="relu")
 _RACING_LAST = replace(_RACING, layout="channels_last", residual="channels_last")
-_RACES = (
-    ("", _RACING),
-    ("exchange=none,resident=1,slots=3,groups=7", _RACING),
-    ("exchange=cluster,blocks=3,resident=1,slots=2,groups=7", _RACING),
-    ("exchange=cluster,blocks=2,resident=0,groups=7,axis=space", _RACING_LAST),
-    ("exchange=grid,blocks=3,resident=1,slots=2,groups=7", _RACING),
-    ("exchange=grid,blocks=2,resident=0,groups=7,axis=space", _RACING_LAST),
-)
 
 
 def _repeat(backend: BackendCase, spec: Spec, times: int) -> None:
@@ -489,16 +484,18 @@ def _repeat(backend: BackendCase, spec: Spec, times: int) -> None:
     assert same.item()
 
 
-@pytest.mark.parametrize(("policy", "spec"), _RACES, ids=[p or "automatic" for p, _ in _RACES])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy or "automatic")
 @native_on_gpu
 def test_a_thousand_repeats_by_each_policy(
-    backend: BackendCase, policy: str, spec: Spec, monkeypatch: pytest.MonkeyPatch
+    backend: BackendCase, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", policy)
+    spec = _RACING_LAST if "axis=space" in policy else _RACING
+    # More groups, so more blocks, at the same time than the policy has for five images.
+    monkeypatch.setenv(PLAN, re.sub(r"\bgroups=\d+", "groups=7", policy))
     try:
         check(build(replace(spec, device=backend.device)), squeeze_excite, backend=backend.name)
     except RuntimeError as error:
-        if "this device has no" in str(error):
+        if any(text in str(error) for text in NOT_HERE):
             pytest.skip(str(error).partition("\n")[0])
         raise
     _repeat(backend, spec, 1000)

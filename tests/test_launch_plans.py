@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.workloads import load_networks
+from policies import POLICIES, parsed
 from senet_kernels import explain, features, squeeze_excite
 from senet_kernels.backends import native
 from senet_kernels.backends.native import Gpu, launch_plan
@@ -22,6 +24,7 @@ A100 = Gpu(80, 108, 166_912, 167_936)
 RTX_3090 = Gpu(86, 82, 101_376, 102_400, 1536)
 H100 = Gpu(90, 132, 232_448, 233_472)
 RTX_5090 = Gpu(120, 170, 101_376, 102_400, 1536)
+GPUS = (T4, A100, RTX_3090, H100, RTX_5090)
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False) -> Tensor:
@@ -68,6 +71,42 @@ def test_a_plan_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "expected exchange, blocks" in _plan(H100, 1024, 64, 14)
 
 
+# Exchange, axis, residency, and whether weights are kept.
+_Kind = tuple[str, str, bool, bool]
+
+
+def _kind(plan: str) -> _Kind:
+    exchange = next((name for words, name in (("cluster of", "cluster"), ("global memory", "grid"))
+                     if words in plan), "none")  # fmt: skip
+    axis = "space" if "split in space" in plan else "channels"
+    return exchange, axis, "single pass" in plan, "weights kept" in plan
+
+
+def _forced_kind(policy: str) -> _Kind:
+    asked = parsed(policy)
+    exchange, axis = asked.get("exchange", "none"), asked.get("axis", "channels")
+    return exchange, axis, asked.get("resident") == "1", asked.get("weights") == "1"
+
+
+def test_every_kind_of_plan_for_real_layers_is_forced_by_a_policy() -> None:
+    """What runs on a device has run on the CPU, under sanitizers and in races."""
+    layers = {x for n in load_networks(neighbours=True).values() for x, _ in n.layers}
+    chosen: dict[_Kind, str] = {}
+    for layer, gpu, batch, last, backward in itertools.product(
+        layers, GPUS, (1, 32, 256), (False, True), (False, True)
+    ):
+        inner = layer.hidden or layer.channels
+        x = _tensor(batch, layer.channels, layer.positions, 1, last=last)
+        w1 = _tensor(inner, layer.channels) if layer.hidden else None
+        w2 = _tensor(layer.channels * (1 + layer.shift), inner)
+        after = layer.after or "identity"
+        plan = launch_plan(x, w1, w2, after=after, backward=backward, gpu=gpu)
+        chosen[_kind(plan)] = f"{layer}, {batch=}, {last=}, {backward=} on sm_{gpu.capability}"
+    assert len(chosen) > 10
+    forced = set(map(_forced_kind, POLICIES))
+    assert not {kind: where for kind, where in chosen.items() if kind not in forced}
+
+
 def _least_that_is_wide(
     single: bool, ratio: int, shift: bool, affine: bool, dtype: torch.dtype
 ) -> int:
@@ -82,7 +121,7 @@ def _least_that_is_wide(
     return high
 
 
-@pytest.mark.parametrize("gpu", [T4, A100, RTX_3090, H100, RTX_5090], ids=lambda g: g.capability)
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda g: g.capability)
 def test_what_is_not_too_wide_has_a_plan(gpu: Gpu) -> None:
     forms = [(True, 1), (False, 1), (False, 4), (False, 1 << 20)]
     for (single, ratio), shift, affine in itertools.product(forms, (False, True), (False, True)):

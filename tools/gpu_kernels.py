@@ -4,7 +4,7 @@
 in its interpreter (``TRITON_INTERPRET=1``), and the CUDA kernels in the simulation of tests/simt.
 The results are compared with the reference, since a sanitizer says nothing about them. Shapes are
 odd, so that every mask is needed, and just beyond a tile; the CUDA kernels run by every policy of
-their plan.
+tests/policies.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from typing import Any, NamedTuple
 import torch
 
 from senet_kernels import channel_scale, squeeze, squeeze_excite
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from policies import PLAN, POLICIES
 
 
 class Case(NamedTuple):
@@ -66,25 +70,17 @@ _WIDE, _WIDE_LAST = (
     Case((5, 136, 6, 8), 12, torch.float16, True, _ALL),
 )
 _ODD = Case((5, 133, 5, 5), 3, torch.float32, False, {"before": "hardswish", "weighted": True})
-_EITHER = (_WIDE, _WIDE_LAST)
-# For each policy, which of these; a device may lack clusters, or room for so many blocks at once.
-_POLICIES: tuple[tuple[str, tuple[Case, ...]], ...] = (
-    ("", (*_EITHER, _ODD)),
-    ("exchange=none,resident=0,groups=2", (*_EITHER, _ODD)),
-    ("exchange=none,resident=1,slots=1,groups=2,weights=1", _EITHER),
-    ("exchange=none,resident=1,slots=2,groups=2", _EITHER),
-    ("exchange=none,resident=1,slots=3,groups=1", _EITHER),
-    ("exchange=cluster,blocks=2,resident=0,groups=2", (*_EITHER, _ODD)),
-    ("exchange=cluster,blocks=3,resident=1,slots=2,groups=2", _EITHER),
-    ("exchange=cluster,blocks=2,resident=0,groups=2,axis=space", (_WIDE_LAST,)),
-    ("exchange=cluster,blocks=2,resident=1,slots=2,groups=2,axis=space", (_WIDE_LAST,)),
-    ("exchange=grid,blocks=2,resident=0,groups=2", (*_EITHER, _ODD)),
-    ("exchange=grid,blocks=3,resident=1,slots=2,groups=2", _EITHER),
-    ("exchange=grid,blocks=2,resident=0,groups=2,axis=space", (_WIDE_LAST,)),
-    ("exchange=grid,blocks=2,resident=1,slots=2,groups=2,axis=space", (_WIDE_LAST,)),
-)
+
+
+def _legal_cases(policy: str) -> tuple[Case, ...]:
+    """Which of these a policy takes, on a device that has what the policy needs."""
+    if "axis=space" in policy:
+        return (_WIDE_LAST,)
+    return (_WIDE, _WIDE_LAST) if "resident=1" in policy else (_WIDE, _WIDE_LAST, _ODD)
+
+
 NATIVE_CASES = (
-    *(case._replace(policy=policy) for policy, cases in _POLICIES for case in cases),
+    *(case._replace(policy=policy) for policy in POLICIES for case in _legal_cases(policy)),
     Case((3, 20, 9, 7), 5, torch.float64, False, _ALL),
     Case((3, 20, 33, 31), None, torch.float32, False, {"lengths": True, "affine": True}),
     Case((2, 3, 70, 33), None, torch.float32, False, {"part": squeeze, "lengths": True,
@@ -94,9 +90,8 @@ NATIVE_CASES = (
     Case((2, 36, 33, 31), 5, torch.float32, False, {"inplace": True, "before": "silu"}),
 )  # fmt: skip
 CASES = {"triton": TRITON_CASES, "native": NATIVE_CASES}
-_PLAN = "SENET_KERNELS_CUDA_PLAN"
 # How a plan begins to say that the device, not the policy, is the reason.
-_NOT_HERE = (f"{_PLAN}: this device has no", "an image's blocks do not run at once")
+NOT_HERE = (f"{PLAN}: this device has no", "an image's blocks do not run at once")
 _BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -181,7 +176,6 @@ def _environment(backend: str, device: str) -> AbstractContextManager[Any]:
         return _recorded_launches(set())
     if device == "cuda":
         return nullcontext()
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     import cuda_on_cpu
 
     simulated: AbstractContextManager[Any] = cuda_on_cpu.plugged_in(seed=1, device=0)
@@ -197,13 +191,13 @@ def main() -> None:
     left_out: dict[str, str] = {}
     with _environment(backend, device):
         for case in cases:
-            os.environ.pop(_PLAN, None)
+            os.environ.pop(PLAN, None)
             if case.policy:
-                os.environ[_PLAN] = case.policy
+                os.environ[PLAN] = case.policy
             try:
                 run(backend, device, case)
             except RuntimeError as error:
-                if not case.policy or not any(text in str(error) for text in _NOT_HERE):
+                if not case.policy or not any(text in str(error) for text in NOT_HERE):
                     raise
                 left_out[case.policy] = str(error).partition("\n")[0]
         if device == "cuda":
