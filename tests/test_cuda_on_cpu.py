@@ -71,16 +71,15 @@ def _is_legal(policy: str, spec: Spec) -> bool:
         return False
     if asked.get("resident") != "1":
         return True
-    # Both passes of the whole operation, and 16-byte accesses to x, dy and the residual, in their
-    # own rows where there is a mask. (Ops copy what is not laid out like x.)
+    # Both passes of the whole operation, and 16-byte accesses to x, dy and the residual. (Ops copy
+    # what is not laid out like x.)
     if spec.part != "whole" or spec.dtype == torch.float64:
         return False
     misaligned = "misaligned_channels_last" if last else "misaligned"
     images = (spec.layout, spec.residual, spec.dy_layout)
     if misaligned in images or ("sliced_channels" in images and not last and positions % 8):
         return False
-    rows = channels % 8 == 0 if last else channels * positions % 8 == 0
-    return rows and (last or spec.after != "relu" or positions % 8 == 0)
+    return (channels if last else channels * positions) % 8 == 0
 
 
 def _may_not_fit(policy: str, spec: Spec) -> bool:
