@@ -28,8 +28,15 @@ def _cpu_model() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1) if found else platform.machine()
+
+    def field(name: str) -> str | None:
+        found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found.group(1) if found else None
+
+    name, family, model = field("model name"), field("cpu family"), field("model")
+    if name and family and model:  # several generations go by the same name
+        return f"{name} (family {family}, model {model})"
+    return name or platform.machine()
 
 
 def _compiler() -> str | None:
