@@ -1,20 +1,21 @@
 """The CUDA kernels through nvcc, for GPUs that need not be here: registers, spills, wide accesses.
 
-Proves that they compile, fit the registers that the launch plan counts on, do not spill, and move
-16 bytes at a time on the aligned path. Of their results ``test_cuda_on_cpu.py`` says something.
+Proves that they compile, fit the registers that the launch plan counts on, do not spill, move
+16 bytes at a time on the aligned path, and are what docs/cuda-kernels.md says. Of their results
+``test_cuda_on_cpu.py`` says something.
 
-``python tests/test_cuda_compile.py [90a ...] > docs/cuda-kernels.md`` writes the table.
+``python tests/test_cuda_compile.py > docs/cuda-kernels.md`` writes that page.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,14 +23,20 @@ from typing import NamedTuple
 
 import pytest
 
-_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
-_TARGETS = ("80", "90a", "100", "120")
+_ROOT = Path(__file__).resolve().parent.parent
+_SOURCES = _ROOT / "csrc" / "cuda"
+_PAGE = _ROOT / "docs" / "cuda-kernels.md"
+# The oldest has no asynchronous copies, and rounds to 16 bits by hand.
+_TARGETS = ("75", "80", "90a", "100", "120")
 _FULLY = "90a"  # in the gate; of the others one kernel of each kind, and all in the slow tests
-_OLDEST = "75"  # no asynchronous copies, and 16-bit rounding by hand
 # What csrc/cuda/plan.cpp counts on; fp64 need only be right.
 _MOST_REGISTERS = {"forward": 128, "backward": 168}
-# One of each kind: a quick look at the targets that are not compiled fully in the gate.
-_FEW = ("2, true, 0", "4, true, -1", "2, false, -1", "8, false, -1")
+# One of each kind, by source: a quick look at the targets that are not compiled fully in the gate.
+_KINDS = ("2, true, 0", "4, true, -1", "2, false, -1", "8, false, -1")
+_FEW: dict[str, dict[str, Sequence[str]]] = {
+    "backward": {"backward": _KINDS, "gradients": ("float", "double")},
+    "forward": {"forward": _KINDS},
+}
 _KERNEL = re.compile(r"(forward|backward|gradients)_kernelI(?:Li(\d)ELb([01])ELi(n?\d+)E|([fd]))")
 
 
@@ -42,6 +49,15 @@ def find_nvcc() -> str | None:
     folders = list(wheels.submodule_search_locations or ()) if wheels else []
     found = sorted(str(path) for folder in folders for path in Path(folder).glob("cu*/bin/nvcc"))
     return shutil.which("nvcc") or next(iter(found), None)
+
+
+def _version() -> str:
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    said = subprocess.check_output([nvcc, "--version"], text=True)
+    found = re.search(r"release [\d.]+, V([\d.]+)", said)
+    assert found, said
+    return found[1]
 
 
 class Kernel(NamedTuple):
@@ -63,19 +79,23 @@ class Kernel(NamedTuple):
     prefetches: bool
 
 
-def compile_for(target: str, source: str, instances: Sequence[str] = ()) -> list[Kernel]:
+def compile_for(
+    target: str, source: str, instances: Mapping[str, Sequence[str]] | None = None
+) -> list[Kernel]:
     """The kernels of ``forward`` or ``backward`` as nvcc makes them for ``sm_<target>``, as machine
-    code and as PTX: all that the library has, or these ``instances`` alone."""
+    code and as PTX: all that the library has, or these ``instances`` alone, by header."""
     nvcc = find_nvcc()
     assert nvcc is not None
     with tempfile.TemporaryDirectory() as folder:
         file = _SOURCES / f"{source}.cu"
         if instances:
             file = Path(folder, f"{source}.cu")
-            argument = f"const __grid_constant__ {source.capitalize()}Launch"
-            lines = [f"template __global__ void {source}_kernel<{i}>({argument});"
-                     for i in instances]  # fmt: skip
-            text = [f'#include "{source}.cuh"', "namespace senet::gpu {", *lines, "}"]
+            includes = [f'#include "{header}.cuh"' for header in instances]
+            lines = [f"template __global__ void {header}_kernel<{arguments}>"
+                     f"(const __grid_constant__ {header.capitalize()}Launch);"
+                     for header, of_header in instances.items()
+                     for arguments in of_header]  # fmt: skip
+            text = [*includes, "namespace senet::gpu {", *lines, "}"]
             file.write_text("\n".join(text) + "\n")
         command = [
             nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--keep", "--keep-dir", folder,
@@ -154,37 +174,65 @@ def test_kernels_fit_and_move_16_bytes(target: str, source: str) -> None:
     assert {k.bytes for k in kernels if k.vector} == {2, 4}
     assert {k.bytes for k in kernels if not k.vector} >= {2, 4, 8}
     _check(source, kernels)
+    page = _PAGE.read_text()
+    of_page = _version_of(page)
+    if _version() != of_page:
+        pytest.skip(f"as they should be; {_PAGE.name} is of nvcc {of_page}, this is {_version()}")
+    kinds = ("backward ", "gradients ") if source == "backward" else (f"{source} ",)
+    written = [row for row in _rows_of(page, target) if row.split(" | ")[1].startswith(kinds)]
+    assert [_row(target, k) for k in kernels] == written, f"{_PAGE.name} is stale: write it again"
 
 
 @needs_nvcc
 def test_every_target_compiles_one_kernel_of_each_kind() -> None:
     """Two compilers at a time."""
-    targets = [_OLDEST, *(t for t in _TARGETS if t != _FULLY)]
-    jobs = [(t, source) for t in targets for source in ("backward", "forward")]
+    jobs = [(t, source) for t in _TARGETS if t != _FULLY for source in _FEW]
     with ThreadPoolExecutor(2) as pool:
-        compiled = list(pool.map(lambda job: compile_for(*job, _FEW), jobs))
+        compiled = list(pool.map(lambda job: compile_for(*job, _FEW[job[1]]), jobs))
     for (_, source), kernels in zip(jobs, compiled, strict=True):
-        assert len(kernels) == len(_FEW)
+        assert len(kernels) == sum(map(len, _FEW[source].values()))
         _check(source, kernels)
 
 
-def _table(targets: list[str]) -> str:
-    nvcc = find_nvcc()
-    assert nvcc is not None
-    version = subprocess.check_output([nvcc, "--version"], text=True)
-    release = re.search(r"release ([\d.]+)", version)
-    command = " ".join(["python tests/test_cuda_compile.py", *targets, "> docs/cuda-kernels.md"])
+def test_the_page_is_of_every_target() -> None:
+    """As this file writes it; the tests above, that its rows are what the compiler says."""
+    page = _PAGE.read_text()
+    rows = [_rows_of(page, target) for target in _TARGETS]
+    lines = [*_head(_version_of(page)), *itertools.chain(*rows)]
+    assert page == "\n".join(lines) + "\n"
+    kernels = [[row.split(" | ")[1:3] for row in of_target] for of_target in rows]
+    assert kernels == kernels[:1] * len(_TARGETS)
+
+
+def _version_of(page: str) -> str:
+    found = re.search(r"^By nvcc ([\d.]+);", page, re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def _rows_of(page: str, target: str) -> list[str]:
+    return [line for line in page.splitlines() if line.startswith(f"| {target} |")]
+
+
+def _row(target: str, k: Kernel) -> str:
+    cells = (target, k.name, "yes" if k.vector else "no", k.registers, k.stack, k.spilled, k.shared)
+    counts = (k.wide_global_loads, k.wide_shared_loads, k.wide_stores)
+    return f"| {' | '.join(map(str, (*cells, *counts)))} |"
+
+
+def _head(version: str) -> list[str]:
     heads = ("sm", "kernel", "vectors", "registers", "stack", "spilled bytes",
              "static shared bytes", "16-byte global loads", "16-byte shared loads",
              "16-byte global stores")  # fmt: skip
-    lines = [
+    return [
         "# The CUDA kernels as compiled", "",
-        f"By nvcc {release[1] if release else 'unknown'}; written by `{command}`.",
+        f"By nvcc {version}; written by `python tests/test_cuda_compile.py > docs/{_PAGE.name}`.",
         "Not yet run on a GPU: this is what the compiler says. The same is a test: no spills, no",
         "more registers than the launch plan counts on (fp64 apart), and to global memory 16-byte",
-        "accesses on the aligned path (`vectors`), none off it; in the gate for sm_90a, and for",
-        "one kernel of each kind on sm_75, sm_80, sm_100, sm_120. `before` is the code of the",
-        "function in `senet_kernels/pointwise.py` that a kernel is specialised for, -1 is any.", "",
+        "accesses on the aligned path (`vectors`), none off it; and so is that this page is right,",
+        "where nvcc is the same. In the gate for sm_90a; of the others, there, one kernel of each",
+        "kind is compiled. `before` is the code of the function in `senet_kernels/pointwise.py`",
+        "that a kernel is specialised for, -1 is any.", "",
         "Accesses are counted in the PTX of a kernel, without the functions it calls: the products",
         "with the weights. Global loads are of images: x, dy and the residual. Shared loads are of",
         "slices of images that stay there, and of vectors over channels; of them the test asks",
@@ -192,16 +240,15 @@ def _table(targets: list[str]) -> str:
         "static.", "",
         f"| {' | '.join(heads)} |", "|---" * len(heads) + "|",
     ]  # fmt: skip
-    jobs = [(t, source) for t in targets or _TARGETS for source in ("forward", "backward")]
+
+
+def _page() -> str:
+    jobs = [(t, source) for t in _TARGETS for source in ("forward", "backward")]
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(lambda job: compile_for(*job), jobs))
-    for (target, _), kernels in zip(jobs, compiled, strict=True):
-        for k in kernels:
-            cells = (k.name, "yes" if k.vector else "no", k.registers, k.stack, k.spilled)
-            counts = (k.shared, k.wide_global_loads, k.wide_shared_loads, k.wide_stores)
-            lines.append(f"| {' | '.join(map(str, (target, *cells, *counts)))} |")
-    return "\n".join(lines)
+    rows = [_row(t, k) for (t, _), kernels in zip(jobs, compiled, strict=True) for k in kernels]
+    return "\n".join([*_head(_version()), *rows])
 
 
 if __name__ == "__main__":
-    print(_table(sys.argv[1:]))
+    print(_page())
