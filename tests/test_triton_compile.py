@@ -41,7 +41,7 @@ DEVICES = {80: (166912, 108), 90: (232448, 132), 100: (232448, 148), 120: (10137
 # need not be able to.
 _NEWER = Path(__file__).parent.parent / "build" / "triton38"
 
-TARGETS = [pytest.param(capability, id=f"sm_{capability}") for capability in DEVICES]
+_TARGETS = [pytest.param(capability, id=f"sm_{capability}") for capability in DEVICES]
 _WORKLOADS = Path(__file__).parent.parent / "benchmarks" / "workloads.json"
 
 _SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -89,7 +89,7 @@ _LAYERS: tuple[tuple[dict[str, Any], bool], ...] = (
 # Each dtype, layout and strategy once, for the targets that do not get all of them.
 _FEW = (0, 1, 2, 3, 4, 11, 14)
 # What those targets have beside: with it every two of target, dtype, layout and kernels meet.
-_PARTS: dict[int, tuple[tuple[dict[str, Any], bool], ...]] = {
+_MORE: dict[int, tuple[tuple[dict[str, Any], bool], ...]] = {
     80: (
         ({"shape": [256, 64, 56, 56], "part": "squeeze", "dtype": "float16", **_SILU,
           "layout": "channels_last"}, True),
@@ -327,17 +327,16 @@ def _option_set(options: dict[str, Any]) -> str:
     return json.dumps([options.get(name) for name in names])
 
 
-def _layer_of(
+def _layers_of(
     capability: int, option_set: str, dtype: str, layout: str, resident: bool
-) -> dict[str, Any]:
-    """A real layer, its images on chip or not if there is a choice."""
+) -> list[dict[str, Any]]:
+    """Real layers, their images on chip or not if there is a choice; small batches first."""
     layers = [
         {**options, "dtype": dtype}
         for options in _workloads()
         if _option_set(options) == option_set and options["layout"] == layout
     ]
-    wanted = [o for o in layers if _choices(capability, o)[0].resident == resident] or layers
-    return wanted[len(wanted) // 2]
+    return [o for o in layers if _choices(capability, o)[0].resident == resident] or layers
 
 
 def _real_layers(capability: int) -> list[dict[str, Any]]:
@@ -349,7 +348,8 @@ def _real_layers(capability: int) -> list[dict[str, Any]]:
         turn = i if capability == 90 else i // len(others) + i % len(others) + 1
         if capability in (90, others[i % len(others)]):
             kind = _DTYPES[turn % 3], _LAYOUTS[turn % 2], turn // 2 % 2 == 1
-            layers.append(_layer_of(capability, option_set, *kind))
+            found = _layers_of(capability, option_set, *kind)
+            layers.append(found[len(found) // 2])
     return layers
 
 
@@ -359,7 +359,7 @@ def _hand_picked(capability: int) -> list[tuple[dict[str, Any], bool]]:
 
 def _layers(capability: int) -> list[tuple[dict[str, Any], bool]]:
     real = _with_width(capability, _real_layers(capability))
-    return [*_hand_picked(capability), *_PARTS.get(capability, ()), *real]
+    return [*_hand_picked(capability), *_MORE.get(capability, ()), *real]
 
 
 def _in_clusters(capability: int) -> list[tuple[dict[str, Any], bool]]:
@@ -371,7 +371,7 @@ def _triton_for_clusters() -> Path | None:
     return _NEWER if why_no_cluster((9, 0), version("triton")) else None
 
 
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", _TARGETS)
 def test_kernels_compile_without_spills(capability: int) -> None:
     _check(capability, _layers(capability))
 
@@ -405,12 +405,12 @@ def test_every_feature_compiles() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", _TARGETS)
 def test_a_few_features_at_once_do_not_spill(capability: int) -> None:
     _check(capability, _with_width(capability, _FEATURES))
 
 
-@pytest.mark.parametrize("capability", TARGETS[1:])
+@pytest.mark.parametrize("capability", _TARGETS[1:])
 def test_images_in_clusters_compile(capability: int) -> None:
     """With a Triton that can; the one of the tests would put these images into two launches."""
     newer = _triton_for_clusters()
@@ -468,8 +468,12 @@ def _parts(capability: int) -> list[dict[str, Any]]:
     and the call in place, and in double precision the whole."""
     found: dict[str, dict[str, Any]] = {}
     option_sets = sorted(set(map(_option_set, _workloads())))
-    for kind in itertools.product(option_sets, _SIZES, _LAYOUTS, (False, True)):
-        whole = _layer_of(capability, *kind)
+    every = itertools.product(option_sets, _SIZES, _LAYOUTS, (False, True))
+    for option_set, dtype, layout, resident in every:
+        layers = _layers_of(capability, option_set, dtype, layout, resident)
+        whole = layers[len(found) % len(layers)]
+        if _choices(capability, whole)[0].resident != resident:
+            continue
         squeeze = {name: whole[name] for name in ("shape", "dtype", "layout", "before")}
         scale = {n: v for n, v in whole.items() if n not in ("hidden", "activation")}
         for options in (
@@ -481,7 +485,7 @@ def _parts(capability: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", _TARGETS)
 @pytest.mark.parametrize("part", range(8))
 def test_layers_of_real_networks(capability: int, part: int) -> None:
     """For each target every layer of workloads.json at batch 1 and 256 in both layouts, and every
@@ -493,21 +497,20 @@ def test_layers_of_real_networks(capability: int, part: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", _TARGETS)
 def test_parts_of_real_networks(capability: int) -> None:
     _check(capability, _with_width(capability, _parts(capability)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", _TARGETS)
 def test_layers_of_the_gate_on_every_target(capability: int) -> None:
-    """What the gate compiles for one target."""
-    layers = [pair for c in DEVICES for pair in (*_hand_picked(c), *_PARTS.get(c, ()))]
-    _check(capability, layers)
+    """What was picked by hand for some of them."""
+    _check(capability, [*_LAYERS, *itertools.chain(*_MORE.values())])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", _TARGETS)
 @pytest.mark.parametrize("number", range(12))
 def test_what_tuning_would_time_compiles(capability: int, number: int) -> None:
     """Candidates may be poor, which is why they are timed; they must be there to be timed."""
