@@ -398,6 +398,13 @@ def test_the_gate_has_every_two_of_target_dtype_layout_and_kernels() -> None:
         assert option_sets[_option_set(options)] == {False, True}, options
 
 
+@pytest.mark.parametrize("capability", _TARGETS)
+def test_the_plan_is_as_wide_as_alignment_allows(capability: int) -> None:
+    """Beside the layers picked by hand it is written what they must be, whatever is planned."""
+    picked = [*_LAYERS, *itertools.chain(*_MORE.values())]
+    assert _with_width(capability, [options for options, _ in picked]) == picked
+
+
 def test_every_feature_compiles() -> None:
     compiled = _compile(90, [options for options, _ in _REST])
     for (options, may_spill), kernels in zip(_REST, compiled, strict=True):
