@@ -35,9 +35,9 @@ THREADS = 2
 # What Triton's interpreter runs: of Triton alone, and, as the simulation of CUDA, of every backend.
 TRITON_TESTS = ("test_plain_kernels.py", "test_triton.py", "test_triton_tuning.py")
 KERNEL_TESTS = (
-    "test_accuracy.py", "test_addressing.py", "test_budgets.py", "test_gpu.py", "test_gradcheck.py",
-    "test_guard_pages.py", "test_layouts.py", "test_ops.py", "test_pointwise.py",
-    "test_properties.py", "test_special_values.py",
+    "test_accuracy.py", "test_addressing.py", "test_autocast.py", "test_budgets.py", "test_gpu.py",
+    "test_gradcheck.py", "test_guard_pages.py", "test_layouts.py", "test_ops.py",
+    "test_pointwise.py", "test_properties.py", "test_special_values.py",
 )  # fmt: skip
 # Cases of a test function that the gate runs under Triton's interpreter, evenly spread.
 INTERPRETED_CASES = {
@@ -46,6 +46,9 @@ INTERPRETED_CASES = {
     "test_against_torch": 12,
     "test_blocks": 4,
     "test_long_sums": 0,  # test_triton.py has fewer images
+    # Nine pairs of dtypes each, which are promoted before any kernel.
+    "test_autocast_gives_eagers_dtype": 0,
+    "test_autocast_of_halves_gives_eagers_dtype": 0,
     # Hundreds of evaluations each.
     "test_first_and_second_derivatives": 0,
     "test_second_derivative_with_some_inputs_frozen": 0,
