@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -23,10 +22,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import senet_kernels
 from backend_cases import BackendCase, require
+from operations import CountOperations
 from senet_kernels import api, dispatch
 from senet_kernels.backends import triton
 
@@ -190,29 +189,14 @@ def set_threads() -> Callable[[int], None]:
     return torch.set_num_threads
 
 
-class _RecordOps(TorchDispatchMode):
-    """Collects the names of the raw ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func.namespace == "senet_kernels":
-            self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def record_ops() -> Iterator[Callable[[], set[str]]]:
     """Calling it gives the names of the raw ops that ran since the last call."""
-    mode = _RecordOps()
+    with CountOperations() as counted:
 
-    def take() -> set[str]:
-        names, mode.names = mode.names, set()
-        return names
+        def take() -> set[str]:
+            names = {name for name in counted.calls if name.startswith("senet_kernels::")}
+            counted.calls.clear()
+            return names
 
-    with mode:
         yield take
