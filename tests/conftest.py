@@ -35,7 +35,7 @@ THREADS = 2
 TRITON_TESTS = ("test_plain_kernels.py", "test_triton.py", "test_triton_tuning.py")
 KERNEL_TESTS = (
     "test_accuracy.py", "test_addressing.py", "test_autocast.py", "test_budgets.py", "test_gpu.py",
-    "test_gradcheck.py", "test_guard_pages.py", "test_layouts.py", "test_ops.py",
+    "test_gradcheck.py", "test_guard_pages.py", "test_layouts.py", "test_memory.py", "test_ops.py",
     "test_pointwise.py", "test_properties.py", "test_special_values.py",
 )  # fmt: skip
 # Cases of a test function that the gate runs under Triton's interpreter, evenly spread.
