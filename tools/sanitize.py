@@ -221,7 +221,7 @@ def main() -> int:
     unknown = set(chosen.kinds) - set(KINDS)
     if unknown:
         parser.error(f"expected {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
-    commit = reliability.commit()  # before the first record makes the tree another
+    commit = reliability.commit()  # of what the first kind runs, should it change meanwhile
     status = 0
     for name in chosen.kinds or KINDS:
         start = time.monotonic()
