@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -23,10 +22,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import senet_kernels
 from backend_cases import BackendCase, require
+from operations import CountOperations
 from senet_kernels import api, dispatch
 from senet_kernels.backends import triton
 
@@ -35,9 +34,9 @@ THREADS = 2
 # What Triton's interpreter runs: of Triton alone, and, as the simulation of CUDA, of every backend.
 TRITON_TESTS = ("test_plain_kernels.py", "test_triton.py", "test_triton_tuning.py")
 KERNEL_TESTS = (
-    "test_accuracy.py", "test_addressing.py", "test_budgets.py", "test_gpu.py", "test_gradcheck.py",
-    "test_guard_pages.py", "test_layouts.py", "test_ops.py", "test_pointwise.py",
-    "test_properties.py", "test_special_values.py",
+    "test_accuracy.py", "test_addressing.py", "test_autocast.py", "test_budgets.py", "test_gpu.py",
+    "test_gradcheck.py", "test_guard_pages.py", "test_layouts.py", "test_memory.py", "test_ops.py",
+    "test_pointwise.py", "test_properties.py", "test_special_values.py",
 )  # fmt: skip
 # Cases of a test function that the gate runs under Triton's interpreter, evenly spread.
 INTERPRETED_CASES = {
@@ -46,6 +45,9 @@ INTERPRETED_CASES = {
     "test_against_torch": 12,
     "test_blocks": 4,
     "test_long_sums": 0,  # test_triton.py has fewer images
+    # Nine pairs of dtypes each, which are promoted before any kernel.
+    "test_autocast_gives_eagers_dtype": 0,
+    "test_autocast_of_halves_gives_eagers_dtype": 0,
     # Hundreds of evaluations each.
     "test_first_and_second_derivatives": 0,
     "test_second_derivative_with_some_inputs_frozen": 0,
@@ -187,29 +189,14 @@ def set_threads() -> Callable[[int], None]:
     return torch.set_num_threads
 
 
-class _RecordOps(TorchDispatchMode):
-    """Collects the names of the raw ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func.namespace == "senet_kernels":
-            self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def record_ops() -> Iterator[Callable[[], set[str]]]:
     """Calling it gives the names of the raw ops that ran since the last call."""
-    mode = _RecordOps()
+    with CountOperations() as counted:
 
-    def take() -> set[str]:
-        names, mode.names = mode.names, set()
-        return names
+        def take() -> set[str]:
+            names = {name for name in counted.calls if name.startswith("senet_kernels::")}
+            counted.calls.clear()
+            return names
 
-    with mode:
         yield take

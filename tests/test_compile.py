@@ -201,6 +201,8 @@ def test_recompiles(backend: BackendCase) -> None:
     # A static graph, then one that takes any batch but 1, which torch always specialises.
     assert _count(fn, backend.device, (2, 3, 16, 17, 64), dynamic=None) == 2
     torch._dynamo.reset()
+    assert _count(fn, backend.device, (1, 2, 16, 1, 17), dynamic=None) == 2
+    torch._dynamo.reset()
     assert _count(fn, backend.device, (4, 4, 4), dynamic=None) == 1
 
 

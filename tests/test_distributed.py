@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import oracle
 from backend_cases import BACKENDS, BackendCase, require
-from problems import Spec, build
+from problems import Problem, Spec, build
 from senet_kernels import BackendUnavailableError, FusedSEBlock, squeeze_excite
 
 pytestmark = pytest.mark.skipif(
@@ -60,34 +61,74 @@ def test_one_rank(backend: BackendCase, one_rank: None) -> None:
             assert got.stride() == right.stride()
 
 
-@pytest.mark.parametrize("placement", ["replicated", "images", "channels"])
-def test_dtensor(placement: str, one_rank: None) -> None:
-    """As eager code does on DTensors: PyTorch's operators, whose sharding it knows."""
-    from torch.distributed.device_mesh import init_device_mesh
+# Extents that two ranks share evenly, and unevenly.
+_SHARED = (
+    Spec((4, 8, 3, 5), 4),
+    Spec((3, 7, 3, 5), 5, residual="contiguous", after="relu", activation="silu"),
+)
+_PLACEMENTS = {"replicated": None, "images": 0, "channels": 1}  # the axis that is split
+
+
+def _on_mesh(problem: Problem, axis: int | None, mesh: Any) -> dict[str, Tensor]:
+    """Outputs and gradients with images split along ``axis``, put together again."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-    placements = {"replicated": Replicate(), "images": Shard(0), "channels": Shard(1)}
-    mesh = init_device_mesh("cpu", (1,))
-    problem = build(Spec((4, 8, 3, 5), 4))
-    right = problem.run(oracle.eager_block)
-    leaves = problem.leaves()
-    on_mesh = {
+    whole = Replicate()
+    leaves = {
         name: None if t is None else distribute_tensor(
-            t.detach(), mesh, [placements[placement] if name == "x" else Replicate()]
+            t, mesh, [Shard(axis) if axis is not None and name in ("x", "residual") else whole]
         ).requires_grad_()
-        for name, t in leaves.items()
+        for name, t in problem.tensors.items()
     }  # fmt: skip
-    y = problem.call(squeeze_excite, on_mesh)
+    x = leaves["x"]
+    assert isinstance(x, DTensor)
+    assert (x.to_local().numel() < x.numel()) == (axis is not None)
+    y = problem.call(squeeze_excite, leaves)
     assert isinstance(y, DTensor)
     y.backward(distribute_tensor(problem.dy, mesh, y.placements))
-    torch.testing.assert_close(y.full_tensor().detach(), right["y"])
+    results: dict[str, Tensor] = {"y": y.full_tensor().detach()}
     for name in problem.given:
-        leaf = on_mesh[name]
-        assert leaf is not None
+        leaf: Any = leaves[name]
         assert isinstance(leaf.grad, DTensor)
-        torch.testing.assert_close(leaf.grad.full_tensor(), right[f"d{name}"])
+        results[f"d{name}"] = leaf.grad.full_tensor()
     with pytest.raises(BackendUnavailableError, match="class DTensor"):
-        problem.call(squeeze_excite, on_mesh, backend="native")
+        problem.call(squeeze_excite, leaves, backend="native")
+    return results
+
+
+def _rank_of_mesh(rank: int, store: str, results: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    found = {
+        f"{placement}, {spec}": _on_mesh(build(spec), axis, mesh)
+        for placement, axis in _PLACEMENTS.items()
+        for spec in _SHARED
+    }
+    torch.save(found, f"{results}{rank}")
+    dist.barrier()
+    os._exit(0)  # see _rank
+
+
+def test_dtensor(tmp_path: Path) -> None:
+    """As eager code does on DTensors: PyTorch's operators, whose sharding it knows. On two ranks,
+    each of which has half of the images or of the channels, and must end with all of the result."""
+    arguments = (str(tmp_path / "store"), str(tmp_path / "results"))
+    torch.multiprocessing.spawn(_rank_of_mesh, arguments, nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"results{rank}")
+        for placement, spec in itertools.product(_PLACEMENTS, _SHARED):
+            right = build(spec).run(oracle.eager_block)
+            case = found.pop(f"{placement}, {spec}")
+            assert case.keys() == right.keys()
+            for name, value in right.items():
+                where = f"{placement}, {spec}: {name}"
+                torch.testing.assert_close(
+                    case[name], value, msg=lambda m, where=where: f"{where}: {m}"
+                )
+        assert not found
 
 
 def _rank(rank: int, kind: str, backend: str, store: str, results: str) -> None:

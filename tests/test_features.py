@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from senet_kernels.features import (
     FUSED,
     RAISES,
     format_table,
+    is_huge,
+    is_wide,
     missing_feature,
 )
 
@@ -236,3 +239,34 @@ def test_devices_without_a_column_go_to_the_reference(backend: BackendCase) -> N
     assert y.shape == x.shape
     with pytest.raises(BackendUnavailableError, match="meta"):
         squeeze_excite(x, w, None, w.T, None, backend=backend.name)
+
+
+def test_limits_of_shapes_are_documented() -> None:
+    """In docs/backends.md, and where they say."""
+    text = " ".join((Path(__file__).parent.parent / "docs" / "backends.md").read_text().split())
+    found = re.search(
+        r"up to ([\d,]+) elements, ([\d,]+) positions and ([\d,]+) channels.*"
+        r"takes (\d+) R \+ C up to ([\d,]+) .*with 512 channels ([\d,]+) hidden ones",
+        text,
+    )
+    assert found is not None
+    elements, positions, channels, weighed, most, of_512 = (
+        int(number.replace(",", "")) for number in found.groups()
+    )
+
+    def huge(*shape: int) -> bool:
+        return is_huge(torch.empty(1).expand(1, *shape))
+
+    assert [huge(1, positions), huge(1, positions + 1)] == [False, True]
+    assert [huge(channels, 1), huge(channels + 1, 1)] == [False, True]
+    assert elements == 131071 * 131073
+    assert [huge(131071, 131073), huge(131072, 131072)] == [False, True]
+    for dtype, share in ((torch.float32, 1), (torch.float64, 2)):
+        x = torch.empty(1, 512, 1, dtype=dtype)
+        hidden = (most // share - 512) // weighed
+        assert [is_wide(x, hidden + more, 512, False) for more in (0, 1)] == [False, True]
+        affine, both = (most // share - 1024) // weighed, (most // share - 1024) // (2 * weighed)
+        assert [is_wide(x, affine + more, 512, True) for more in (0, 1)] == [False, True]
+        assert [is_wide(x, both + more, 1024, False) for more in (0, 1)] == [False, True]
+        if share == 1:
+            assert hidden == of_512

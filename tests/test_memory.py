@@ -9,16 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from backend_cases import BackendCase, require
+from backend_cases import SIMULATED, BackendCase, require
 from problems import Spec, build
 from senet_kernels import channel_scale, squeeze, squeeze_excite
 
 NATIVE = BackendCase("native", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def _native() -> None:
-    require(NATIVE)
+# The CUDA library, whose host code runs as it is on the simulation, has the same to refuse.
+each_library = pytest.mark.parametrize("backend", [NATIVE, SIMULATED], indirect=True, ids=str)
 
 
 _LIMITED = """
@@ -67,6 +64,7 @@ print("alive")
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_out_of_memory() -> None:
+    require(NATIVE)
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", _LIMITED], cwd=root, capture_output=True, text=True, timeout=300
@@ -88,22 +86,23 @@ _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
     _OVERCOMMIT.exists() and _OVERCOMMIT.read_text().strip() == "1",
     reason="this system promises memory that it does not have",
 )
-def test_absurd_sizes() -> None:
+@each_library
+def test_absurd_sizes(backend: BackendCase) -> None:
     """Views of one element that claim to have petabytes: what cannot be allocated raises."""
     one = torch.ones(1)
     w1, w2 = torch.ones(1, 1), torch.ones(1, 1)
     for shape in ((1 << 30, 1, 1 << 20), (1, 1, 1 << 50), (1 << 20, 1, 1 << 20, 1 << 10)):
         x = one.expand(shape)
         with pytest.raises(RuntimeError, match=_NO_MEMORY):
-            squeeze_excite(x, w1, None, w2, None, backend="native")
+            squeeze_excite(x, w1, None, w2, None, backend=backend.name)
         with pytest.raises(RuntimeError, match=_NO_MEMORY):
-            channel_scale(x, one.expand(shape[:2]), backend="native")
+            channel_scale(x, one.expand(shape[:2]), backend=backend.name)
     wide = one.expand(1, 1 << 40, 1)
     weight = one.expand(1, 1 << 40)
     with pytest.raises(RuntimeError, match=_NO_MEMORY):
-        squeeze_excite(wide, weight, None, weight.T, None, backend="native")
+        squeeze_excite(wide, weight, None, weight.T, None, backend=backend.name)
     with pytest.raises(RuntimeError, match=_NO_MEMORY):
-        squeeze(wide, backend="native")
+        squeeze(wide, backend=backend.name)
 
 
 FREED = ("x", "w1", "b1", "w2", "b2", "residual", "alpha", "beta", "affine_scale", "affine_shift")
@@ -111,13 +110,14 @@ FREED = ("x", "w1", "b1", "w2", "b2", "residual", "alpha", "beta", "affine_scale
 
 @pytest.mark.parametrize("keep", [0, 4])
 @pytest.mark.parametrize("name", [*FREED, "lengths", "dy"])
-def test_freed_storage(name: str, keep: int) -> None:
+@each_library
+def test_freed_storage(backend: BackendCase, name: str, keep: int) -> None:
     """What FSDP does to parameters between uses. Eager PyTorch reads address 0 there."""
     spec = Spec(residual="contiguous", weighted=True, affine=True, lengths=True, after="silu")
     problem = build(spec)
     leaves = problem.leaves()
     if name == "dy":
-        y = problem.call(squeeze_excite, leaves, backend="native")
+        y = problem.call(squeeze_excite, leaves, backend=backend.name)
         problem.dy.untyped_storage().resize_(keep)
         with pytest.raises(RuntimeError, match="dy: expected a tensor with memory"):
             y.backward(problem.dy)
@@ -137,15 +137,16 @@ def test_freed_storage(name: str, keep: int) -> None:
     shown = {"affine_scale": r"before_affine\[0\]", "affine_shift": r"before_affine\[1\]"}
     message = f"{shown.get(name, name)}: expected a tensor with memory for all of its elements"
     with pytest.raises(RuntimeError, match=message):
-        problem.call(squeeze_excite, backend="native")
+        problem.call(squeeze_excite, backend=backend.name)
     with pytest.raises(RuntimeError, match=message):
-        problem.call(squeeze_excite, problem.leaves(), backend="native")
+        problem.call(squeeze_excite, problem.leaves(), backend=backend.name)
 
 
-def test_freed_between_forward_and_backward() -> None:
+@each_library
+def test_freed_between_forward_and_backward(backend: BackendCase) -> None:
     problem = build(Spec())
     leaves = problem.leaves()
-    y = problem.call(squeeze_excite, leaves, backend="native")
+    y = problem.call(squeeze_excite, leaves, backend=backend.name)
     w2 = problem.tensors["w2"]
     assert w2 is not None
     w2.untyped_storage().resize_(0)
@@ -153,7 +154,8 @@ def test_freed_between_forward_and_backward() -> None:
         y.backward(problem.dy)
 
 
-def test_raw_ops_refuse_what_backward_was_not_given() -> None:
+@each_library
+def test_raw_ops_refuse_what_backward_was_not_given(backend: BackendCase) -> None:
     """Vectors and masks of another call, or of another kind."""
     problem = build(Spec(after="relu", residual="contiguous"))
     args = [problem.tensors[n] for n in FREED]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models import REAL_MODELS, RealModel, library, output
+from operations import CountOperations
 from senet_kernels import backends, fuse_se_blocks, unfuse_se_blocks
 from senet_kernels.convert import _Fused
 
@@ -155,16 +156,9 @@ def test_the_kernels_do_run() -> None:
     real = next(r for r in REAL_MODELS if r.name == "timm-efficientnet_b0")
     model, x = real.make(), real.input()
     fuse_se_blocks(model, backend="native")
-    calls: Counter[str] = Counter()
-
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            calls[func.name()] += 1
-            return func(*args, **(kwargs or {}))
-
-    with Count(), torch.no_grad():
+    with CountOperations() as counted, torch.no_grad():
         model(x)
-    assert calls["senet_kernels::native_forward"] == 16
+    assert counted.calls["senet_kernels::native_forward"] == 16
 
 
 _SE_NAMES = ("SqueezeExcite", "SEModule", "EffectiveSEModule", "EseModule", "SqueezeExcitation")

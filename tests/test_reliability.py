@@ -87,6 +87,61 @@ def test_no_test_is_named_where_it_is_always_skipped() -> None:
     assert empty == []
 
 
+@pytest.mark.parametrize("row", ROWS, ids=_NAMES)
+def test_some_test_of_every_row_ran(row: dict[str, Any]) -> None:
+    """On a GPU none has: what only it would tell is not known."""
+    results = json.loads(reliability.RESULTS.read_text())
+    assert set(reliability.places_run(row, results)) - {"GPU"}
+
+
+def test_skipped_is_no_result() -> None:
+    row = {"tests": {place: ["a", "b"] for place in reliability.PLACES}}
+    tests = {"CPU": {"a": {"skipped": 2}}, "simulated CUDA": {"a": {"skipped": 2, "passed": 1}}}
+    results = {place: {"tests": counts} for place, counts in tests.items()}
+    assert [reliability.outcome(row, place, results) for place in reliability.PLACES] == [
+        "not run", "1 passed, 2 skipped, 1 not run", "not recorded", "not yet run on a GPU",
+    ]  # fmt: skip
+    assert reliability.places_run(row, results) == ["simulated CUDA"]
+
+
+def test_records_are_of_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With changes that are not committed nothing runs; changes of documents do not matter."""
+
+    def git(*arguments: str) -> None:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=b", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("PAGE", "RESULTS"):
+        monkeypatch.setattr(reliability, name, tmp_path / getattr(reliability, name).name)
+    ran: list[str] = []
+
+    def run(place: str, slow: bool) -> dict[str, Any]:
+        ran.append(reliability.commit())
+        record = {"command": "c", "date": "d", "commit": ran[-1], "kernels": reliability.kernels()}
+        return {**record, "tests": {}}
+
+    monkeypatch.setattr(reliability, "ROOT", tmp_path)
+    monkeypatch.setattr(reliability, "run", run)
+    monkeypatch.setattr(reliability, "kernels", lambda: dict.fromkeys(FILES, "text"))
+    monkeypatch.setattr(sys, "argv", ["reliability", "--run", "--place", "CPU", "simulated CUDA"])
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "c")
+    assert reliability.main() == 0  # although the first place's record is written by then
+    assert len(ran) == 2
+    assert not any("dirty" in commit for commit in ran)
+    for name in ("test_a.py", "test_b.py"):  # changed, and not even added
+        (tmp_path / "tests" / name).write_text("pass")
+        with pytest.raises(SystemExit, match=f"commit or stash first\n.*tests/{name}"):
+            reliability.main()
+        assert reliability.commit().endswith("-dirty")
+        git("add", ".")
+        git("commit", "-q", "-m", "d")
+    assert len(ran) == 2
+
+
 def test_mutants_are_killed_or_explained() -> None:
     found = json.loads(reliability.MUTANTS.read_text())["mutants"]
     killed = [m for m in found if m["killed"]]

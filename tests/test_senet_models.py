@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import oracle
 from models import library, randomise
+from operations import CountOperations
 from senet_kernels import FusedSEBlock, backends, fuse_se_blocks, squeeze_excite, use_backend
 from senet_kernels.flops import multiply_adds
 from senet_kernels.models import (
@@ -443,16 +443,10 @@ def test_end_of_a_block_is_one_operation(name: str) -> None:
     No sum, comparison or product over activations is left of them."""
     model = _random(create_model(name, 10, 1, stem="small"))
     for kind in (torch.float32, torch.bfloat16):
-        calls: Counter[str] = Counter()
-
-        class Count(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-                calls[func.name()] += 1  # noqa: B023
-                return func(*args, **(kwargs or {}))
-
         blocks = sum(isinstance(m, FusedSEBlock) for m in model.modules())
         x = torch.randn(2, 1, 8, 8, dtype=kind)
-        with Count():
+        with CountOperations() as counted:
+            calls = counted.calls
             y = model.to(kind)(x)
             assert calls.pop("senet_kernels::native_forward") == blocks
             assert not {c for c in calls if "add" in c or "mul" in c or "mean" in c} - {

@@ -406,27 +406,6 @@ def test_overwriting_waits_until_nothing_can_go_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "tensorboard").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backend": "foo"}, "--backend: expected one of auto, native"),
-        ({"backend": "triton"}, "--backend: backend='triton' was asked for and cannot run"),
-        ({"warmup_epochs": float("inf")}, "--warmup-epochs: expected at least 0, got inf"),
-        ({"lr": float("nan")}, "--lr: expected 0 to"),
-        ({"learning_rate": 0.1}, "there is no option 'learning_rate'"),
-        ({"epoch": 3}, r"there is no option 'epoch' \(did you mean epochs\?\)"),
-        ({"epochs": "3"}, "--epochs: expected int, got str"),
-        ({"epochs": True}, "--epochs: expected int, got bool"),
-        ({"batch_size": 1, "image_size": 2}, "expected at least 2 images per process"),
-    ],
-)
-def test_more_settings_that_do_not_fit(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(TrainError, match=message):
-        short_run(tmp_path / "run", **options)
-
-
 def test_cheap_errors_come_before_the_images_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,6 +498,15 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
         ({"parallel": "ddp"}, "start it with torchrun"),
         ({"device": "cuda:99"}, "'cuda:99' is not here"),
         ({"device": "tpu"}, "--device: expected auto, cpu"),
+        ({"backend": "foo"}, "--backend: expected one of auto, native"),
+        ({"backend": "triton"}, "--backend: backend='triton' was asked for and cannot run"),
+        ({"warmup_epochs": float("inf")}, "--warmup-epochs: expected at least 0, got inf"),
+        ({"lr": float("nan")}, "--lr: expected 0 to"),
+        ({"learning_rate": 0.1}, "there is no option 'learning_rate'"),
+        ({"epoch": 3}, r"there is no option 'epoch' \(did you mean epochs\?\)"),
+        ({"epochs": "3"}, "--epochs: expected int, got str"),
+        ({"epochs": True}, "--epochs: expected int, got bool"),
+        ({"batch_size": 1, "image_size": 2}, "expected at least 2 images per process"),
     ],
 )
 def test_settings_that_do_not_fit(options: dict[str, Any], message: str, tmp_path: Path) -> None:

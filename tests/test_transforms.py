@@ -1,8 +1,7 @@
-"""torch.func transforms, forward-mode AD, autocast."""
+"""torch.func transforms, forward-mode AD."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,14 +16,7 @@ from torch.func import vmap as torch_vmap
 import oracle
 from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase
 from problems import HALVES, Problem, Spec, build
-from senet_kernels import (
-    FusedSEBlock,
-    NativeSEFunction,
-    channel_scale,
-    pack_options,
-    squeeze,
-    squeeze_excite,
-)
+from senet_kernels import FusedSEBlock, NativeSEFunction, pack_options, squeeze_excite
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
 
@@ -255,96 +247,3 @@ def test_forward_mode_through_the_function_raises(backend: BackendCase) -> None:
         arguments = problem.positional(pack_options(activation="silu"), tensors)
         with pytest.raises((RuntimeError, NotImplementedError)):
             NativeSEFunction.apply(*arguments)
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-@each_backend
-def test_autocast_gives_eagers_dtype(
-    backend: BackendCase, autocast: torch.dtype, residual: bool
-) -> None:
-    for x_dtype, parameters in itertools.product(_DTYPES, _DTYPES):
-        added = "contiguous" if residual else None
-        problem = build(Spec((2, 8, 3, 5), 4, residual=added, device=backend.device))
-        tensors: dict[str, Tensor | None] = {
-            n: None if t is None else t.to(x_dtype if n in ("x", "residual") else parameters)
-            for n, t in problem.tensors.items()
-        }
-        leaves = {n: None if t is None else t.requires_grad_() for n, t in tensors.items()}
-        with torch.autocast(backend.device, autocast):
-            eager = problem.call(oracle.eager_block, leaves)
-            ours = problem.call(squeeze_excite, leaves)  # auto: some pairs fall back
-        where = f"{x_dtype} x, {parameters} parameters"
-        assert ours.dtype == eager.dtype, where
-        # Parameters are not rounded to half, so ours is nearer the truth than eager.
-        torch.testing.assert_close(ours.float(), eager.float(), rtol=0.05, atol=0.05, msg=where)
-        ours.float().square().sum().backward()
-        for name, leaf in leaves.items():
-            if leaf is not None:
-                assert leaf.grad is not None, f"{where}: {name}"
-                assert leaf.grad.dtype == leaf.dtype, f"{where}: {name}"
-                assert leaf.grad.isfinite().all(), f"{where}: {name}"
-
-
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-@each_backend
-def test_autocast_of_a_weighted_sum_keeps_the_dtype_of_x(
-    backend: BackendCase, autocast: torch.dtype
-) -> None:
-    """alpha and beta in float32 are used so, and do not make a float32 model of the rest."""
-    for x_dtype, parameters in itertools.product(_DTYPES, _DTYPES):
-        block = FusedSEBlock(8, 4, weighted_sum=True, device=backend.device, dtype=parameters)
-        x = torch.randn(2, 8, 3, 5, device=backend.device, dtype=x_dtype)
-        with torch.autocast(backend.device, autocast):
-            g = block.fc2(block.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
-            eager = block.alpha[:, None, None] * x + block.beta[:, None, None] * (g * x)
-            ours = block(x)
-        expected = torch.promote_types(x_dtype, autocast)
-        assert ours.dtype == expected, f"{x_dtype} x, {parameters} parameters"
-        torch.testing.assert_close(ours.float(), eager.float(), rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-@each_backend
-def test_autocast_of_halves_gives_eagers_dtype(backend: BackendCase, autocast: torch.dtype) -> None:
-    """No half has a layer: what it is given decides."""
-    for x_dtype, other in itertools.product(_DTYPES, _DTYPES):
-        x = torch.randn(2, 8, 3, 5, device=backend.device, dtype=x_dtype)
-        u, alpha = (torch.randn(s, device=backend.device, dtype=other) for s in ((2, 8), (8,)))
-        with torch.autocast(backend.device, autocast):
-            assert squeeze(x).dtype == x_dtype
-            scaled = channel_scale(x, u, gate="sigmoid")
-            weighted = channel_scale(x, u.to(x_dtype), alpha=alpha)
-            eager = x * u.sigmoid()[:, :, None, None]
-        assert scaled.dtype == eager.dtype, f"{x_dtype} x, {other} u"
-        assert weighted.dtype == x_dtype, f"{x_dtype} x, {other} alpha"
-        torch.testing.assert_close(scaled.float(), eager.float(), rtol=0.05, atol=0.05)
-
-
-@each_backend
-def test_autocast_of_float64_is_eagers(backend: BackendCase) -> None:
-    """autocast leaves float64 alone: with float64 parameters right, with others a clear error."""
-    problem = build(Spec((2, 8, 3, 5), 4, torch.float64, device=backend.device))
-    right = problem.call(oracle.block)
-    with torch.autocast(backend.device, torch.bfloat16):
-        _close(problem.call(squeeze_excite, backend=backend.name), right)
-        mixed = {
-            n: None if t is None else t if n == "x" else t.float()
-            for n, t in problem.tensors.items()
-        }
-        with pytest.raises(TypeError, match=r"w1.*float64.*float32"):
-            problem.call(squeeze_excite, mixed, backend=backend.name)
-
-
-@each_backend
-def test_disabled_autocast_changes_nothing(backend: BackendCase) -> None:
-    problem = build(Spec((2, 8, 3, 5), 4, device=backend.device))
-    plain = problem.call(squeeze_excite, backend=backend.name)
-    with torch.autocast(backend.device, torch.bfloat16):
-        with torch.autocast(backend.device, enabled=False):
-            assert torch.equal(problem.call(squeeze_excite, backend=backend.name), plain)
-        inside = problem.call(squeeze_excite, backend=backend.name)
-    assert inside.dtype == torch.float32

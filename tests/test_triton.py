@@ -510,6 +510,5 @@ def test_what_the_sanitizer_sees() -> None:
     from tools import gpu_kernels
 
     known = {n for module in (launch, halves) for n in vars(module) if n.endswith("_kernel")}
-    known = {n for module in (launch, halves) for n in vars(module) if n.endswith("_kernel")}
     assert known == gpu_kernels.TRITON_KERNELS
     gpu_kernels.run("triton", "cpu", gpu_kernels.TRITON_CASES[0])

@@ -56,7 +56,9 @@ KERNELS_IN = {
     "Triton interpreter": ("triton",),
     "GPU": ("triton", "cuda"),
 }
-NOT_YET = "not yet run on a GPU"
+NOT_YET, NOT_RUN, NOT_RECORDED = "not yet run on a GPU", "not run", "not recorded"
+#: The folders whose text decides about results.
+RECORDED_OF = ("csrc", "senet_kernels", "tests")
 AS_THEY_ARE, STALE = "of the kernels as they are", "of earlier kernels: stale"
 _OUTCOMES = ("passed", "failed", "skipped")
 
@@ -105,7 +107,7 @@ def kernels() -> dict[str, str]:
 def of_kernels(recorded: dict[str, str] | None, backends: Iterable[str]) -> str:
     """Whether a record is of the kernels as they are, in words."""
     if recorded is None:
-        return "not recorded"
+        return NOT_RECORDED
     now = kernels()
     stale = [b for b in backends if recorded.get(b) != now[b]]
     fresh = [b for b in backends if b not in stale]
@@ -114,10 +116,19 @@ def of_kernels(recorded: dict[str, str] | None, backends: Iterable[str]) -> str:
     return STALE if stale else AS_THEY_ARE
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def uncommitted() -> list[str]:
+    """What differs from the commit in what a record is about; a record itself is not."""
+    return _git("status", "--porcelain", "--", *RECORDED_OF).splitlines()
+
+
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    found = _git("describe", "--always", "--abbrev=12") or "unknown"
+    return f"{found}-dirty" if uncommitted() else found
 
 
 def outcome(row: dict[str, Any], place: str, results: dict[str, Any]) -> str:
@@ -125,12 +136,20 @@ def outcome(row: dict[str, Any], place: str, results: dict[str, Any]) -> str:
     if place == "GPU" and place not in results:
         return NOT_YET
     if place not in results:
-        return "not recorded"
+        return NOT_RECORDED
     total: Counter[str] = Counter()
     for test in row["tests"][place]:
-        total.update(results[place]["tests"].get(test, {"not run": 1}))
-    said = [f"{total[name]} {name}" for name in (*_OUTCOMES, "not run") if total[name]]
+        total.update(results[place]["tests"].get(test, {NOT_RUN: 1}))
+    if not total["passed"] + total["failed"]:
+        return NOT_RUN
+    said = [f"{total[name]} {name}" for name in (*_OUTCOMES, NOT_RUN) if total[name]]
     return ", ".join(said)
+
+
+def places_run(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """Where a test of the row gave a result."""
+    none = (NOT_YET, NOT_RUN, NOT_RECORDED)
+    return [place for place in row["tests"] if outcome(row, place, results) not in none]
 
 
 def _short(test: str) -> str:
@@ -336,7 +355,9 @@ _RUNS = """
 ## When these results were taken
 
 "Not run" counts tests whose cases there are all slow, which take `ARGS=--slow`, or that are newer
-than the results.
+than the results; alone it says that no test of the row ran there, which is no result. What is
+recorded is of a commit: with changes of `csrc`, `senet_kernels` or `tests` that are not committed
+nothing is run.
 """
 _FUZZ = """
 ## The fuzzer
@@ -390,6 +411,8 @@ def main() -> int:
         _warn()
         print(f"{PAGE.name}: {'as generated' if same else 'run python -m tools.reliability'}")
         return int(not same)
+    if options.run and (changed := uncommitted()):
+        sys.exit("a record is of a commit: commit or stash first\n" + "\n".join(changed))
     failed = False
     for place in options.place if options.run else ():
         if place == "GPU" and not _has_gpu():
