@@ -167,12 +167,14 @@ $(STAMPS)/bench: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
 	@echo '==> senet_kernels[bench], native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-build-isolation -e '.[bench]'; cat senet_kernels/_build.json; touch $@; }
 
-# torchvision belongs to one release of torch: with another torch these tests are left out.
+# torchvision belongs to one release of torch, and this transformers is not for Python 3.10: with others
+# these tests are left out.
 $(STAMPS)/models: | $(STAMPS)/torch
 	@echo '==> model libraries for the tests'; time { \
-	  if $(PY) -c 'import sys, torch; sys.exit(not torch.__version__.startswith("2.13.0"))'; then \
+	  if $(PY) -c 'import sys, torch; sys.exit(not torch.__version__.startswith("2.13.0") or \
+	    sys.version_info < (3, 11))'; then \
 	    $(PY) $(PIP) pillow numpy && $(PY) $(PIP) --no-deps $(MODELS_ALONE) && $(PY) $(PIP) $(MODELS); \
-	  else echo '    left out: they are for torch 2.13.0'; fi; touch $@; }
+	  else echo '    left out: they are for torch 2.13.0 and Python 3.11 or later'; fi; touch $@; }
 
 $(NEWER)/stamp: | $(STAMPS)/torch
 	@echo '==> $(NEWER_TRITON) into $(NEWER)'; time { \

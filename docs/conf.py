@@ -19,7 +19,6 @@ copyright = author
 version = release = senet_kernels.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"senet_kernels {version}"
 myst_heading_anchors = 3

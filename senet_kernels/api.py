@@ -1,4 +1,7 @@
-"""The public functions: documentation, checks, the choice of a backend, and the call."""
+"""The public functions: documentation, checks, the choice of a backend, and the call.
+
+More than 500 lines: public functions of up to sixteen arguments, and what they document of each.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ Three Functions, because torch asks for three things that exclude each other:
 The halves of the operation have a plain Function each, :class:`SqueezeFunction` and
 :class:`ChannelScaleFunction`, and share ``_Backward``; under ``torch.func`` transforms they are
 the reference's business.
+
+More than 500 lines: all Functions share one order of arguments, of gradients and of what is saved.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from .pointwise import ACTIVATIONS, GATES, Options
 
 FUSED = "fused"
 FALLS_BACK = "falls back"  # auto: to the reference; asked for by name: raises, saying why
-RAISES = "raises"
 
 #: Columns: (backend, device type). Triton has one for the CPU under its interpreter.
 COLUMNS: tuple[tuple[str, str], ...] = (
@@ -25,37 +24,31 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     *(("triton", device) for device in triton.DEVICES),
 )
 
+_ROWS: tuple[str, ...] = (
+    "dtype float32",
+    "dtype bfloat16",
+    "dtype float16",
+    "dtype float64",
+    "parameters in float32 under autocast",
+    "two layers",
+    "single layer (w1=None)",
+    "squeeze alone",
+    "channel_scale alone",
+    "scale-and-shift (w2 with 2C rows)",
+    "alpha, beta",
+    "before_affine",
+    "lengths",
+    "residual",
+    "inplace",
+    *(f"activation {name}" for name in ACTIVATIONS),
+    *(f"gate {name}" for name in GATES),
+    *(f"before {name}" for name in ACTIVATIONS),
+    *(f"after {name}" for name in ACTIVATIONS),
+)
 
-def _rows() -> dict[str, tuple[str, ...]]:
-    def row(native: bool) -> tuple[str, ...]:
-        fused = {"native": native, "triton": True}
-        return tuple(FUSED if fused[backend] else FALLS_BACK for backend, _ in COLUMNS)
-
-    rows = {
-        "dtype float32": row(True),
-        "dtype bfloat16": row(True),
-        "dtype float16": row(True),
-        "dtype float64": row(True),
-        "parameters in float32 under autocast": row(True),
-        "two layers": row(True),
-        "single layer (w1=None)": row(True),
-        "squeeze alone": row(True),
-        "channel_scale alone": row(True),
-        "scale-and-shift (w2 with 2C rows)": row(True),
-        "alpha, beta": row(True),
-        "before_affine": row(True),
-        "lengths": row(True),
-        "residual": row(True),
-        "inplace": row(True),
-    }
-    rows |= {f"activation {name}": row(True) for name in ACTIVATIONS}
-    rows |= {f"gate {name}": row(True) for name in GATES}
-    rows |= {f"before {name}": row(True) for name in ACTIVATIONS}
-    rows |= {f"after {name}": row(True) for name in ACTIVATIONS}
-    return rows
-
-
-FEATURES: dict[str, tuple[str, ...]] = _rows()
+#: Every backend fuses everything. Cells of one that does not are changed below this line, as by
+#: ``FEATURES["lengths"] = (FUSED, FALLS_BACK, ...)``, a cell per column.
+FEATURES: dict[str, tuple[str, ...]] = dict.fromkeys(_ROWS, (FUSED,) * len(COLUMNS))
 
 
 # What the kernels for a GPU count in: positions and columns of u in 32 bits, with a tile to spare,

@@ -28,7 +28,7 @@ class Part(NamedTuple):
     path: Path  # (): the module itself, which may have become a subclass
     kind: type[nn.Module]
     children: int
-    setting: float | str | None  # the argument of an activation that has one
+    setting: float | str | None  # the argument of an activation or dropout
 
 
 class Mlp(NamedTuple):
@@ -165,6 +165,8 @@ def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
 def _setting(module: nn.Module) -> float | str | None:
     if isinstance(module, nn.LeakyReLU):
         return module.negative_slope
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
     return module.approximate if isinstance(module, nn.GELU) else None
 
 

@@ -142,18 +142,13 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
             continue
         if _Attributes(double) != before:
             raise Refusal("its forward changes its attributes")
-        tried = [found] if found else _candidates(paths, parts)
-        forms = [
-            form
-            for form in (tried if _scales(x, theirs[0][0]) else ())
-            if _same([_Model(form, double)(x)], [theirs[0][0]])
-            and all(
-                _same(_output_and_gradients(_Model(form, double), x, double), t) for t in theirs
-            )
-        ]
+        tried = [found] if found else [*_candidates(paths, parts)]
+        forms = _forms_of(tried, double, x, theirs)
         if len(forms) != 1:
             what = "more than one form" if forms else "no form"
             why = f"{what} of squeeze-and-excitation gives its output and gradients"
+            if not forms and _forms_of(tried, double, x, theirs[1:]):
+                why = _different_in_training(tried, double, x)
             continue
         _check_unusual_calls(forms[0], double, x)
         if found is None:
@@ -163,6 +158,37 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
     if found is None:
         raise Refusal(why)
     return found._replace(ranks=tuple(ranks))
+
+
+def _forms_of(
+    tried: list[Mlp], module: nn.Module, x: Tensor, theirs: list[list[Tensor]]
+) -> list[Mlp]:
+    """Which forms give all these outputs and gradients."""
+    return [
+        form
+        for form in (tried if _scales(x, theirs[0][0]) else ())
+        if _same([_Model(form, module)(x)], [theirs[0][0]])
+        and all(_same(_output_and_gradients(_Model(form, module), x, module), t) for t in theirs)
+    ]
+
+
+def _different_in_training(tried: list[Mlp], module: nn.Module, x: Tensor) -> str:
+    """Why a module that is squeeze-and-excitation in eval alone is refused."""
+    dry = copy.deepcopy(module).train()
+    dropouts = [
+        (".".join(path), repr(child), child)
+        for path, child in descendants(dry)
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0
+    ]
+    for _, _, child in dropouts:
+        child.p = 0.0
+    if dropouts and _forms_of(tried, dry, x, [_output_and_gradients(dry.forward, x, dry)]):
+        name, shown, _ = dropouts[0]
+        return (
+            f"its child {name}, {shown}, is random in training: for inference put nn.Identity() in "
+            "its place, for training call squeeze and channel_scale around your own excitation"
+        )
+    return "it is squeeze-and-excitation in eval, and computes something else in training"
 
 
 def _copy(module: nn.Module, dtype: torch.dtype, device: str) -> Foreign:

@@ -311,6 +311,38 @@ def test_complex_parameters_are_refused() -> None:
     assert fuse_se_blocks(block).refused[0].note == "its child fc.0 has complex parameters"
 
 
+def test_dropout_in_the_excitation() -> None:
+    block = SELayer()
+    block.fc.insert(2, nn.Dropout(0.3))
+    assert fuse_se_blocks(block).refused[0].note == (
+        "its child fc.2, Dropout(p=0.3, inplace=False), is random in training: for inference put "
+        "nn.Identity() in its place, for training call squeeze and channel_scale around your own "
+        "excitation"
+    )
+    x = _x()
+    expected = block.eval()(x)
+    block.fc[2] = nn.Identity()
+    assert len(fuse_se_blocks(block).replaced) == 1
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_dropout_that_drops_nothing_until_it_does() -> None:
+    block = SELayer()
+    block.fc.insert(2, nn.Dropout(0.0))
+    assert len(fuse_se_blocks(block).replaced) == 1
+    _assert_same(block, _x())
+    block.fc[2].p = 1.0  # type: ignore[assignment]
+    torch.testing.assert_close(block(_x()), 0.5 * _x())
+
+
+def test_another_computation_in_training() -> None:
+    """Whatever dropout is beside it."""
+    block = SEOddity(lambda m, x: _se(m, x) * (1 + m.training))
+    assert fuse_se_blocks(block).refused[0].note == (
+        "it is squeeze-and-excitation in eval, and computes something else in training"
+    )
+
+
 def test_strict_changes_nothing() -> None:
     model = nn.ModuleList([SELayer(), SEOddity(_ODD["twice"])])
     with pytest.raises(ValueError, match=r"strict: expected .* got 1 \(.*SEOddity\)"):
@@ -525,8 +557,9 @@ class _Wrapped(nn.Module):
         return y
 
 
-class MaskedSE(nn.Module):
-    """By the definition of speechbrain's block, whose name it is given below."""
+class Masked(nn.Module):
+    """As speechbrain 1.1.2 writes its block, whose name it is given below: the package brings
+    torchaudio and more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -534,20 +567,62 @@ class MaskedSE(nn.Module):
         self.conv2, self.sigmoid = _Wrapped(6, 24), nn.Sigmoid()
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        if lengths is None:
-            z = x.mean(2, keepdim=True)
+        longest = x.shape[-1]
+        if lengths is not None:
+            positions = torch.arange(longest, dtype=lengths.dtype).expand(len(lengths), longest)
+            mask = (positions < (lengths * longest).unsqueeze(1)).to(lengths.dtype).unsqueeze(1)
+            s = (x * mask).sum(dim=2, keepdim=True) / mask.sum(dim=2, keepdim=True)
         else:
-            counts = torch.arange(x.shape[2], dtype=lengths.dtype) < lengths[:, None] * x.shape[2]
-            mask = counts[:, None].to(x.dtype)
-            z = (x * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True)
-        return x * self.sigmoid(self.conv2(self.relu(self.conv1(z))))
+            s = x.mean(dim=2, keepdim=True)
+        s = self.relu(self.conv1(s))
+        s = self.sigmoid(self.conv2(s))
+        return s * x
+
+
+class Generic(nn.Module):
+    """As fvcore 0.1.5.post20221221 writes its block, likewise."""
+
+    def __init__(self, activation: nn.Module, is_3d: bool) -> None:
+        super().__init__()
+        conv = nn.Conv3d if is_3d else nn.Conv2d
+        self.is_3d = is_3d
+        self.block = nn.Sequential(conv(24, 12, 1), activation, conv(12, 24, 1), nn.Sigmoid())
+
+    def forward(self, input_tensor: Tensor) -> Tensor:
+        dims = [2, 3, 4] if self.is_3d else [2, 3]
+        mean_tensor = input_tensor.mean(dim=dims, keepdim=True)
+        return torch.mul(input_tensor, self.block(mean_tensor))
+
+
+def _under_the_name(cls: type[nn.Module], name: str, *arguments: Any) -> nn.Module:
+    """An instance of a subclass that calls itself so."""
+    module, _, own = name.rpartition(".")
+    names = {"__module__": module, "__qualname__": own}
+    made: nn.Module = type(own, (cls,), names)(*arguments)
+    return made
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+def test_generic_block(rank: int) -> None:
+    name = "fvcore.nn.squeeze_excitation.SqueezeExcitation"
+    block = _under_the_name(Generic, name, nn.SiLU(), rank == 5)
+    report = fuse_se_blocks(block)
+    assert [(e.kind, e.note) for e in report.replaced] == [
+        (name, "squeeze_excite: two layers, silu, gate sigmoid")
+    ]
+    _assert_same(block, _x(2, 24, 3, 5, 4)[:, :, 0] if rank == 4 else _x(2, 24, 3, 5, 4))
+    other = _under_the_name(Generic, name, nn.SiLU(), rank == 5)
+    other.block.append(nn.Dropout())
+    assert fuse_se_blocks(other).refused[0].note == (
+        "its excitation is not layer, activation, layer, gate"
+    )
 
 
 def test_masked_block() -> None:
-    names = {"__module__": "speechbrain.lobes.models.ECAPA_TDNN", "__qualname__": "SEBlock"}
-    original = type("SEBlock", (MaskedSE,), names)()
+    name = "speechbrain.lobes.models.ECAPA_TDNN.SEBlock"
+    original = _under_the_name(Masked, name)
     block = copy.deepcopy(original)
-    assert len(fuse_se_blocks(block).replaced) == 1
+    assert [e.kind for e in fuse_se_blocks(block).replaced] == [name]
     x = _x(5, 24, 13)
     lengths = torch.tensor([1.0, 0.5, 0.31, 1 / 13, 0.99])
     for call in ((x,), (x, None), (x, lengths)):

@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("markdown_it")
 
@@ -60,6 +61,27 @@ def test_excerpts_are_of_the_sources(path: Path) -> None:
 
 def _folded(text: str) -> str:
     return " ".join(text.split())
+
+
+def test_messages_of_the_faq_are_compared() -> None:
+    """In headings and text, too: they stand in a session of their section, which runs."""
+    sections = re.split(r"^## ", (ROOT / "docs" / "faq.md").read_text("utf-8"), flags=re.MULTILINE)
+    compared = 0
+    for section in sections:
+        sessions = "".join(re.findall(r"```pycon\n(.*?)```", section, re.DOTALL))
+        text = re.sub(r"```.*?```", "", section, flags=re.DOTALL)
+        for code, quoted in re.findall(r"`([^`]*)`|\"([^\"]*)\"", text):
+            said = (code or quoted).removesuffix(" ...")
+            if " " not in said or said.startswith(("python ", "pip ", "import ")):
+                continue
+            compared += 1
+            if said == "operator torchvision::nms does not exist":
+                with pytest.raises(RuntimeError) as error:
+                    torch.library.register_fake("torchvision::missing")(lambda: None)
+                assert said in str(error.value).replace("missing", "nms")
+            else:
+                assert _folded(said) in _folded(sessions), said
+    assert compared == 3
 
 
 @of_every_document

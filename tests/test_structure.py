@@ -117,6 +117,17 @@ def test_imports_that_go_up_are_seen(tmp_path: Path, module: str, line: str) -> 
     assert len(_wrong(tmp_path / PACKAGE)) == 1
 
 
+def test_long_files_say_why() -> None:
+    folders = ("senet_kernels", "csrc", "benchmarks", "tools")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")
+             if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu")]  # fmt: skip
+    files += [ROOT / "setup.py", *ROOT.glob("docs/*.py")]
+    assert len(files) > 100
+    for path in files:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 500 or "More than 500 lines: " in "\n".join(lines[:30]), path
+
+
 def _unguarded(path: Path) -> list[str]:
     """Imports at the top of a file that fail on Python 3.10; under an ``if`` they may stand."""
     found = []

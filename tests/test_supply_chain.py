@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from senet_kernels.train import network
 from senet_kernels.train.errors import TrainError
@@ -94,6 +99,34 @@ def test_building_needs_no_network(offline: dict[str, str], tmp_path: Path, mode
     assert "NETWORK" not in done.stderr
     built = list((source / "senet_kernels").glob("_native*.so"))
     assert bool(built) == (mode != "python")
+
+
+#: What setuptools writes into a source distribution itself.
+_WRITTEN = re.compile(r"PKG-INFO|setup\.cfg|senet_kernels\.egg-info/.*")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_a_source_distribution_has_all_tracked_files_and_no_others(
+    offline: dict[str, str], tmp_path: Path
+) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    tracked = {name for name in listed if name and (ROOT / name).exists()}
+    products = {"benchmarks/results/local/x.json", "tests/__pycache__/x.pyc", "build/docs/x.html",
+                "senet_kernels/_native.abi3.so", "senet_kernels/_build.json"}  # fmt: skip
+    for name in tracked | products:
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((ROOT / name).read_bytes() if name in tracked else b"")
+    environment = {**offline, "PYTHONPATH": offline["PYTHONPATH"].split(os.pathsep)[0]}
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    done = _run(command, environment, tmp_path / "source")
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {m.name.partition("/")[2] for m in tar.getmembers() if m.isfile()}
+    assert {name for name in names if not _WRITTEN.fullmatch(name)} == tracked
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -267,6 +300,44 @@ def test_what_ci_installs_is_pinned() -> None:
         (value,) = re.findall(rf"^{variable} \?= (.*)$", makefile, re.MULTILINE)
         assert all(re.fullmatch(r"[\w-]+==[\d.]+", part) for part in value.split()), variable
     assert "-c .ci/constraints.txt" in re.findall(r"^PIP := .*$", makefile, re.MULTILINE)[0]
+
+
+def _brings(names: set[str]) -> set[str]:
+    """These distributions and all that they depend on, as far as they are installed."""
+    found: set[str] = set()
+    while names:
+        name = canonicalize_name(names.pop())
+        if name in found:
+            continue
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            wanted = [Requirement(text) for text in metadata.requires(name) or ()]
+            here = [r for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})]
+            names |= {r.name for r in here}
+            found.add(name)
+    return found
+
+
+def test_what_packages_bring_with_them_is_pinned() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [r for extra in ("bench", "docs", "lint", "test", "train") for r in extras[extra]]
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    exact = {_name(r) for r in wanted if re.search(r"==\d", r)}
+    exact |= set(re.findall(r"([\w-]+)==\d", makefile))
+    brought = _brings({_name(r) for r in wanted} | exact) - _brings({"torch"})
+    assert "pluggy" in brought
+    assert brought - {canonicalize_name(name) for name in {*exact, *_pins()}} == set()
+
+
+def test_workflows_take_actions_of_github_alone_and_can_only_read() -> None:
+    lines = _workflow_lines()
+    used = [line.split("uses: ")[1].strip() for line in lines if "uses: " in line]
+    assert used
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in used)
+    files = [path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    assert all("\npermissions:\n  contents: read\n" in text for text in files)
+    assert not any("secrets." in text or ": write" in text for text in files)
 
 
 def test_the_core_depends_on_torch_alone() -> None:

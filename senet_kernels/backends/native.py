@@ -19,7 +19,6 @@ from senet_kernels.pointwise import Options, pack
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FORWARD = "senet_kernels::native_forward"
-NAME = "native"
 
 
 def build_record() -> dict[str, Any]:

@@ -21,7 +21,6 @@ from torch import Tensor
 from senet_kernels import ops
 from senet_kernels.pointwise import Options
 
-NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: Device types with kernels.
