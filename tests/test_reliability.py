@@ -205,10 +205,10 @@ def test_a_change_of_the_kernels_makes_records_stale(
     assert reliability.main() == 0
     assert "warning" not in capsys.readouterr().err
 
-    def changed(backend: str) -> str:
-        return text_hash(backend) + ("" if backend == "cuda" else "!")
-
-    monkeypatch.setattr(reliability, "text_hash", changed)
+    for name in ("text_hash", "source_hash"):
+        before = {backend: getattr(reliability, name)(backend) for backend in FILES}
+        now = {backend: h if backend == "cuda" else h + "!" for backend, h in before.items()}
+        monkeypatch.setattr(reliability, name, now.__getitem__)
     assert reliability.main() == 1  # not what would be generated
     assert reliability.PAGE.read_text() == fresh
     warnings = capsys.readouterr().err

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import subprocess
@@ -48,6 +49,13 @@ PLACES: dict[str, tuple[str, dict[str, str]]] = {
     "simulated CUDA": ("simulated or test_cuda_on_cpu or test_simt", {}),
     "Triton interpreter": ("triton", {"TRITON_INTERPRET": "1"}),
     "GPU": ("", {}),
+}
+#: All that a backend is made of: what tests, the fuzzer and sanitizers say is about that. (Mutants are
+#: of the kernels alone, ``FILES``.)
+SOURCES = {
+    "triton": ("senet_kernels/backends/triton/*.py",),
+    "cuda": ("csrc/*.*", "csrc/cuda/*"),
+    "cpu": ("csrc/*.*", "csrc/cpu/*"),
 }
 #: The kernels that a place's results are about.
 KERNELS_IN = {
@@ -101,7 +109,13 @@ def run(place: str, slow: bool) -> dict[str, Any]:
 
 def kernels() -> dict[str, str]:
     """What a record says it is of."""
-    return {backend: text_hash(backend) for backend in FILES}
+    return {backend: source_hash(backend) for backend in SOURCES}
+
+
+def source_hash(backend: str) -> str:
+    """Of all of a backend as it is."""
+    files = sorted(path for pattern in SOURCES[backend] for path in ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def of_kernels(recorded: dict[str, str] | None, backends: Iterable[str]) -> str:
