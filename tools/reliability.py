@@ -50,8 +50,8 @@ PLACES: dict[str, tuple[str, dict[str, str]]] = {
     "Triton interpreter": ("triton", {"TRITON_INTERPRET": "1"}),
     "GPU": ("", {}),
 }
-#: All that a backend is made of: what tests, the fuzzer and sanitizers say is about that. (Mutants are
-#: of the kernels alone, ``FILES``.)
+#: All that a backend is made of: what tests, the fuzzer and sanitizers say is about that, while
+#: mutants are of the kernels alone (``FILES``).
 SOURCES = {
     "triton": ("senet_kernels/backends/triton/*.py",),
     "cuda": ("csrc/*.*", "csrc/cuda/*"),
