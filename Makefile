@@ -62,7 +62,7 @@ help:  ## this list
 	@echo 'Variables:'
 	@echo '  PYTHON=...  interpreter for $(VENV); one that has torch is used directly'
 	@echo '  TORCH=...   what pip installs as torch (default $(TORCH))'
-	@echo '  ARGS=...    arguments for the benchmarks or for pytest'
+	@echo '  ARGS=...    arguments for the benchmarks, for pytest, or for gpu (--only figures)'
 	@echo '  WORKERS=... processes that share the tests (default $(WORKERS); 0: this one alone)'
 	@echo '  OUT=...     folder for the results of gpu (default $(OUT))'
 	@echo '  BUDGET=...  seconds for gpu and fuzz (default $(BUDGET))'
@@ -74,7 +74,7 @@ bench: $(READY_BENCH) $(FOR_MODELS)  ## install what is needed, run the benchmar
 
 # Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given.
 gpu: $(READY_GPU)  ## build, test, check and time on this machine's GPU; no network needed
-	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' -- $(ARGS)
+	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' $(ARGS)
 
 test: $(READY_TEST)  ## lint, docs, and the tests that need no GPU and no patience
 	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \

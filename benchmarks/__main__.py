@@ -1,4 +1,4 @@
-"""``python -m benchmarks [layers|models|sweep|report]``: measure, report, write record and plots.
+"""``python -m benchmarks [layers|models|sweep|report|targets]``: measure, write records, report.
 
 Without a word it is ``layers``. Exit code 0: done; 1: some provider gave a wrong result; 2: an
 option cannot be what it is; 130: interrupted, with what there was.
@@ -24,12 +24,13 @@ from .plots import draw
 from .sweep import SweepRun
 
 RUNS: dict[str, Any] = {"layers": LayerRun, "models": ModelRun, "sweep": SweepRun}
-USAGE = """usage: python -m benchmarks [layers|models|sweep|report] [options]
+USAGE = """usage: python -m benchmarks [layers|models|sweep|report|targets] [options]
 
   layers  isolated layers of real networks (the default)
   models  whole networks: training step and inference, and the price of SE
   sweep   one layer, its batch, channels, positions and hidden width growing
   report  tables, CSV, plots and one HTML page from records
+  targets what the GPU kernels are to reach, and whether records say they do
 
 python -m benchmarks COMMAND --help lists the options.
 """
@@ -116,11 +117,11 @@ def measure(kind: str, argv: Sequence[str]) -> int:
     records.write(record, path)
     tables(record)
     plotted = draw(record, path)
-    missed = len(record["not_measured"])
+    unfinished = ", ".join(run.unfinished())
     print(
         f"{len(record['results'])} results in {record['elapsed_s']:.0f} s, "
         f"{record['compile']['seconds']:.0f} s of them torch.compile"
-        + (f"; {missed} cases not measured: the time was up" if missed else "")
+        + (f"; {unfinished}: the time was up" if unfinished else "")
     )
     print(f"written: {', '.join(map(str, [path, *plotted]))}")
     if status == "interrupted":
@@ -136,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .page import main as report
 
         return report(words)
+    if kind == "targets":
+        from .targets import main as targets
+
+        return targets(words)
     if kind not in RUNS:
         print(f"command: unknown {kind!r}\n{USAGE}", file=sys.stderr)
         return 2

@@ -30,8 +30,9 @@ Status = dict[str, Any]
 
 def memory_available(device: torch.device) -> float:
     """Bytes that may be allocated, infinite where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch keeps for later is free as well
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
@@ -150,6 +151,11 @@ class Bench:
             for entry in [*self.record["results"], *self.record.get("small_call", [])]
             for status in entry["providers"].values()
         )
+
+    def unfinished(self) -> list[str]:
+        """What the time was too short for."""
+        missed = len(self.record["not_measured"])
+        return [f"{missed} cases not measured"] if missed else []
 
     # -- timing ------------------------------------------------------------------------------------
 

@@ -15,8 +15,13 @@ Lines = list[list[str]]  # the first is the head
 
 def blocks(record: Record) -> Iterator[tuple[str, Lines]]:
     """(title, lines) of every table of a record."""
-    if not record["results"]:
-        return
+    if record["results"]:
+        yield from _blocks_of_results(record)
+    if record.get("small_call"):
+        yield "one small call", small_call(record)
+
+
+def _blocks_of_results(record: Record) -> Iterator[tuple[str, Lines]]:
     if record["kind"] == "models":
         modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
         yield from ((f"{mode}: time and speed-up", model_times(record, mode)) for mode in modes)
@@ -34,8 +39,6 @@ def blocks(record: Record) -> Iterator[tuple[str, Lines]]:
         yield "layers", layers(record)
         if any(regimes := list(regime_lines(record))[1:]):
             yield "regimes", [next(iter(regime_lines(record))), *regimes]
-        if record.get("small_call"):
-            yield "one small call", small_call(record)
 
 
 def time_text(microseconds: float) -> str:
@@ -125,9 +128,9 @@ def small_call(record: Record) -> Lines:
     """What one tiny call takes: overhead."""
     names = record["providers"]
     out = [["one small call", *names]]
-    for entry in record["small_call"]:
-        values = [summary.microseconds(entry, "wall", name) for name in names]
-        out.append([entry["mode"], *(f"{v:.1f} µs" if v == v else "n/a" for v in values)])
+    for what, metric, entry in summary.small_calls(record):
+        values = [summary.microseconds(entry, metric, name) for name in names]
+        out.append([what, *(f"{v:.1f} µs" if v == v else "n/a" for v in values)])
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import launches
-from .bench import OVERRUN, Bench, Status, drop_compiled, memory_available
-from .compiling import COMPILE_SHARE, graphs_so_far
+from .bench import OVERRUN, Bench, Entry, Status, drop_compiled, memory_available
+from .compiling import COMPILE_SHARE_LAST, NO_TIME, buffers_kept, graphs_so_far
 from .memory import peak_bytes, saved_bytes
 from .options import LayerOptions
 from .problem import (
+    BACKWARD,
     FORWARD,
     FORWARD_GRAPH,
     TOLERANCE,
@@ -30,21 +32,46 @@ from .providers import (
     BASELINES,
     COMPOSED,
     LIMIT,
+    Call,
     Provider,
     chosen_backend,
     make_call,
     make_provider,
     one_line,
+    plan_of,
     results,
     unavailable,
 )
 from .strategies import STRATEGIES
-from .timing import Rounds, cold_copies
+from .timing import HostTimer, Rounds, cold_copies
 from .workloads import Layer
 
 SMALL = Case(Layer(64, 4, 4, 4, "relu", "sigmoid"), "fp32", "contiguous", 2)
 ALWAYS_COMPLETE = 2  # networks
 LEAST_SECONDS = 0.5  # for the rounds of a case while the budget lasts: enough for a small layer
+# How a case's seconds are shared among its modes.
+WEIGHTS = {FORWARD: 3, FORWARD_GRAPH: 3, BACKWARD: 4, TRAINING: 7}
+
+
+def _identity(case: Case) -> Entry:
+    """What an entry says of its case."""
+    return {
+        **asdict(case.layer),
+        "layer": case.layer.name,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "batch": case.batch,
+    }
+
+
+def _passes(modes: list[str]) -> list[list[str]]:
+    """Backward alone comes apart: torch.compile makes other code for it."""
+    others = [mode for mode in modes if mode != BACKWARD]
+    return [group for group in (others, [BACKWARD] if BACKWARD in modes else []) if group]
+
+
+def _compiled_for(modes: list[str]) -> AbstractContextManager[None]:
+    return buffers_kept() if BACKWARD in modes else nullcontext()
 
 
 @dataclass
@@ -53,7 +80,10 @@ class LayerBench(Bench):
 
     providers: list[Provider] = field(init=False)
 
-    key_fields: ClassVar[tuple[str, ...]] = ("layer", "dtype", "layout", "batch")
+    # Layers of one name may differ in their neighbours.
+    key_fields: ClassVar[tuple[str, ...]] = (
+        "layer", "before", "after", "add", "dtype", "layout", "batch",
+    )  # fmt: skip
     rival: ClassVar[str] = "compile"
     options: LayerOptions
 
@@ -80,8 +110,20 @@ class LayerBench(Bench):
             "contenders": fused or names[-1:],
         }
 
-    def is_done(self, case: Case) -> bool:
-        return (case.layer.name, case.dtype, case.layout, case.batch) in self.done
+    def key_of(self, case: Case) -> tuple[Any, ...]:
+        return self.key(_identity(case))
+
+    def _without_compile(self) -> set[tuple[Any, ...]]:
+        """Cases that were measured when no time was left for torch.compile."""
+        return {
+            self.key(entry)
+            for entry in self.record["results"]
+            if any(p.get("reason", "").startswith(NO_TIME) for p in entry["providers"].values())
+        }
+
+    def unfinished(self) -> list[str]:
+        without = len(self._without_compile())
+        return super().unfinished() + ([f"{without} without torch.compile"] if without else [])
 
     def measure_all(
         self,
@@ -89,11 +131,37 @@ class LayerBench(Bench):
         keep: Callable[[Case], bool],
         progress: Callable[[list[Case]], Any],
     ) -> None:
-        """Measure the cases in order; past the budget only those to ``keep``."""
-        cases = [case for case in cases if not self.is_done(case)]
+        """Measure the cases in order; past the budget only those to ``keep``.
+
+        What an earlier run measured without torch.compile is measured again with it, after all
+        else; so are all cases with ``compile_last``.
+        """
+        again = self._without_compile()
+        if self.options.compile_last:
+            self.compile.share = 0.0
+        self._measure(
+            [case for case in cases if self.key_of(case) not in self.done], keep, progress
+        )
+        if self.options.compile_last:
+            again = self._without_compile()
+        if again:
+            self.compile.share = COMPILE_SHARE_LAST
+            late = [case for case in cases if self.key_of(case) in again]
+            self._measure(late, lambda case: False, progress)
+
+    def _measure(
+        self,
+        cases: list[Case],
+        keep: Callable[[Case], bool],
+        progress: Callable[[list[Case]], Any],
+    ) -> None:
+        known = {self.key(entry) for entry in self.record["results"]}
         weights = [case.bytes + 2**22 for case in cases]
         setups: list[float] = []
         for index, case in enumerate(progress(cases)):
+            key = self.key_of(case)
+            if key in known and (self.compile.refuse() or self.spent() > 1):
+                continue  # what there is stays
             if not keep(case) and self.spent() > OVERRUN:
                 self.record["not_measured"].append(case.name)
                 continue
@@ -102,7 +170,8 @@ class LayerBench(Bench):
             seconds = self._share(weights[index:], setups)
             before = self.compile.seconds
             entries = self._case(case, self.options.modes, seconds)
-            self.record["results"] += entries
+            kept = [entry for entry in self.record["results"] if self.key(entry) != key]
+            self.record["results"] = kept + entries
             timed = sum(entry["timed_s"] for entry in entries)
             compiled = self.compile.seconds - before
             setups.append(time.perf_counter() - begin - timed - compiled)
@@ -119,26 +188,21 @@ class LayerBench(Bench):
         compiling = 0.0
         if account.refuse() is None and any(p.name.startswith(self.rival) for p in self.providers):
             each = account.seconds / account.cases if account.cases else 3.0
-            rest = COMPILE_SHARE * budget - account.seconds
+            rest = account.share * budget - account.seconds
             compiling = min(rest, left * len(self.options.modes) * each)
         free = budget - (time.perf_counter() - self.start) - setup - compiling
         return max(0.0, free) * weights[0] / sum(weights)
 
     def _case(
-        self, case: Case, modes: list[str], seconds: float, most: int = 30
+        self, case: Case, modes: list[str], seconds: float, *, small: bool = False
     ) -> list[dict[str, Any]]:
         """Check every provider on one case, then time those that are right."""
         device = self.options.device
         torch.manual_seed(self.options.seed)
-        shared = {
-            **asdict(case.layer),
-            "layer": case.layer.name,
-            "dtype": case.dtype,
-            "layout": case.layout,
-            "batch": case.batch,
-            "bytes": case.bytes,
-        }
+        shared = {**_identity(case), "bytes": case.bytes}
         needed = 64 * case.bytes / (4 if case.dtype == "fp32" else 2)  # fp64 oracle included
+        if BACKWARD in modes:  # of x, dy and the graph of each provider two copies at least
+            needed = max(needed, 2 * (len(self.providers) + 3) * case.bytes)
         if needed > memory_available(device):
             reason = {"status": "n/a", "reason": "not enough memory"}
             names = [p.name for p in self.providers]
@@ -151,18 +215,23 @@ class LayerBench(Bench):
         problem = Problem.create(case, device, copies=copies, seed=self.options.seed)
         shared["chosen_backend"] = chosen_backend(problem)
         want = oracle(problem)
-        checked = {p.name: self._check(p, problem, want, modes) for p in self.providers}
-        del want
         entries = []
-        for mode in modes:
-            part = seconds * (0.3 if mode != TRAINING and len(modes) > 1 else 0.7)
-            late = self.spent() > 1
-            part = part if late else max(part, LEAST_SECONDS)
-            rounds = Rounds(least=3 if late else 5, most=most, seconds=part)
-            entry = {**shared, "mode": mode}
-            entry |= self._time(problem, mode, checked, rounds)
-            entries.append(entry)
-        drop_compiled(module for module, _ in checked.values())
+        passes = _passes(modes)
+        for group in passes:
+            with _compiled_for(group):
+                checked = {p.name: self._check(p, problem, want, group) for p in self.providers}
+                if group is passes[-1]:
+                    want.clear()
+                for mode in group:
+                    part = seconds * WEIGHTS[mode] / sum(WEIGHTS[m] for m in modes)
+                    late = self.spent() > 1
+                    part = part if late else max(part, LEAST_SECONDS)
+                    most = 300 if small else self.options.rounds
+                    rounds = Rounds(least=min(3 if late else 5, most), most=most, seconds=part)
+                    entry = {**shared, "mode": mode}
+                    entry |= self._time(problem, mode, checked, rounds, host=small)
+                    entries.append(entry)
+                drop_compiled(module for module, _ in checked.values())
         return entries
 
     def _check(
@@ -189,7 +258,7 @@ class LayerBench(Bench):
                     if mode == FORWARD:
                         got = {"y": make_call(module, problem, FORWARD)(0)}
                     else:
-                        got = results(module, problem)
+                        got = results(module, problem, BACKWARD if mode == BACKWARD else TRAINING)
                 status: Status = {}
                 if compiles:
                     spent = time.perf_counter() - begin
@@ -203,7 +272,7 @@ class LayerBench(Bench):
                 statuses[mode] = status
         except Exception as error:  # a backend may refuse a case, a compiler may be missing
             reason = one_line(error)
-            if compiles:
+            if compiles and not isinstance(error, torch.OutOfMemoryError):
                 self.compile.broken[provider.name] = reason
                 torch.compiler.reset()
             for mode in modes:
@@ -216,6 +285,8 @@ class LayerBench(Bench):
         mode: str,
         checked: dict[str, tuple[nn.Module | None, dict[str, Status]]],
         rounds: Rounds,
+        *,
+        host: bool,
     ) -> dict[str, Any]:
         """Statistics of every provider that passed, and speed-ups of the fused over the others."""
         out = {name: dict(statuses[mode]) for name, (_, statuses) in checked.items()}
@@ -225,11 +296,14 @@ class LayerBench(Bench):
             if module is not None and out[name]["status"] == "ok"
         }
         factor = limit_in_clones(problem.case.layer, mode)
+        timers = self.timers(len(problem.x))
+        if host and self.options.device.type == "cuda":  # on a CPU it is the wall time
+            timers["host"] = HostTimer()
         with torch.set_grad_enabled(mode != FORWARD):
             calls = {name: make_call(module, problem, mode) for name, module in modules.items()}
             timed = self.time_calls(
                 calls,
-                self.timers(len(problem.x)),
+                timers,
                 rounds,
                 out,
                 BASELINES,
@@ -238,21 +312,25 @@ class LayerBench(Bench):
             )
             for name, call in calls.items():
                 if name != LIMIT:
-                    out[name] |= self._account(call, modules[name], problem, mode)
+                    out[name] |= self._account(name, call, modules[name], problem, mode)
         return {"limit_in_clones": factor, **timed, "providers": out}
 
     def _account(
-        self, call: Callable[[int], Any], module: nn.Module, problem: Problem, mode: str
+        self, name: str, call: Call, module: nn.Module, problem: Problem, mode: str
     ) -> dict[str, Any]:
-        """What a call costs besides time: launches, peak memory, bytes saved for backward."""
+        """What a call costs besides time: launches, peak memory, bytes saved for backward; and by
+        which plan it runs."""
         device = self.options.device
         found: dict[str, Any] = {}
         try:
+            call(0)  # on this stream, to which a graph for backward may have to be built anew
+            if (plan := plan_of(name, problem, mode)) is not None:
+                found["plan"] = plan
             if device.type == "cuda" or not hasattr(module, "_orig_mod"):
                 found["launches"] = launches.count(lambda: call(0), device)
             if (peak := peak_bytes(lambda: call(0), device)) is not None:
                 found["peak_bytes"] = peak
-            if mode != FORWARD:
+            if mode not in (FORWARD, BACKWARD):
                 forward = make_call(module, problem, FORWARD_GRAPH)
                 # x and the residual are the network's in any case, saved or not
                 inputs = [problem.x[0], *problem.weights.values(), *module.parameters()]
@@ -300,7 +378,7 @@ class LayerRun(LayerBench):
         if self.options.small and not self.record["small_call"]:
             self.tell("small call")
             modes = [FORWARD, FORWARD_GRAPH, TRAINING]
-            self.record["small_call"] += self._case(SMALL, modes, seconds=4.0, most=300)
+            self.record["small_call"] += self._case(SMALL, modes, seconds=4.0, small=True)
             self.save(self.record)
         if not self.options.layers:
             return

@@ -14,7 +14,7 @@ import torch
 from senet_kernels._command_line import count, seconds
 
 from .networks import COMPILE_WITHOUT, FULL_ONLY, NETWORKS, VARIANTS, NetworkSpec
-from .problem import DTYPES, FORWARD, LAYOUTS, TRAINING
+from .problem import BACKWARD, DTYPES, FORWARD, LAYOUTS, TRAINING
 from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES
 from .strategies import STRATEGIES
 from .workloads import DEFAULT_NETWORKS, Network, load_networks, select
@@ -50,6 +50,8 @@ class LayerOptions(Options):
     neighbours: bool = False
     small: bool = False
     layers: bool = True
+    rounds: int = 30
+    compile_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _common(add: Any, *, dtypes: Sequence[str], budget: float) -> None:
+def _common(
+    add: Any, *, dtypes: Sequence[str], budget: float, modes: Sequence[str] = (FORWARD, TRAINING)
+) -> None:
     add("--dtype", action="append", choices=dtypes, help="default: fp32 on CPU, bf16 on CUDA")
-    add("--mode", action="append", choices=[FORWARD, TRAINING], help="default: both")
+    add("--mode", action="append", choices=modes, help=f"default: {FORWARD} and {TRAINING}")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--threads", type=count, help="CPU threads (default: torch's)")
     add(
@@ -125,7 +129,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         add("--full", action="store_true",
             help="all networks and variants, both layouts, original image sizes")  # fmt: skip
         return parser
-    _common(add, dtypes=list(DTYPES), budget=180)
+    _common(add, dtypes=list(DTYPES), budget=180, modes=(FORWARD, BACKWARD, TRAINING))
     add("--layout", action="append", choices=LAYOUTS, help="default: both")
     fused = f"of {', '.join([*BASELINES, *COMPOSED])}, and backends {', '.join(FUSED)}, reference"
     if kind == "layers":
@@ -133,11 +137,14 @@ def _parser(kind: str) -> argparse.ArgumentParser:
             help=f"{fused}; default: the baselines (on a CPU without timm and "
             "compile-max) and every fused backend")  # fmt: skip
         add("--batch", action="append", type=count, help="default: 8 on CPU, 256 on CUDA")
-        add("--network", action="append", help="network of workloads.json (repeatable)")
+        add("--network", action="append", help="network of workloads.json (repeatable), or all")
         add("--layer", action="append", default=[], metavar="CxHxW", help="only this shape")
         add("--neighbours", action="store_true", help="with the pointwise steps before and after")
         add("--full", action="store_true", help="all networks, fp32 and bf16, batches 1, 8, 32")
         add("--small", action="store_true", help="only the overhead of a tiny call, 2x64x4x4")
+        add("--rounds", type=count, default=30, help="samples per provider at most (30)")
+        add("--compile-last", action="store_true",
+            help="all without torch.compile, then once more with it while time lasts")  # fmt: skip
         return parser
     add("--provider", action="append",
         help=f"{fused}; default: eager, halves and every fused backend")  # fmt: skip
@@ -201,7 +208,9 @@ def _layers(
 ) -> LayerOptions:
     cuda = common["device"].type == "cuda"
     known = load_networks(neighbours=args.neighbours)
-    names = args.network or (list(known) if args.full or args.layer else DEFAULT_NETWORKS)
+    names = args.network or (["all"] if args.full or args.layer else DEFAULT_NETWORKS)
+    if "all" in names:  # the default ones first, because the time may be up
+        names = dict.fromkeys([*DEFAULT_NETWORKS, *known])
     try:
         networks = select(known, names, args.layer)
     except ValueError as error:
@@ -218,6 +227,8 @@ def _layers(
         # a selection of layers is somebody looking at those layers
         small=args.small or not (args.layer or args.network),
         layers=not args.small,
+        rounds=args.rounds,
+        compile_last=args.compile_last,
     )
 
 

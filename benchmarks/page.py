@@ -47,15 +47,6 @@ def warnings(record: Record) -> list[str]:
     return found
 
 
-def loss_text(loss: tuple[str, str, dict[str, Any], dict[str, float]]) -> str:
-    contender, baseline, entry, figure = loss
-    return (
-        f"{contender} vs {baseline} {figure['ratio']:.2f}× "
-        f"[{figure['ci_low']:.2f}, {figure['ci_high']:.2f}]: "
-        f"{summary.case_name(entry)} {entry['mode']}"
-    )
-
-
 def _flat(values: dict[str, Any]) -> dict[str, str]:
     found = {}
     for key, value in values.items():
@@ -88,7 +79,7 @@ def _section(record: Record, name: str, images: list[tuple[str, Path]]) -> dict[
             }
             for title, lines in digest.blocks(record)
         ],
-        "losses": [loss_text(loss) for loss in summary.losses(record)],
+        "losses": [summary.loss_text(loss) for loss in summary.losses(record)],
         "missing": [
             f"{provider} {status}: {reason}" + (f" ({count} measurements)" if count else "")
             for (provider, status, reason), count in summary.missing(record).items()

@@ -14,6 +14,7 @@ from .workloads import Layer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 FORWARD, FORWARD_GRAPH, TRAINING = "forward", "forward, graph built", "forward+backward"
+BACKWARD = "backward"  # alone, again and again through a graph built once
 
 # Largest error over largest value of the oracle. Wide enough for eager's own rounding, narrow
 # enough that one wrong vector or a missing term shows; the test suite holds the tight bounds.
@@ -44,11 +45,12 @@ def limit_in_clones(layer: Layer, mode: str) -> float:
     """Least traffic over that of ``x.clone()``, which reads and writes N bytes: 2N.
 
     Forward reads x and writes y; backward reads x and dy and writes dx: 5N together. A residual
-    is read once more in forward, and its gradient written once more in backward.
+    is read once more in forward, and its gradient written once more in backward. What ``after``
+    needs for backward, a bit per element, is not counted; ``before`` needs nothing further.
     """
     forward = 3 if layer.add else 2
     backward = 4 if layer.add else 3
-    return (forward + backward if mode == TRAINING else forward) / 2
+    return {TRAINING: forward + backward, BACKWARD: backward}.get(mode, forward) / 2
 
 
 @dataclass

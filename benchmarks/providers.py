@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from senet_kernels import backends, channel_scale, dispatch, squeeze
+from senet_kernels import Explanation, backends, channel_scale, dispatch, explain, squeeze
 from senet_kernels._libraries import load
 
-from .problem import DTYPES, FORWARD, TRAINING, Problem
+from .problem import BACKWARD, DTYPES, FORWARD, TRAINING, Problem
 from .strategies import STRATEGIES, Strategy
 from .workloads import Layer
 
@@ -246,28 +246,37 @@ def one_line(error: BaseException) -> str:
     return shorten(f"{type(error).__name__}: {lines[0] if lines else ''}", 240)
 
 
-def chosen_backend(problem: Problem) -> str | None:
+def _explain(problem: Problem, backend: str | None) -> Explanation:
+    layer, weights = problem.case.layer, problem.weights
+    return explain(
+        problem.x[0],
+        weights.get("w1"),
+        weights.get("b1"),
+        weights["w2"],
+        weights["b2"],
+        activation=layer.activation,
+        gate=layer.gate,
+        before=layer.before,
+        after=layer.after,
+        residual=problem.residual[0],
+        backend=backend,
+    )
+
+
+def chosen_backend(problem: Problem) -> str:
     """What senet_kernels picks by itself for this case, for the record."""
     try:
-        import senet_kernels
-    except ImportError:
-        return None
-    layer, weights = problem.case.layer, problem.weights
-    try:
-        return senet_kernels.explain(
-            problem.x[0],
-            weights.get("w1"),
-            weights.get("b1"),
-            weights["w2"],
-            weights["b2"],
-            activation=layer.activation,
-            gate=layer.gate,
-            before=layer.before,
-            after=layer.after,
-            residual=problem.residual[0],
-        ).backend
+        return _explain(problem, None).backend
     except (TypeError, ValueError) as error:
         return one_line(error)
+
+
+def plan_of(name: str, problem: Problem, mode: str) -> str | None:
+    """How a fused backend says it cuts a pass; None where it says nothing, or runs both."""
+    if name not in FUSED:
+        return None
+    notes = dict(note.partition(": ")[::2] for note in _explain(problem, name).notes)
+    return notes.get(mode)
 
 
 def make_call(module: nn.Module, problem: Problem, mode: str) -> Call:
@@ -296,23 +305,47 @@ def _plain_call(module: nn.Module, block: nn.Module, problem: Problem, mode: str
 
     leaves = [x.detach().requires_grad_() for x in problem.x]
     added = [None if r is None else r.detach().requires_grad_() for r in residual]
-    if mode != TRAINING:
+    if mode not in (BACKWARD, TRAINING):
         return lambda i: module(leaves[i], added[i])
 
     weights = list(block.parameters())
     dy = problem.dy
+    inputs = [
+        [x, *weights] if r is None else [x, r, *weights] for x, r in zip(leaves, added, strict=True)
+    ]
 
     def step(i: int) -> tuple[Tensor, ...]:
-        inputs = [leaves[i], *weights] if added[i] is None else [leaves[i], added[i], *weights]
         y = module(leaves[i], added[i])
-        return (y, *torch.autograd.grad(y, inputs, dy[i]))
+        return (y, *torch.autograd.grad(y, inputs[i], dy[i]))
 
-    return step
+    graphs: list[Tensor] = []
+    built_on: Any = None
+
+    def backward(i: int) -> tuple[Tensor, ...]:
+        # Autograd runs a node on the stream of its forward, and a capture follows only its own: so
+        # a graph per stream, of which the last is kept (a timer keeps to one stream).
+        nonlocal built_on
+        stream = _stream_of(leaves[i])
+        if built_on != stream:
+            graphs.clear()
+            graphs.extend(module(x, r) for x, r in zip(leaves, added, strict=True))
+            built_on = stream
+        return torch.autograd.grad(graphs[i], inputs[i], dy[i], retain_graph=True)
+
+    return backward if mode == BACKWARD else step
 
 
-def results(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
-    """Output and gradients by the oracle's names, from one training step on the first buffers."""
+def _stream_of(tensor: Tensor) -> Any:
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else "cpu"
+
+
+def results(module: nn.Module, problem: Problem, mode: str = TRAINING) -> dict[str, Tensor]:
+    """Gradients by the oracle's names on the first buffers; of a training step the output too."""
     block = getattr(module, "_orig_mod", module)
     names = ["y", "x", *(["residual"] if problem.residual[0] is not None else [])]
     names += list(block.named_weights())
-    return dict(zip(names, make_call(module, problem, TRAINING)(0), strict=True))
+    call = make_call(module, problem, mode)
+    if mode == BACKWARD:
+        call(0)  # the second time shows what the first overwrote
+        names = names[1:]
+    return dict(zip(names, call(0), strict=True))

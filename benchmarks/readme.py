@@ -23,7 +23,7 @@ from pathlib import Path
 
 from . import digest, plots, records, summary
 from .digest import Lines
-from .page import loss_text, warnings
+from .page import warnings
 from .summary import Record
 
 BLOCK = re.compile(
@@ -83,7 +83,7 @@ def _losses(record: Record, most: int = MOST_LOSSES) -> str:
     found = summary.losses(record)
     if not found:
         return "Nothing is slower than what it has to beat by more than 5 %."
-    named = "; ".join(loss_text(loss) for loss in found[:most])
+    named = "; ".join(summary.loss_text(loss) for loss in found[:most])
     more = len(found) - most
     tail = f"; and {more} smaller ones in the record" if more > 0 else ""
     return f"Losses beyond 5 %, {len(found)} in all: {named}{tail}."

@@ -148,7 +148,7 @@ _COUNTS = ("kernels", "copies", "operators")
 
 
 def rows(record: Record) -> Iterator[dict[str, Any]]:
-    """One row per case, provider and metric (wall, device)."""
+    """One row per case, provider and metric (wall, device, host)."""
     for entry in [*record["results"], *record.get("small_call", [])]:
         for name, provider in entry["providers"].items():
             start = {"kind": record["kind"], **{key: entry.get(key) for key in _WHAT}}
@@ -160,7 +160,7 @@ def rows(record: Record) -> Iterator[dict[str, Any]]:
                 **{key: provider.get(key) for key in _COSTS},
                 **{key: provider.get("launches", {}).get(key) for key in _COUNTS},
             }
-            timed = [m for m in ("wall", "device") if "median_us" in provider.get(m, {})]
+            timed = [m for m in ("wall", "device", "host") if "median_us" in provider.get(m, {})]
             for metric in timed or [None]:
                 figures = provider.get(metric, {}) if metric else {}
                 yield {**start, "metric": metric, **{key: figures.get(key) for key in _FIGURES}}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 LATENCY, CACHE, MIXED, MEMORY = "latency", "cache", "mixed", "memory"
 REGIMES = (LATENCY, CACHE, MIXED, MEMORY)
+# Of the memory regime on a GPU, by what a multiprocessor's shared memory has room for.
+TWO_FIT, ONE_FITS, REREAD = "two fit", "one fits", "reread"
+CLASSES = (TWO_FIT, ONE_FITS, REREAD)
 TITLES = {
     LATENCY: "latency: the cost of a call decides",
     CACHE: "cache: the second reading comes from the last-level cache",
     MIXED: "mixed: between cache and memory",
     MEMORY: "memory: bytes decide",
+    TWO_FIT: "... two images' slices fit on a multiprocessor",
+    ONE_FITS: "... one image's slice fits",
+    REREAD: "... none fits: x is read twice",
 }
 SMALL_ON_GPU = 4 << 20
 
@@ -36,3 +43,14 @@ def regime(size: int, environment: Mapping[str, Any]) -> str | None:
     if held <= 0.8 * last:
         return CACHE
     return MEMORY if held > far * last else MIXED
+
+
+def memory_class(plan: str | None) -> str | None:
+    """How many images' slices stay on a multiprocessor, from the words of the CUDA kernels' plan
+    ("..., 2 blocks per multiprocessor, single pass, next image prefetched"); None for others."""
+    blocks = re.search(r"(\d+) blocks? per multiprocessor, (single pass|two passes)", plan or "")
+    if plan is None or blocks is None:
+        return None
+    if blocks[2] == "two passes":
+        return REREAD
+    return TWO_FIT if int(blocks[1]) > 1 or "next image prefetched" in plan else ONE_FITS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .providers import BASELINES, LIMIT
-from .regimes import REGIMES, regime
+from .regimes import CLASSES, MEMORY, REGIMES, memory_class, regime
 from .stats import geomean
 
 Record = dict[str, Any]
@@ -21,6 +21,14 @@ SHORT_LAYOUT = {"contiguous": "NCHW", "channels_last": "NHWC"}
 def entries_of(record: Record) -> list[Entry]:
     """Everything that was measured."""
     return [*record["results"], *record.get("small_call", [])]
+
+
+def small_calls(record: Record) -> Iterator[tuple[str, str, Entry]]:
+    """(what, metric, entry) of the small call: wall time, and where it was taken host time."""
+    for entry in record.get("small_call", []):
+        yield entry["mode"], "wall", entry
+        if any("host" in provider for provider in entry["providers"].values()):
+            yield f"{entry['mode']}, host", "host", entry
 
 
 @dataclass(frozen=True)
@@ -136,8 +144,16 @@ def rows(record: Record, mode: str) -> Iterator[Row]:
             yield make_row(block, "all layers", contender, baselines, metric)
 
 
+def regimes_of(record: Record, entry: Entry, contender: str) -> tuple[str | None, str | None]:
+    """The regime of an entry, and in that of memory the class of the contender's plan."""
+    found = regime(entry["bytes"], record["environment"])
+    plan = entry["providers"].get(contender, {}).get("plan")
+    return found, memory_class(plan) if found == MEMORY else None
+
+
 def regime_rows(record: Record, mode: str) -> Iterator[Row]:
-    """One row per contender, dtype, batch and regime, over all networks and layouts.
+    """One row per contender, dtype, batch and regime, over all networks and layouts; then one per
+    class of the memory regime, where the contender's plans tell it.
 
     ``Row.network`` is the regime. Nothing where the record does not know its caches.
     """
@@ -146,12 +162,12 @@ def regime_rows(record: Record, mode: str) -> Iterator[Row]:
     for contender in record["contenders"]:
         baselines = baselines_of(record, contender)
         for dtype, batch in dict.fromkeys((e["dtype"], e["batch"]) for e in entries):
-            for name in REGIMES:
+            for name in (*REGIMES, *CLASSES):
                 own = [
                     e
                     for e in entries
                     if (e["dtype"], e["batch"]) == (dtype, batch)
-                    and regime(e["bytes"], record["environment"]) == name
+                    and name in regimes_of(record, e, contender)
                 ]
                 if own:
                     yield make_row(own, name, contender, baselines, metric)
@@ -278,6 +294,15 @@ def case_name(entry: Entry) -> str:
     layout = SHORT_LAYOUT[entry["layout"]]
     what = entry["layer"].split("-")[0] if "layer" in entry else entry["network"]
     return f"{what} {entry['dtype']} b{entry['batch']} {layout}"
+
+
+def loss_text(loss: tuple[str, str, Entry, dict[str, float]]) -> str:
+    """One of the losses."""
+    contender, baseline, entry, figure = loss
+    return (
+        f"{contender} vs {baseline} {figure['ratio']:.2f}× "
+        f"[{figure['ci_low']:.2f}, {figure['ci_high']:.2f}]: {case_name(entry)} {entry['mode']}"
+    )
 
 
 def disturbed(record: Record) -> tuple[int, int]:

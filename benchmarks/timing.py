@@ -95,6 +95,27 @@ class CudaTimer:
         return start.elapsed_time(end) * 1e-3 / inner
 
 
+class HostTimer:
+    """What a call costs the host: wall clock around calls, nothing waited for in between.
+
+    The calls of a sample are few enough to be queued. Not yet run on a GPU.
+    """
+
+    state = "host time, device not waited for"
+    CALLS = 20
+
+    def prepare(self, call: Call) -> None:
+        for _ in range(self.CALLS):
+            call(0)
+
+    def sample(self, call: Call) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in itertools.repeat(None, self.CALLS):
+            call(0)
+        return (time.perf_counter() - start) / self.CALLS
+
+
 class GraphTimer:
     """Device time: replays of a CUDA graph that holds one call per copy of the buffers.
 
@@ -109,16 +130,17 @@ class GraphTimer:
         # One pool for all: nothing a replay leaves behind is ever read, and whole networks in
         # pools of their own would not fit.
         self._pool = torch.cuda.graph_pool_handle()
+        # One stream for warm-up and capture: an autograd graph belongs to that it was built on.
+        self._stream = torch.cuda.Stream()
 
     def prepare(self, call: Call) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # lazy initialisation must not happen inside the capture
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # lazy initialisation must not be captured
             for _ in range(3):
                 call(0)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             for index in range(self._copies):
                 call(index)
         self._graphs[call] = graph

@@ -19,6 +19,7 @@ from benchmarks import (
     regimes,
     stats,
     summary,
+    targets,
 )
 from benchmarks.sweep import thinned
 
@@ -79,6 +80,109 @@ def test_price() -> None:
 )
 def test_regimes(megabytes: int, environment: dict[str, Any], expected: str | None) -> None:
     assert regimes.regime(megabytes << 20, environment) == expected
+
+
+_PLAN = "cluster of 8 blocks per image, 256 threads and 98 KB each, "
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (_PLAN + "2 blocks per multiprocessor, single pass", regimes.TWO_FIT),
+        (_PLAN + "1 block per multiprocessor, single pass, next image prefetched", regimes.TWO_FIT),
+        (_PLAN + "1 block per multiprocessor, single pass, weights kept", regimes.ONE_FITS),
+        (_PLAN + "2 blocks per multiprocessor, two passes", regimes.REREAD),
+        ("one launch over images, 1 on chip per program", None),
+        (None, None),
+    ],
+)
+def test_classes_of_the_memory_regime(plan: str | None, expected: str | None) -> None:
+    assert regimes.memory_class(plan) == expected
+
+
+def _on_gpu(**more: Any) -> dict[str, Any]:
+    """A record of two layers as a GPU might give: one in memory, one single small image."""
+
+    def entry(mode: str, batch: int, size: int, us: float, ratio: float) -> dict[str, Any]:
+        figure = {"ratio": ratio, "ci_low": ratio, "ci_high": ratio}
+        native = {"status": "ok", "device": {"median_us": us, "over_limit": 1.0 / 0.91},
+                  "plan": _PLAN + "2 blocks per multiprocessor, single pass",
+                  "launches": {"kernels": 1 if mode == "forward" else 3, "copies": 0}}  # fmt: skip
+        over = {"eager-conv": figure, "compile-max": figure}
+        return {"layer": "64x8x8-r4-relu-sigmoid", "before": None, "after": None, "add": False,
+                "dtype": "bf16", "layout": "contiguous", "batch": batch, "mode": mode,
+                "bytes": size, "providers": {"native": native},
+                "speedup": {"device": {"native": over}}}  # fmt: skip
+
+    host = {
+        "mode": "forward",
+        "providers": {"native": {"status": "ok", "host": {"median_us": 4.0}}},
+    }
+    return {
+        "kind": "layers", "providers": ["native"], "contenders": ["native"], "neighbours": False,
+        "environment": {"device": "A card", "torch": "2", "l2_bytes": 50 << 20},
+        "results": [
+            entry("forward", 256, 400 << 20, 100.0, 3.2),
+            entry("backward", 256, 400 << 20, 150.0, 1.0),
+            entry("forward", 1, 8192, 5.5, 3.2), entry("backward", 1, 8192, 9.0, 0.9),
+        ],
+        "small_call": [host], **more,
+    }  # fmt: skip
+
+
+def _met(record: dict[str, Any]) -> dict[str, str]:
+    lines = targets.Targets([record]).lines()
+    return {line.what: line.met for line in lines if line.contender == "native" and line.wanted}
+
+
+def test_targets() -> None:
+    met = _met(_on_gpu())
+    two = regimes.TITLES[regimes.TWO_FIT].removeprefix("... ")
+    expected = {
+        f"forward, share of clone's speed, {two}": "no",  # 91 % where 92 % are wanted
+        f"backward, share of clone's speed, {two}": "yes",  # 91 % where 90 % are
+        "forward, geometric mean over eager-conv": "so far",
+        "backward, geometric mean over compile-max": "no",
+        "slower than compile-max by more than 5 %": "so far",  # backward alone is not asked about
+        "batch 1, forward: launches": "yes",
+        "batch 1, backward: launches": "no",
+        "batch 1, forward, images up to 1 MB: time in a CUDA graph": "no",
+        "host time of a call without grad": "yes",
+        "host time of a call with grad": "not measured",
+        "forward, geometric mean over eager-linear": "not measured",
+    }
+    assert {what: met[what] for what in expected} == expected
+    text = targets.text([_on_gpu()])
+    assert text.endswith("3 of 27 targets met, 4 so far, 4 missed, 16 not measured\n")
+    assert "- native vs compile-max 0.90× [0.90, 0.90]: 64x8x8 bf16 b1 NCHW backward" in text
+
+
+def test_targets_of_a_cpu() -> None:
+    """Whatever the figures are."""
+    met = _met(_on_gpu(environment={"device": "cpu", "torch": "2", "caches": {"last": 1 << 20}}))
+    assert set(met.values()) == {"not measured", "not on a GPU"}
+    assert targets.main(["nowhere.json"]) == 2
+
+
+def test_a_case_measured_twice_counts_once() -> None:
+    first, again = _on_gpu(), _on_gpu()
+    for entry in again["results"]:
+        entry["providers"]["native"]["launches"]["kernels"] = 1
+    lines = {line.what: line for line in targets.Targets([first, again]).lines()}
+    launches = lines["batch 1, backward: launches"]
+    assert (launches.met, launches.measured) == ("yes", "1")
+
+
+def test_host_time_has_a_line() -> None:
+    alone = _on_gpu(results=[])
+    assert [title for title, _ in digest.blocks(alone)] == ["one small call"]
+    (found,) = (row for row in digest.small_call(_on_gpu()) if row[0].endswith("host"))
+    assert found == ["forward, host", "4.0 µs"]
+
+
+def test_classes_are_rows_of_the_summary() -> None:
+    found = {row.network: row for row in summary.regime_rows(_on_gpu(), "forward")}
+    assert set(found) == {regimes.LATENCY, regimes.MEMORY, regimes.TWO_FIT}
 
 
 def test_thinned() -> None:

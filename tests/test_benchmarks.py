@@ -21,8 +21,10 @@ from benchmarks import (
     digest,
     dram,
     launches,
+    layer_run,
     memory,
     networks,
+    options,
     problem,
     providers,
     records,
@@ -32,6 +34,7 @@ from benchmarks import (
     workloads,
 )
 from benchmarks.__main__ import main
+from benchmarks.compiling import NO_TIME, CompileAccount
 from senet_kernels import api, backends, dispatch, use_backend
 
 CPU = torch.device("cpu")
@@ -91,6 +94,110 @@ def test_the_module_of_timm(run: Callable[..., tuple[int, Any]]) -> None:
     assert {e["providers"]["timm"]["status"] for e in record["results"]} == {"ok"}
     _, record = run(*LAYER, "--provider", "timm")
     assert record["results"][0]["providers"]["timm"]["reason"].endswith("and no shift")
+
+
+BACKWARD = ("--mode", "forward", "--mode", "backward", "--mode", "forward+backward")
+
+
+def test_backward_alone(run: Callable[..., tuple[int, Any]]) -> None:
+    """Beside the other modes, with torch.compile, whose code for a training step cannot do it."""
+    words = [*LAYER[: LAYER.index("--mode")], "--neighbours", "--provider", "compile", *BACKWARD]
+    code, record = run(*words, "--budget", "0")
+    assert code == 0
+    entries = {entry["mode"]: entry for entry in record["results"]}
+    assert {p["status"] for e in entries.values() for p in e["providers"].values()} == {"ok"}
+    limits = {mode: entry["limit_in_clones"] for mode, entry in entries.items()}
+    assert limits == {"forward": 1.5, "backward": 2, "forward+backward": 3.5}  # with a residual
+    counts = {m: e["providers"]["eager-linear"]["launches"]["operators"]
+              for m, e in entries.items()}  # fmt: skip
+    assert counts["backward"] <= counts["forward+backward"] - counts["forward"]
+    assert "saved_bytes" not in entries["backward"]["providers"]["reference"]
+
+
+def test_backward_that_cannot_be_repeated_is_wrong(
+    run: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Overwrites(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            ctx.factor = torch.ones_like(y)
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            dx = dy * ctx.factor
+            ctx.factor.zero_()
+            return dx
+
+    forward = providers.EagerSE.forward
+    monkeypatch.setattr(
+        providers.EagerSE, "forward", lambda *args: Overwrites.apply(forward(*args))
+    )
+    code, record = run(*LAYER[: LAYER.index("--mode")], *BACKWARD, "--budget", "0.5")
+    assert code == 1
+    status = {e["mode"]: e["providers"]["eager-linear"]["status"] for e in record["results"]}
+    assert status == {"forward": "ok", "backward": "wrong", "forward+backward": "ok"}
+
+
+def test_a_graph_per_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture follows only its own stream; a node runs on that of its forward."""
+    case = problem.Case(workloads.Layer(8, 3, 3, 2, "relu", "sigmoid"), "fp32", "contiguous", 2)
+    made = problem.Problem.create(case, CPU, copies=2)
+    module = providers.make_provider("eager-linear").build(made)
+    built, stream = [], ["default"]
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *a: built.append(stream[0]) or forward(*a))
+    monkeypatch.setattr(providers, "_stream_of", lambda tensor: stream[0])
+    call = providers.make_call(module, made, problem.BACKWARD)
+    for name in ("default", "default", "side", "side"):
+        stream[0] = name
+        call(0), call(1)
+    assert built == ["default"] * 2 + ["side"] * 2
+
+
+def test_what_a_call_does_once_is_not_counted() -> None:
+    """A graph for backward, say, on a stream where there was none."""
+    found = layer_run.LayerRun(options.parse("layers", [*LAYER[1:], "--device", "cpu"]))
+    made = problem.Problem.create(layer_run.SMALL, CPU)
+    ones, calls = torch.ones(2), [0]
+
+    def call(index: int) -> Tensor:
+        calls[0] += 1
+        return ones + 1 if calls[0] > 1 else ones.exp() + ones.sin()
+
+    module = providers.make_provider("eager-linear").build(made)
+    account = found._account("eager-linear", call, module, made, problem.BACKWARD)
+    assert account == {"launches": {"operators": 1}}
+
+
+def test_compile_comes_last(run: Callable[..., tuple[int, Any]]) -> None:
+    """All cases without it first; then, and in a later run, those that lack it once more."""
+    words = [*LAYER[:-1], "300", "--batch", "2", "--provider", "compile", "--compile-last"]
+    refused = CompileAccount.refuse
+
+    def without(self: Any, name: str = "") -> str | None:
+        found: str | None = refused(self, name)
+        return found or f"{NO_TIME} of 0 s spent"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompileAccount, "refuse", without)
+        _, first = run(*words)
+    _, second = run(*words)
+    for record, status in ((first, "n/a"), (second, "ok")):
+        assert [e["batch"] for e in record["results"]] == [1, 2]
+        assert [e["providers"]["compile"]["status"] for e in record["results"]] == [status] * 2
+
+
+def test_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = options.parse("layers", [*LAYER[1:], "--device", "cpu"])
+    found = layer_run.LayerRun(parsed)
+    assert found.unfinished() == []
+    entry = {**dict.fromkeys(found.key_fields), "providers": {"compile": {"status": "n/a"}}}
+    found.record["results"] = [entry]
+    assert found.unfinished() == []
+    entry["providers"]["compile"]["reason"] = f"{NO_TIME} of 3 s spent"
+    found.record["not_measured"] = ["this", "that"]
+    assert found.unfinished() == ["2 cases not measured", "1 without torch.compile"]
 
 
 def test_a_word_is_not_needed(run: Callable[..., tuple[int, Any]]) -> None:
@@ -389,18 +496,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             return 1e3 * (end.at - self.at)
 
     @contextmanager
-    def graph(made: _Graph, pool: object) -> Iterator[None]:
-        assert pool == "the pool"
+    def graph(made: _Graph, pool: object, stream: object) -> Iterator[None]:
+        assert (pool, stream) == ("the pool", side)
         _Graph.recording = made.calls
         try:
             yield
         finally:
             _Graph.recording = None
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream, side = (SimpleNamespace(wait_stream=lambda other: None, name=n) for n in ("", "side"))
     fakes = {
         "Event": Event, "CUDAGraph": _Graph, "graph": graph, "synchronize": lambda: None,
-        "Stream": lambda: stream, "current_stream": lambda: stream,
+        "Stream": lambda: side, "current_stream": lambda: stream,
         "stream": lambda s: nullcontext(), "graph_pool_handle": lambda: "the pool",
     }  # fmt: skip
     for name, fake in fakes.items():
@@ -435,6 +542,20 @@ def test_timers_of_a_gpu(clock: list[float], kind: type[Any]) -> None:
     done = timing.measure(kind(copies), {"a": call}, timing.Rounds(least=4, most=4), Random(0))
     assert len(done.seconds["a"]) == 4
     assert not done.failed
+
+
+def test_host_time_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    timer = timing.HostTimer()
+
+    def call(index: int) -> None:
+        events.append("call")
+
+    timer.prepare(call)
+    events.clear()
+    assert 0 < timer.sample(call) < 1e-3
+    assert events == ["wait", *["call"] * timer.CALLS]
 
 
 def test_a_refused_capture_is_a_reason(clock: list[float]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import regimes
 from benchmarks.workloads import load_networks
 from policies import POLICIES, parsed
 from senet_kernels import explain, features, squeeze_excite
@@ -50,6 +51,16 @@ def test_the_layers_of_se_resnet_50() -> None:
             assert "element by element" not in plan
     assert "cluster of" in _plan(H100, 256, 16, 56)
     assert "exchange through global memory" in _plan(A100, 256, 16, 56)  # it has no clusters
+
+
+def test_the_classes_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read from the words of a plan."""
+    for channels, side in ((2048, 7), (256, 56)):
+        assert regimes.memory_class(_plan(H100, channels, 16, side)) == regimes.TWO_FIT
+    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "exchange=none,resident=1,slots=1")
+    assert regimes.memory_class(_plan(H100, 2048, 16, 7)) == regimes.ONE_FITS
+    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "exchange=none,resident=0")
+    assert regimes.memory_class(_plan(H100, 2048, 16, 7)) == regimes.REREAD
 
 
 @pytest.mark.parametrize("side", [14, 7])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import records
+from benchmarks import options, records, workloads
 from tools import gpu, stage_runner
 from tools.stage_runner import Runner, SkipStage, Stage, Task
 
@@ -100,7 +100,7 @@ def test_what_hangs_is_killed_with_its_children(
 ) -> None:
     run = runner(10)
     begin = time.monotonic()
-    assert not run.run([_stage("stubborn", _STUBBORN, share=0.2), _stage("next", "")])
+    assert not run.run([_stage("stubborn", _STUBBORN, share=0.2), _stage("next", "", share=0.8)])
     assert time.monotonic() - begin < 8
     first, second = _summary(run)["stages"]
     assert (first["status"], second["status"]) == ("timeout", "ok")
@@ -125,9 +125,8 @@ try:
 except KeyboardInterrupt:
     sys.exit("half of it")
 """
-    run = runner(60)
-    # Long enough for Python to start on a busy machine.
-    run.run([_stage("long", code, share=0.2, finds_fault=lambda log: True)])
+    run = runner(12)  # long enough for Python to start on a busy machine
+    run.run([_stage("long", code, finds_fault=lambda log: True)])
     (stage,) = _summary(run)["stages"]
     assert stage["status"] == "timeout"
     assert stage["detail"].endswith("half of it")
@@ -142,6 +141,21 @@ def test_the_budget_is_for_all(runner: Callable[[float], Runner]) -> None:
     assert {stage["status"] for stage in stages[:2]} <= {"timeout", "skipped"}
     assert stages[2]["status"] == "skipped"
     assert "no time left" in stages[2]["detail"]
+
+
+def test_a_few_stages_share_the_whole_budget(runner: Callable[[float], Runner]) -> None:
+    run = runner(80)
+    run.run([_stage("known", "", share=0.5)])
+    again = Runner(run.out, 80, earlier=stage_runner.take_up(run.out, fresh=False))
+    stages = [
+        _stage("known", "", share=0.5),
+        _stage("a", "", share=0.1),
+        _stage("b", "", share=0.3),
+    ]
+    again.run([*stages, _stage("report", "", share=0.5, reserved=20.0)])
+    limits = {s["stage"]: s["limit_s"] for s in _summary(again)["stages"]}
+    assert limits["a"] == pytest.approx(60 / 4, abs=2)
+    assert limits["b"] == pytest.approx(60, abs=4)  # what a left over, too
 
 
 def test_the_summary_is_true_at_any_moment(runner: Callable[[float], Runner]) -> None:
@@ -162,11 +176,12 @@ def test_the_summary_is_true_at_any_moment(runner: Callable[[float], Runner]) ->
 def test_stages_without_a_gpu(tmp_path: Path, argument: tuple[str, ...]) -> None:
     (tmp_path / "environment.json").write_text('{"device": "cpu", "torch": "2.11.0"}')
     stages = {stage.name: stage for stage in gpu.stages(tmp_path, argument)}
-    for name in stages.keys() - {"environment", "build", "report"}:
+    for name in stages.keys() - {"environment", "build", "targets", "report"}:
         with pytest.raises(SkipStage, match=r"no CUDA device that torch 2\.11\.0 can use"):
             stages[name].prepare(60)
-    with pytest.raises(SkipStage, match="no record"):
-        stages["report"].prepare(60)
+    for name in ("targets", "report"):
+        with pytest.raises(SkipStage, match="no record"):
+            stages[name].prepare(60)
     assert "build_ext" in stages["build"].prepare(60).command[-1]
 
 
@@ -179,6 +194,11 @@ def test_stages_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "gpu and not slow" in stages["tests"].prepare(60).command
     layers = stages["layers"].prepare(100).command
     assert layers[-2:] == ["--batch", "1"]
+    assert "--network" not in layers  # another selection replaces the usual one
+    usual = stages["types"].prepare(100).command
+    assert [usual[i + 1] for i, word in enumerate(usual) if word == "--dtype"] == ["fp16", "fp32"]
+    for stage in ("layers", "types", "batch-1", "neighbours", "host"):
+        assert f"{tmp_path}/{stage}.json" in stages[stage].prepare(100).command
     assert float(layers[layers.index("--budget") + 1]) <= 0.8 * 100
     assert "interpret" not in str(stages["kernels-triton"].prepare(60).environment).lower()
     monkeypatch.setattr(gpu, "_why_no_cuda_kernels", lambda: None)
@@ -234,6 +254,45 @@ def test_what_pytest_says() -> None:
     assert not stage.finds_fault(log)
     assert stage.finds_fault("=== 83 skipped, 1069 deselected in 3.82s ===\n")
     assert stage.finds_fault("")
+
+
+def test_groups() -> None:
+    known = gpu.stages(Path(os.devnull))
+    ends = ["targets", "report"]
+    for group in gpu.GROUPS:
+        names = [stage.name for stage in gpu.picked(known, [group])]
+        assert names[:2] == ["environment", "build"]
+        assert names[-2:] == ends
+        assert len(names) > 4, group
+    assert {
+        stage.group for stage in known if stage.name not in ("environment", "build", *ends)
+    } == {*gpu.GROUPS}
+    names = [stage.name for stage in gpu.picked(known, ["layers"], dry=True)]
+    assert names == ["environment", "layers", *ends]
+
+
+@pytest.mark.parametrize("stage", sorted(gpu.LAYER_RECORDS))
+def test_options_of_the_layers(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark knows them; every layer of every network is among the cases."""
+    monkeypatch.setattr(gpu, "no_gpu", lambda out: None)
+    (found,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == stage)
+    words = found.prepare(100).command[4:]
+    words[words.index("cuda")] = "cpu"
+    parsed = options.parse("layers", words)
+    assert isinstance(parsed, options.LayerOptions)
+    layers = {layer for network in parsed.networks for layer, _ in network.layers}
+    every = workloads.load_networks(neighbours=stage == "neighbours").values()
+    assert layers == {layer for network in every for layer, _ in network.layers}
+    assert parsed.modes == ["forward", "backward", "forward+backward"]
+    assert parsed.compile_last
+    assert not parsed.small
+
+
+def test_unknown_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "out"), "--only", "dreams"])
+    assert "unknown dreams; known: tests, sanitizers, figures" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # -- going on from an earlier run ------------------------------------------------------------------
@@ -377,7 +436,7 @@ def fake_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _dry_run(out: Path, budget: int, *stages: str) -> dict[str, dict[str, Any]]:
     words = ["--out", str(out), "--budget", str(budget), "--device", "cpu"]
     for name in stages:
-        words += ["--stage", name]
+        words += ["--only", name]
     command = [PYTHON, "-m", "tools.gpu", *words]
     done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -386,10 +445,13 @@ def _dry_run(out: Path, budget: int, *stages: str) -> dict[str, dict[str, Any]]:
     return {line["stage"]: line for line in lines}
 
 
-def test_dry_run_of_the_sweep_and_the_report(tmp_path: Path, fake_tools: None) -> None:
+def test_dry_run_of_a_few_stages(tmp_path: Path, fake_tools: None) -> None:
     out = tmp_path / "out"
-    stages = _dry_run(out, 240, "sweep", "report")
+    stages = _dry_run(out, 240, "sweep", "host")
+    assert list(stages) == ["environment", "host", "sweep", "targets", "report"]
     assert {line["status"] for line in stages.values()} == {"ok"}
+    assert stages["targets"]["detail"].startswith("0 of 27 targets met")
+    assert "a CPU has no CUDA graph" in (out / "targets.md").read_text()
     assert records.read(out / "sweep.json")["status"] == "complete"
     assert (out / "report.html").stat().st_size > 10_000
     assert (out / "sweep.csv").exists()
@@ -404,10 +466,13 @@ def test_dry_run_of_every_stage(tmp_path: Path, fake_tools: None) -> None:
     assert list(stages) == names
     expected = dict.fromkeys(names, "ok") | {"slow": "skipped"}  # those are for a GPU
     assert {name: line["status"] for name, line in stages.items()} == expected
-    for kind in ("layers", "models", "sweep"):
+    for kind in (*gpu.LAYER_RECORDS, "models", "sweep"):
         assert records.read(out / f"{kind}.json")["results"]
+    assert records.read(out / "host.json")["small_call"]
     layers = records.read(out / "layers.json")
     measured = [p.get("dram_bytes") for e in layers["results"] for p in e["providers"].values()]
     assert 1536 in measured
     again = _dry_run(out, 2400, *names)
-    assert {n for n in names if not again[n]["earlier"]} == {"environment", "slow", "report"}
+    assert {n for n in names if not again[n]["earlier"]} == {
+        "environment", "slow", "targets", "report",
+    }  # fmt: skip

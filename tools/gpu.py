@@ -1,6 +1,6 @@
 """``make gpu``: what this repository can find out on a machine with a GPU, within a budget.
 
-``python -m tools.gpu --out FOLDER --budget SECONDS [-- ARGUMENTS OF THE BENCHMARKS]``
+``python -m tools.gpu --out FOLDER --budget SECONDS [--only GROUP] [-- ARGUMENTS OF THE LAYERS]``
 
 Stages run one after another, the most valuable first, each in processes of its own with a time
 limit and a log in the folder; one that fails or hangs does not stop the next. What a stage needs
@@ -8,9 +8,12 @@ and does not find makes it *skipped*, with the reason. ``summary.json`` and ``su
 renewed after every stage, so that they are true whenever the run is cut off.
 
 Run again with the same folder, it goes on: stages that were ok are kept, and within a stage the
-tests that passed and the cases that were measured. ``--fresh``, or any change of the sources, the
-device or torch, begins anew. ``--device cpu`` is a dry run: every stage, with a small task for the
-CPU in place of the GPU's. It proves the stages, not the kernels.
+tests that passed and the cases that were measured. So several calls of ten minutes answer what one
+cannot, and ``--only``, with a group (tests, sanitizers, figures, networks) or a stage, says what
+the next is for: the budget is then theirs. ``--fresh``, or any change of the sources, the device or
+torch, begins anew. ``targets.md`` has the figures that are wanted, and which are missing.
+``--device cpu`` is a dry run: every stage, with a small task for the CPU in place of the GPU's. It
+proves the stages, not the kernels.
 
 Needs nothing but Python here, torch in the stages, no network, and installs nothing. Exit code 0:
 no stage failed (some may have been skipped); 1: one failed or ran out of time; 130: interrupted.
@@ -47,8 +50,29 @@ from tools.stage_runner import (
 BACKENDS = ("triton", "native")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
-# Kept back for the report at the end.
-REPORT = 20.0
+# Kept back for the targets and for the report at the end.
+TARGETS = 10.0
+REPORT = 30.0
+
+TESTS, SANITIZING, FIGURES, NETWORKS = "tests", "sanitizers", "figures", "networks"
+GROUPS = (TESTS, SANITIZING, FIGURES, NETWORKS)
+BUILD_RECORD = ROOT / "senet_kernels" / "_build.json"
+
+# Records of layers: every layer of every network in both layouts, first without torch.compile,
+# which takes seconds per case.
+_PROVIDERS = ("eager-conv", "eager-linear", "compile-max", *BACKENDS)
+_EVERY_LAYER = ("--network", "all", "--rounds", "10", "--compile-last",
+                *(word for name in _PROVIDERS for word in ("--provider", name)))  # fmt: skip
+_MODES = ("--mode", "forward", "--mode", "backward", "--mode", "forward+backward")
+LAYER_RECORDS = {
+    "layers": (*_EVERY_LAYER, "--dtype", "bf16", "--batch", "256"),
+    "batch-1": (*_EVERY_LAYER, "--dtype", "bf16", "--dtype", "fp16", "--dtype", "fp32",
+                "--batch", "1"),
+    "types": (*_EVERY_LAYER, "--dtype", "fp16", "--dtype", "fp32", "--batch", "256"),
+    "neighbours": (*_EVERY_LAYER, "--dtype", "bf16", "--batch", "256", "--neighbours"),
+}  # fmt: skip
+_SMALL_LAYERS = ("--network", "lc0_10x128", "--batch", "1", "--layout", "contiguous",
+                 "--provider", "eager-linear", "--provider", "native")  # fmt: skip
 DRY_NOTE = "dry run: small tasks on the CPU in place of the GPU's"
 
 
@@ -70,7 +94,7 @@ def _tool(name: str) -> str:
 def _why_no_cuda_kernels() -> str | None:
     """What the record of the build says; None where they were built, or it is not known."""
     try:
-        record = json.loads((ROOT / "senet_kernels" / "_build.json").read_text())
+        record = json.loads(BUILD_RECORD.read_text())
     except (OSError, ValueError):
         return "it was never built here"
     if "cuda" in record:
@@ -107,6 +131,11 @@ def _benchmark_conclusion(log: str) -> str:
 
 def _time_was_up(log: str) -> bool:
     return bool(re.search(r"time (?:is|was) up", _benchmark_conclusion(log)))
+
+
+def _targets_conclusion(log: str) -> str:
+    found = re.findall(r"^\d+ of \d+ targets met.*$", log, re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def _sanitizer_conclusion(log: str) -> str:
@@ -209,31 +238,40 @@ class Stages:
         self._need_device()
         return Task([self.python, "-m", "benchmarks.launches", self.device], self.path)
 
-    def _benchmark(self, kind: str, seconds: float, *small: str) -> Task:
+    def _benchmark(self, kind: str, seconds: float, *options: str, record: str = "") -> Task:
         self._need_device("numpy")
         # It overruns its budget by up to a sixth; interrupted, it reports what it has.
         aim = max(5, int(0.8 * (seconds - min(GRACE, seconds / 4))))
         command = [self.python, "-m", "benchmarks", kind, "--device", self.device]
-        command += ["--budget", str(aim), "--record", str(self.out / f"{kind}.json")]
+        command += ["--budget", str(aim), "--record", str(self.out / f"{record or kind}.json")]
         missing = [name for name in ("rich", "tqdm", "matplotlib") if find_spec(name) is None]
         note = f"not installed: {', '.join(missing)}: plainer output" if missing else ""
-        return Task([*command, *(small if self.dry else ())], self.path, note)
+        return Task([*command, *options], self.path, note)
 
-    def layers(self, seconds: float) -> Task:
-        small = ("--network", "lc0_10x128", "--batch", "1", "--layout", "contiguous",
-                 "--provider", "eager-linear", "--provider", "native")  # fmt: skip
-        task = self._benchmark("layers", seconds, *small)
-        return Task([*task.command, *self.arguments], task.environment, task.note)
+    def layers(self, name: str) -> Callable[[float], Task]:
+        options = LAYER_RECORDS[name]
+        if self.dry:
+            options = (*_SMALL_LAYERS, *(("--neighbours",) if name == "neighbours" else ()))
+        if self.arguments and name == "layers":
+            options = (*_SMALL_LAYERS, *self.arguments) if self.dry else tuple(self.arguments)
+        return lambda seconds: self._benchmark("layers", seconds, *_MODES, *options, record=name)
+
+    def host(self, seconds: float) -> Task:
+        names = [name for name in _PROVIDERS if name != "compile-max"]
+        if self.dry:
+            names = ["eager-linear", "native"]
+        options = [word for name in names for word in ("--provider", name)]
+        return self._benchmark("layers", seconds, "--small", *options, record="host")
 
     def models(self, seconds: float) -> Task:
         small = ("--network", "lc0_10x128", "--batch", "1", "--provider", "original",
                  "--provider", "neighbours", "--provider", "no-se")  # fmt: skip
-        return self._benchmark("models", seconds, *small)
+        return self._benchmark("models", seconds, *(small if self.dry else ()))
 
     def sweep(self, seconds: float) -> Task:
         small = ("--axis", "batch", "--points", "2", "--channels", "16", "--side", "4",
                  "--batch", "2", "--layout", "contiguous")  # fmt: skip
-        return self._benchmark("sweep", seconds, *small)
+        return self._benchmark("sweep", seconds, *(small if self.dry else ()))
 
     def bytes(self, seconds: float) -> Task:
         self._need_device()
@@ -245,11 +283,20 @@ class Stages:
         found = {**self.path, "PATH": f"{Path(ncu).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         return Task([*command, "--budget", str(aim)], found)
 
+    def _records(self, names: Sequence[str]) -> list[str]:
+        found = [self.out / f"{name}.json" for name in names]
+        if there := [str(path) for path in found if path.exists()]:
+            return there
+        raise SkipStage("there is no record to report on")
+
+    def targets(self, seconds: float) -> Task:
+        found = self._records([*LAYER_RECORDS, "host"])
+        _need("torch", "numpy")
+        command = [self.python, "-m", "benchmarks", "targets", *found]
+        return Task([*command, "--out", str(self.out / "targets.md")], self.path)
+
     def report(self, seconds: float) -> Task:
-        found = [str(self.out / f"{name}.json") for name in RECORDS]
-        found = [path for path in found if Path(path).exists()]
-        if not found:
-            raise SkipStage("there is no record to report on")
+        found = self._records(RECORDS)
         _need("torch", "numpy", "jinja2")
         command = [self.python, "-m", "benchmarks", "report", *found, "--quiet"]
         return Task([*command, "--out", str(self.out)], self.path)
@@ -257,29 +304,36 @@ class Stages:
     def all(self) -> list[Stage]:
         """In the order of their value: whether it is right, how fast, whether it is clean, then
         what takes the time that is left."""
-        checks = {"conclude": _sanitizer_conclusion, "finds_fault": _sanitizer_fault}
-        tested = {"conclude": _pytest_conclusion, "finds_fault": _no_test_passed}
+        checks = {"conclude": _sanitizer_conclusion, "finds_fault": _sanitizer_fault,
+                  "group": SANITIZING}  # fmt: skip
+        tested = {"conclude": _pytest_conclusion, "finds_fault": _no_test_passed, "group": TESTS}
         sanitizers = [
             Stage(f"{tool}-{backend}", 0.08, self.sanitizer(tool, backend), **checks)
             for tool in SANITIZERS
             for backend in BACKENDS
         ]
         timed = {"conclude": _benchmark_conclusion, "is_partial": _time_was_up}
+        figures, networks = {**timed, "group": FIGURES}, {**timed, "group": NETWORKS}
         return [
             Stage("environment", 0.1, self.environment, always=True),
             Stage("build", 0.3, self.build, _build_conclusion),
             # The quickest answers of all; what Triton compiles the sanitizer finds compiled.
-            *(Stage(f"kernels-{b}", 0.1, self.kernels(b)) for b in BACKENDS),
+            *(Stage(f"kernels-{b}", 0.1, self.kernels(b), group=TESTS) for b in BACKENDS),
             Stage("tests", 0.2, self.tests, **tested),
-            Stage("launches", 0.1, self.launches),
-            Stage("layers", 0.2, self.layers, **timed),
+            Stage("launches", 0.1, self.launches, group=FIGURES),
+            Stage("host", 0.05, self.host, **figures),
+            Stage("layers", 0.3, self.layers("layers"), **figures),
+            Stage("batch-1", 0.15, self.layers("batch-1"), **figures),
             *sanitizers[:2],
-            Stage("models", 0.3, self.models, **timed),
+            Stage("types", 0.2, self.layers("types"), **figures),
+            Stage("neighbours", 0.15, self.layers("neighbours"), **figures),
+            Stage("models", 0.3, self.models, **networks),
             *sanitizers[2:],
             Stage("suite", 0.3, self.suite, **tested),
-            Stage("bytes", 0.2, self.bytes, **timed),
+            Stage("bytes", 0.2, self.bytes, **networks),
             Stage("slow", 0.3, self.slow, **tested),
-            Stage("sweep", 0.4, self.sweep, **timed),
+            Stage("sweep", 0.4, self.sweep, **networks),
+            Stage("targets", 0.1, self.targets, _targets_conclusion, reserved=TARGETS, always=True),
             Stage("report", 0.2, self.report, reserved=REPORT, always=True),
         ]
 
@@ -287,6 +341,13 @@ class Stages:
 def stages(out: Path, arguments: Sequence[str] = (), *, dry: bool = False) -> list[Stage]:
     """The stages in their order."""
     return Stages(out, arguments, dry=dry).all()
+
+
+def picked(known: Sequence[Stage], only: Sequence[str], *, dry: bool = False) -> list[Stage]:
+    """The stages of these names and groups, with what they need and what sums them up. A dry run
+    takes the library that is there."""
+    always = ("environment", "targets", "report", *(() if dry else ("build",)))
+    return [stage for stage in known if {stage.name, stage.group} & {*only, *always}]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -298,9 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--budget", type=float, default=540.0, help="seconds for everything (default: 540)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     add("--fresh", action="store_true", help="do not go on from an earlier run in the folder")
-    add("--stage", action="append", metavar="NAME", help="only this one (repeatable); environment "
-        "comes with it")  # fmt: skip
-    add("arguments", nargs="*", metavar="ARG", help="for the benchmark of the layers, after --")
+    add("--only", action="append", metavar="NAME", help="this stage, or group of them "
+        f"({', '.join(GROUPS)}), and no other (repeatable); environment, targets, report, and on a "
+        "GPU build come with it")  # fmt: skip
+    add("arguments", nargs="*", metavar="ARG", help="for the stage named layers, after --")
     args = parser.parse_args(argv)
     if args.budget <= 0:
         parser.error(f"budget: expected more than 0 seconds, got {args.budget}")
@@ -310,14 +372,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     dry = args.device == "cpu"
     chosen = stages(out, args.arguments, dry=dry)
-    if args.stage:
-        if unknown := set(args.stage) - {stage.name for stage in chosen}:
-            known = ", ".join(stage.name for stage in chosen)
-            parser.error(f"stage: unknown {', '.join(sorted(unknown))}; known: {known}")
-        chosen = [s for s in chosen if s.name in (*args.stage, "environment")]
+    if args.only:
+        known = [*GROUPS, *(stage.name for stage in chosen)]
+        if unknown := set(args.only) - {*known}:
+            parser.error(f"only: unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        chosen = picked(chosen, args.only, dry=dry)
     earlier = take_up(out, args.fresh)
     if earlier.get("note") != (DRY_NOTE if dry else ""):
         earlier = take_up(out, fresh=True)
+    if not BUILD_RECORD.exists():  # another machine, or a copy of the sources alone
+        earlier["stages"] = [s for s in earlier.get("stages", []) if s["stage"] != "build"]
     (out / "environment.json").unlink(missing_ok=True)  # of an earlier run
     runner = Runner(
         out, args.budget, lambda text: print(text, flush=True), earlier, DRY_NOTE if dry else ""

@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "senet_kernels.gpu/2"
-RECORDS = ("layers", "models", "sweep")
+RECORDS = ("layers", "host", "batch-1", "types", "neighbours", "models", "sweep")
 
 # A stage past its limit is interrupted, so that it can report what it has, and killed after this.
 GRACE = 15.0
@@ -43,7 +43,8 @@ class Task:
 
 @dataclass
 class Stage:
-    """One stage. ``share`` is the part of the whole budget it may take."""
+    """One stage. ``share`` is the part of the whole budget it may take; or more, so that those
+    after it still have as much in proportion."""
 
     name: str
     share: float
@@ -57,6 +58,7 @@ class Stage:
     reserved: float = 0.0
     # Whether it must run each time, whatever came of it before.
     always: bool = False
+    group: str = ""  # that it can be asked for by
 
 
 @dataclass
@@ -142,11 +144,11 @@ class Runner:
         """Run all stages; whether none failed."""
         try:
             for index, stage in enumerate(stages):
-                if stage.name in self._earlier and not stage.always:
+                if self._is_kept(stage):
                     self.results.append(self._earlier[stage.name])
                     self._say(f"==> {stage.name}\n    ok in an earlier run")
                     continue
-                self._run(stage, sum(later.reserved for later in stages[index + 1 :]))
+                self._run(stage, [s for s in stages[index + 1 :] if not self._is_kept(s)])
                 if self._earlier and machine(read_environment(self.out)) != self._machine:
                     self._earlier = {}
                     put_aside(self.out)
@@ -156,12 +158,18 @@ class Runner:
             self._write()
         return not any(result.status in (FAILED, TIMEOUT) for result in self.results)
 
-    def _run(self, stage: Stage, reserved: float) -> None:
+    def _is_kept(self, stage: Stage) -> bool:
+        return stage.name in self._earlier and not stage.always
+
+    def _run(self, stage: Stage, later: Sequence[Stage]) -> None:
         self._say(f"==> {stage.name}")
         result = Result(stage.name, RUNNING)
         self.results.append(result)
+        reserved = sum(s.reserved for s in later)
         left = self.budget - self.elapsed - RESERVE - reserved
-        limit = min(stage.share * self.budget, left)
+        # A few stages alone share the whole budget.
+        part = stage.share / (stage.share + sum(s.share for s in later if not s.reserved))
+        limit = min(max(stage.share * self.budget, part * left), left)
         start = time.monotonic()
         try:
             if limit < LEAST:
