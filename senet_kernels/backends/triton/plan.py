@@ -173,7 +173,7 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
     steps = ceil_div(iterations, max(splits, ceil_div(iterations, _CHAIN)))
     splits = ceil_div(iterations, steps)
 
-    warps = _warps(g * bc * bs, itemsize, flat or walk > 1)
+    warps = _warps(g * bc * bs, itemsize, flat or by_element or walk > 1)
     products = min(_PRODUCTS, warps * _PRODUCTS_OF_WARP)
     br = _clamp(products // (g * walk * bc), 1, power_of_two(shape.inner))
     return Plan(
@@ -326,5 +326,5 @@ def is_legal(choice: Choice, shape: Shape) -> bool:
 
 def _warps(elements: int, itemsize: int, crowded: bool = False) -> int:
     """32 elements of the accumulation type for each thread; 16 of fp64, or where threads have more
-    to remember: the place of each element in a run, vectors of several images."""
+    to remember: the place of each element, moved alone or in a run, or vectors of several images."""
     return _clamp(elements * (2 if itemsize == 8 or crowded else 1) // 1024, 4, 16)
