@@ -326,5 +326,5 @@ def is_legal(choice: Choice, shape: Shape) -> bool:
 
 def _warps(elements: int, itemsize: int, crowded: bool = False) -> int:
     """32 elements of the accumulation type for each thread; 16 of fp64, or where threads have more
-    to remember: the place of each element, moved alone or in a run, or vectors of several images."""
+    to remember: where each element is, moved alone or in a run, or vectors of several images."""
     return _clamp(elements * (2 if itemsize == 8 or crowded else 1) // 1024, 4, 16)
