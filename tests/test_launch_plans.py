@@ -145,7 +145,10 @@ def test_what_is_not_too_wide_has_a_plan(gpu: Gpu) -> None:
                 (False, True), (False, True), (1, 300), (1, 14)
             ):
                 x = _tensor(batch, channels, side, side, dtype=dtype, last=last)
-                plan = launch_plan(x, w1, w2, affine=affine, backward=backward, gpu=gpu)
+                # relu: bits of its mask are gathered in shared memory
+                plan = launch_plan(
+                    x, w1, w2, after="relu", affine=affine, backward=backward, gpu=gpu
+                )
                 where = f"{list(x.shape)}, R={hidden}, {shift=}, {affine=}, {last=}, {backward=}"
                 assert not plan.startswith("no plan"), f"{where}: {plan}"
 

@@ -50,8 +50,8 @@ PLACES: dict[str, tuple[str, dict[str, str]]] = {
     "Triton interpreter": ("triton", {"TRITON_INTERPRET": "1"}),
     "GPU": ("", {}),
 }
-#: All that a backend is made of: what tests, the fuzzer and sanitizers say is about that, while
-#: mutants are of the kernels alone (``FILES``).
+#: A backend's kernels, plans and launches: what tests, the fuzzer and sanitizers say is
+#: about these, while mutants are of the kernels alone (``FILES``).
 SOURCES = {
     "triton": ("senet_kernels/backends/triton/*.py",),
     "cuda": ("csrc/*.*", "csrc/cuda/*"),
@@ -115,7 +115,8 @@ def kernels() -> dict[str, str]:
 def source_hash(backend: str) -> str:
     """Of all of a backend as it is."""
     files = sorted(path for pattern in SOURCES[backend] for path in ROOT.glob(pattern))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    text = b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in files)
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def of_kernels(recorded: dict[str, str] | None, backends: Iterable[str]) -> str:

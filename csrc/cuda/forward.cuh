@@ -21,6 +21,30 @@ struct ForwardLaunch {
   char* scratch;
 };
 
+// Of rows of so many bits, each beginning with a byte: the bytes that are complete with the first
+// so many units. Divisions of 64 bits would cost registers; in 32 there is room, see the plan.
+SENET_DEVICE uint32_t bytes_before(uint32_t units, uint32_t inner) {
+  const uint32_t rest = units % inner * kUnit, row = units / inner * kUnit + rest / inner;
+  return row * ((inner + 7) / 8) + rest % inner / 8;
+}
+
+// Writes the bytes of such rows that units `first` to `end` complete. units[0] has the bits of unit
+// `first`, units[-1] those of the one before. A function of its own: the kernel around it has no
+// registers left.
+inline __device__ __noinline__ void write_bytes(const uint8_t* units, uint32_t first, uint32_t end,
+                                                uint32_t inner, uint8_t* mask) {
+  const uint32_t bit_row = (inner + 7) / 8, bytes = bytes_before(end, inner);
+  for (uint32_t i = bytes_before(first, inner) + threadIdx.x; i < bytes; i += blockDim.x) {
+    const uint32_t row = i / bit_row, column = (i - row * bit_row) * 8;
+    const int64_t from = int64_t(row) * inner + column;
+    const uint32_t shift = from % kUnit, left = inner - column, count = left < 8 ? left : 8;
+    const uint8_t* const unit = units + (from / kUnit - first);
+    uint32_t bits = unit[0];
+    if (shift + count > kUnit) bits |= uint32_t(unit[1]) << 8;
+    mask[i] = static_cast<uint8_t>(bits >> shift & ((1u << count) - 1));
+  }
+}
+
 template <int kBytes, bool kVector, Fn kBefore>
 class ForwardBlock {
   using A = typename Accumulation<kBytes>::Type;
@@ -188,68 +212,35 @@ class ForwardBlock {
   // a unit belong to several bytes (stretch > 0). They are gathered, a stretch of units at a time,
   // and one unit before it, with which the first byte may begin.
   SENET_DEVICE void scale(int64_t b, const char* x, const char* slot) {
-    const int64_t rows = view_.last ? s_.positions : s_.channels;
-    uint8_t* const mask = a_.mask ? a_.mask + b * rows * bit_row() : nullptr;
-    const bool gathers = kVector && mask && p_.stretch > 0;
-    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    const int turns = gathers ? p_.stretch / threads : INT32_MAX;
-    uint8_t* const units = reinterpret_cast<uint8_t*>(shared_memory() + p_.at.bits) + 1;
-    const int64_t all = int64_t(view_.outer) * view_.inner / kUnit;
     Walk<kVector> at(view_);
-    for (int64_t first = 0;; first += p_.stretch) {
-      scale_units(b, x, slot, at, turns, [&](int turn, uint32_t bits) {
-        if (gathers) {
-          units[turn * threads + thread] = static_cast<uint8_t>(bits);
-          return;
-        }
-        // Rows of a slice begin at whole bytes: such is the plan.
-        const int64_t row = (view_.last ? view_.positions.begin : view_.channels.begin) + at.row;
-        const int64_t column = (view_.last ? view_.channels.begin : view_.positions.begin) + at.at;
-        mask[row * bit_row() + column / 8] = static_cast<uint8_t>(bits);
-      });
+    for (uint32_t end = p_.stretch;; end += p_.stretch) {
+      const bool gathers = kVector && a_.mask && p_.stretch > 0;
+      scale_units(b, x, slot, at, gathers ? p_.stretch : UINT32_MAX);
       if (!gathers) return;
+      const uint32_t all = static_cast<uint32_t>(int64_t(view_.outer) * view_.inner / kUnit);
       __syncthreads();
-      const int64_t next = first + p_.stretch, end = next < all ? next : all;
-      write_bytes(mask + view_.channels.begin * bit_row(), units - first, bytes_before(first),
-                  bytes_before(end));
-      if (next >= all) return;
+      write_bytes(units(), end - p_.stretch, end < all ? end : all, view_.inner,
+                  a_.mask + (b * s_.channels + view_.channels.begin) * ((view_.inner + 7) / 8));
+      if (end >= all) return;
       __syncthreads();
       // The thread that will write the last unit of the next stretch moves that of this one.
-      if (thread == threads - 1) units[-1] = units[p_.stretch - 1];
+      if (threadIdx.x == blockDim.x - 1) units()[-1] = units()[p_.stretch - 1];
     }
   }
-
-  // Bytes of a row of the mask.
-  SENET_DEVICE int64_t bit_row() const { return (view_.pitch + 7) / 8; }
-  // Bytes of the slice's mask all of whose bits are in its first so many units.
-  SENET_DEVICE int64_t bytes_before(int64_t units) const {
-    const int64_t row = units * kUnit / view_.inner, rest = units * kUnit - row * view_.inner;
-    return row * bit_row() + rest / 8;
-  }
-  // Bytes begin .. end of the slice's mask, out of the bits of its units.
-  SENET_DEVICE void write_bytes(uint8_t* mask, const uint8_t* units, int64_t begin,
-                                int64_t end) const {
-    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      const int64_t row = i / bit_row(), column = (i - row * bit_row()) * 8;
-      const int64_t from = row * view_.inner + column;
-      const int shift = static_cast<int>(from % kUnit);
-      uint32_t bits = units[from / kUnit];
-      const int64_t left = view_.inner - column;
-      const int count = left < 8 ? static_cast<int>(left) : 8;
-      if (shift + count > kUnit) bits |= uint32_t(units[from / kUnit + 1]) << 8;
-      mask[i] = static_cast<uint8_t>(bits >> shift & ((1u << count) - 1));
-    }
+  SENET_DEVICE uint8_t* units() const {
+    return reinterpret_cast<uint8_t*>(shared_memory() + p_.at.bits) + 1;
   }
 
-  // y of at most so many units of this thread from `at` on. Calls give(turn, bits) for each, with
-  // its bits of the mask.
-  template <class F>
+  // y of the units of this thread from `at` on that are among the next so many of the slice.
   SENET_DEVICE void scale_units(int64_t b, const char* x, const char* slot, Walk<kVector>& at,
-                                int turns, F give) {
+                                uint32_t stretch) {
     const char* residual = image(a_.residual.data, b * a_.residual.stride);
     char* y = static_cast<char*>(a_.y) + b * a_.y_stride * kBytes;
+    const int64_t rows = view_.last ? s_.positions : s_.channels;
+    const int64_t bit_row = (view_.pitch + 7) / 8;
+    uint8_t* const mask = a_.mask + b * rows * bit_row;
     const Fn after = a_.options.after;
-    for (int turn = 0; turn < turns && at.inside(view_); ++turn, at.advance()) {
+    for (uint32_t unit = threadIdx.x; unit < stretch && at.inside(view_); unit += blockDim.x) {
       const int count = at.count(view_);
       const int64_t offset = at.in_image(view_) * kBytes;
       A v[kUnit], factor[kUnit];
@@ -279,7 +270,15 @@ class ForwardBlock {
         uint32_t bits = 0;
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) bits |= (j < count && !(v[j] <= A(0)) ? 1u : 0u) << j;
-        give(turn, bits);
+        if (kVector && p_.stretch > 0) {
+          units()[unit] = static_cast<uint8_t>(bits);
+        } else {
+          // Rows of a slice begin at whole bytes: such is the plan.
+          const int64_t row = (view_.last ? view_.positions.begin : view_.channels.begin) + at.row;
+          const int64_t column =
+              (view_.last ? view_.channels.begin : view_.positions.begin) + at.at;
+          mask[row * bit_row + column / 8] = static_cast<uint8_t>(bits);
+        }
       }
       if (after == Fn::relu) {
 #pragma unroll
@@ -289,6 +288,7 @@ class ForwardBlock {
         for (int j = 0; j < kUnit; ++j) v[j] = value_of<A>(after, v[j]);
       }
       store_unit<kBytes, kVector>(y + offset, count, half_, v);
+      at.advance();
     }
   }
 

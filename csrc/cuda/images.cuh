@@ -61,8 +61,8 @@ struct Team {
 SENET_DEVICE void guard_arrays(const Plan& p) {
   if (kRedZone == 0 || threadIdx.x != 0) return;
   const Carving& at = p.at;
-  const int begins[] = {at.scale,    at.shift,   at.mean,    at.affine,   at.hidden,
-                        at.exchange, at.scratch, at.weights, at.barriers, at.slots};
+  const int begins[] = {at.scale,   at.shift, at.mean,    at.affine,   at.hidden, at.exchange,
+                        at.scratch, at.bits,  at.weights, at.barriers, at.slots};
   for (int begin : begins) {
     if (begin > 0) red_zone(shared_memory() + begin - kRedZone, kRedZone);
   }

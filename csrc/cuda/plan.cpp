@@ -39,7 +39,8 @@ class Draft {
     element_ = element_size(t_.dtype);
     accumulator_ = t_.dtype == DType::f64 ? 8 : 4;
     plan.vector = t_.aligned && t_.dtype != DType::f64 && s_.image() % kUnit == 0 &&
-                  (!s_.channels_last || s_.channels % kUnit == 0);
+                  (!s_.channels_last || s_.channels % kUnit == 0) &&
+                  (!odd_rows_of_mask() || s_.positions < int64_t(1) << 28);
   }
 
   Plan plan;
@@ -121,12 +122,8 @@ class Draft {
     p.at.hidden = vectors(inner_vector());
     p.at.exchange = p.exchange == Exchange::cluster ? vectors(2 * p.exchanged) : p.at.sums;
     p.at.scratch = vectors(scratch);
-    // A row of the mask is whole bytes. Where a row of the image is not, a unit's bits are of
-    // several bytes, and they are put together in shared memory: a byte per unit, and one before.
-    // Whether a mask is written or not: the same sums, in the same order, with and without.
-    const bool gathers = t_.masks && p.vector && !s_.channels_last && s_.positions % kUnit != 0;
-    p.stretch = gathers ? kTurns * p.threads : 0;
-    p.at.bits = carve(gathers ? p.stretch + 1 : 0);
+    p.stretch = p.vector && odd_rows_of_mask() ? kTurns * p.threads : 0;
+    p.at.bits = carve(p.stretch ? p.stretch + 1 : 0);
     p.at.weights = carve(p.weights ? weight_bytes() : 0);
     p.at.barriers = carve(8 * p.slots);
     bytes = round_up(bytes + kRedZone, 128);
@@ -162,6 +159,12 @@ class Draft {
   }
 
  private:
+  // A row of the mask is whole bytes. Where a row of the image is not, a unit's bits are of several
+  // bytes, and they are put together in shared memory: a byte per unit, and one before. Whether a
+  // mask is written or not: the same sums, in the same order, with and without.
+  bool odd_rows_of_mask() const {
+    return t_.masks && !s_.channels_last && s_.positions % kUnit != 0;
+  }
   int64_t inner_vector() const {
     if (s_.form == Form::two_layers) return s_.hidden;
     if (s_.form == Form::one_layer) return t_.backward ? s_.outputs : s_.channels;

@@ -140,7 +140,11 @@ def launch_plan(
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether all images of x begin at multiples of 16 bytes and of 8 elements."""
+    """Whether all images of x, or of the copy that is made of it where they are not dense, begin at
+    multiples of 16 bytes and of 8 elements."""
+    image = x[:1].movedim(1, -1) if ops.inner_is_channels(x) else x[:1]
+    if not image.is_contiguous():
+        return True
     stride = x.stride(0)
     return x.data_ptr() % 16 == 0 and stride % 8 == 0 and stride * x.element_size() % 16 == 0
 
