@@ -390,6 +390,14 @@ def test_mistakes(
     assert (tmp_path / "other.json").read_text() == "{}"
 
 
+def test_what_is_named_twice_is_measured_once() -> None:
+    words = ["--device", "cpu", "--mode", "backward", "--batch", "1", "--dtype", "fp32"]
+    words += ["--provider", "eager-conv", "--layout", "contiguous"]
+    for more in ([], ["--network", "seresnet50"]):
+        once, twice = (options.parse("layers", [*words, *more] * n) for n in (1, 2))
+        assert vars(twice) | {"command": ""} == vars(once) | {"command": ""}
+
+
 # -- networks --------------------------------------------------------------------------------------
 
 
