@@ -167,3 +167,18 @@ def test_no_merge_conflict_is_committed(tmp_path: Path) -> None:
     for words in ("init -q", "add ."):
         subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
     assert _with_conflicts(tmp_path) == ["merged.md"]
+
+
+def _hidden(tree: ast.Module) -> list[str]:
+    """Parameters of the name of something that the module imports."""
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names}
+    every = (node for node in ast.walk(tree) if isinstance(node, ast.arguments))
+    return [a.arg for n in every for a in (*n.posonlyargs, *n.args, *n.kwonlyargs)
+            if a.arg in names]  # fmt: skip
+
+
+def test_no_parameter_hides_an_import() -> None:
+    for folder in (PACKAGE, "benchmarks", "tools"):
+        for name, tree in _modules(ROOT / folder):
+            assert _hidden(tree) == [], f"{folder}: {name}"
