@@ -167,8 +167,8 @@ $(STAMPS)/bench: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
 	@echo '==> senet_kernels[bench], native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-build-isolation -e '.[bench]'; cat senet_kernels/_build.json; touch $@; }
 
-# torchvision belongs to one release of torch, and this transformers is not for Python 3.10: with others
-# these tests are left out.
+# torchvision belongs to one release of torch, and this transformers is not for Python 3.10: with
+# others these tests are left out.
 $(STAMPS)/models: | $(STAMPS)/torch
 	@echo '==> model libraries for the tests'; time { \
 	  if $(PY) -c 'import sys, torch; sys.exit(not torch.__version__.startswith("2.13.0") or \

@@ -29,7 +29,8 @@ class CompileAccount:
         if provider in self.broken:
             return self.broken[provider]
         limit = self.share * self.budget
-        if self.budget and self.seconds + self.last >= limit:
+        # Without a budget there is no limit, but for a share of nothing.
+        if (self.budget or not self.share) and self.seconds + self.last >= limit:
             return f"{NO_TIME} of {limit:.0f} s spent"
         return None
 

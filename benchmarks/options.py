@@ -179,6 +179,9 @@ def parse(kind: str, argv: Sequence[str]) -> LayerOptions | SweepOptions | Model
     """Options from the command line; exits with a message on anything unknown."""
     parser = _parser(kind)
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, list):  # what is named twice is measured once
+            setattr(args, name, list(dict.fromkeys(value)))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"device: torch {torch.__version__} finds no CUDA device here")

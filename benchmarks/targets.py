@@ -16,8 +16,8 @@ from statistics import geometric_mean
 
 from . import records, summary
 from .layer_run import LayerBench
-from .problem import BACKWARD, DTYPES, FORWARD, FORWARD_GRAPH, LAYOUTS, TRAINING
-from .regimes import MEMORY, MIXED, ONE_FITS, REREAD, TITLES, TWO_FIT
+from .problem import BACKWARD, DTYPES, FORWARD, FORWARD_GRAPH, LAYOUTS, TRAINING, Case
+from .regimes import CLASSES, MEMORY, MIXED, ONE_FITS, REREAD, TITLES, TWO_FIT
 from .summary import Entry, Record
 from .workloads import load_networks
 
@@ -26,6 +26,7 @@ STRICT_EAGER = "eager-linear"  # the stronger form of eager
 BATCHES = (1, 256)
 SMALL_IMAGE = 1_000_000  # bytes
 YES, SO_FAR, NO, NOT_MEASURED = "yes", "so far", "no", "not measured"
+NOT_ON_GPU = "not on a GPU"
 
 # Least speed as a part of clone's, forward and backward, of each contender and class of layers.
 OF_CLONE: dict[str, dict[str, tuple[float, float]]] = {
@@ -41,7 +42,7 @@ SPEEDUPS: dict[str, dict[tuple[str, str], float]] = {
     },
 }  # fmt: skip
 CONTENDERS = tuple(SPEEDUPS)
-Case = tuple[Record, Entry]
+Measured = tuple[Record, Entry]
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class Targets:
 
     def __init__(self, found: Sequence[Record]) -> None:
         self.records = [record for record in found if record["kind"] == "layers"]
-        self.on_gpu = all(r["environment"]["device"] != "cpu" for r in self.records)
-        cases: dict[tuple[object, ...], Case] = {}
+        devices = [record["environment"]["device"] for record in self.records]
+        self.on_gpu = bool(devices) and "cpu" not in devices
+        cases: dict[tuple[object, ...], Measured] = {}
         for record in self.records:
             for e in record["results"]:
                 if e["batch"] in BATCHES:
@@ -84,15 +86,19 @@ class Targets:
         self.neighbours = [case for key, case in cases.items() if key[0]]
         self.plain = [case for key, case in cases.items() if not key[0]]
         layers = {layer for n in load_networks().values() for layer, _ in n.layers}
-        # Cases of one mode, dtype and batch; and of one mode.
-        self.block = len(layers) * len(LAYOUTS)
-        self.matrix = self.block * len(DTYPES) * len(BATCHES)
+        # Cases of one mode and batch; of one mode; and of the small single images of one mode.
+        self.block = len(layers) * len(LAYOUTS) * len(DTYPES)
+        self.matrix = self.block * len(BATCHES)
+        self.small = sum(
+            Case(layer, dtype, layout, 1).bytes <= SMALL_IMAGE
+            for layer in layers for dtype in DTYPES for layout in LAYOUTS
+        )  # fmt: skip
 
     def lines(self) -> Iterator[Line]:
         for contender in CONTENDERS:
             for line in self._of(contender):
                 decides = self.on_gpu or line.met == NOT_MEASURED
-                yield line if decides else replace(line, met="not on a GPU")
+                yield line if decides else replace(line, met=NOT_ON_GPU)
 
     def _of(self, who: str) -> Iterator[Line]:
         yield self._right(who)
@@ -131,14 +137,19 @@ class Targets:
         )  # fmt: skip
 
     def _of_clone(self, who: str, name: str, mode: str, wanted: float | None) -> Line:
-        found = [
-            (1 / over, summary.case_name(entry))
-            for record, entry in self.plain
-            if (entry["mode"], entry["batch"]) == (mode, BATCHES[-1])
-            and name in summary.regimes_of(record, entry, who)
-            and (over := entry["providers"].get(who, {}).get(summary.metric_of(record), {})
-                 .get("over_limit"))
-        ]  # fmt: skip
+        found = []
+        settled = 0  # cases in the class with their figure, or known to be in another
+        for record, entry in self.plain:
+            if (entry["mode"], entry["batch"]) != (mode, BATCHES[-1]):
+                continue
+            regime, kind = summary.regimes_of(record, entry, who)
+            if name in (regime, kind):
+                provider = entry["providers"].get(who, {})
+                if over := provider.get(summary.metric_of(record), {}).get("over_limit"):
+                    found.append((1 / over, summary.case_name(entry)))
+                    settled += 1
+            elif regime is not None:
+                settled += kind is not None or not (name in CLASSES and regime == MEMORY)
         what = f"{mode}, share of clone's speed, {TITLES[name].removeprefix('... ')}"
         least = "" if wanted is None else f"every layer ≥ {wanted:.0%}"
         if not found:
@@ -146,12 +157,13 @@ class Targets:
         worst, where = min(found)
         mean = geometric_mean(value for value, _ in found)
         return Line(
-            who, what, least, f"least {worst:.0%} ({where}), mean {mean:.0%}", str(len(found)),
-            "reported" if wanted is None else _verdict(worst >= wanted, 1, 1),
+            who, what, least, f"least {worst:.0%} ({where}), mean {mean:.0%}",
+            f"{len(found)}; {settled} of {self.block} classified",
+            "reported" if wanted is None else _verdict(worst >= wanted, settled, self.block),
         )  # fmt: skip
 
     def _ratios(
-        self, cases: list[Case], who: str, baseline: str, mode: str
+        self, cases: list[Measured], who: str, baseline: str, mode: str
     ) -> list[tuple[float, str]]:
         return [
             (figure["ratio"], summary.case_name(entry))
@@ -192,17 +204,17 @@ class Targets:
         images = [entry for _, entry in self.plain if entry["batch"] == 1]
         for mode, most in ((FORWARD, 1), (BACKWARD, 2)):
             found = [(e, _launches(e, who)) for e in images if e["mode"] == mode]
-            yield self._largest(who, f"batch 1, {mode}: launches", most, "", found)
+            yield self._largest(who, f"batch 1, {mode}: launches", most, "", found, self.block)
         small = [e for e in images if e["mode"] == FORWARD and e["bytes"] <= SMALL_IMAGE]
         yield self._largest(
             who, "batch 1, forward, images up to 1 MB: time in a CUDA graph", 5, " µs",
-            [(e, summary.microseconds(e, "device", who)) for e in small],
+            [(e, summary.microseconds(e, "device", who)) for e in small], self.small,
             lacking="" if self.on_gpu else "a CPU has no CUDA graph",
         )  # fmt: skip
 
     def _largest(
         self, who: str, what: str, most: float, unit: str, values: list[tuple[Entry, float]],
-        lacking: str = "",
+        expected: int, lacking: str = "",
     ) -> Line:  # fmt: skip
         found = [(value, summary.case_name(e)) for e, value in values if not math.isnan(value)]
         wanted = f"≤ {most:g}{unit}"
@@ -210,13 +222,13 @@ class Targets:
             return Line(who, what, wanted, lacking)
         (worst, where), over = max(found), sum(v > most for v, _ in found)
         return Line(
-            who, what, wanted, f"most {worst:.3g}{unit} ({where}), {over} over", str(len(found)),
-            _verdict(not over, 1, 1),
+            who, what, wanted, f"most {worst:.3g}{unit} ({where}), {over} over",
+            f"{len(found)} of {expected}", _verdict(not over, len(found), expected),
         )  # fmt: skip
 
     def _host(self, who: str, mode: str, grad: str, most: float) -> Line:
         what, wanted = f"host time of a call {grad}", f"≤ {most:g} µs"
-        for record in self.records:
+        for record in reversed(self.records):
             for entry in record.get("small_call", []):
                 value = summary.microseconds(entry, "host", who)
                 if entry["mode"] == mode and not math.isnan(value):
@@ -247,11 +259,11 @@ def text(found: Sequence[Record]) -> str:
     out += ["", f"Losses beyond 5 %: {len(losses) or 'none'}"]
     out += ["", *(f"- {summary.loss_text(loss)}" for loss in losses)] if losses else []
     wanted = [line.met for line in lines if line.wanted]
-    count = {name: wanted.count(name) for name in (YES, SO_FAR, NO)}
-    rest = len(wanted) - sum(count.values())
+    count = {name: wanted.count(name) for name in (YES, SO_FAR, NO, NOT_MEASURED, NOT_ON_GPU)}
     out.append(
         f"\n{count[YES]} of {len(wanted)} targets met, {count[SO_FAR]} so far, {count[NO]} missed, "
-        f"{rest} not measured"
+        f"{count[NOT_MEASURED]} not measured"
+        + (f", {count[NOT_ON_GPU]} {NOT_ON_GPU}" if count[NOT_ON_GPU] else "")
     )
     return "\n".join(out) + "\n"
 
@@ -262,7 +274,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="for the same as Markdown")
     args = parser.parse_args(argv)
     try:
-        written = text([records.read(path) for path in args.records])
+        found = [records.read(path) for path in args.records]
+        if all(record["kind"] != "layers" for record in found):
+            raise records.InvalidRecord(f"{args.records[0]}: expected a record of layers")
+        written = text(found)
         if args.out:
             args.out.write_text(written)
     except (OSError, records.InvalidRecord) as error:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__
-from ._command_line import command, count, seconds
+from . import __version__, _command_line
+from ._command_line import command
 from ._libraries import load
 from .api import explain
 from .convert import fuse_se_blocks, unfuse_se_blocks
@@ -220,9 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("selftest", help="every backend that runs here against the reference")
     fuse = commands.add_parser("fuse", help="what fuse_se_blocks does to a model: parity, time")
     fuse.add_argument("model", help="timm:NAME, torchvision:NAME or MODULE:CALLABLE")
+    count, duration = _command_line.count, _command_line.seconds
     fuse.add_argument("--size", type=count, default=224, help="of the square input (224)")
     fuse.add_argument("--batch", type=count, default=8, help="images (8)")
-    fuse.add_argument("--seconds", type=seconds, default=10, help="per timing (10)")
+    fuse.add_argument("--seconds", type=duration, default=10, help="per timing (10)")
     fuse.add_argument("--neighbours", action="store_true", help="the steps around the blocks too")
     fuse.add_argument(
         "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",

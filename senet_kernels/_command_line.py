@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -25,11 +26,30 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
+            if not _stdout_is_closed():
+                raise  # of another pipe: to a worker, say
             # Or the interpreter would flush once more: the note on SIGPIPE in Python's docs.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
 
     return run
+
+
+def _stdout_is_closed() -> bool:
+    """Whether its reader is gone."""
+    try:
+        sys.stdout.flush()
+        output = sys.stdout.fileno()
+    except BrokenPipeError:
+        return True
+    except OSError:  # in memory
+        return False
+    if sys.platform == "win32":
+        return False
+    # What failed to be written may not be kept for the flush: a long text, or without a buffer.
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def count(text: str) -> int:

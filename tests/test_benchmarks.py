@@ -170,8 +170,27 @@ def test_what_a_call_does_once_is_not_counted() -> None:
     assert account == {"launches": {"operators": 1}}
 
 
-def test_compile_comes_last(run: Callable[..., tuple[int, Any]]) -> None:
-    """All cases without it first; then, and in a later run, those that lack it once more."""
+@pytest.mark.parametrize("budget", ["300", "0"])
+def test_compile_comes_last(
+    run: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    """All cases without it first, then each once more with it; with a budget and without."""
+    order: list[tuple[int, bool]] = []
+    case = layer_run.LayerBench._case
+
+    def watched(self: Any, which: Any, *more: Any, **named: Any) -> Any:
+        entries = case(self, which, *more, **named)
+        order.append((which.batch, entries[0]["providers"]["compile"]["status"] == "ok"))
+        return entries
+
+    monkeypatch.setattr(layer_run.LayerBench, "_case", watched)
+    words = [*LAYER[:-1], budget, "--batch", "2", "--rounds", "3", "--provider", "compile"]
+    _, record = run(*words, "--compile-last")
+    assert order == [(1, False), (2, False), (1, True), (2, True)]
+    assert [entry["batch"] for entry in record["results"]] == [1, 2]
+
+
+def test_a_later_run_compiles_what_lacks_it(run: Callable[..., tuple[int, Any]]) -> None:
     words = [*LAYER[:-1], "300", "--batch", "2", "--provider", "compile", "--compile-last"]
     refused = CompileAccount.refuse
 
@@ -369,6 +388,14 @@ def test_mistakes(
     assert text in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "text"
     assert (tmp_path / "other.json").read_text() == "{}"
+
+
+def test_what_is_named_twice_is_measured_once() -> None:
+    words = ["--device", "cpu", "--mode", "backward", "--batch", "1", "--dtype", "fp32"]
+    words += ["--provider", "eager-conv", "--layout", "contiguous"]
+    for more in ([], ["--network", "seresnet50"]):
+        once, twice = (options.parse("layers", [*words, *more] * n) for n in (1, 2))
+        assert vars(twice) | {"command": ""} == vars(once) | {"command": ""}
 
 
 # -- networks --------------------------------------------------------------------------------------

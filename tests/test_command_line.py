@@ -96,6 +96,47 @@ def test_an_output_closed_early(words: tuple[str, ...], tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+_ENDS = """
+import os, sys
+from senet_kernels._command_line import command
+
+@command
+def main(argv):
+    {body}
+
+sys.exit(main([]))
+"""
+_OTHER_PIPE = "ends = os.pipe(); os.close(ends[0]); os.write(ends[1], b'x')"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize(("body", "unbuffered", "closed", "code"), [
+    ("print('x' * 100_000)", "", True, 141),
+    ("print('x')", "1", True, 141),
+    (_OTHER_PIPE, "1", False, 1),
+    (f"print('x'); {_OTHER_PIPE}", "", False, 1),
+], ids=["long", "unbuffered", "another, unbuffered", "another"])  # fmt: skip
+def test_only_a_closed_output_ends_in_silence(
+    body: str, unbuffered: str, closed: bool, code: int
+) -> None:
+    reading, writing = os.pipe()
+    if closed:
+        os.close(reading)
+    env = {
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "PYTHONUNBUFFERED": unbuffered,
+    }
+    with open(writing, "w") as output:
+        done = subprocess.run(
+            [sys.executable, "-c", _ENDS.format(body=body)], stdout=output, stderr=subprocess.PIPE,
+            env=os.environ | env, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    if not closed:
+        os.close(reading)
+    assert done.returncode == code
+    assert ("BrokenPipeError" in done.stderr) == (code == 1)
+
+
 def test_the_difference_of_outputs() -> None:
     nan, inf = math.nan, math.inf
     before = torch.tensor([nan, inf, -4.0, 0.0])

@@ -185,18 +185,28 @@ def test_stages_without_a_gpu(tmp_path: Path, argument: tuple[str, ...]) -> None
     assert "build_ext" in stages["build"].prepare(60).command[-1]
 
 
+def _values(command: list[str], option: str) -> list[str]:
+    return [command[i + 1] for i, word in enumerate(command) if word == option]
+
+
 def test_stages_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"device": "A card", "torch": "2.11.0", "capability": "9.0"}
     (tmp_path / "environment.json").write_text(json.dumps(found))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     stages = {stage.name: stage for stage in gpu.stages(tmp_path, ("--batch", "1"))}
     assert stages["build"].prepare(60).environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert "gpu and not slow" in stages["tests"].prepare(60).command
+    assert "gpu and not slow" in stages["gpu-tests"].prepare(60).command
     layers = stages["layers"].prepare(100).command
     assert layers[-2:] == ["--batch", "1"]
     assert "--network" not in layers  # another selection replaces the usual one
+    assert _values(layers, "--mode") == ["forward", "backward", "forward+backward"]
+    for words in (("--mode", "forward"), ("--mode=forward",)):
+        (named,) = (s for s in gpu.stages(tmp_path, words) if s.name == "layers")
+        command = named.prepare(100).command
+        assert command[-len(words) :] == [*words]
+        assert sum(word.startswith("--mode") for word in command) == 1
     usual = stages["types"].prepare(100).command
-    assert [usual[i + 1] for i, word in enumerate(usual) if word == "--dtype"] == ["fp16", "fp32"]
+    assert _values(usual, "--dtype") == ["fp16", "fp32"]
     for stage in ("layers", "types", "batch-1", "neighbours", "host"):
         assert f"{tmp_path}/{stage}.json" in stages[stage].prepare(100).command
     assert float(layers[layers.index("--budget") + 1]) <= 0.8 * 100
@@ -219,7 +229,7 @@ def test_stages_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "hypothesis is not installed" in task.note
     monkeypatch.setattr(gpu, "find_spec", lambda n: None if n == "pytest" else there(n))
     with pytest.raises(SkipStage, match="not installed: pytest"):
-        stages["tests"].prepare(60)
+        stages["gpu-tests"].prepare(60)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +259,7 @@ def test_what_a_build_says() -> None:
 
 def test_what_pytest_says() -> None:
     log = "test_gpu.py::test_x PASSED [100%]\n=== 3 failed, 1 passed, 2 skipped in 9.12s ===\n"
-    (stage,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == "tests")
+    (stage,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == "gpu-tests")
     assert stage.conclude(log) == "3 failed, 1 passed, 2 skipped in 9.12s"
     assert not stage.finds_fault(log)
     assert stage.finds_fault("=== 83 skipped, 1069 deselected in 3.82s ===\n")
@@ -258,6 +268,7 @@ def test_what_pytest_says() -> None:
 
 def test_groups() -> None:
     known = gpu.stages(Path(os.devnull))
+    assert not {stage.name for stage in known} & {*gpu.GROUPS}  # --only has one meaning
     ends = ["targets", "report"]
     for group in gpu.GROUPS:
         names = [stage.name for stage in gpu.picked(known, [group])]
@@ -269,6 +280,8 @@ def test_groups() -> None:
     } == {*gpu.GROUPS}
     names = [stage.name for stage in gpu.picked(known, ["layers"], dry=True)]
     assert names == ["environment", "layers", *ends]
+    names = [stage.name for stage in gpu.picked(known, ["gpu-tests"], dry=True)]
+    assert names == ["environment", "gpu-tests", *ends]
 
 
 @pytest.mark.parametrize("stage", sorted(gpu.LAYER_RECORDS))

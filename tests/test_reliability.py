@@ -240,6 +240,18 @@ def test_the_record_of_sanitizers() -> None:
         assert all(entry[key] for key in ("over", "command", "date", "commit", "tools", "kernels"))
 
 
+@pytest.mark.parametrize(("tool", "option"), [(reliability, "--run"), (sanitize, "--record")],
+                         ids=["reliability", "sanitize"])  # fmt: skip
+def test_a_record_is_of_a_commit(tool: Any, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With uncommitted changes nothing is run for it, and nothing written."""
+    monkeypatch.setattr(reliability, "uncommitted", lambda: [" M csrc/cpu/kernels.cpp"])
+    monkeypatch.setattr(reliability, "run", lambda *_: pytest.fail("it runs"))
+    monkeypatch.setattr(sanitize, "KINDS", {"address": lambda _: pytest.fail("it runs")})
+    monkeypatch.setattr(sys, "argv", ["tool", option])
+    with pytest.raises(SystemExit, match="commit or stash first\n M csrc/cpu"):
+        tool.main()
+
+
 # -- the generator of mutants ----------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +145,40 @@ def test_nothing_is_newer_than_the_oldest_python() -> None:
     folders = (PACKAGE, "benchmarks", "docs", "examples", "tests", "tools")
     files = [ROOT / "setup.py", *(p for f in folders for p in sorted((ROOT / f).rglob("*.py")))]
     assert [line for path in files for line in _unguarded(path)] == []
+
+
+def _with_conflicts(root: Path) -> list[str]:
+    """Tracked files in which a merge has left its markers."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=False)
+    marker = re.compile(rb"^(?:<{7}|>{7}|\|{7})(?: |$)", re.MULTILINE)
+    names = [name for name in done.stdout.decode().split("\0") if (root / name).is_file()]
+    return [name for name in names if marker.search((root / name).read_bytes())]
+
+
+def test_no_merge_conflict_is_committed(tmp_path: Path) -> None:
+    try:
+        subprocess.run(["git", "rev-parse"], cwd=ROOT, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a checkout of git")
+    assert _with_conflicts(ROOT) == []
+    lines = ["<" * 7 + " HEAD", "ours", "=" * 7, "theirs", ">" * 7 + " branch", ""]
+    (tmp_path / "merged.md").write_text("\n".join(lines))
+    (tmp_path / "title.md").write_text("Title\n" + "=" * 7 + "\n")
+    for words in ("init -q", "add ."):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    assert _with_conflicts(tmp_path) == ["merged.md"]
+
+
+def _hidden(tree: ast.Module) -> list[str]:
+    """Parameters of the name of something that the module imports."""
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names}
+    every = (node for node in ast.walk(tree) if isinstance(node, ast.arguments))
+    return [a.arg for n in every for a in (*n.posonlyargs, *n.args, *n.kwonlyargs)
+            if a.arg in names]  # fmt: skip
+
+
+def test_no_parameter_hides_an_import() -> None:
+    for folder in (PACKAGE, "benchmarks", "tools"):
+        for name, tree in _modules(ROOT / folder):
+            assert _hidden(tree) == [], f"{folder}: {name}"

@@ -207,8 +207,8 @@ class Stages:
         passed = {"SENET_KERNELS_PASSED": str(self.out / f"{name}.passed")}
         return Task(command, {**self.of_kernels, **passed}, "; ".join(note))
 
-    def tests(self, seconds: float) -> Task:
-        return self._pytest("tests", "tests/test_gpu.py")
+    def gpu_tests(self, seconds: float) -> Task:
+        return self._pytest("gpu-tests", "tests/test_gpu.py")
 
     def suite(self, seconds: float) -> Task:
         if self.dry:  # the gate runs the suite on a CPU anyway
@@ -218,7 +218,7 @@ class Stages:
     def slow(self, seconds: float) -> Task:
         if self.dry:
             raise SkipStage("slow tests, and those of a CPU belong to make test-all")
-        # Tensors of more than 2^31 elements, the layers that the tests stage has left out.
+        # Tensors of more than 2^31 elements, the layers that the stage gpu-tests has left out.
         return self._pytest("slow", "tests/test_gpu.py", slow=True)
 
     def sanitizer(self, tool: str, backend: str) -> Callable[[float], Task]:
@@ -254,7 +254,9 @@ class Stages:
             options = (*_SMALL_LAYERS, *(("--neighbours",) if name == "neighbours" else ()))
         if self.arguments and name == "layers":
             options = (*_SMALL_LAYERS, *self.arguments) if self.dry else tuple(self.arguments)
-        return lambda seconds: self._benchmark("layers", seconds, *_MODES, *options, record=name)
+        if not any(word.partition("=")[0] == "--mode" for word in options):
+            options = (*_MODES, *options)
+        return lambda seconds: self._benchmark("layers", seconds, *options, record=name)
 
     def host(self, seconds: float) -> Task:
         names = [name for name in _PROVIDERS if name != "compile-max"]
@@ -319,7 +321,7 @@ class Stages:
             Stage("build", 0.3, self.build, _build_conclusion),
             # The quickest answers of all; what Triton compiles the sanitizer finds compiled.
             *(Stage(f"kernels-{b}", 0.1, self.kernels(b), group=TESTS) for b in BACKENDS),
-            Stage("tests", 0.2, self.tests, **tested),
+            Stage("gpu-tests", 0.2, self.gpu_tests, **tested),
             Stage("launches", 0.1, self.launches, group=FIGURES),
             Stage("host", 0.05, self.host, **figures),
             Stage("layers", 0.3, self.layers("layers"), **figures),

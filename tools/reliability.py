@@ -141,6 +141,12 @@ def uncommitted() -> list[str]:
     return _git("status", "--porcelain", "--", *RECORDED_OF).splitlines()
 
 
+def refuse_uncommitted() -> None:
+    """End here, where a record would be of no commit."""
+    if changed := uncommitted():
+        sys.exit("a record is of a commit: commit or stash first\n" + "\n".join(changed))
+
+
 def commit() -> str:
     found = _git("describe", "--always", "--abbrev=12") or "unknown"
     return f"{found}-dirty" if uncommitted() else found
@@ -426,8 +432,8 @@ def main() -> int:
         _warn()
         print(f"{PAGE.name}: {'as generated' if same else 'run python -m tools.reliability'}")
         return int(not same)
-    if options.run and (changed := uncommitted()):
-        sys.exit("a record is of a commit: commit or stash first\n" + "\n".join(changed))
+    if options.run:
+        refuse_uncommitted()
     failed = False
     for place in options.place if options.run else ():
         if place == "GPU" and not _has_gpu():

@@ -221,6 +221,8 @@ def main() -> int:
     unknown = set(chosen.kinds) - set(KINDS)
     if unknown:
         parser.error(f"expected {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
+    if chosen.record:
+        reliability.refuse_uncommitted()
     commit = reliability.commit()  # of what the first kind runs, should it change meanwhile
     status = 0
     for name in chosen.kinds or KINDS:
