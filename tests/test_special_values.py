@@ -218,6 +218,22 @@ def test_halves_of_the_block_pass_nan_on(backend: BackendCase) -> None:
         assert y[1].isnan().nonzero().tolist() == [[2, 3]]
 
 
+@pytest.mark.parametrize("value", [-3.0, -4.0])
+@pytest.mark.parametrize("upstream", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+def test_hardswish_is_flat_up_to_minus_three(
+    backend: BackendCase, upstream: float, value: float
+) -> None:
+    """Its kink included: the gradient is 0 there and not 0 * Inf, as PyTorch's is."""
+    x = torch.full((1, 8, 16), value, device=backend.device, requires_grad=True)
+    dy = torch.full_like(x, upstream)
+    w = torch.eye(8, device=backend.device)
+    y = squeeze_excite(
+        x, None, None, w, None, gate="identity", before="hardswish", backend=backend.name
+    )
+    assert not torch.autograd.grad(y, x, dy)[0].any()
+
+
 @pytest.mark.parametrize("part", ["whole", "squeeze"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
