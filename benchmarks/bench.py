@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
@@ -44,7 +45,7 @@ def ignore(*arguments: Any) -> None:
 
 
 @dataclass
-class Bench:
+class Bench(ABC):
     """State of one run. ``record`` is valid JSON content at any moment.
 
     ``tell`` shows what is going on, ``save`` is called with the record after every case.
@@ -88,8 +89,8 @@ class Bench:
         with use_backend(self.record["environment"]["backend"]):
             self._run(progress)
 
-    def _run(self, progress: Callable[[list[Any]], Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _run(self, progress: Callable[[list[Any]], Any]) -> None: ...
 
     def cache_state(self) -> str:
         return CpuTimer.state if self.options.device.type == "cpu" else CudaTimer.state

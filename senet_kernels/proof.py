@@ -175,18 +175,15 @@ def _forms_of(
 def _different_in_training(tried: list[Mlp], module: nn.Module, x: Tensor) -> str:
     """Why a module that is squeeze-and-excitation in eval alone is refused."""
     dry = copy.deepcopy(module).train()
-    dropouts = [
-        (".".join(path), repr(child), child)
-        for path, child in descendants(dry)
-        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0
-    ]
-    for _, _, child in dropouts:
-        child.p = 0.0
-    if dropouts and _forms_of(tried, dry, x, [_output_and_gradients(dry.forward, x, dry)]):
-        name, shown, _ = dropouts[0]
+    found = []
+    for path, child in descendants(dry):
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
+            found.append(f"its child {'.'.join(path)}, {child}, is random in training")
+            child.p = 0.0
+    if found and _forms_of(tried, dry, x, [_output_and_gradients(dry.forward, x, dry)]):
         return (
-            f"its child {name}, {shown}, is random in training: for inference put nn.Identity() in "
-            "its place, for training call squeeze and channel_scale around your own excitation"
+            f"{found[0]}: for inference put nn.Identity() in its place, for training call squeeze "
+            "and channel_scale around your own excitation"
         )
     return "it is squeeze-and-excitation in eval, and computes something else in training"
 

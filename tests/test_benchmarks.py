@@ -35,6 +35,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import main
 from benchmarks.compiling import NO_TIME, CompileAccount
+from policies import PLAN
 from senet_kernels import api, backends, dispatch, use_backend
 
 CPU = torch.device("cpu")
@@ -597,8 +598,7 @@ def test_a_refused_capture_is_a_reason(clock: list[float]) -> None:
 
 def test_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forced plan is in force during a step, and at no other time."""
-    variable = "SENET_KERNELS_CUDA_PLAN"
-    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.delenv(PLAN, raising=False)
     name = "native-cluster8"
     assert providers.unavailable(name, torch.device("cpu")) == "a plan of the CUDA kernels"
     assert {backend for backend, _ in strategies.STRATEGIES.values()} == {"native", "triton"}
@@ -610,10 +610,10 @@ def test_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def record(*args: Any) -> torch.Tensor:
-        seen.append(os.environ.get(variable))
+        seen.append(os.environ.get(PLAN))
         return made.x[0]
 
     monkeypatch.setattr(module, "forward", record)
     providers.make_call(module, made, problem.FORWARD)(0)
     assert seen == ["exchange=cluster,blocks=8"]
-    assert variable not in os.environ
+    assert PLAN not in os.environ

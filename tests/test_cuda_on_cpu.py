@@ -425,6 +425,27 @@ def test_bytes_moved(policy: str, layout: str, shape: tuple[int, ...], force: An
     assert [backward.times("w", t) for t in (dx, dresidual)] == [1, 1]
 
 
+@pytest.mark.parametrize("policy", [p for p in POLICIES if "weights=1" in p])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_kept_weights_are_not_read_again(policy: str, layout: str, force: Any) -> None:
+    """The products read the copy in shared memory, which single accesses make; without one they
+    read every weight for every image."""
+    if "axis=space" in policy and layout == "contiguous":
+        pytest.skip("not a policy for this layout")
+    problem = build(Spec((5, 160, 4, 8), 16, torch.float16, layout, shift=True))
+    x, w1, w2 = (problem.tensors[name] for name in ("x", "w1", "w2"))
+    for kept in (True, False):
+        force(policy if kept else policy.replace("weights=1", "weights=0"))
+        with cuda_on_cpu.plugged_in(3, POLICIES[policy][0]) as simulation:
+            with simulation.accesses() as forward:
+                y = problem.call(squeeze_excite, {**problem.tensors, "x": x.requires_grad_()},
+                                 backend="native")  # fmt: skip
+            with simulation.accesses() as backward:
+                torch.autograd.grad(y, x, problem.dy)
+        for accesses, w in itertools.product((forward, backward), (w1, w2)):
+            assert accesses.times("r", w) == 0 if kept else accesses.times("r", w) >= len(x)
+
+
 def _sectors(*tensors: torch.Tensor | None) -> Counter[int]:
     """The first byte of every 32."""
     return Counter(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import regimes
 from benchmarks.workloads import load_networks
-from policies import POLICIES, parsed
+from policies import PLAN, POLICIES, parsed
 from senet_kernels import explain, features, squeeze_excite
 from senet_kernels.backends import native
 from senet_kernels.backends.native import Gpu, launch_plan
@@ -57,9 +57,9 @@ def test_the_classes_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read from the words of a plan."""
     for channels, side in ((2048, 7), (256, 56)):
         assert regimes.memory_class(_plan(H100, channels, 16, side)) == regimes.TWO_FIT
-    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "exchange=none,resident=1,slots=1")
+    monkeypatch.setenv(PLAN, "exchange=none,resident=1,slots=1")
     assert regimes.memory_class(_plan(H100, 2048, 16, 7)) == regimes.ONE_FITS
-    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "exchange=none,resident=0")
+    monkeypatch.setenv(PLAN, "exchange=none,resident=0")
     assert regimes.memory_class(_plan(H100, 2048, 16, 7)) == regimes.REREAD
 
 
@@ -75,10 +75,10 @@ def test_a_bit_mask_of_odd_rows_costs_nothing(side: int) -> None:
 
 
 def test_a_plan_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "exchange=none,resident=0")
+    monkeypatch.setenv(PLAN, "exchange=none,resident=0")
     assert _plan(H100, 1024, 64, 14).startswith("one block per image")
     assert "two passes" in _plan(H100, 1024, 64, 14)
-    monkeypatch.setenv("SENET_KERNELS_CUDA_PLAN", "speed=1")
+    monkeypatch.setenv(PLAN, "speed=1")
     assert "expected exchange, blocks" in _plan(H100, 1024, 64, 14)
 
 

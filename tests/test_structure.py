@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT, git, needs_git, tracked
+
 PACKAGE = "senet_kernels"
 
 #: From the user down. A module imports from its own layer and from later ones.
@@ -149,23 +149,18 @@ def test_nothing_is_newer_than_the_oldest_python() -> None:
 
 def _with_conflicts(root: Path) -> list[str]:
     """Tracked files in which a merge has left its markers."""
-    done = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=False)
     marker = re.compile(rb"^(?:<{7}|>{7}|\|{7})(?: |$)", re.MULTILINE)
-    names = [name for name in done.stdout.decode().split("\0") if (root / name).is_file()]
-    return [name for name in names if marker.search((root / name).read_bytes())]
+    return [name for name in tracked(root) if marker.search((root / name).read_bytes())]
 
 
+@needs_git
 def test_no_merge_conflict_is_committed(tmp_path: Path) -> None:
-    try:
-        subprocess.run(["git", "rev-parse"], cwd=ROOT, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not a checkout of git")
     assert _with_conflicts(ROOT) == []
     lines = ["<" * 7 + " HEAD", "ours", "=" * 7, "theirs", ">" * 7 + " branch", ""]
     (tmp_path / "merged.md").write_text("\n".join(lines))
     (tmp_path / "title.md").write_text("Title\n" + "=" * 7 + "\n")
-    for words in ("init -q", "add ."):
-        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    git("init", "-q", folder=tmp_path)
+    git("add", ".", folder=tmp_path)
     assert _with_conflicts(tmp_path) == ["merged.md"]
 
 

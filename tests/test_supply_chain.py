@@ -20,6 +20,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from checkout import needs_git, tracked
 from senet_kernels.train import network
 from senet_kernels.train.errors import TrainError
 
@@ -105,20 +106,17 @@ def test_building_needs_no_network(offline: dict[str, str], tmp_path: Path, mode
 _WRITTEN = re.compile(r"PKG-INFO|setup\.cfg|senet_kernels\.egg-info/.*")
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+@needs_git
 def test_a_source_distribution_has_all_tracked_files_and_no_others(
     offline: dict[str, str], tmp_path: Path
 ) -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\0")
-    tracked = {name for name in listed if name and (ROOT / name).exists()}
+    files = {*tracked()}
     products = {"benchmarks/results/local/x.json", "tests/__pycache__/x.pyc", "build/docs/x.html",
                 "senet_kernels/_native.abi3.so", "senet_kernels/_build.json"}  # fmt: skip
-    for name in tracked | products:
+    for name in files | products:
         path = tmp_path / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((ROOT / name).read_bytes() if name in tracked else b"")
+        path.write_bytes((ROOT / name).read_bytes() if name in files else b"")
     environment = {**offline, "PYTHONPATH": offline["PYTHONPATH"].split(os.pathsep)[0]}
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     done = _run(command, environment, tmp_path / "source")
@@ -126,7 +124,7 @@ def test_a_source_distribution_has_all_tracked_files_and_no_others(
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {m.name.partition("/")[2] for m in tar.getmembers() if m.isfile()}
-    assert {name for name in names if not _WRITTEN.fullmatch(name)} == tracked
+    assert {name for name in names if not _WRITTEN.fullmatch(name)} == files
 
 
 # -- files -----------------------------------------------------------------------------------------

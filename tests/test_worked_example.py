@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("markdown_it")
 
 import markdown_blocks
+from checkout import ROOT, git, needs_git, tracked
 from cuda_on_cpu import build
 
-ROOT = markdown_blocks.ROOT
 FUNCTION = "softsign"
 TWINS = {
     "senet_kernels/pointwise.py",
@@ -33,22 +33,11 @@ def the_diff() -> str:
     return found[0]
 
 
-def _git(*arguments: str, folder: Path, text: str | None = None) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, input=text, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
-
-
 @needs_git
 def test_it_applies_and_touches_the_table_and_the_twins_alone() -> None:
     diff = the_diff()
     assert set(re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)) == TWINS
-    _git("apply", "--check", "-", folder=ROOT, text=diff)
+    git("apply", "--check", "-", folder=ROOT, text=diff)
 
 
 def _run(folder: Path, *command: str, **variables: str) -> str:
@@ -66,12 +55,11 @@ def _run(folder: Path, *command: str, **variables: str) -> str:
 @pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
 def test_every_backend_has_it(tmp_path: Path) -> None:
     """Applied to a copy, which is built without optimisation, and tested."""
-    files = _git("ls-files", "-z", folder=ROOT).split("\0")
-    for name in filter(None, files):
+    for name in tracked():
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
-    _git("apply", "-", folder=tmp_path, text=the_diff())
+    git("apply", "-", folder=tmp_path, text=the_diff())
     _run(
         tmp_path, "setup.py", "build_ext", "--inplace",
         SENET_KERNELS_BUILD="cpu", SENET_KERNELS_CXXFLAGS="-O0",

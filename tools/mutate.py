@@ -48,7 +48,7 @@ WALL_LIMIT = 3600  # for what waits for ever; what works for ever is limited by 
 
 _KERNEL_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("accuracy", "pointwise", "layouts", "special_values", "guard_pages")
+    for name in ("accuracy", "pointwise", "layouts", "special_values", "autocast", "guard_pages")
 ]
 _MORE_TESTS = [f"tests/test_{name}.py" for name in ("ops", "gradcheck", "budgets")]
 _GATE = ["-m", "not slow and not gpu"]
