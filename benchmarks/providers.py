@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from senet_kernels import Explanation, backends, channel_scale, dispatch, explain, squeeze
+from senet_kernels import (
+    Explanation,
+    FusedSEBlock,
+    backends,
+    channel_scale,
+    dispatch,
+    explain,
+    squeeze,
+)
 from senet_kernels._libraries import load
 
 from .problem import BACKWARD, DTYPES, FORWARD, TRAINING, Problem
@@ -49,30 +57,34 @@ _BEFORE: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 
 
+_WEIGHTS = {"fc1.weight": "w1", "fc1.bias": "b1", "fc2.weight": "w2", "fc2.bias": "b2"}
+
+
+def _fill(block: nn.Module, problem: Problem, *, linear: bool = False) -> None:
+    """Give a block the layers of a problem: 1x1 convolutions as in timm, or linear ones."""
+    case = problem.case
+    for name, weight, bias in (("fc1", "w1", "b1"), ("fc2", "w2", "b2")):
+        if weight in problem.weights:
+            value = problem.weights[weight]
+            rows, columns = value.shape
+            unit = nn.Linear(columns, rows) if linear else nn.Conv2d(columns, rows, 1)
+            unit = unit.to(value.device, DTYPES[case.dtype])
+            with torch.no_grad():
+                unit.weight.copy_(value.reshape(unit.weight.shape))
+                unit.bias.copy_(problem.weights[bias])
+            setattr(block, name, unit)
+    if case.layout == "channels_last":  # what model.to(memory_format=...) does to the weights
+        block.to(memory_format=torch.channels_last)
+
+
 class _Block(nn.Module):
-    """Parameters of one layer: 1x1 convolutions as in timm, or linear layers."""
+    """A block written out in PyTorch."""
 
     def __init__(self, problem: Problem, *, linear: bool = False) -> None:
         super().__init__()
-        case = problem.case
-        self.layer: Layer = case.layer
+        self.layer: Layer = problem.case.layer
         self.linear = linear
-        for name, weight, bias in (("fc1", "w1", "b1"), ("fc2", "w2", "b2")):
-            if weight in problem.weights:
-                value = problem.weights[weight]
-                rows, columns = value.shape
-                unit = nn.Linear(columns, rows) if linear else nn.Conv2d(columns, rows, 1)
-                unit = unit.to(value.device, DTYPES[case.dtype])
-                with torch.no_grad():
-                    unit.weight.copy_(value.reshape(unit.weight.shape))
-                    unit.bias.copy_(problem.weights[bias])
-                setattr(self, name, unit)
-        if case.layout == "channels_last":  # what model.to(memory_format=...) does to the weights
-            self.to(memory_format=torch.channels_last)
-
-    def named_weights(self) -> dict[str, Tensor]:
-        rename = {"fc1.weight": "w1", "fc1.bias": "b1", "fc2.weight": "w2", "fc2.bias": "b2"}
-        return {rename[name]: parameter for name, parameter in self.named_parameters()}
+        _fill(self, problem, linear=linear)
 
 
 class EagerSE(_Block):
@@ -95,33 +107,24 @@ class EagerSE(_Block):
         return _ACTIVATION[layer.after](y)
 
 
-class FusedSE(_Block):
-    """The same parameters through ``senet_kernels.squeeze_excite`` with one backend."""
+class FusedSE(FusedSEBlock):
+    """The same parameters in a ``FusedSEBlock``, as users have it, on one backend."""
 
     def __init__(self, problem: Problem, backend: str, strategy: Strategy | None = None) -> None:
-        super().__init__(problem)
-        from senet_kernels import squeeze_excite
-
-        self.function = squeeze_excite
-        self.backend = backend
-        self.strategy = strategy  # in force during a step, see make_call
-
-    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        layer = self.layer
-        single = layer.hidden is None
-        return self.function(
-            x,
-            None if single else self.fc1.weight,
-            None if single else self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+        layer = problem.case.layer
+        super().__init__(
+            layer.channels,
+            hidden=layer.hidden,
             activation=layer.activation,
             gate=layer.gate,
             before=layer.before,
             after=layer.after,
-            residual=residual,
-            backend=self.backend,
+            scale_and_shift=layer.shift,
+            excitation="single" if layer.hidden is None else "two",
+            backend=backend,
         )
+        self.strategy = strategy  # in force during a step, see make_call
+        _fill(self, problem)
 
 
 class Halves(_Block):
@@ -343,7 +346,7 @@ def results(module: nn.Module, problem: Problem, mode: str = TRAINING) -> dict[s
     """Gradients by the oracle's names on the first buffers; of a training step the output too."""
     block = getattr(module, "_orig_mod", module)
     names = ["y", "x", *(["residual"] if problem.residual[0] is not None else [])]
-    names += list(block.named_weights())
+    names += [_WEIGHTS[name] for name, _ in block.named_parameters()]
     call = make_call(module, problem, mode)
     if mode == BACKWARD:
         call(0)  # the second time shows what the first overwrote

@@ -27,12 +27,12 @@ Call make_call(Tensor x, const OptionalTensor& w1, const OptionalTensor& b1, con
   const int64_t channels = c.shape.channels;
   STD_TORCH_CHECK(outputs == channels || outputs == 2 * channels, "w2: expected ", channels, " or ",
                   2 * channels, " rows, got ", outputs);
-  c.parameters.w1 = c.parameter("w1", w1, hidden, channels);
-  c.parameters.b1 = c.parameter("b1", b1, hidden, 1);
-  c.parameters.w2 = c.parameter("w2", w2, outputs, c.shape.inner());
-  c.parameters.b2 = c.parameter("b2", b2, outputs, 1);
-  c.parameters.alpha = c.parameter("alpha", alpha, channels, 1);
-  c.parameters.beta = c.parameter("beta", beta, channels, 1);
+  c.parameters.w1 = c.matrix("w1", w1, hidden, channels);
+  c.parameters.b1 = c.vector("b1", b1, hidden);
+  c.parameters.w2 = c.matrix("w2", w2, outputs, c.shape.inner());
+  c.parameters.b2 = c.vector("b2", b2, outputs);
+  c.parameters.alpha = c.vector("alpha", alpha, channels);
+  c.parameters.beta = c.vector("beta", beta, channels);
   return c;
 }
 
@@ -46,8 +46,8 @@ std::pair<Call, Tensor> make_scale_call(Tensor x, const Tensor& u, const Optiona
   const int64_t channels = c.shape.channels;
   STD_TORCH_CHECK(u.size(1) == channels || u.size(1) == 2 * channels, "u: expected ", channels,
                   " or ", 2 * channels, " columns, got ", u.size(1));
-  c.parameters.alpha = c.parameter("alpha", alpha, channels, 1);
-  c.parameters.beta = c.parameter("beta", beta, channels, 1);
+  c.parameters.alpha = c.vector("alpha", alpha, channels);
+  c.parameters.beta = c.vector("beta", beta, channels);
   return {c, c.vectors("u", u, u.size(1))};
 }
 

@@ -85,6 +85,7 @@ struct BackwardArgs {
 // What the kernels need from their host: threads, and scratch memory that outlives the call.
 struct Runtime {
   int threads;
+  int64_t core_cache;  // bytes of the largest cache that is a core's own; 0 where nothing says
   // Calls body(begin, end, context) for disjoint ranges that cover [0, n), at most one per thread.
   void (*parallel_for)(int64_t n, void (*body)(int64_t, int64_t, void*), void* context);
   // At least `bytes` of 64-byte aligned memory, valid until the next call on the same thread.

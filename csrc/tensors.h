@@ -225,13 +225,21 @@ struct Call {
     return {dense.data_ptr(), dense.stride(0)};
   }
 
-  const void* parameter(const char* name, const OptionalTensor& t, int64_t rows, int64_t columns) {
+  const void* matrix(const char* name, const OptionalTensor& t, int64_t rows, int64_t columns) {
     if (!t) return nullptr;
-    check_device(name, *t);
-    STD_TORCH_CHECK(t->dim() >= 1 && t->size(0) == rows && t->numel() == rows * columns &&
-                        (columns == 1 || (t->dim() >= 2 && t->size(1) == columns)),
+    STD_TORCH_CHECK(t->dim() >= 2 && t->size(0) == rows && t->size(1) == columns &&
+                        t->numel() == rows * columns,
                     name, ": expected shape [", rows, ", ", columns,
                     "] with optional trailing extents of 1");
+    return parameter(name, t);
+  }
+  const void* vector(const char* name, const OptionalTensor& t, int64_t n) {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n, name, ": expected shape [", n, "]");
+    return parameter(name, t);
+  }
+  const void* parameter(const char* name, const OptionalTensor& t) {
+    check_device(name, *t);
     if (!parameter_type) {
       parameter_type = t->scalar_type();
       parameters.dtype = dtype_of(name, *t);
@@ -294,8 +302,8 @@ inline Call make_call(Tensor x, const OptionalTensor& affine_scale,
   }
   c.shape.channels_last = last;
   c.parameters.dtype = c.dtype;
-  c.parameters.affine_scale = c.parameter("before_affine[0]", affine_scale, channels, 1);
-  c.parameters.affine_shift = c.parameter("before_affine[1]", affine_shift, channels, 1);
+  c.parameters.affine_scale = c.vector("before_affine[0]", affine_scale, channels);
+  c.parameters.affine_shift = c.vector("before_affine[1]", affine_shift, channels);
 
   if (lengths) {
     c.check_device("lengths", *lengths);

@@ -5,6 +5,7 @@ More than 500 lines: public functions of up to sixteen arguments, and what they 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,26 @@ def _make_plan(
     call = features.Call(device, dtype, param_dtype, options, *facts)
     return _Plan(options, pack(options), call, dispatch.choose(call, requested))
 
+
+def _note_short_way(kind: tuple[Any, ...], plan: _Plan) -> None:
+    """Keep the plan of a call on the CPU for squeeze_excite's short way too, where the native
+    kernels take all calls with these names: of any dtype, layers and residual."""
+    if plan.call.device != "cpu" or plan.choice.backend != "native":
+        return
+    names, requested = kind[3], kind[5]
+    rest = (False, False, False)
+    for dtype, form, shift, residual in itertools.product(
+        validation.DTYPES, ("two layers", "single layer (w1=None)"), (False, True), (False, True)
+    ):
+        call = features.Call("cpu", dtype, dtype, plan.options, form, shift, *rest, residual, False)
+        if dispatch.choose(call, "auto").backend != "native":
+            return
+    _PLANS[names, requested] = plan
+    if requested == "auto":
+        _PLANS[names, None] = plan
+
+
+_NATIVE_FORWARD = autograd.forward_op("native")
 
 # Known not to be made of other tensors without a call, which takes time.
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -129,6 +150,7 @@ def _look_up(kind: tuple[Any, ...]) -> _Plan:
     if plan is None:
         plan = _make_plan(*kind)
         _PLANS[kind] = plan
+        _note_short_way(kind, plan)
     return plan
 
 
@@ -341,6 +363,34 @@ def squeeze_excite(
         ValueError: a shape, name, device or value is wrong; the message names the argument.
         BackendUnavailableError: ``backend`` was chosen explicitly and cannot run this call.
     """
+    # The short way, for usual calls on the CPU: what checking costs counts there, above all after
+    # layers that have flushed the caches Python runs from (docs/performance.md). The op checks
+    # shapes, devices and dtypes itself; the long way then says what is wrong.
+    if (
+        not torch.compiler.is_compiling()
+        and before_affine is None
+        and alpha is None
+        and beta is None
+        and lengths is None
+        and not inplace
+        and _PLAIN_TYPES.issuperset(map(type, (x, w1, b1, w2, b2, residual)))
+        and not torch.is_autocast_enabled("cpu")
+        and fwAD._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        try:
+            asked_for = dispatch._forced if backend is None else backend
+            short = _PLANS.get(((activation, gate, before, after), asked_for))
+            if short is not None and x.is_cpu and w2.dtype is x.dtype:
+                layers, code, rest = (x, w1, b1, w2, b2), short.code, (residual, *[None] * 5)
+                y: Tensor
+                if _requires_grad(*layers, residual):
+                    y = autograd.NativeSEFunction.apply(*layers, code, *rest)
+                else:
+                    y = _NATIVE_FORWARD(*layers, *rest, code, False)[0]
+                return y
+        except (AttributeError, RuntimeError, TypeError):  # AttributeError: None for a tensor
+            pass
     plan, arguments = _prepare(
         x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
         beta, lengths, inplace, backend,

@@ -58,7 +58,6 @@ def _not_plain(layer: nn.Module) -> str | None:
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or _has_any_global_hook()
     ):
         return "has hooks"
     return None
@@ -69,8 +68,10 @@ _NO_PADDING = ((0, 0), "valid", "same")
 
 def _own(layer: nn.Module, name: str) -> Any:
     """``getattr(layer, name)``, which is slow to find a parameter: it looks elsewhere first."""
-    parameter = layer._parameters.get(name)
-    return getattr(layer, name) if parameter is None else parameter
+    try:
+        return layer._parameters[name]
+    except KeyError:  # made by hand, or by a hook
+        return getattr(layer, name)
 
 
 class FusedSEBlock(nn.Module):
@@ -186,8 +187,9 @@ class FusedSEBlock(nn.Module):
         fc2: Any = self._modules.get("fc2")
         if fc2 is None:
             return self._scale_and_shift(x, residual, lengths)
+        watched = "has hooks" if _has_any_global_hook() else None
         for name, layer in (("fc1", fc1), ("fc2", fc2)):
-            reason = None if layer is None else _not_plain(layer)
+            reason = None if layer is None else watched or _not_plain(layer)
             if reason is not None:
                 dispatch.only_reference(f"this block: its child {name} {reason}", self.backend)
                 return self._layer_by_layer(x, residual, lengths)
@@ -197,7 +199,7 @@ class FusedSEBlock(nn.Module):
         return api.squeeze_excite(
             x, w1, b1, w2, _own(fc2, "bias"),
             activation=self.activation, gate=self.gate, before=self.before, after=self.after,
-            residual=residual, alpha=self.alpha, beta=self.beta, lengths=lengths,
+            residual=residual, alpha=_own(self, "alpha"), beta=_own(self, "beta"), lengths=lengths,
             backend=self.backend,
         )  # fmt: skip
 

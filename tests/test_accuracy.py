@@ -212,6 +212,15 @@ def test_no_gradient_needed(backend: BackendCase, layout: str) -> None:
     assert torch.equal(y, taught)
 
 
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("backend", [BackendCase("native", "cpu")], indirect=True, ids=str)
+def test_images_beyond_a_cores_cache(backend: BackendCase, layout: str) -> None:
+    """More than the 1 MB from which on the second reading begins with what was read last."""
+    spec = Spec((2, 333, 30, 29), 16, layout=layout, residual="contiguous", after="relu")
+    for options in (spec, replace(spec, before="silu", residual=None, after="identity")):
+        check(build(options), squeeze_excite, backend=backend.name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 3, 512, 512), (1, 300, 128, 130), (300, 33, 17, 3)])
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)

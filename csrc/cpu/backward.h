@@ -277,7 +277,7 @@ class BackwardPass {
       const Range range = slice(s_.positions, i, slices);
       ColumnSink<A, kBefore> sums(affine_sums_ + task * width, affine_chain_ + 2 * slot * width,
                                   s_.channels);
-      second_reading(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
+      second_reading(range, runs.n * sizeof(T), runtime_.core_cache, [&](int64_t r) SENET_LAMBDA {
         dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.from_channel(0),
                           PerElement<A>{scale}, PerElement<A>{shift}, has_shift_,
                           PerElement<A>{kPlain || r < n ? dmean : none_}, a_.options.after, sums);
@@ -287,7 +287,7 @@ class BackwardPass {
     }
     const Range range = slice(s_.channels, i, slices);
     A* of_affine = of_affine_ + b * width;
-    second_reading(range, runs.n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
+    second_reading(range, runs.n * sizeof(T), runtime_.core_cache, [&](int64_t r) SENET_LAMBDA {
       ChannelSink<A, kBefore> sums;
       const auto with = [&](auto of_mean) SENET_LAMBDA {
         dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.of_channel(r),

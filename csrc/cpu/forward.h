@@ -169,7 +169,7 @@ class ForwardPass {
             PerRow<A>{shifts + range.begin, rows, n}, has_shift, a_.options.after);
       }
     }
-    second_reading(range, n * sizeof(T), [&](int64_t r) SENET_LAMBDA {
+    second_reading(range, n * sizeof(T), runtime_.core_cache, [&](int64_t r) SENET_LAMBDA {
       const T* from = x + r * n;
       const T* add = residual ? residual + r * n : nullptr;
       uint8_t* row_bits = bits ? bits + r * bit_row : nullptr;

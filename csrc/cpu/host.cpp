@@ -2,6 +2,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -76,8 +81,18 @@ void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* contex
                               [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+int64_t core_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = std::max<int64_t>(0, sysconf(_SC_LEVEL2_CACHE_SIZE));
+  return bytes;
+#else
+  return 0;
+#endif
+}
+
 Runtime runtime() {
-  return {static_cast<int>(torch::stable::get_num_threads()), parallel_for, scratch<For::kernels>};
+  return {static_cast<int>(torch::stable::get_num_threads()), core_cache(), parallel_for,
+          scratch<For::kernels>};
 }
 
 }  // namespace

@@ -90,19 +90,27 @@ SENET_INLINE Range slice(int64_t n, int64_t i, int64_t slices) {
   return {n * i / slices, n * (i + 1) / slices};
 }
 
-// Calls body(r) for the runs of a range in a second reading. In reverse, blocks of runs at a time:
-// what was read last is what the cache still holds. Not with AVX-512, where it was measured to lose
-// (docs/performance.md).
-template <class Body>
-SENET_INLINE void second_reading(Range range, [[maybe_unused]] int64_t run_bytes, Body body) {
+// Whether a second reading of so many bytes begins with what was read last, which the cache still
+// holds. With AVX-512 it was measured to gain only where the cache is large and the bytes are half
+// of it or more (docs/performance.md).
+SENET_INLINE bool in_reverse([[maybe_unused]] int64_t bytes, [[maybe_unused]] int64_t core_cache) {
 #if defined(__AVX512F__)
-  for (int64_t r = range.begin; r < range.end; ++r) body(r);
+  return core_cache >= (2 << 20) && bytes > core_cache / 2;
 #else
-  const int64_t block = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, run_bytes));
+  return true;
+#endif
+}
+
+// Calls body(r) for the runs of a range in a second reading. In reverse, blocks of runs at a time.
+template <class Body>
+SENET_INLINE void second_reading(Range range, int64_t run_bytes, int64_t core_cache, Body body) {
+  const int64_t runs = range.end - range.begin;
+  const int64_t block = in_reverse(runs * run_bytes, core_cache)
+                            ? std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, run_bytes))
+                            : runs;
   for (int64_t end = range.end; end > range.begin; end -= block) {
     for (int64_t r = std::max(range.begin, end - block); r < end; ++r) body(r);
   }
-#endif
 }
 
 // Whether rows are better gone through as one run: else each ends in part of a vector, and the next
