@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from backend_cases import FUSED_BACKENDS, BackendCase
 from problems import HALVES, Spec, build
 from senet_kernels import (
     BackendUnavailableError,
+    api,
     backends,
     explain,
     squeeze_excite,
@@ -23,6 +25,7 @@ from senet_kernels import (
 )
 from senet_kernels.backends import native
 from senet_kernels.dispatch import ENVIRONMENT_VARIABLE, ORDER
+from senet_kernels.features import COLUMNS, FALLS_BACK, FEATURES, FUSED
 
 each_fused = pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
 
@@ -166,6 +169,78 @@ def test_automatic_falls_back_to_the_same_result(no_native: str) -> None:
     for result in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, result[name])
+
+
+@pytest.fixture
+def native_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not backends()["native"]:
+        pytest.skip("the compiled library is not there")
+    monkeypatch.setattr(api, "_PLANS", {})
+
+
+@pytest.mark.usefixtures("native_on_cpu")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_usual_calls_are_not_checked_twice(
+    gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second one on; all others are, and messages are those of the checks."""
+    tensors = build(Spec()).leaves()
+    layers = {name: tensors[name] for name in ("x", "w1", "b1", "w2", "b2")}
+    x = tensors["x"]
+    assert x is not None
+
+    def call(**extra: Any) -> Tensor:
+        with torch.set_grad_enabled(gradients):
+            y = squeeze_excite(**{**layers, **extra})
+        assert y.requires_grad == gradients
+        return y
+
+    expected = call()
+
+    def checked(*args: Any) -> None:
+        raise AssertionError("checked")
+
+    monkeypatch.setattr(api, "_prepare", checked)
+    for backend in (None, "auto"):
+        assert torch.equal(call(backend=backend), expected)
+    with use_backend("auto"):
+        assert torch.equal(call(), expected)
+    for extra in (
+        {"backend": "native"},  # not yet asked for
+        {"backend": ""},
+        {"gate": "tanh"},
+        {"gate": []},
+        {"alpha": x[0, :, 0, 0]},
+        {"lengths": torch.ones(len(x), dtype=torch.int64)},
+        {"b1": torch.zeros(1)},  # refused by the op
+        {"b2": torch.zeros(x.shape[1], 1)},
+        {"w2": None},
+    ):
+        with pytest.raises(AssertionError, match="checked"):
+            call(**extra)
+    with torch.autocast("cpu"), pytest.raises(AssertionError, match="checked"):
+        call()
+
+
+@pytest.mark.usefixtures("native_on_cpu")
+@pytest.mark.parametrize(
+    ("row", "spec"),
+    [
+        ("residual", Spec(residual="contiguous")),
+        ("dtype bfloat16", Spec(dtype=torch.bfloat16)),
+        ("scale-and-shift (w2 with 2C rows)", Spec(shift=True)),
+        ("single layer (w1=None)", Spec(hidden=None)),
+    ],
+)
+def test_what_the_table_excludes_is_not_run_after_other_calls(
+    row: str, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    column = COLUMNS.index(("native", "cpu"))
+    cells = [FALLS_BACK if i == column else FUSED for i in range(len(COLUMNS))]
+    monkeypatch.setitem(FEATURES, row, tuple(cells))
+    build(Spec()).call(squeeze_excite, backend="native")
+    with pytest.raises(BackendUnavailableError, match="no fused kernel for"):
+        build(spec).call(squeeze_excite, backend="native")
 
 
 @each_fused
