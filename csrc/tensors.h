@@ -227,9 +227,9 @@ struct Call {
 
   const void* matrix(const char* name, const OptionalTensor& t, int64_t rows, int64_t columns) {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->dim() >= 2 && t->size(0) == rows && t->size(1) == columns &&
-                        t->numel() == rows * columns,
-                    name, ": expected shape [", rows, ", ", columns,
+    bool matches = t->dim() >= 2 && t->size(0) == rows && t->size(1) == columns;
+    for (int64_t d = 2; matches && d < t->dim(); ++d) matches = t->size(d) == 1;
+    STD_TORCH_CHECK(matches, name, ": expected shape [", rows, ", ", columns,
                     "] with optional trailing extents of 1");
     return parameter(name, t);
   }

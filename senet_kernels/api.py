@@ -365,7 +365,8 @@ def squeeze_excite(
     """
     # The short way, for usual calls on the CPU: what checking costs counts there, above all after
     # layers that have flushed the caches Python runs from (docs/performance.md). The op checks
-    # shapes, devices and dtypes itself; the long way then says what is wrong.
+    # shapes, devices and dtypes itself; where it fails, the long way may know a better message.
+    failure: RuntimeError | None = None
     if (
         not torch.compiler.is_compiling()
         and before_affine is None
@@ -377,24 +378,33 @@ def squeeze_excite(
         and not torch.is_autocast_enabled("cpu")
         and fwAD._current_level < 0
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
     ):
+        short: _Plan | None = None
         try:
-            asked_for = dispatch._forced if backend is None else backend
-            short = _PLANS.get(((activation, gate, before, after), asked_for))
-            if short is not None and x.is_cpu and w2.dtype is x.dtype:
-                layers, code, rest = (x, w1, b1, w2, b2), short.code, (residual, *[None] * 5)
-                y: Tensor
+            if x.is_cpu and w2.dtype is x.dtype:
+                asked_for = dispatch._forced if backend is None else backend
+                short = _PLANS.get(((activation, gate, before, after), asked_for))
+        except (AttributeError, TypeError):  # None for a tensor, an unhashable name
+            pass
+        if short is not None:
+            layers, code, rest = (x, w1, b1, w2, b2), short.code, (residual, *[None] * 5)
+            y: Tensor
+            try:
                 if _requires_grad(*layers, residual):
                     y = autograd.NativeSEFunction.apply(*layers, code, *rest)
                 else:
                     y = _NATIVE_FORWARD(*layers, *rest, code, False)[0]
                 return y
-        except (AttributeError, RuntimeError, TypeError):  # AttributeError: None for a tensor
-            pass
+            except RuntimeError as error:
+                failure = error
     plan, arguments = _prepare(
         x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
         beta, lengths, inplace, backend,
     )  # fmt: skip
+    if failure is not None:
+        raise failure
     chosen = plan.choice.backend
     # Forward-mode AD: a raw op would drop the tangents silently, the reference carries them.
     if chosen == "reference" or fwAD._current_level >= 0:

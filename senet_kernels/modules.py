@@ -189,7 +189,7 @@ class FusedSEBlock(nn.Module):
             return self._scale_and_shift(x, residual, lengths)
         watched = "has hooks" if _has_any_global_hook() else None
         for name, layer in (("fc1", fc1), ("fc2", fc2)):
-            reason = None if layer is None else watched or _not_plain(layer)
+            reason = None if layer is None else _not_plain(layer) or watched
             if reason is not None:
                 dispatch.only_reference(f"this block: its child {name} {reason}", self.backend)
                 return self._layer_by_layer(x, residual, lengths)

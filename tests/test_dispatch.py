@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from backend_cases import FUSED_BACKENDS, BackendCase
 from problems import HALVES, Spec, build
@@ -218,8 +220,36 @@ def test_usual_calls_are_not_checked_twice(
     ):
         with pytest.raises(AssertionError, match="checked"):
             call(**extra)
-    with torch.autocast("cpu"), pytest.raises(AssertionError, match="checked"):
-        call()
+    for context in (torch.autocast("cpu"), FlopCounterMode(display=False), BaseTorchFunctionMode()):
+        with context, pytest.raises(AssertionError, match="checked"):
+            call()
+
+
+@pytest.mark.usefixtures("native_on_cpu")
+def test_errors_of_hooks_are_raised_once() -> None:
+    tensors = build(Spec()).leaves()
+    arguments = [tensors[name] for name in ("x", "w1", "b1", "w2", "b2")]
+    squeeze_excite(*arguments)
+    times = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal times
+        times += 1
+        raise RuntimeError("of the hook")
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, pytest.raises(RuntimeError, match="of the hook"):
+        squeeze_excite(*arguments)
+    assert times == 1
+
+
+@pytest.mark.usefixtures("native_on_cpu")
+def test_extents_after_those_of_an_empty_matrix_are_checked() -> None:
+    x, b2 = torch.randn(2, 4, 3, 3), torch.randn(4)
+    squeeze_excite(x, torch.randn(2, 4), None, torch.randn(4, 2), b2)
+    for extra, w2 in ((7, torch.randn(4, 0)), (1, torch.randn(4, 0, 0, 5))):
+        with pytest.raises(ValueError, match="trailing extents of 1"):
+            squeeze_excite(x, torch.randn(0, 4, extra), None, w2, b2)
 
 
 @pytest.mark.usefixtures("native_on_cpu")
