@@ -266,7 +266,8 @@ def _shape(options: dict[str, Any]) -> Shape:
     batch, channels, *space = options["shape"]
     outputs = 0 if "part" in options else channels * (2 if options.get("shift") else 1)
     last = options.get("layout") == "channels_last"
-    return Shape(batch, channels, math.prod(space), options.get("hidden"), outputs, last)
+    again = (options.get("after") or "identity") not in ("identity", "relu")
+    return Shape(batch, channels, math.prod(space), options.get("hidden"), outputs, last, again)
 
 
 def _choices(capability: int, options: dict[str, Any]) -> tuple[Choice, Choice]:

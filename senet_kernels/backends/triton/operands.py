@@ -164,7 +164,8 @@ def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kin
         raise RuntimeError(f"x, w1: expected extents up to {_LARGEST_EXTENT}, got {list(x.shape)}")
 
     last, direct = _layout(x.shape, x.stride())
-    shape = Shape(batch, channels, positions, hidden, outputs, last)
+    again = unpack(options).after not in ("identity", "relu")
+    shape = Shape(batch, channels, positions, hidden, outputs, last, again)
     extents = {
         "w2": (outputs, shape.inner), "u": (batch, columns), "w1": (hidden or 0, channels),
         "b1": (hidden or 0,), "b2": (outputs,), "alpha": (channels,), "beta": (channels,),

@@ -56,6 +56,7 @@ class Shape(NamedTuple):
     hidden: int | None
     outputs: int
     last: bool  # channels-last
+    after_again: bool = False  # whether the backward pass computes the argument of `after` again
 
     @property
     def inner(self) -> int:
@@ -158,7 +159,9 @@ def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) ->
     large = bc * bs > tile
     by_element = not (shape.last or flat or shape.positions * itemsize % 16 == 0)
     if large or by_element:
-        longest = 1 if large and by_element else _WALK_OF_OTHERS
+        # The latter would spill, by 40 to 112 bytes.
+        crowded = by_element or (flat and itemsize == 4 and shape.after_again)
+        longest = 1 if large and crowded else _WALK_OF_OTHERS
     while (
         heavy and g == 1 and 2 * walk <= min(longest, shape.batch)
         and 2 * shape.batch * tiles >= 2 * walk * wanted
