@@ -366,7 +366,6 @@ def squeeze_excite(
     # The short way, for usual calls on the CPU: what checking costs counts there, above all after
     # layers that have flushed the caches Python runs from (docs/performance.md). The op checks
     # shapes, devices and dtypes itself; where it fails, the long way may know a better message.
-    failure: RuntimeError | None = None
     if (
         not torch.compiler.is_compiling()
         and before_affine is None
@@ -397,14 +396,19 @@ def squeeze_excite(
                 else:
                     y = _NATIVE_FORWARD(*layers, *rest, code, False)[0]
                 return y
-            except RuntimeError as error:
-                failure = error
+            except RuntimeError:
+                try:
+                    _prepare(
+                        x, w1, b1, w2, b2, (activation, gate, before, after), None, residual,
+                        None, None, None, False, backend,
+                    )  # fmt: skip
+                except (TypeError, ValueError, dispatch.BackendUnavailableError) as wrong:
+                    raise wrong from None
+                raise
     plan, arguments = _prepare(
         x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
         beta, lengths, inplace, backend,
     )  # fmt: skip
-    if failure is not None:
-        raise failure
     chosen = plan.choice.backend
     # Forward-mode AD: a raw op would drop the tangents silently, the reference carries them.
     if chosen == "reference" or fwAD._current_level >= 0:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -241,6 +243,22 @@ def test_errors_of_hooks_are_raised_once() -> None:
     with hooks, pytest.raises(RuntimeError, match="of the hook"):
         squeeze_excite(*arguments)
     assert times == 1
+
+
+@pytest.mark.usefixtures("native_on_cpu")
+def test_a_refused_call_keeps_nothing_alive() -> None:
+    x, w, b = torch.randn(2, 4, 3, 3), torch.randn(4, 4), torch.randn(4)
+    squeeze_excite(x, w, b, w, b)
+    gc.collect()
+    gc.disable()
+    try:
+        kept = weakref.ref(x)
+        with pytest.raises(ValueError, match="b1: expected shape"):
+            squeeze_excite(x, w, b[:3], w, b)
+        del x
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("native_on_cpu")
