@@ -119,8 +119,8 @@ _PARTS = {
 
 
 def _keeps_residual(options: int) -> bool:
-    """Whether backward reads the residual: not for identity, and relu keeps a bit mask."""
-    return unpack(options).after not in ("identity", "relu")
+    """Whether backward reads the residual."""
+    return unpack(options).after_again
 
 
 def _needs(needs_input_grad: tuple[bool, ...]) -> int:

@@ -76,6 +76,12 @@ class Options(NamedTuple):
     before: str
     after: str
 
+    @property
+    def after_again(self) -> bool:
+        """Whether a backward pass computes the argument of ``after`` again, for which it reads x
+        and the residual: not for identity, and relu keeps a bit mask."""
+        return self.after not in ("identity", "relu")
+
 
 def check_name(argument: str, value: str | None) -> str:
     """Return the table's name for ``value`` (``None`` is ``"identity"``).

@@ -244,11 +244,15 @@ def _check(
     return compiled
 
 
+def _after_again(options: dict[str, Any]) -> bool:
+    """The gradient of what keeps no mask needs its argument, and so x and the residual."""
+    return options.get("after") not in (None, "identity", "relu")
+
+
 def _traffic(kernel: str, part: str, options: dict[str, Any]) -> tuple[int, int]:
     """How many images a kernel reads, and writes."""
     before, residual = bool(options.get("before")), bool(options.get("residual"))
-    # The gradient of what keeps no mask needs its argument, and so x and the residual.
-    again = options.get("after") not in (None, "relu")
+    again = _after_again(options)
     more = residual and again
     if kernel == "half_backward_kernel":  # a squeeze's gradient needs x if `before` does
         return (before, 1) if part == "squeeze" else (2 + more, 1 + residual)
@@ -266,8 +270,10 @@ def _shape(options: dict[str, Any]) -> Shape:
     batch, channels, *space = options["shape"]
     outputs = 0 if "part" in options else channels * (2 if options.get("shift") else 1)
     last = options.get("layout") == "channels_last"
-    again = (options.get("after") or "identity") not in ("identity", "relu")
-    return Shape(batch, channels, math.prod(space), options.get("hidden"), outputs, last, again)
+    return Shape(
+        batch, channels, math.prod(space), options.get("hidden"), outputs, last,
+        _after_again(options),
+    )  # fmt: skip
 
 
 def _choices(capability: int, options: dict[str, Any]) -> tuple[Choice, Choice]:

@@ -222,8 +222,7 @@ class Forward:
 
 def reads_x_twice(options: Options, affine: Tensor | None) -> bool:
     """Whether dx needs x, and not only dy."""
-    after = options.after not in ("identity", "relu")
-    return affine is not None or options.before != "identity" or after
+    return affine is not None or options.before != "identity" or options.after_again
 
 
 class Backward:

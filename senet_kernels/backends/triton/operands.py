@@ -164,8 +164,8 @@ def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kin
         raise RuntimeError(f"x, w1: expected extents up to {_LARGEST_EXTENT}, got {list(x.shape)}")
 
     last, direct = _layout(x.shape, x.stride())
-    again = unpack(options).after not in ("identity", "relu")
-    shape = Shape(batch, channels, positions, hidden, outputs, last, again)
+    functions = unpack(options)
+    shape = Shape(batch, channels, positions, hidden, outputs, last, functions.after_again)
     extents = {
         "w2": (outputs, shape.inner), "u": (batch, columns), "w1": (hidden or 0, channels),
         "b1": (hidden or 0,), "b2": (outputs,), "alpha": (channels,), "beta": (channels,),
@@ -198,7 +198,7 @@ def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kin
         if not dense:
             copied[i] = name
     return Kind(
-        shape, _device(x.device), unpack(options), accumulate_dtype(x.dtype), direct,
+        shape, _device(x.device), functions, accumulate_dtype(x.dtype), direct,
         columns > channels, strides, copied,
     )  # fmt: skip
 
