@@ -15,7 +15,7 @@ from senet_kernels._command_line import count, seconds
 
 from .networks import COMPILE_WITHOUT, FULL_ONLY, NETWORKS, VARIANTS, NetworkSpec
 from .problem import BACKWARD, DTYPES, FORWARD, LAYOUTS, TRAINING
-from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES
+from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES, IN_PLACE
 from .strategies import STRATEGIES
 from .workloads import DEFAULT_NETWORKS, Network, load_networks, select
 
@@ -131,7 +131,10 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         return parser
     _common(add, dtypes=list(DTYPES), budget=180, modes=(FORWARD, BACKWARD, TRAINING))
     add("--layout", action="append", choices=LAYOUTS, help="default: both")
-    fused = f"of {', '.join([*BASELINES, *COMPOSED])}, and backends {', '.join(FUSED)}, reference"
+    fused = (
+        f"of {', '.join([*BASELINES, *COMPOSED, IN_PLACE])}, "
+        f"and backends {', '.join(FUSED)}, reference"
+    )
     if kind == "layers":
         add("--provider", action="append",
             help=f"{fused}; default: the baselines (on a CPU without timm and "
@@ -200,7 +203,7 @@ def parse(kind: str, argv: Sequence[str]) -> LayerOptions | SweepOptions | Model
     }
     if kind == "models":
         return _models(args, common)
-    allowed = (*BASELINES, *COMPOSED, *FUSED, *STRATEGIES, "reference")
+    allowed = (*BASELINES, *COMPOSED, *FUSED, IN_PLACE, *STRATEGIES, "reference")
     if unknown := [name for name in args.provider or [] if name not in allowed]:
         parser.error(f"provider: unknown {unknown[0]!r}; known: {', '.join(allowed)}")
     return _layers(parser, args, common) if kind == "layers" else _sweep(args, common)

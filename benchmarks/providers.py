@@ -19,6 +19,7 @@ from senet_kernels import (
     dispatch,
     explain,
     squeeze,
+    squeeze_excite,
 )
 from senet_kernels._libraries import load
 
@@ -36,6 +37,7 @@ LIMIT = "clone"
 # The two halves of the op with library matrix products in between: the other strategy for layers
 # whose weights outweigh their images.
 COMPOSED = ("halves",)
+IN_PLACE = "native-inplace"  # over its input, as inference may
 
 # In place where the networks themselves do it (activation after fc1, the step after the block).
 _ACTIVATION: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -127,6 +129,40 @@ class FusedSE(FusedSEBlock):
         _fill(self, problem)
 
 
+class InPlaceSE(_Block):
+    """``squeeze_excite`` over its input; forward alone.
+
+    The first call, which is checked, is of the problem's weights. Later ones go over one copy of x
+    again and again, and there every gate is 1: x stays what it is.
+
+    Raises:
+        ValueError: there are steps around the block, which would not leave x as it is.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        if self.layer.before or self.layer.after or self.layer.add:
+            raise ValueError("in place: for blocks without steps around them")
+        self.own: Tensor | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.own is not None:
+            return self._over(self.own)
+        y = self._over(x.clone())
+        self.own = x.clone()
+        self.fc2.weight.zero_()
+        self.fc2.bias.zero_()[: self.layer.channels] = 30
+        return y
+
+    def _over(self, x: Tensor) -> Tensor:
+        layer, fc1, fc2 = self.layer, getattr(self, "fc1", None), self.fc2
+        w1, b1 = (None, None) if fc1 is None else (fc1.weight, fc1.bias)
+        return squeeze_excite(
+            x, w1, b1, fc2.weight, fc2.bias, activation=layer.activation, gate=layer.gate,
+            inplace=True, backend="native",
+        )  # fmt: skip
+
+
 class Halves(_Block):
     """``squeeze``, torch's linear layers, ``channel_scale``: by the backend that no call names."""
 
@@ -210,6 +246,8 @@ def make_provider(name: str) -> Provider:
         return Provider(name, Clone)
     if name in COMPOSED:
         return Provider(name, Halves)
+    if name == IN_PLACE:
+        return Provider(name, InPlaceSE)
     backend, strategy = STRATEGIES.get(name, (name, None))
     return Provider(name, lambda problem: FusedSE(problem, backend, strategy))
 
@@ -218,7 +256,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
     """Why a fused backend cannot run here, found by one tiny call; None where it can."""
     if name in (*BASELINES, *COMPOSED):
         return None
-    backend, strategy = STRATEGIES.get(name, (name, None))
+    backend, strategy = STRATEGIES.get(name, (name.removesuffix("-inplace"), None))
     if strategy is not None and backend == "native" and device.type != "cuda":
         return "a plan of the CUDA kernels"
     try:

@@ -66,6 +66,10 @@ class BackwardPass {
     affine_chain_ = memory + affine_chain;
     prologue_ =
         make_prologue<A, kBefore>(a_.options.before, a_.parameters, s_.channels, memory + affine);
+    const int64_t image = s_.image() * static_cast<int64_t>(sizeof(T));
+    const int64_t run = (s_.channels_last ? s_.channels : s_.positions) * sizeof(T);
+    streams_ = exceeds_caches(runtime, (a_.dresidual ? 4 : 3) * s_.batch * image) &&
+               can_stream(a_.dx, run) && can_stream(a_.dresidual, run);
     if (args.lengths) std::fill(none_, none_ + s_.channels, A(0));
     // -0, which changes no number it is added to.
     if (s_.form == Form::scale) std::fill(dmean_, dmean_ + images * s_.channels, A(-0.0));
@@ -280,9 +284,11 @@ class BackwardPass {
       second_reading(range, runs.n * sizeof(T), runtime_.core_cache, [&](int64_t r) SENET_LAMBDA {
         dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.from_channel(0),
                           PerElement<A>{scale}, PerElement<A>{shift}, has_shift_,
-                          PerElement<A>{kPlain || r < n ? dmean : none_}, a_.options.after, sums);
+                          PerElement<A>{kPlain || r < n ? dmean : none_}, a_.options.after, sums,
+                          streams_);
         sums.end_run();
       });
+      if (streams_) end_streams();
       return sums.finish();
     }
     const Range range = slice(s_.channels, i, slices);
@@ -292,7 +298,7 @@ class BackwardPass {
       const auto with = [&](auto of_mean) SENET_LAMBDA {
         dx_run<T, kPlain>(runs(r), row(dx, r), row(dresidual, r), runs.n, prologue_.of_channel(r),
                           Uniform<A>{broadcast<A>(scale[r])}, Uniform<A>{broadcast<A>(shift[r])},
-                          has_shift_, of_mean, a_.options.after, sums);
+                          has_shift_, of_mean, a_.options.after, sums, streams_);
       };
       if (!kPlain && a_.lengths) {
         with(Prefix<A>{broadcast<A>(dmean[r]), n});
@@ -301,6 +307,7 @@ class BackwardPass {
       }
       sums.finish(of_affine + r, of_affine + s_.channels + r);
     });
+    if (streams_) end_streams();
   }
 
   // Channels-last: the slices of image b, from place `task` on, together.
@@ -356,6 +363,7 @@ class BackwardPass {
   const Plan plan_;
   const bool has_shift_, wants_sums_, wants_affine_, wants_dq_;
   const int64_t width_;
+  bool streams_;  // dx and dresidual are written around the caches
   A *ds_, *gates_, *du_, *dh_, *hidden_, *scale_, *dmean_, *sums_, *chained_, *none_;
   A *of_affine_, *affine_sums_, *affine_chain_;
   Prologue<A, kBefore> prologue_;

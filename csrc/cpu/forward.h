@@ -36,6 +36,11 @@ class ForwardPass {
     chain_ = memory + chain;
     prologue_ =
         make_prologue<A, kBefore>(a_.options.before, a_.parameters, s_.channels, memory + affine);
+    one_run_ = kBefore != kAffine && rows_as_one(s_, a_.mask);
+    const int64_t run = s_.channels_last ? s_.channels : one_run_ ? s_.image() : s_.positions;
+    const int64_t image = s_.image() * static_cast<int64_t>(sizeof(T));
+    from_memory_ = exceeds_caches(runtime, (a_.residual.data ? 3 : 2) * s_.batch * image);
+    streams_ = from_memory_ && a_.y != a_.x.data && can_stream(a_.y, run * sizeof(T));
   }
 
   void run() {
@@ -99,7 +104,7 @@ class ForwardPass {
     const int64_t n = counted(s_, a_.lengths, b);
     if (s_.channels_last) {
       const Range r = slice(n, i, slices);
-      sum_columns(x + r.begin * s_.channels, r.end - r.begin, s_.channels,
+      sum_columns(x + r.begin * s_.channels, r.end - r.begin, s_.channels, from_memory_,
                   prologue_.from_channel(0), sums, chain_ + slot * s_.channels);
       if (slices == 1) finish_mean(b, sums, 1, z(b), s_.channels);
     } else {
@@ -161,12 +166,14 @@ class ForwardPass {
     uint8_t* bits = a_.mask ? a_.mask + b * runs * bit_row : nullptr;
     const Range range = slice(runs, i, slices);
     if constexpr (kBefore != kAffine) {
-      if (rows_as_one(s_, a_.mask) && range.begin < range.end) {
+      if (one_run_ && range.begin < range.end) {
         const int64_t at = range.begin * n, rows = range.end - range.begin;
-        return scale_run<T, kPlain>(
-            x + at, residual ? residual + at : nullptr, y + at, nullptr, rows * n,
-            prologue_.of_channel(0), PerRow<A>{factors + range.begin, rows, n},
-            PerRow<A>{shifts + range.begin, rows, n}, has_shift, a_.options.after);
+        scale_run<T, kPlain>(x + at, residual ? residual + at : nullptr, y + at, nullptr, rows * n,
+                             prologue_.of_channel(0), PerRow<A>{factors + range.begin, rows, n},
+                             PerRow<A>{shifts + range.begin, rows, n}, has_shift, a_.options.after,
+                             streams_ && is_line_aligned(y + at));
+        if (streams_) end_streams();
+        return;
       }
     }
     second_reading(range, n * sizeof(T), runtime_.core_cache, [&](int64_t r) SENET_LAMBDA {
@@ -176,13 +183,15 @@ class ForwardPass {
       if (s_.channels_last) {
         scale_run<T, kPlain>(from, add, y + r * n, row_bits, n, prologue_.from_channel(0),
                              PerElement<A>{factors}, PerElement<A>{shifts}, has_shift,
-                             a_.options.after);
+                             a_.options.after, streams_);
       } else {
         scale_run<T, kPlain>(from, add, y + r * n, row_bits, n, prologue_.of_channel(r),
                              Uniform<A>{broadcast<A>(factors[r])},
-                             Uniform<A>{broadcast<A>(shifts[r])}, has_shift, a_.options.after);
+                             Uniform<A>{broadcast<A>(shifts[r])}, has_shift, a_.options.after,
+                             streams_);
       }
     });
+    if (streams_) end_streams();
   }
 
   const ForwardArgs& a_;
@@ -190,6 +199,7 @@ class ForwardPass {
   const Runtime& runtime_;
   const Plan plan_;
   const bool squeezes_, scales_;
+  bool from_memory_, one_run_, streams_;  // the last of y: written around the caches
   A *hidden_, *scale_, *sums_, *chain_;
   Prologue<A, kBefore> prologue_;
 };

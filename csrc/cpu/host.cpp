@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <string>
 #include <vector>
@@ -90,9 +91,43 @@ int64_t core_cache() {
 #endif
 }
 
+// A cache after a core's own, and how many processors share it: what Linux says, for sysconf is far
+// off on some virtual machines. No bytes where nothing says. SENET_KERNELS_LAST_CACHE says
+// otherwise (for tests).
+struct SharedCache {
+  int64_t bytes = 0, processors = 1;
+};
+SharedCache read_shared_cache() {
+  if (const char* bytes = std::getenv("SENET_KERNELS_LAST_CACHE"); bytes && *bytes) {
+    return {std::atoll(bytes), 1 << 20};
+  }
+  const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index3/";
+  SharedCache cache;
+  std::string unit;
+  if (std::ifstream file(folder + "size"); file >> cache.bytes) {  // as in 32768K
+    file >> unit;
+    cache.bytes *= unit == "K" ? 1 << 10 : unit == "M" ? 1 << 20 : 1;
+  }
+  std::ifstream file(folder + "shared_cpu_list");  // as in 0-3,8-11
+  int64_t first, last, processors = 0;
+  for (char after = ','; after == ',' && file >> first; file >> after) {
+    last = first;
+    if (file.peek() == '-') file >> after >> last;
+    processors += last - first + 1;
+    after = 0;
+  }
+  cache.processors = std::max<int64_t>(1, processors);
+  return cache;
+}
+
+int64_t last_cache(int64_t threads) {
+  static const SharedCache cache = read_shared_cache();
+  return cache.bytes * ((threads + cache.processors - 1) / cache.processors);
+}
+
 Runtime runtime() {
-  return {static_cast<int>(torch::stable::get_num_threads()), core_cache(), parallel_for,
-          scratch<For::kernels>};
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  return {threads, core_cache(), last_cache(threads), parallel_for, scratch<For::kernels>};
 }
 
 }  // namespace

@@ -29,6 +29,15 @@ template <class T>
 SENET_INLINE void put(T* p, Vec<Acc<T>> v, int n) {
   store_n(p, v, n);
 }
+// Around the caches where `streams` says so; partial vectors never.
+template <class T>
+SENET_INLINE void put(T* p, Vec<Acc<T>> v, Full, bool streams) {
+  streams ? stream(p, v) : store(p, v);
+}
+template <class T>
+SENET_INLINE void put(T* p, Vec<Acc<T>> v, int n, bool) {
+  store_n(p, v, n);
+}
 template <class A>
 SENET_INLINE int count(Full) {
   return kLanes<A>;

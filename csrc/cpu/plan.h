@@ -14,6 +14,7 @@ namespace {
 // Bytes of x that a group of images may have per thread, so that the second read finds them in
 // the core's own cache (1 to 2 MB of L2 on current servers).
 constexpr int64_t kCachePerThread = 1 << 20;
+constexpr int64_t kLine = 64;
 // Below this many elements waking the thread team costs more than it brings.
 constexpr int64_t kSerialElements = 1 << 15;
 // What the further parallel regions of a team cost, in bytes that a thread could have read instead.
@@ -43,13 +44,14 @@ inline Plan make_plan(const Shape& s, size_t element, size_t parameter, int max_
       std::max<int64_t>(1, threads * kCachePerThread / std::max<int64_t>(1, image_bytes));
   const int64_t together = std::clamp<int64_t>(fits / threads, 1, 4);
   // How often a thread that takes its images alone reads the weights, and how much that is more
-  // than its share of them, which is what it reads as one of a team.
+  // than its share of them, which is what it reads as one of a team. In groups of enough images at
+  // once that reading the weights hardly counts there.
   const int64_t times = ceil_div(ceil_div(s.batch, threads), together);
   const int64_t more = weight_bytes * times - weight_bytes / threads;
-  if (weight_bytes > image_bytes && s.batch > 1 && more > kTeamBytes) {
-    // Enough images at once that reading the weights hardly counts.
-    const int64_t enough = 4 * weight_bytes / std::max<int64_t>(1, image_bytes);
-    return {threads, 0, std::min(s.batch, std::max(fits, enough)), 1};
+  const int64_t enough = 4 * weight_bytes / std::max<int64_t>(1, image_bytes);
+  const int64_t group = std::min(s.batch, std::max(fits, enough));
+  if (weight_bytes > image_bytes && s.batch > 1 && more > kTeamBytes * ceil_div(s.batch, group)) {
+    return {threads, 0, group, 1};
   }
   const int64_t alone = s.batch - s.batch % threads;
   return {threads, alone, std::max<int64_t>(1, std::min(s.batch - alone, fits)), together};
@@ -111,6 +113,19 @@ SENET_INLINE void second_reading(Range range, int64_t run_bytes, int64_t core_ca
   for (int64_t end = range.end; end > range.begin; end -= block) {
     for (int64_t r = std::max(range.begin, end - block); r < end; ++r) body(r);
   }
+}
+
+// Whether so many bytes, which a call reads and writes, are more than the last cache holds: then x
+// comes from memory, and most of a result is out of that cache before anyone reads it.
+inline bool exceeds_caches(const Runtime& runtime, int64_t bytes) {
+  return runtime.last_cache > 0 && bytes > runtime.last_cache;
+}
+
+// Whether a result can be written around the caches, which spares fetching each line of it: not
+// where runs share a line.
+inline bool is_line_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; }
+inline bool can_stream(const void* result, int64_t run_bytes) {
+  return kStreams && is_line_aligned(result) && run_bytes % kLine == 0;
 }
 
 // Whether rows are better gone through as one run: else each ends in part of a vector, and the next

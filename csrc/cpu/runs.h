@@ -62,40 +62,64 @@ SENET_OUTLINE Acc<T> sum_run(const T* x, int64_t n, Q prologue) {
   return sum(total);
 }
 
-// out[r] = sum of p over n elements from x + r * stride, which is channel c + r. Short runs go four
-// at a time: their cost is in adding up the lanes.
+// Sum of p over one run of at most kChain vectors, lane by lane.
+template <class T, class Q>
+SENET_INLINE Vec<Acc<T>> lane_sums(const T* x, int64_t n, Q prologue) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  Vec<A> s0{}, s1{};
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    s0 += prologue.forward(i, Full{}, load(x + i));
+    s1 += prologue.forward(i + L, Full{}, load(x + i + L));
+  }
+  for_vectors<A>(n - i, [&](int64_t j, auto lanes) SENET_LAMBDA {
+    s0 += keep<A>(prologue.forward(i + j, lanes, get(x + i + j, lanes)), lanes);
+  });
+  return s0 + s1;
+}
+
+// out[r] = sum of p over n elements from x + r * stride, which is channel c + r. Short runs' lanes
+// are added up for four runs at a time, which is most of the cost of the shortest. These are also
+// read side by side; others one after the other, as prefetchers fetch.
 template <class T, Fn kBefore>
 SENET_OUTLINE void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t n,
                             Prologue<Acc<T>, kBefore> prologue, int64_t c, Acc<T>* out) {
   using A = Acc<T>;
   int64_t r = 0;
-  if (n <= kChain * kLanes<A>) {
-    for (; r + 4 <= rows; r += 4) {
-      const T* p = x + r * stride;
-      const auto q0 = prologue.of_channel(c + r), q1 = prologue.of_channel(c + r + 1);
-      const auto q2 = prologue.of_channel(c + r + 2), q3 = prologue.of_channel(c + r + 3);
-      Vec<A> s0{}, s1{}, s2{}, s3{};
+  for (; r + 4 <= rows && n <= kChain * kLanes<A>; r += 4) {
+    const T* p = x + r * stride;
+    const auto q0 = prologue.of_channel(c + r), q1 = prologue.of_channel(c + r + 1);
+    const auto q2 = prologue.of_channel(c + r + 2), q3 = prologue.of_channel(c + r + 3);
+    Vec<A> s0{}, s1{}, s2{}, s3{};
+    if (n < 8 * kLanes<A>) {
       for_vectors<A>(n, [&](int64_t i, auto lanes) SENET_LAMBDA {
         s0 += keep<A>(q0.forward(i, lanes, get(p + i, lanes)), lanes);
         s1 += keep<A>(q1.forward(i, lanes, get(p + stride + i, lanes)), lanes);
         s2 += keep<A>(q2.forward(i, lanes, get(p + 2 * stride + i, lanes)), lanes);
         s3 += keep<A>(q3.forward(i, lanes, get(p + 3 * stride + i, lanes)), lanes);
       });
-      sum4(s0, s1, s2, s3, out + r);
+    } else {
+      s0 = lane_sums(p, n, q0);
+      s1 = lane_sums(p + stride, n, q1);
+      s2 = lane_sums(p + 2 * stride, n, q2);
+      s3 = lane_sums(p + 3 * stride, n, q3);
     }
+    sum4(s0, s1, s2, s3, out + r);
   }
   for (; r < rows; ++r) out[r] = sum_run(x + r * stride, n, prologue.of_channel(c + r));
 }
 
 // Adds `rows` runs of n elements to `chain`, for columns c to c + kVectors vectors. The sums stay
-// in registers.
+// in registers. Asks for what lies `ahead` elements further, unless that is 0.
 template <int kVectors, class T, class Q, class Lanes>
-SENET_INLINE void add_panel(const T* x, int64_t rows, int64_t n, int64_t c, Q prologue,
-                            Acc<T>* chain, Lanes lanes) {
+SENET_INLINE void add_panel(const T* x, int64_t rows, int64_t n, int64_t ahead, int64_t c,
+                            Q prologue, Acc<T>* chain, Lanes lanes) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const auto p = [&](int64_t r, int v) SENET_LAMBDA {
     const int64_t i = c + v * L;
+    if (ahead) __builtin_prefetch(x + r * n + i + ahead, 0, 2);
     return prologue.forward(i, lanes, get(x + r * n + i, lanes));
   };
   Vec<A> sums[kVectors];
@@ -114,14 +138,15 @@ SENET_INLINE void add_panel(const T* x, int64_t rows, int64_t n, int64_t c, Q pr
 
 // The same for all columns, a panel at a time.
 template <class T, class Q>
-SENET_OUTLINE void add_panels(const T* x, int64_t rows, int64_t n, Q prologue, Acc<T>* chain) {
+SENET_OUTLINE void add_panels(const T* x, int64_t rows, int64_t n, int64_t ahead, Q prologue,
+                              Acc<T>* chain) {
   constexpr int L = kLanes<Acc<T>>;
   int64_t c = 0;
-  for (; c + 8 * L <= n; c += 8 * L) add_panel<8>(x, rows, n, c, prologue, chain, Full{});
-  if (c + 4 * L <= n) add_panel<4>(x, rows, n, c, prologue, chain, Full{}), c += 4 * L;
-  if (c + 2 * L <= n) add_panel<2>(x, rows, n, c, prologue, chain, Full{}), c += 2 * L;
-  if (c + L <= n) add_panel<1>(x, rows, n, c, prologue, chain, Full{}), c += L;
-  if (c < n) add_panel<1>(x, rows, n, c, prologue, chain, static_cast<int>(n - c));
+  for (; c + 8 * L <= n; c += 8 * L) add_panel<8>(x, rows, n, ahead, c, prologue, chain, Full{});
+  if (c + 4 * L <= n) add_panel<4>(x, rows, n, ahead, c, prologue, chain, Full{}), c += 4 * L;
+  if (c + 2 * L <= n) add_panel<2>(x, rows, n, ahead, c, prologue, chain, Full{}), c += 2 * L;
+  if (c + L <= n) add_panel<1>(x, rows, n, ahead, c, prologue, chain, Full{}), c += L;
+  if (c < n) add_panel<1>(x, rows, n, ahead, c, prologue, chain, static_cast<int>(n - c));
 }
 
 // The same in the order of memory.
@@ -148,14 +173,15 @@ SENET_OUTLINE void add_rows(const T* x, int64_t rows, int64_t n, Q prologue, Acc
   }
 }
 
-// total[c] = sum of p over `rows` runs of n elements; `chain` is scratch of n.
+// total[c] = sum of p over `rows` runs of n elements; `chain` is scratch of n. from_memory: x is
+// in no cache.
 template <class T, class Q>
-SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Q prologue, Acc<T>* total,
-                               Acc<T>* chain) {
+SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, bool from_memory, Q prologue,
+                               Acc<T>* total, Acc<T>* chain) {
   using A = Acc<T>;
   // Short rows in panels: sums that are stored and loaded again for every few rows come in the way
   // of x, of which some lie at the same places of a page. Long ones keep to the order in which
-  // prefetchers fetch.
+  // prefetchers fetch; panels do not, so that from memory each asks for its part of the next block.
   const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
   const bool panels = bytes < kPanelRow;
   const int64_t block = panels ? std::min<int64_t>(kPanelBytes / bytes, 4 * kChain) : 4 * kChain;
@@ -164,7 +190,7 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Q prologue, 
     const int64_t some = std::min(block, rows - r);
     for_vectors<A>(n, [&](int64_t i, auto lanes) { put(chain + i, Vec<A>{}, lanes); });
     if (panels) {
-      add_panels(x + r * n, some, n, prologue, chain);
+      add_panels(x + r * n, some, n, from_memory ? block * n : 0, prologue, chain);
     } else {
       add_rows(x + r * n, some, n, prologue, chain);
     }
@@ -180,11 +206,11 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, Q prologue, 
 // written, none twice.
 template <class T, bool kPlain, class Q, class P>
 SENET_INLINE void scale_run(const T* x, const T* residual, T* y, uint8_t* bits, int64_t n,
-                            Q prologue, P scale, P shift, bool has_shift, Fn after) {
+                            Q prologue, P scale, P shift, bool has_shift, Fn after, bool streams) {
   using A = Acc<T>;
   for_vectors<A>(n, [&](int64_t i, auto lanes) {
     will_read(x + i);
-    will_write(y + i);
+    if (!streams) will_write(y + i);
     Vec<A> v = prologue.forward(i, lanes, get(x + i, lanes)) * scale.at(i, lanes);
     if constexpr (!kPlain) {
       if (has_shift) v += shift.at(i, lanes);
@@ -196,7 +222,7 @@ SENET_INLINE void scale_run(const T* x, const T* residual, T* y, uint8_t* bits, 
         v = value_of<A>(after, v);
       }
     }
-    put(y + i, v, lanes);
+    put(y + i, v, lanes, streams);
   });
 }
 
@@ -386,22 +412,22 @@ using ColumnSink = std::conditional_t<kBefore == kAffine, ColumnSums<A>, NoSums<
 // without an affine map, whose own gradients go into `sums`.
 template <class T, bool kPlain, class Q, class P, class D, class Sums>
 SENET_INLINE void dx_run(const BackRun<T>& in, T* dx, T* dresidual, int64_t n, Q prologue, P scale,
-                         P shift, bool has_shift, D dmean, Fn after, Sums& sums) {
+                         P shift, bool has_shift, D dmean, Fn after, Sums& sums, bool streams) {
   using A = Acc<T>;
   constexpr bool kSums = !std::is_same_v<Sums, NoSums<A>>;
   for_vectors<A>(n, [&](int64_t i, auto lanes) SENET_LAMBDA {
     will_read(in.dy + i);
-    if (dx) will_write(dx + i);
+    if (dx && !streams) will_write(dx + i);
     Vec<A> x{}, p{};
     if (Q::kReadsX || !kPlain || kSums) x = get(in.x + i, lanes);
     if (!kPlain) p = prologue.forward(i, lanes, x);
     const Vec<A> m = through_after<T, kPlain>(in, i, lanes, p, scale, shift, has_shift, after);
-    if (!kPlain && dresidual) put(dresidual + i, m, lanes);
+    if (!kPlain && dresidual) put(dresidual + i, m, lanes, streams);
     if (!kSums && !dx) return;
     const Vec<A> dp = m * scale.at(i, lanes) + dmean.at(i, lanes);
     const Vec<A> dq = prologue.backward(i, lanes, x, dp);
     sums.add(i, lanes, dq, x);
-    if (dx) put(dx + i, prologue.to_x(i, lanes, dq), lanes);
+    if (dx) put(dx + i, prologue.to_x(i, lanes, dq), lanes, streams);
   });
 }
 

@@ -324,6 +324,36 @@ SENET_INLINE void store_n(T* p, Vec<Acc<T>> v, int n) {
 }
 #endif
 
+// The same as store, around the caches: for memory that nobody reads before it has left them
+// anyway. p is aligned to what is stored. An ordinary store where there is no such instruction.
+// Before another thread may look, end_streams.
+#if defined(__AVX512F__)
+constexpr bool kStreams = true;
+SENET_INLINE void stream(float* p, VecF v) { _mm512_stream_ps(p, (__m512)v); }
+SENET_INLINE void stream(double* p, VecD v) { _mm512_stream_pd(p, (__m512d)v); }
+template <class T>
+SENET_INLINE void stream(T* p, VecF v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v, T{}));
+}
+SENET_INLINE void end_streams() { _mm_sfence(); }
+#elif defined(__AVX2__)
+constexpr bool kStreams = true;
+SENET_INLINE void stream(float* p, VecF v) { _mm256_stream_ps(p, (__m256)v); }
+SENET_INLINE void stream(double* p, VecD v) { _mm256_stream_pd(p, (__m256d)v); }
+template <class T>
+SENET_INLINE void stream(T* p, VecF v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(v, T{}));
+}
+SENET_INLINE void end_streams() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+template <class T>
+SENET_INLINE void stream(T* p, Vec<Acc<T>> v) {
+  store(p, v);
+}
+SENET_INLINE void end_streams() {}
+#endif
+
 // ---- horizontal sum, bit masks ----
 
 SENET_INLINE float sum(VecF v) {

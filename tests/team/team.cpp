@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -58,7 +59,17 @@ void* scratch(size_t bytes) {
   return buffer.get();
 }
 
-using Values = std::vector<float>;
+// Of whole cache lines, or nothing would be written around the caches.
+template <class T>
+struct Lines {
+  using value_type = T;
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64)));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+};
+using Values = std::vector<float, Lines<float>>;
 
 struct Case {
   Shape shape;
@@ -193,11 +204,11 @@ int main(int argc, char** argv) {
   for (int threads : fresh ? std::vector<int>{3} : std::vector<int>{2, 3, 8}) {
     team_size = threads;
     for (const Case& c : cases) {
-      const std::vector<Values> right = run(c, {1, alone, scratch});
-      // Two callers at once, each with a team.
+      const std::vector<Values> right = run(c, {1, 0, 0, alone, scratch});
+      // Two callers at once, each with a team; one as if nothing fitted the caches.
       std::vector<Values> other;
-      std::thread caller([&] { other = run(c, {threads, team, scratch}); });
-      const std::vector<Values> mine = run(c, {threads, team, scratch});
+      std::thread caller([&] { other = run(c, {threads, 0, 1, team, scratch}); });
+      const std::vector<Values> mine = run(c, {threads, 1 << 20, 1 << 30, team, scratch});
       caller.join();
       wrong += !close(mine, right) + !close(other, right);
       done += 2;
