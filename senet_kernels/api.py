@@ -388,13 +388,16 @@ def squeeze_excite(
         except (AttributeError, TypeError):  # None for a tensor, an unhashable name
             pass
         if short is not None:
-            layers, code, rest = (x, w1, b1, w2, b2), short.code, (residual, *[None] * 5)
             y: Tensor
             try:
-                if _requires_grad(*layers, residual):
-                    y = autograd.NativeSEFunction.apply(*layers, code, *rest)
+                if not _requires_grad(x, w1, b1, w2, b2, residual):
+                    y = _NATIVE_FORWARD(
+                        x, w1, b1, w2, b2, residual, None, None, None, None, None, short.code, False
+                    )[0]
+                elif residual is None:
+                    y = autograd.NativeSEFunction.apply(x, w1, b1, w2, b2, short.code)
                 else:
-                    y = _NATIVE_FORWARD(*layers, *rest, code, False)[0]
+                    y = autograd.NativeSEFunction.apply(x, w1, b1, w2, b2, short.code, residual)
                 return y
             except RuntimeError:
                 try:

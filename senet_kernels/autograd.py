@@ -123,12 +123,21 @@ def _keeps_residual(options: int) -> bool:
     return unpack(options).after_again
 
 
+# The Needs bit of each argument of a plain Function, options among them.
+_BITS = (
+    *(1 << i for i in range(_OPTIONS)),
+    0,
+    *(1 << i for i in range(_OPTIONS, ops.GRADIENTS)),
+    0,
+)
+
+
 def _needs(needs_input_grad: tuple[bool, ...]) -> int:
-    """The Needs bits out of ``ctx.needs_input_grad`` (options sit between b2 and residual)."""
+    """The Needs bits out of ``ctx.needs_input_grad``."""
     needs = 0
-    for position, needed in enumerate(needs_input_grad):
+    for bit, needed in zip(_BITS, needs_input_grad, strict=False):
         if needed:
-            needs |= 1 << (position if position < _OPTIONS else position - 1)
+            needs |= bit
     return needs
 
 
