@@ -103,43 +103,46 @@ class BackwardPass {
   const A* u(int64_t b) const { return static_cast<const A*>(a_.u) + b * s_.outputs; }
 
   SENET_OUTLINE void team(int64_t b0, int64_t images) {
-    const int64_t slices = plan_.slices(images);
-    if (slices == 1) {
-      share(runtime_, plan_, images, [&](int64_t begin, int64_t end, int slot) {
-        for (int64_t g = begin; g < end; ++g) through_scale(b0 + g, g, slot);
-      });
-    } else {
-      for (int64_t g = 0; g < images; ++g) prepare(b0 + g, g);
-      if (wants_sums_) {
-        share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t g = task / slices;
-            dots(b0 + g, task % slices, slices, g, sums_ + task * width_, slot);
-          }
-        });
+    const int64_t slices = plan_.slices(images), tasks = images * slices;
+    const auto whole_images = [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t g = begin; g < end; ++g) through_scale(b0 + g, g, slot);
+    };
+    const auto preparing = [&](int64_t begin, int64_t end, int) {
+      for (int64_t g = begin; g < end; ++g) prepare(b0 + g, g);
+    };
+    const auto summing = [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t g = task / slices;
+        dots(b0 + g, task % slices, slices, g, sums_ + task * width_, slot);
       }
-      for (int64_t g = 0; wants_sums_ && g < images; ++g) {
+    };
+    const auto gates = [&](int64_t begin, int64_t end, int) {
+      for (int64_t g = begin; g < end; ++g) {
         if (s_.channels_last) add_slices(b0 + g, sums_ + g * slices * width_, slices);
         through_gate(b0 + g);
       }
-    }
-    const bool worth = s_.weights() * images >= kSerialElements;
-    const int64_t parts = worth ? plan_.threads : 1;
-    if (s_.form == Form::two_layers) {
-      share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) through_output_layer(b0, images, i, parts);
-      });
-    }
-    if (wants_dq_ && s_.form != Form::scale) {
-      share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) through_first_layer(b0, images, 0, i, parts);
-      });
-    }
-    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
+    };
+    const int64_t parts = plan_.parts(s_, images);
+    const auto output_layer = [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) through_output_layer(b0, images, i, parts);
+    };
+    const auto first_layer = [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) through_first_layer(b0, images, 0, i, parts);
+    };
+    const auto writing = [&](int64_t begin, int64_t end, int slot) {
       for (int64_t task = begin; task < end; ++task) {
         write_dx(b0 + task / slices, task % slices, slices, task / slices, task, slot);
       }
-    });
+    };
+    const bool in_slices = slices > 1;
+    share_phases(runtime_, plan_,
+                 {{in_slices ? 0 : images, whole_images},
+                  {in_slices ? images : 0, preparing},
+                  {in_slices && wants_sums_ ? tasks : 0, summing},
+                  {in_slices && wants_sums_ ? images : 0, gates},
+                  {s_.form == Form::two_layers ? parts : 0, output_layer},
+                  {wants_dq_ && s_.form != Form::scale ? parts : 0, first_layer},
+                  {tasks, writing}});
     for (int64_t g = 0; g < images; ++g) add_affine_slices(b0 + g, g * slices, slices);
   }
 

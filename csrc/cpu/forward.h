@@ -69,32 +69,37 @@ class ForwardPass {
 
   SENET_OUTLINE void team(int64_t b0, int64_t images) {
     const int64_t slices = plan_.slices(images);
-    if (squeezes_) {
-      share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int slot) {
-        for (int64_t task = begin; task < end; ++task) {
-          squeeze(b0 + task / slices, task % slices, slices, slot, sums_ + task * s_.channels);
-        }
-      });
-      for (int64_t g = 0; s_.channels_last && slices > 1 && g < images; ++g) {
-        finish_mean(b0 + g, sums_ + g * slices * s_.channels, slices, z(b0 + g), s_.channels);
+    const auto squeezing = [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t task = begin; task < end; ++task) {
+        squeeze(b0 + task / slices, task % slices, slices, slot, sums_ + task * s_.channels);
       }
-    }
-    if (!scales_) return;
-    // A region each: the second layer needs all of the first.
-    const bool worth = s_.weights() * images >= kSerialElements;
-    const int64_t parts = worth ? plan_.threads : 1;
-    for (int layer = s_.form == Form::two_layers ? 0 : 1; layer < 2; ++layer) {
-      share(runtime_, plan_, parts, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) {
-          layer == 0 ? hidden_layer(b0, images, 0, i, parts) : gate_layer(b0, images, 0, i, parts);
-        }
-      });
-    }
-    share(runtime_, plan_, images * slices, [&](int64_t begin, int64_t end, int) {
+    };
+    const auto adding = [&](int64_t begin, int64_t end, int) {
+      for (int64_t g = 0; g < images; ++g) {
+        finish_mean(b0 + g, sums_ + g * slices * s_.channels, slices, z(b0 + g), {begin, end});
+      }
+    };
+    // The second layer needs all of the first.
+    const int64_t parts = plan_.parts(s_, images);
+    const auto first_layer = [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) hidden_layer(b0, images, 0, i, parts);
+    };
+    const auto second_layer = [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) gate_layer(b0, images, 0, i, parts);
+    };
+    const auto scaling = [&](int64_t begin, int64_t end, int) {
       for (int64_t task = begin; task < end; ++task) {
         scale(b0 + task / slices, task % slices, slices, task / slices);
       }
-    });
+    };
+    const int64_t tasks = images * slices;
+    const bool in_slices = squeezes_ && s_.channels_last && slices > 1;
+    share_phases(runtime_, plan_,
+                 {{squeezes_ ? tasks : 0, squeezing},
+                  {in_slices ? s_.channels : 0, adding},
+                  {scales_ && s_.form == Form::two_layers ? parts : 0, first_layer},
+                  {scales_ ? parts : 0, second_layer},
+                  {scales_ ? tasks : 0, scaling}});
   }
 
   // The mean of slice i of image b. Rows: a range of channels. Channels-last: a range of
@@ -106,23 +111,24 @@ class ForwardPass {
       const Range r = slice(n, i, slices);
       sum_columns(x + r.begin * s_.channels, r.end - r.begin, s_.channels, from_memory_,
                   prologue_.from_channel(0), sums, chain_ + slot * s_.channels);
-      if (slices == 1) finish_mean(b, sums, 1, z(b), s_.channels);
+      if (slices == 1) finish_mean(b, sums, 1, z(b), {0, s_.channels});
     } else {
       const Range r = slice(s_.channels, i, slices);
       A* to = z(b) + r.begin;
       sum_rows(x + r.begin * s_.positions, r.end - r.begin, s_.positions, n, prologue_, r.begin,
                to);
-      finish_mean(b, to, 1, to, r.end - r.begin);
+      finish_mean(b, to, 1, to, {0, r.end - r.begin});
     }
   }
 
-  // z = the slices' sums together, over the number of positions.
-  SENET_OUTLINE void finish_mean(int64_t b, const A* sums, int64_t slices, A* z, int64_t channels) {
+  // z = the slices' sums together, over the number of positions; of a range of channels.
+  SENET_OUTLINE void finish_mean(int64_t b, const A* sums, int64_t slices, A* z, Range r) {
     const A positions = static_cast<A>(counted(s_, a_.lengths, b));
-    for_vectors<A>(channels, [&](int64_t c, auto lanes) {
-      Vec<A> total = get(sums + c, lanes);
-      for (int64_t i = 1; i < slices; ++i) total += get(sums + i * s_.channels + c, lanes);
-      put(z + c, total / positions, lanes);
+    for_vectors<A>(r.end - r.begin, [&](int64_t i, auto lanes) {
+      const A* first = sums + r.begin + i;
+      Vec<A> total = get(first, lanes);
+      for (int64_t s = 1; s < slices; ++s) total += get(first + s * s_.channels, lanes);
+      put(z + r.begin + i, total / positions, lanes);
     });
   }
 

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
+#include <thread>
 #include <type_traits>
 
 #include "mlp.h"
@@ -17,6 +19,8 @@ constexpr int64_t kCachePerThread = 1 << 20;
 constexpr int64_t kLine = 64;
 // Below this many elements waking the thread team costs more than it brings.
 constexpr int64_t kSerialElements = 1 << 15;
+// Below this many products a team that is awake does not share out a layer of the MLP.
+constexpr int64_t kSerialProducts = 1 << 12;
 // What the further parallel regions of a team cost, in bytes that a thread could have read instead.
 constexpr int64_t kTeamBytes = 1 << 20;
 
@@ -28,6 +32,10 @@ struct Plan {
   int64_t group;
   // How many of the images alone a thread takes at a time, so that a weight is read once for all.
   int64_t together;
+  // Into how many parts a team cuts a layer of the MLP.
+  int64_t parts(const Shape& s, int64_t images) const {
+    return s.weights() * images >= kSerialProducts ? threads : 1;
+  }
   // Into how many slices each image of a group of this many is cut: none where whole images
   // share out evenly.
   int64_t slices(int64_t images) const { return images % threads == 0 ? 1 : threads; }
@@ -63,6 +71,14 @@ inline int64_t counted(const Shape& s, const int64_t* lengths, int64_t b) {
   return lengths[b] < 0 || lengths[b] > s.positions ? 0 : lengths[b];
 }
 
+// Slice i of n things cut into `slices` parts, as even as can be.
+struct Range {
+  int64_t begin, end;
+};
+SENET_INLINE Range slice(int64_t n, int64_t i, int64_t slices) {
+  return {n * i / slices, n * (i + 1) / slices};
+}
+
 // Runs body(begin, end, slot) over [0, n): on the team, or here when one thread is enough. A slot
 // is a number below plan.threads that no other running body has, for scratch memory.
 template <class Body>
@@ -84,12 +100,65 @@ void share(const Runtime& runtime, const Plan& plan, int64_t n, const Body& body
       &context);
 }
 
-// Slice i of n things cut into `slices` parts, as even as can be.
-struct Range {
-  int64_t begin, end;
+// One of the phases below: body(begin, end, slot) over [0, n), as for `share`.
+struct Phase {
+  template <class Body>
+  Phase(int64_t n, const Body& body)
+      : n(n), body(&body), run([](const void* p, int64_t begin, int64_t end, int slot) {
+          (*static_cast<const Body*>(p))(begin, end, slot);
+        }) {}
+  int64_t n;
+  const void* body;  // which must outlive this
+  void (*run)(const void*, int64_t, int64_t, int);
 };
-SENET_INLINE Range slice(int64_t n, int64_t i, int64_t slices) {
-  return {n * i / slices, n * (i + 1) / slices};
+
+// Runs phases one after the other, each over the team, in a single parallel region: waiting for the
+// others costs a fraction of what ending a region and beginning the next does. Each phase is cut
+// into a chunk for each thread, which takes its own first (what it read before is in its cache) and
+// then those that nobody has begun. So a thread waits for running ones alone, never for one that is
+// yet to come: nothing hangs where the host gives fewer threads than it said.
+inline void share_phases(const Runtime& runtime, const Plan& plan,
+                         std::initializer_list<Phase> phases) {
+  if (plan.threads == 1) {
+    for (const Phase& phase : phases) {
+      if (phase.n > 0) phase.run(phase.body, 0, phase.n, 0);
+    }
+    return;
+  }
+  struct alignas(kLine) Progress {
+    std::atomic<uint64_t> taken{0};  // a bit for each chunk
+    std::atomic<int> done{0};
+  };
+  constexpr size_t kMaxPhases = 8;
+  struct Context {
+    std::initializer_list<Phase> phases;
+    int chunks;
+    Progress progress[kMaxPhases];
+  } context{phases, std::min(plan.threads, 64), {}};
+  runtime.parallel_for(
+      context.chunks,
+      [](int64_t begin, int64_t, void* p) {
+        Context& c = *static_cast<Context*>(p);
+        const int slot = static_cast<int>(begin);
+        Progress* progress = c.progress;
+        for (const Phase& phase : c.phases) {
+          if (phase.n == 0) continue;
+          for (int i = 0; i < c.chunks; ++i) {
+            const int chunk = (slot + i) % c.chunks;
+            const uint64_t bit = uint64_t{1} << chunk;
+            if (progress->taken.load(std::memory_order_relaxed) & bit) continue;
+            if (progress->taken.fetch_or(bit, std::memory_order_relaxed) & bit) continue;
+            const Range range = slice(phase.n, chunk, c.chunks);
+            if (range.begin < range.end) phase.run(phase.body, range.begin, range.end, slot);
+            progress->done.fetch_add(1, std::memory_order_release);
+          }
+          for (int spins = 0; progress->done.load(std::memory_order_acquire) < c.chunks; ++spins) {
+            spins < 1024 ? pause() : std::this_thread::yield();
+          }
+          ++progress;
+        }
+      },
+      &context);
 }
 
 // Whether a second reading of so many bytes begins with what was read last, which the cache still

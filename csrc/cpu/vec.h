@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -353,6 +353,13 @@ SENET_INLINE void stream(T* p, Vec<Acc<T>> v) {
 }
 SENET_INLINE void end_streams() {}
 #endif
+
+// Tells the processor that this is a loop that waits.
+SENET_INLINE void pause() {
+#if defined(__SSE2__)
+  _mm_pause();
+#endif
+}
 
 // ---- horizontal sum, bit masks ----
 
