@@ -43,7 +43,7 @@ from .providers import (
     unavailable,
 )
 from .strategies import STRATEGIES
-from .timing import HostTimer, Rounds, cold_copies
+from .timing import HostTimer, Rounds, cold_copies, keep_freed_memory
 from .workloads import Layer
 
 SMALL = Case(Layer(64, 4, 4, 4, "relu", "sigmoid"), "fp32", "contiguous", 2)
@@ -91,8 +91,10 @@ class LayerBench(Bench):
         # The same arithmetic for all: cuDNN may round the factors of a product to TF32, which makes
         # 1x1 convolutions in float32 a thousand times less accurate than what they compete with.
         torch.backends.cudnn.allow_tf32 = False
-        super().__post_init__()
         options = self.options
+        if options.device.type == "cpu" and not options.fresh_pages:
+            keep_freed_memory()
+        super().__post_init__()
         missing = self.record["unavailable"]
         names = []
         for name in options.providers:
@@ -109,6 +111,12 @@ class LayerBench(Bench):
             "providers": names,
             "contenders": fused or names[-1:],
         }
+
+    def cache_state(self) -> str:
+        if self.options.device.type != "cpu":
+            return super().cache_state()
+        pages = "given back" if self.options.fresh_pages else "kept"
+        return f"{super().cache_state()}; freed memory is {pages}"
 
     def key_of(self, case: Case) -> tuple[Any, ...]:
         return self.key(_identity(case))

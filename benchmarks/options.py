@@ -52,6 +52,7 @@ class LayerOptions(Options):
     layers: bool = True
     rounds: int = 30
     compile_last: bool = False
+    fresh_pages: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         add("--full", action="store_true", help="all networks, fp32 and bf16, batches 1, 8, 32")
         add("--small", action="store_true", help="only the overhead of a tiny call, 2x64x4x4")
         add("--rounds", type=count, default=30, help="samples per provider at most (30)")
+        add("--fresh-pages", action="store_true",
+            help="on a CPU: let the allocator give freed memory back, as it does unless told "
+            "otherwise, so that calls with large outputs wait for new pages")  # fmt: skip
         add("--compile-last", action="store_true",
             help="all without torch.compile, then once more with it while time lasts")  # fmt: skip
         return parser
@@ -235,6 +239,7 @@ def _layers(
         layers=not args.small,
         rounds=args.rounds,
         compile_last=args.compile_last,
+        fresh_pages=args.fresh_pages,
     )
 
 

@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
     """Makes glibc, where that is the allocator, keep what is freed for the next allocation.
 
     It gives blocks of 32 MB and more back to the system, unless there happens to be room in its
-    heap: every call then waits for new pages, whoever makes it, five times as long as for the work.
+    heap: a call then waits for new pages, up to five times as long as for the work.
     """
     mmap_max, trim_threshold = -4, -1  # from malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -47,12 +47,10 @@ def keep_freed_memory() -> None:
 class CpuTimer:
     """Wall clock, always the same buffers: they are as warm as the caches can hold them."""
 
-    state = "hot: same buffers every call, one untimed call before each sample; freed memory kept"
+    state = "hot: same buffers every call, one untimed call before each sample"
 
     def __init__(self, *, warm: bool = True) -> None:
         self._warm = warm  # whole networks fill the caches anew in every step
-        if warm:
-            keep_freed_memory()
         self._inner: dict[Call, int] = {}
 
     def prepare(self, call: Call) -> None:

@@ -87,6 +87,8 @@ struct Runtime {
   int threads;
   int64_t core_cache;  // bytes of the largest cache that is a core's own; 0 where nothing says
   int64_t last_cache;  // bytes of the last caches before memory that the threads reach; 0 likewise
+  // Whether memory has never been touched, so that its pages are yet to come from the system.
+  bool (*is_untouched)(const void* p, int64_t bytes);
   // Calls body(begin, end, context) for disjoint ranges that cover [0, n), at most one per thread.
   void (*parallel_for)(int64_t n, void (*body)(int64_t, int64_t, void*), void* context);
   // At least `bytes` of 64-byte aligned memory, valid until the next call on the same thread.

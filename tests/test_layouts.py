@@ -230,3 +230,27 @@ def test_everything_misaligned(backend: BackendCase, layout: str) -> None:
                 assert t.is_contiguous()
             assert t is None or t.data_ptr() % 16
         check(problem, squeeze_excite, backend=backend.name)
+
+
+# Channels that are a half, a quarter, an odd part of a cache line beyond whole ones; positions that
+# leave over up to three; images whole and cut into slices for a team.
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 24, 5, 7), (2, 12, 3, 5), (2, 4, 3, 3), (2, 8, 1, 2), (3, 40, 9, 9), (2, 30, 4, 5),
+     (1, 24, 37, 39), (3, 72, 23, 23), (1, 4, 101, 83)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"before": "silu"}, {"residual": "channels_last", "after": "gelu"}, {"weighted": True},
+     {"lengths": True}, {"part": "squeeze"}, {"part": "channel_scale"}],
+    ids=str,
+)  # fmt: skip
+@each_backend
+def test_positions_that_share_a_cache_line(
+    backend: BackendCase, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    for dtype in backend.dtypes:
+        spec = Spec(shape, 4, dtype, "channels_last", device=backend.device, **options)
+        if spec.fits(backend):
+            check(build(spec), squeeze_excite, backend=backend.name)

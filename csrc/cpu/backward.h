@@ -68,8 +68,11 @@ class BackwardPass {
         make_prologue<A, kBefore>(a_.options.before, a_.parameters, s_.channels, memory + affine);
     const int64_t image = s_.image() * static_cast<int64_t>(sizeof(T));
     const int64_t run = (s_.channels_last ? s_.channels : s_.positions) * sizeof(T);
+    const auto streams = [&](const void* to) {
+      return !to || streams_to(runtime, to, s_.batch * image, run);
+    };
     streams_ = exceeds_caches(runtime, (a_.dresidual ? 4 : 3) * s_.batch * image) &&
-               can_stream(a_.dx, run) && can_stream(a_.dresidual, run);
+               streams(a_.dx) && streams(a_.dresidual);
     if (args.lengths) std::fill(none_, none_ + s_.channels, A(0));
     // -0, which changes no number it is added to.
     if (s_.form == Form::scale) std::fill(dmean_, dmean_ + images * s_.channels, A(-0.0));

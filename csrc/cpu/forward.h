@@ -20,14 +20,17 @@ class ForwardPass {
                         runtime.threads)),
         squeezes_(s_.form != Form::scale),
         scales_(s_.form != Form::squeeze) {
+    const bool folds = s_.channels_last && kBefore != kAffine && !a_.mask && !has_shift();
+    fold_ = folds ? rows_of_whole_lines(s_.channels * sizeof(T)) : 1;
+    width_ = fold_ * s_.channels;
     // Per image of the largest group or per thread, whichever holds an image at a time.
     const int64_t images = std::max(plan_.threads * plan_.together, plan_.group);
     const int64_t slices = images * plan_.threads;
     Carver<A> carver;
     const int64_t hidden = carver.reserve(images * s_.hidden);
-    const int64_t scale = carver.reserve(images * s_.channels);
-    const int64_t sums = s_.channels_last ? carver.reserve(slices * s_.channels) : 0;
-    const int64_t chain = s_.channels_last ? carver.reserve(plan_.threads * s_.channels) : 0;
+    const int64_t scale = carver.reserve(images * width_);
+    const int64_t sums = s_.channels_last ? carver.reserve(slices * width_) : 0;
+    const int64_t chain = s_.channels_last ? carver.reserve(plan_.threads * width_) : 0;
     const int64_t affine = kBefore == kAffine ? carver.reserve(2 * s_.channels) : 0;
     A* memory = static_cast<A*>(runtime.scratch(carver.bytes()));
     hidden_ = memory + hidden;
@@ -37,10 +40,11 @@ class ForwardPass {
     prologue_ =
         make_prologue<A, kBefore>(a_.options.before, a_.parameters, s_.channels, memory + affine);
     one_run_ = kBefore != kAffine && rows_as_one(s_, a_.mask);
-    const int64_t run = s_.channels_last ? s_.channels : one_run_ ? s_.image() : s_.positions;
+    const int64_t run = s_.channels_last ? width_ : one_run_ ? s_.image() : s_.positions;
     const int64_t image = s_.image() * static_cast<int64_t>(sizeof(T));
     from_memory_ = exceeds_caches(runtime, (a_.residual.data ? 3 : 2) * s_.batch * image);
-    streams_ = from_memory_ && a_.y != a_.x.data && can_stream(a_.y, run * sizeof(T));
+    streams_ = from_memory_ && a_.y != a_.x.data &&
+               streams_to(runtime, a_.y, s_.batch * image, run * sizeof(T));
   }
 
   void run() {
@@ -49,7 +53,7 @@ class ForwardPass {
       for (int64_t b = begin; b < end; b += plan_.together) {
         const int64_t images = std::min(plan_.together, end - b);
         for (int64_t g = 0; squeezes_ && g < images; ++g) {
-          squeeze(b + g, 0, 1, slot, sums_ + at * s_.channels);
+          squeeze(b + g, 0, 1, slot, sums_ + at * width_);
         }
         if (!scales_) continue;
         if (s_.form == Form::two_layers) hidden_layer(b, images, at, 0, 1);
@@ -71,12 +75,12 @@ class ForwardPass {
     const int64_t slices = plan_.slices(images);
     const auto squeezing = [&](int64_t begin, int64_t end, int slot) {
       for (int64_t task = begin; task < end; ++task) {
-        squeeze(b0 + task / slices, task % slices, slices, slot, sums_ + task * s_.channels);
+        squeeze(b0 + task / slices, task % slices, slices, slot, sums_ + task * width_);
       }
     };
     const auto adding = [&](int64_t begin, int64_t end, int) {
       for (int64_t g = 0; g < images; ++g) {
-        finish_mean(b0 + g, sums_ + g * slices * s_.channels, slices, z(b0 + g), {begin, end});
+        finish_mean(b0 + g, sums_ + g * slices * width_, slices * fold_, z(b0 + g), {begin, end});
       }
     };
     // The second layer needs all of the first.
@@ -103,15 +107,20 @@ class ForwardPass {
   }
 
   // The mean of slice i of image b. Rows: a range of channels. Channels-last: a range of
-  // positions, whose sums stay in `sums` for finish_mean unless the slice is the whole image.
+  // positions, whose sums (fold_ for each channel) stay in `sums` for finish_mean unless the slice
+  // is the whole image.
   SENET_OUTLINE void squeeze(int64_t b, int64_t i, int64_t slices, int slot, A* sums) {
     const T* x = static_cast<const T*>(a_.x.data) + b * a_.x.stride;
     const int64_t n = counted(s_, a_.lengths, b);
     if (s_.channels_last) {
-      const Range r = slice(n, i, slices);
-      sum_columns(x + r.begin * s_.channels, r.end - r.begin, s_.channels, from_memory_,
-                  prologue_.from_channel(0), sums, chain_ + slot * s_.channels);
-      if (slices == 1) finish_mean(b, sums, 1, z(b), {0, s_.channels});
+      const int64_t runs = n / fold_;
+      const Range r = slice(runs, i, slices);
+      sum_columns(x + r.begin * width_, r.end - r.begin, width_, from_memory_,
+                  prologue_.from_channel(0), sums, chain_ + slot * width_);
+      if (i == slices - 1) {
+        add_rows(x + runs * width_, n % fold_, s_.channels, prologue_.from_channel(0), sums);
+      }
+      if (slices == 1) finish_mean(b, sums, fold_, z(b), {0, s_.channels});
     } else {
       const Range r = slice(s_.channels, i, slices);
       A* to = z(b) + r.begin;
@@ -121,13 +130,14 @@ class ForwardPass {
     }
   }
 
-  // z = the slices' sums together, over the number of positions; of a range of channels.
-  SENET_OUTLINE void finish_mean(int64_t b, const A* sums, int64_t slices, A* z, Range r) {
+  // z = the channels' sums, of each of which there are some C apart, over the number of positions;
+  // of a range of channels.
+  SENET_OUTLINE void finish_mean(int64_t b, const A* sums, int64_t some, A* z, Range r) {
     const A positions = static_cast<A>(counted(s_, a_.lengths, b));
     for_vectors<A>(r.end - r.begin, [&](int64_t i, auto lanes) {
       const A* first = sums + r.begin + i;
       Vec<A> total = get(first, lanes);
-      for (int64_t s = 1; s < slices; ++s) total += get(first + s * s_.channels, lanes);
+      for (int64_t s = 1; s < some; ++s) total += get(first + s * s_.channels, lanes);
       put(z + r.begin + i, total / positions, lanes);
     });
   }
@@ -151,9 +161,12 @@ class ForwardPass {
     }
     const int64_t end = std::min(r.end, s_.channels);  // the rest is the shift
     for (int64_t g = 0; g < images && r.begin < end; ++g) {
-      A* scale = scale_ + (at + g) * s_.channels;
+      A* scale = scale_ + (at + g) * width_;
       map(u(b + g) + r.begin, scale + r.begin, end - r.begin, a_.options.gate);
       gates_to_scale(a_.parameters, r.begin, end, scale);
+      for (int64_t f = 1; f < fold_; ++f) {
+        std::copy(scale + r.begin, scale + end, scale + f * s_.channels + r.begin);
+      }
     }
   }
 
@@ -163,11 +176,10 @@ class ForwardPass {
     const T* residual = static_cast<const T*>(a_.residual.data);
     if (residual) residual += b * a_.residual.stride;
     T* y = static_cast<T*>(a_.y) + b * a_.y_stride;
-    const A* factors = scale_ + at * s_.channels;
-    const bool has_shift = s_.outputs > s_.channels;
-    const A* shifts = has_shift ? u(b) + s_.channels : factors;
-    const int64_t runs = s_.channels_last ? s_.positions : s_.channels;
-    const int64_t n = s_.channels_last ? s_.channels : s_.positions;
+    const A* factors = scale_ + at * width_;
+    const A* shifts = has_shift() ? u(b) + s_.channels : factors;
+    const int64_t runs = s_.channels_last ? s_.positions / fold_ : s_.channels;
+    const int64_t n = s_.channels_last ? width_ : s_.positions;
     const int64_t bit_row = (n + 7) / 8;
     uint8_t* bits = a_.mask ? a_.mask + b * runs * bit_row : nullptr;
     const Range range = slice(runs, i, slices);
@@ -176,8 +188,8 @@ class ForwardPass {
         const int64_t at = range.begin * n, rows = range.end - range.begin;
         scale_run<T, kPlain>(x + at, residual ? residual + at : nullptr, y + at, nullptr, rows * n,
                              prologue_.of_channel(0), PerRow<A>{factors + range.begin, rows, n},
-                             PerRow<A>{shifts + range.begin, rows, n}, has_shift, a_.options.after,
-                             streams_ && is_line_aligned(y + at));
+                             PerRow<A>{shifts + range.begin, rows, n}, has_shift(),
+                             a_.options.after, streams_ && is_line_aligned(y + at));
         if (streams_) end_streams();
         return;
       }
@@ -188,17 +200,25 @@ class ForwardPass {
       uint8_t* row_bits = bits ? bits + r * bit_row : nullptr;
       if (s_.channels_last) {
         scale_run<T, kPlain>(from, add, y + r * n, row_bits, n, prologue_.from_channel(0),
-                             PerElement<A>{factors}, PerElement<A>{shifts}, has_shift,
+                             PerElement<A>{factors}, PerElement<A>{shifts}, has_shift(),
                              a_.options.after, streams_);
       } else {
         scale_run<T, kPlain>(from, add, y + r * n, row_bits, n, prologue_.of_channel(r),
                              Uniform<A>{broadcast<A>(factors[r])},
-                             Uniform<A>{broadcast<A>(shifts[r])}, has_shift, a_.options.after,
+                             Uniform<A>{broadcast<A>(shifts[r])}, has_shift(), a_.options.after,
                              streams_);
       }
     });
+    const int64_t left = s_.positions % fold_;
+    if (left > 0 && i == slices - 1) {
+      const int64_t at = runs * n;
+      scale_run<T, kPlain>(x + at, residual ? residual + at : nullptr, y + at, nullptr,
+                           left * s_.channels, prologue_.from_channel(0), PerElement<A>{factors},
+                           PerElement<A>{shifts}, has_shift(), a_.options.after, streams_);
+    }
     if (streams_) end_streams();
   }
+  bool has_shift() const { return s_.outputs > s_.channels; }
 
   const ForwardArgs& a_;
   const Shape& s_;
@@ -206,6 +226,9 @@ class ForwardPass {
   const Plan plan_;
   const bool squeezes_, scales_;
   bool from_memory_, one_run_, streams_;  // the last of y: written around the caches
+  // Channels-last: how many positions make a run, so that runs are of whole cache lines; and its
+  // elements. 1 and C otherwise.
+  int64_t fold_, width_;
   A *hidden_, *scale_, *sums_, *chain_;
   Prologue<A, kBefore> prologue_;
 };

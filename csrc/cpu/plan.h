@@ -190,11 +190,23 @@ inline bool exceeds_caches(const Runtime& runtime, int64_t bytes) {
   return runtime.last_cache > 0 && bytes > runtime.last_cache;
 }
 
-// Whether a result can be written around the caches, which spares fetching each line of it: not
-// where runs share a line.
+// Whether a result of a call that exceeds the caches is written around them, which spares fetching
+// each line of it. Not where runs share a line; nor in pages that are yet to come from the system,
+// which brings them cleared, in the cache.
 inline bool is_line_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; }
-inline bool can_stream(const void* result, int64_t run_bytes) {
-  return kStreams && is_line_aligned(result) && run_bytes % kLine == 0;
+inline bool streams_to(const Runtime& runtime, const void* result, int64_t bytes,
+                       int64_t run_bytes) {
+  return kStreams && is_line_aligned(result) && run_bytes % kLine == 0 &&
+         !runtime.is_untouched(result, bytes);
+}
+
+// How many rows of so many bytes make whole cache lines; 1 where it takes more than four, and for
+// long rows, of which the lines that two of them share are a small part.
+inline int64_t rows_of_whole_lines(int64_t row_bytes) {
+  for (int64_t rows : {1, 2, 4}) {
+    if (rows * row_bytes % kLine == 0 && row_bytes < kPanelRow) return rows;
+  }
+  return 1;
 }
 
 // Whether rows are better gone through as one run: else each ends in part of a vector, and the next

@@ -49,6 +49,8 @@ void team(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
 
 void alone(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) { body(0, n, context); }
 
+bool is_untouched(const void*, int64_t) { return false; }
+
 void* scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -204,11 +206,12 @@ int main(int argc, char** argv) {
   for (int threads : fresh ? std::vector<int>{3} : std::vector<int>{2, 3, 8}) {
     team_size = threads;
     for (const Case& c : cases) {
-      const std::vector<Values> right = run(c, {1, 0, 0, alone, scratch});
+      const std::vector<Values> right = run(c, {1, 0, 0, is_untouched, alone, scratch});
       // Two callers at once, each with a team; one as if nothing fitted the caches.
       std::vector<Values> other;
-      std::thread caller([&] { other = run(c, {threads, 0, 1, team, scratch}); });
-      const std::vector<Values> mine = run(c, {threads, 1 << 20, 1 << 30, team, scratch});
+      std::thread caller([&] { other = run(c, {threads, 0, 1, is_untouched, team, scratch}); });
+      const std::vector<Values> mine =
+          run(c, {threads, 1 << 20, 1 << 30, is_untouched, team, scratch});
       caller.join();
       wrong += !close(mine, right) + !close(other, right);
       done += 2;
