@@ -93,19 +93,19 @@ def contender_lines(record: Record, contender: str) -> Lines:
     """The table of one contender."""
     baselines = summary.baselines_of(record, contender)
     modes = list(dict.fromkeys(entry["mode"] for entry in record["results"]))
-    lines: dict[tuple[str, str, str, int], list[str]] = {}
+    lines: dict[tuple[str, str, str], list[str]] = {}
     for mode in modes:
         for row in summary.rows(record, mode):
             if row.contender == contender:
-                key = (row.network, row.layout, row.dtype, row.batch)
+                key = (row.network, row.layout, row.type)
                 lines.setdefault(key, []).extend(_row_cells(row, baselines))
-    kinds = {key[2:] for key in lines}
+    kinds = {key[2] for key in lines}
     head = ["network", "layout", *(["type"] if len(kinds) > 1 else [])]
     for mode in modes:
         head += [f"{mode}: vs {name}" for name in baselines] + ["time / limit"]
     out = [head]
-    for (network, layout, dtype, batch), cells in lines.items():
-        start = [network, layout, *([f"{dtype} b{batch}"] if len(kinds) > 1 else [])]
+    for (network, layout, kind), cells in lines.items():
+        start = [network, layout, *([kind] if len(kinds) > 1 else [])]
         line = [*start, *cells]
         out.append([f"**{c}**" for c in line] if network == "all layers" else line)
     return out

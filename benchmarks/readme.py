@@ -109,14 +109,15 @@ def _layers(record: Record) -> list[str]:
 
 
 def _layers_short(record: Record) -> list[str]:
-    """A line per mode: the means over all layers."""
+    """A line per mode, data type and batch: the means over all layers."""
     baselines = summary.baselines_of(record, "")
+    several = len({(entry["dtype"], entry["batch"]) for entry in record["results"]}) > 1
     lines = [["", "layers", *(f"vs `{name}`" for name in baselines), "time / limit"]]
     for mode in dict.fromkeys(entry["mode"] for entry in record["results"]):
         for row in summary.rows(record, mode):
             if row.network == "all layers" and row.contender in record["contenders"]:
                 cells = [row.speedup[n].text("×") if n in row.speedup else "" for n in baselines]
-                what = f"{mode}, `{row.contender}`"
+                what = f"{mode}, {f'{row.type}, ' if several else ''}`{row.contender}`"
                 lines.append([what, str(row.layers), *cells, row.over_limit.text("×")])
     return ["", *_table(lines), "", _losses(record, MOST_LOSSES_IN_SHORT)]
 

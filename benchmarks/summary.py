@@ -56,13 +56,18 @@ class Row:
     network: str
     contender: str
     dtype: str
-    batch: int
+    batch: int | None  # None: all there are
     layout: str
     mode: str
     layers: int
     speedup: dict[str, Mean]  # over each baseline
     over_limit: Mean
     worst: tuple[str, float] | None  # layer and speed-up over the first baseline
+
+    @property
+    def type(self) -> str:
+        """Data type and batch, for a column of a table."""
+        return f"{self.dtype} {'all b' if self.batch is None else f'b{self.batch}'}"
 
 
 def metric_of(record: Record) -> str:
@@ -89,8 +94,9 @@ def _mean(values: Iterable[float | None], *, wrong: bool) -> Mean:
 def make_row(
     entries: list[Entry], network: str, contender: str, baselines: list[str], metric: str
 ) -> Row:
-    """Geometric means over ``entries``, which share dtype, batch and mode."""
+    """Geometric means over ``entries``, which share dtype and mode."""
     first = entries[0]
+    batches = {entry["batch"] for entry in entries}
     layouts = list(dict.fromkeys(entry["layout"] for entry in entries))
 
     def wrong(*names: str) -> bool:
@@ -104,7 +110,7 @@ def make_row(
         network=network,
         contender=contender,
         dtype=first["dtype"],
-        batch=first["batch"],
+        batch=first["batch"] if len(batches) == 1 else None,
         layout=SHORT_LAYOUT[layouts[0]] if len(layouts) == 1 else "both",
         mode=first["mode"],
         layers=len({entry["layer"] for entry in entries}),
@@ -127,7 +133,8 @@ def baselines_of(record: Record, contender: str) -> list[str]:
 
 
 def rows(record: Record, mode: str) -> Iterator[Row]:
-    """One row per contender, dtype, batch, network and layout; an overall row ends each block."""
+    """One row per contender, dtype, batch, network and layout; an overall row ends each block, and
+    one over all batches where there are several."""
     metric = metric_of(record)
     entries = [entry for entry in record["results"] if entry["mode"] == mode]
     blocks = dict.fromkeys((entry["dtype"], entry["batch"]) for entry in entries)
@@ -142,6 +149,10 @@ def rows(record: Record, mode: str) -> Iterator[Row]:
                     if own:
                         yield make_row(own, network["network"], contender, baselines, metric)
             yield make_row(block, "all layers", contender, baselines, metric)
+        for dtype in dict.fromkeys(dtype for dtype, _ in blocks):
+            if sum(dtype == other for other, _ in blocks) > 1:
+                every = [entry for entry in entries if entry["dtype"] == dtype]
+                yield make_row(every, "all layers", contender, baselines, metric)
 
 
 def regimes_of(record: Record, entry: Entry, contender: str) -> tuple[str | None, str | None]:

@@ -54,7 +54,7 @@ def _table(record: Record, mode: str, rows: list[Row], first: str = "network") -
     table.add_column(f"worst layer\nvs {baselines[0]}" if baselines else "worst", no_wrap=True)
     for row in rows:
         overall = row.network == "all layers"
-        cells: list[str | Text] = [f"{row.contender} {row.dtype} b{row.batch}"] if many else []
+        cells: list[str | Text] = [f"{row.contender} {row.type}"] if many else []
         cells += [row.network, row.layout, str(row.layers)]
         cells += [_coloured(row.speedup[name]) for name in baselines if name in row.speedup]
         cells += [row.over_limit.text(""), _worst(row)]

@@ -94,38 +94,46 @@ int64_t core_cache() {
 #endif
 }
 
-// A cache after a core's own, and how many processors share it: what Linux says, for sysconf is far
-// off on some virtual machines. No bytes where nothing says. SENET_KERNELS_LAST_CACHE says
-// otherwise (for tests).
+// How many processors a list of Linux's names, as in 0-3,8-11; at least 1.
+int64_t count_processors(const std::string& path) {
+  std::ifstream file(path);
+  int64_t first = 0, count = 0;
+  for (char after = ','; after == ',' && file >> first;) {
+    int64_t last = first;
+    if (file.peek() == '-') file >> after >> last;
+    count += last - first + 1;
+    after = 0;
+    file >> after;
+  }
+  return std::max<int64_t>(1, count);
+}
+
+// A cache after a core's own, and how many cores share it: what Linux says, for sysconf is far off
+// on some virtual machines. No bytes where nothing says. SENET_KERNELS_LAST_CACHE says otherwise
+// (for tests).
 struct SharedCache {
-  int64_t bytes = 0, processors = 1;
+  int64_t bytes = 0, cores = 1;
 };
 SharedCache read_shared_cache() {
   if (const char* bytes = std::getenv("SENET_KERNELS_LAST_CACHE"); bytes && *bytes) {
     return {std::atoll(bytes), 1 << 20};
   }
-  const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index3/";
-  SharedCache cache;
-  std::string unit;
-  if (std::ifstream file(folder + "size"); file >> cache.bytes) {  // as in 32768K
-    file >> unit;
-    cache.bytes *= unit == "K" ? 1 << 10 : unit == "M" ? 1 << 20 : 1;
+  const std::string processor = "/sys/devices/system/cpu/cpu0/",
+                    cache = processor + "cache/index3/";
+  SharedCache shared;
+  char unit = 0;
+  if (std::ifstream file(cache + "size"); file >> shared.bytes >> unit) {  // as in 32768K
+    shared.bytes *= unit == 'K' ? 1 << 10 : unit == 'M' ? 1 << 20 : 1;
   }
-  std::ifstream file(folder + "shared_cpu_list");  // as in 0-3,8-11
-  int64_t first, last, processors = 0;
-  for (char after = ','; after == ',' && file >> first; file >> after) {
-    last = first;
-    if (file.peek() == '-') file >> after >> last;
-    processors += last - first + 1;
-    after = 0;
-  }
-  cache.processors = std::max<int64_t>(1, processors);
-  return cache;
+  shared.cores =
+      std::max<int64_t>(1, count_processors(cache + "shared_cpu_list") /
+                               count_processors(processor + "topology/thread_siblings_list"));
+  return shared;
 }
 
 int64_t last_cache(int64_t threads) {
   static const SharedCache cache = read_shared_cache();
-  return cache.bytes * ((threads + cache.processors - 1) / cache.processors);
+  return cache.bytes * ((threads + cache.cores - 1) / cache.cores);
 }
 
 // Asks for a few pages of it: a large block is all from the system, or all used before.
