@@ -379,6 +379,7 @@ def squeeze_excite(
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
+        and torch._C._get_tracing_state() is None  # a trace and its check go the same way
     ):
         short: _Plan | None = None
         try:

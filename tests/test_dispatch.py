@@ -304,3 +304,14 @@ def test_context_manager_forces_what_runs(
     assert record_ops() == {
         f"senet_kernels::{backend.name}_{part}" for part in ("forward", "backward")
     }
+
+
+def test_the_first_trace_of_a_process_passes_its_own_check() -> None:
+    """``torch.jit.trace`` runs a module twice and compares: the first call of a kind, and a later
+    one, which could go the short way, give one graph."""
+    code = (
+        "import torch; from senet_kernels import FusedSEBlock\n"
+        "with torch.no_grad(): torch.jit.trace(FusedSEBlock(8), torch.randn(2, 8, 5, 5))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
