@@ -256,7 +256,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
     """Why a fused backend cannot run here, found by one tiny call; None where it can."""
     if name in (*BASELINES, *COMPOSED):
         return None
-    backend, strategy = STRATEGIES.get(name, (name.removesuffix("-inplace"), None))
+    backend, strategy = STRATEGIES.get(name, ("native" if name == IN_PLACE else name, None))
     if strategy is not None and backend == "native" and device.type != "cuda":
         return "a plan of the CUDA kernels"
     try:

@@ -37,7 +37,7 @@ def _worst(row: Row) -> Text:
 
 def _table(record: Record, mode: str, rows: list[Row], first: str = "network") -> Table:
     baselines = list(dict.fromkeys(name for row in rows for name in row.speedup))
-    many = len({(row.contender, row.dtype, row.batch) for row in rows}) > 1
+    many = len({(row.contender, row.type) for row in rows}) > 1
     limit = next(e["limit_in_clones"] for e in record["results"] if e["mode"] == mode)
     limit_name = "clone" if limit == 1 else f"{limit:g} clones"
     table = Table(

@@ -97,6 +97,29 @@ def test_the_module_of_timm(run: Callable[..., tuple[int, Any]]) -> None:
     assert record["results"][0]["providers"]["timm"]["reason"].endswith("and no shift")
 
 
+def test_in_place_at_two_batches(
+    run: Callable[..., tuple[int, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over its input it computes the same, and what a later call overwrites stays what it is."""
+    if "native" not in providers.FUSED or providers.unavailable("native", CPU):
+        pytest.skip("no native library here")
+    words = ("--batch", "2", "--provider", "native-inplace", "--fresh-pages")
+    code, record = run(*LAYER, *words)
+    assert code == 0
+    assert record["cache_state"].endswith("freed memory is given back")
+    status = [entry["providers"]["native-inplace"]["status"] for entry in record["results"]]
+    assert status == ["ok", "ok"]
+    assert "fp32 all b" in capsys.readouterr().out
+
+    made = problem.Problem.create(layer_run.SMALL, CPU)
+    module = providers.make_provider(providers.IN_PLACE).build(made)
+    call = providers.make_call(module, made, problem.FORWARD)
+    with torch.no_grad():
+        call(0)
+        for _ in range(3):
+            torch.testing.assert_close(call(0), made.x[0], rtol=0, atol=0)
+
+
 BACKWARD = ("--mode", "forward", "--mode", "backward", "--mode", "forward+backward")
 
 

@@ -17,6 +17,23 @@ from senet_kernels.backends.native import build_record
 _TESTS = Path(__file__).parent
 
 
+def _python(isa: str, *arguments: str, **environment: str) -> str:
+    """What a Python that runs this variant prints; skips where the processor does not run it."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "SENET_KERNELS_ISA": isa, **environment},
+        cwd=_TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if "this processor does not run" in done.stdout + done.stderr:
+        pytest.skip(f"this processor does not run {isa}")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize(
     "backend", [b for b in FUSED_BACKENDS if b.name == "native"], indirect=True, ids=str
@@ -33,20 +50,8 @@ def test_variant_passes_the_oracle_tests(backend: BackendCase, isa: str, choice:
         pytest.skip(f"the library was built without {isa}")
     if isa == torch.ops.senet_kernels.native_isa():
         pytest.skip(f"the suite itself runs {isa}")
-    environment = {**os.environ, "SENET_KERNELS_ISA": isa}
     selection = [str(_TESTS / name) for name in ("test_pointwise.py", "test_accuracy.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", choice, *selection],
-        env=environment,
-        cwd=_TESTS.parent,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    if "this processor does not run" in done.stdout:
-        pytest.skip(f"this processor does not run {isa}")
-    assert done.returncode == 0, done.stdout[-4000:]
+    _python(isa, "-m", "pytest", "-q", "-m", "not slow", "-k", choice, *selection)
 
 
 def test_an_unknown_variant_is_refused() -> None:
@@ -65,7 +70,7 @@ def test_an_unknown_variant_is_refused() -> None:
 
 # Prints a digest of every result of calls whose rows are whole cache lines, and of some others.
 _CALLS = """
-import hashlib, itertools, sys
+import hashlib, itertools
 import torch
 from senet_kernels import channel_scale, squeeze_excite
 
@@ -97,6 +102,7 @@ for shape, options, dtype, layout in itertools.product(SHAPES, OPTIONS, DTYPES, 
     if "lengths" in chosen: chosen["lengths"] = torch.arange(batch) + 3
     leaves = [x.requires_grad_(), *(t.requires_grad_() for t in w)]
     y = squeeze_excite(*leaves, backend="native", **chosen)
+    leaves += [chosen["residual"]] if "residual" in chosen else []
     note(y, *torch.autograd.grad(y, leaves, image()))
     with torch.no_grad():
         note(squeeze_excite(x.clone(), *w, backend="native", inplace=True, **chosen))
@@ -110,25 +116,11 @@ def test_writing_around_the_caches_changes_no_bit(isa: str) -> None:
     """A call that exceeds the last cache stores its result around the caches: the same numbers."""
     if isa not in build_record().get("isas", []):
         pytest.skip(f"the library was built without {isa}")
-    digests = set()
-    for last_cache in ("1", "1000000000000"):
-        environment = {
-            "SENET_KERNELS_ISA": isa,
-            "SENET_KERNELS_LAST_CACHE": last_cache,
-            "SENET_KERNELS_POISON": "1",  # memory that was never touched is written as usual
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", _CALLS],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        if "this processor does not run" in done.stderr:
-            pytest.skip(f"this processor does not run {isa}")
-        assert done.returncode == 0, done.stderr[-4000:]
-        digests.add(done.stdout)
+    # Poisoned, because memory that was never touched is written as usual.
+    digests = {
+        _python(isa, "-c", _CALLS, SENET_KERNELS_LAST_CACHE=size, SENET_KERNELS_POISON="1")
+        for size in ("1", "1000000000000")
+    }
     assert len(digests) == 1
 
 
