@@ -67,9 +67,10 @@ class BackwardPass {
     prologue_ =
         make_prologue<A, kBefore>(a_.options.before, a_.parameters, s_.channels, memory + affine);
     const int64_t image = s_.image() * static_cast<int64_t>(sizeof(T));
-    const int64_t run = (s_.channels_last ? s_.channels : s_.positions) * sizeof(T);
+    one_run_ = kBefore != kAffine && !args.lengths && rows_as_one(s_, a_.mask);
+    const int64_t run = s_.channels_last ? s_.channels : one_run_ ? s_.image() : s_.positions;
     const auto streams = [&](const void* to) {
-      return !to || streams_to(runtime, to, s_.batch * image, run);
+      return !to || streams_to(runtime, to, s_.batch * image, run * sizeof(T));
     };
     streams_ = exceeds_caches(runtime, (a_.dresidual ? 4 : 3) * s_.batch * image) &&
                streams(a_.dx) && streams(a_.dresidual);
@@ -298,6 +299,28 @@ class BackwardPass {
       return sums.finish();
     }
     const Range range = slice(s_.channels, i, slices);
+    if constexpr (kBefore != kAffine) {
+      if (one_run_) {
+        const int64_t first = range.begin * runs.n;
+        const bool streams = streams_ && (!dx || is_line_aligned(dx + first)) &&
+                             (!dresidual || is_line_aligned(dresidual + first));
+        NoSums<A> sums;
+        for_rows_as_one<A>(
+            range.end - range.begin, runs.n, [&](int64_t at, int64_t count, auto of) SENET_LAMBDA {
+              at += first;
+              const BackRun<T> run = {runs.first.dy + at, runs.first.x + at,
+                                      runs.first.residual ? runs.first.residual + at : nullptr,
+                                      nullptr};
+              dx_run<T, kPlain>(run, dx ? dx + at : nullptr, dresidual ? dresidual + at : nullptr,
+                                count, prologue_.of_channel(0), Uniform<A>{of(scale + range.begin)},
+                                Uniform<A>{of(shift + range.begin)}, has_shift_,
+                                Uniform<A>{of(dmean + range.begin)}, a_.options.after, sums,
+                                streams);
+            });
+        if (streams_) end_streams();
+        return;
+      }
+    }
     A* of_affine = of_affine_ + b * width;
     second_reading(range, runs.n * sizeof(T), runtime_.core_cache, [&](int64_t r) SENET_LAMBDA {
       ChannelSink<A, kBefore> sums;
@@ -369,7 +392,7 @@ class BackwardPass {
   const Plan plan_;
   const bool has_shift_, wants_sums_, wants_affine_, wants_dq_;
   const int64_t width_;
-  bool streams_;  // dx and dresidual are written around the caches
+  bool one_run_, streams_;  // the last of dx and dresidual: written around the caches
   A *ds_, *gates_, *du_, *dh_, *hidden_, *scale_, *dmean_, *sums_, *chained_, *none_;
   A *of_affine_, *affine_sums_, *affine_chain_;
   Prologue<A, kBefore> prologue_;

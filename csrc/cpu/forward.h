@@ -42,8 +42,10 @@ class ForwardPass {
     one_run_ = kBefore != kAffine && rows_as_one(s_, a_.mask);
     const int64_t run = s_.channels_last ? width_ : one_run_ ? s_.image() : s_.positions;
     const int64_t image = s_.image() * static_cast<int64_t>(sizeof(T));
-    from_memory_ = exceeds_caches(runtime, (a_.residual.data ? 3 : 2) * s_.batch * image);
-    streams_ = from_memory_ && a_.y != a_.x.data &&
+    const int64_t bytes = ((squeezes_ ? 1 : 0) + (scales_ ? 1 : 0) + (a_.residual.data ? 1 : 0)) *
+                          s_.batch * image;
+    from_memory_ = exceeds_caches(runtime, 2 * bytes);
+    streams_ = exceeds_caches(runtime, bytes) && a_.y != a_.x.data &&
                streams_to(runtime, a_.y, s_.batch * image, run * sizeof(T));
   }
 
@@ -185,11 +187,17 @@ class ForwardPass {
     const Range range = slice(runs, i, slices);
     if constexpr (kBefore != kAffine) {
       if (one_run_ && range.begin < range.end) {
-        const int64_t at = range.begin * n, rows = range.end - range.begin;
-        scale_run<T, kPlain>(x + at, residual ? residual + at : nullptr, y + at, nullptr, rows * n,
-                             prologue_.of_channel(0), PerRow<A>{factors + range.begin, rows, n},
-                             PerRow<A>{shifts + range.begin, rows, n}, has_shift(),
-                             a_.options.after, streams_ && is_line_aligned(y + at));
+        const int64_t first = range.begin * n;
+        const bool streams = streams_ && is_line_aligned(y + first);
+        for_rows_as_one<A>(
+            range.end - range.begin, n, [&](int64_t at, int64_t count, auto of) SENET_LAMBDA {
+              at += first;
+              scale_run<T, kPlain>(x + at, residual ? residual + at : nullptr, y + at, nullptr,
+                                   count, prologue_.of_channel(0),
+                                   Uniform<A>{of(factors + range.begin)},
+                                   Uniform<A>{of(shifts + range.begin)}, has_shift(),
+                                   a_.options.after, streams);
+            });
         if (streams_) end_streams();
         return;
       }

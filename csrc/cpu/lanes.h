@@ -1,7 +1,7 @@
 // What loops over runs of adjacent elements (runs.h) are written in: whole and partial vectors, the
 // parameters that go with a run's elements, and the prologue, which comes first wherever x is read.
 //
-// `Uniform`, `PerElement`, `PerRow` and `Prefix` are the kinds of parameter.
+// `Uniform`, `PerElement` and `Prefix` are the kinds of parameter.
 #pragma once
 
 #include "pointwise.h"
@@ -64,6 +64,27 @@ SENET_INLINE void for_vectors(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// Goes over `rows` rows of n elements, no fewer than a vector's, that lie one after the other, in
+// whole vectors but for the last: calls body(at, count, of), where of(values) gives the vector of
+// the rows' values for those elements. A vector across an end has values of two rows.
+template <class A, class Body>
+SENET_INLINE void for_rows_as_one(int64_t rows, int64_t n, Body body) {
+  constexpr int L = kLanes<A>;
+  int64_t at = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t end = (r + 1) * n, whole = r + 1 < rows ? end / L * L : end;
+    body(at, whole - at,
+         [r](const A* values) SENET_LAMBDA { return broadcast<A>(values[r]); });
+    at = whole;
+    if (at == end) continue;
+    const auto edge = typename Simd<A>::I{} + static_cast<int>(end - at);
+    body(at, L, [r, edge](const A* values) SENET_LAMBDA {
+      return lane_index<A>() < edge ? broadcast<A>(values[r]) : broadcast<A>(values[r + 1]);
+    });
+    at += L;
+  }
+}
+
 template <class A>
 struct Uniform {
   Vec<A> v;
@@ -78,28 +99,6 @@ struct PerElement {
   template <class N>
   SENET_INLINE Vec<A> at(int64_t i, N n) const {
     return get(p + i, n);
-  }
-};
-// Of a run that is several rows of n >= lanes elements one after the other: a value for each row.
-// Must be asked in order, from the run's beginning.
-template <class A>
-struct PerRow {
-  const A *p, *last;
-  int64_t n, left;  // of the current row, whose value is *p
-  PerRow(const A* values, int64_t rows, int64_t row)
-      : p(values), last(values + rows - 1), n(row), left(row) {}
-  template <class N>
-  SENET_INLINE Vec<A> at(int64_t, N) {
-    constexpr int L = kLanes<A>;
-    const Vec<A> now = broadcast<A>(*p);
-    if (left >= L) {
-      left -= L;
-      return now;
-    }
-    const typename Simd<A>::I edge = typename Simd<A>::I{} + static_cast<int>(left);
-    p += p < last;
-    left += n - L;
-    return lane_index<A>() < edge ? now : broadcast<A>(*p);
   }
 };
 // One value on elements before `end`, nothing after.

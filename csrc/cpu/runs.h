@@ -110,27 +110,47 @@ SENET_OUTLINE void sum_rows(const T* x, int64_t rows, int64_t stride, int64_t n,
   for (; r < rows; ++r) out[r] = sum_run(x + r * stride, n, prologue.of_channel(c + r));
 }
 
+// Asks for memory from an address on, line by line, while something else is read in an order that
+// hardware prefetchers do not follow. For null: for nothing.
+class LinesAhead {
+ public:
+  explicit LinesAhead(const void* next) : next_(reinterpret_cast<uintptr_t>(next)) {}
+  template <int kBytes>
+  SENET_INLINE void take() {
+    if (!next_) return;
+    for (int at = 0; at < kBytes; at += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next_ + at));
+    }
+    next_ += kBytes;
+  }
+
+ private:
+  uintptr_t next_;
+};
+
 // Adds `rows` runs of n elements to `chain`, for columns c to c + kVectors vectors. The sums stay
-// in registers. Asks for what lies `ahead` elements further, unless that is 0.
+// in registers.
 template <int kVectors, class T, class Q, class Lanes>
-SENET_INLINE void add_panel(const T* x, int64_t rows, int64_t n, int64_t ahead, int64_t c,
-                            Q prologue, Acc<T>* chain, Lanes lanes) {
+SENET_INLINE void add_panel(const T* x, int64_t rows, int64_t n, int64_t c, Q prologue,
+                            Acc<T>* chain, Lanes lanes, LinesAhead& ahead) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
+  constexpr int kRow = kVectors * L * sizeof(T);
   const auto p = [&](int64_t r, int v) SENET_LAMBDA {
     const int64_t i = c + v * L;
-    if (ahead) __builtin_prefetch(x + r * n + i + ahead, 0, 2);
     return prologue.forward(i, lanes, get(x + r * n + i, lanes));
   };
   Vec<A> sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = get(chain + c + v * L, lanes);
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
+    ahead.take<4 * kRow>();
     for (int v = 0; v < kVectors; ++v) {
       sums[v] += (p(r, v) + p(r + 1, v)) + (p(r + 2, v) + p(r + 3, v));
     }
   }
   for (; r < rows; ++r) {
+    ahead.take<kRow>();
     for (int v = 0; v < kVectors; ++v) sums[v] += p(r, v);
   }
   for (int v = 0; v < kVectors; ++v) put(chain + c + v * L, sums[v], lanes);
@@ -138,15 +158,18 @@ SENET_INLINE void add_panel(const T* x, int64_t rows, int64_t n, int64_t ahead, 
 
 // The same for all columns, a panel at a time.
 template <class T, class Q>
-SENET_OUTLINE void add_panels(const T* x, int64_t rows, int64_t n, int64_t ahead, Q prologue,
-                              Acc<T>* chain) {
+SENET_OUTLINE void add_panels(const T* x, int64_t rows, int64_t n, Q prologue, Acc<T>* chain,
+                              LinesAhead& ahead) {
   constexpr int L = kLanes<Acc<T>>;
+  const auto add = [&](auto vectors, int64_t c, auto lanes) SENET_LAMBDA {
+    add_panel<vectors>(x, rows, n, c, prologue, chain, lanes, ahead);
+  };
   int64_t c = 0;
-  for (; c + 8 * L <= n; c += 8 * L) add_panel<8>(x, rows, n, ahead, c, prologue, chain, Full{});
-  if (c + 4 * L <= n) add_panel<4>(x, rows, n, ahead, c, prologue, chain, Full{}), c += 4 * L;
-  if (c + 2 * L <= n) add_panel<2>(x, rows, n, ahead, c, prologue, chain, Full{}), c += 2 * L;
-  if (c + L <= n) add_panel<1>(x, rows, n, ahead, c, prologue, chain, Full{}), c += L;
-  if (c < n) add_panel<1>(x, rows, n, ahead, c, prologue, chain, static_cast<int>(n - c));
+  for (; c + 8 * L <= n; c += 8 * L) add(std::integral_constant<int, 8>{}, c, Full{});
+  if (c + 4 * L <= n) add(std::integral_constant<int, 4>{}, c, Full{}), c += 4 * L;
+  if (c + 2 * L <= n) add(std::integral_constant<int, 2>{}, c, Full{}), c += 2 * L;
+  if (c + L <= n) add(std::integral_constant<int, 1>{}, c, Full{}), c += L;
+  if (c < n) add(std::integral_constant<int, 1>{}, c, static_cast<int>(n - c));
 }
 
 // The same in the order of memory.
@@ -181,18 +204,23 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, bool from_me
   using A = Acc<T>;
   // Short rows in panels: sums that are stored and loaded again for every few rows come in the way
   // of x, of which some lie at the same places of a page. Long ones keep to the order in which
-  // prefetchers fetch; panels do not, so that from memory each asks for its part of the next block.
+  // prefetchers fetch; panels do not, so that from memory they ask for the next block in that order.
   const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
   const bool panels = bytes < kPanelRow;
   const int64_t block = panels ? std::min<int64_t>(kPanelBytes / bytes, 4 * kChain) : 4 * kChain;
+  // Half a block at a time then, of whole fours so that the order of additions is the same.
+  const int64_t part = from_memory ? block / 8 * 4 : block;
+  LinesAhead ahead(from_memory ? x + part * n : nullptr);
   for_vectors<A>(n, [&](int64_t i, auto lanes) { put(total + i, Vec<A>{}, lanes); });
   for (int64_t r = 0; r < rows; r += block) {
-    const int64_t some = std::min(block, rows - r);
+    const int64_t end = std::min(r + block, rows);
     for_vectors<A>(n, [&](int64_t i, auto lanes) { put(chain + i, Vec<A>{}, lanes); });
     if (panels) {
-      add_panels(x + r * n, some, n, from_memory ? block * n : 0, prologue, chain);
+      for (int64_t s = r; s < end; s += part) {
+        add_panels(x + s * n, std::min(part, end - s), n, prologue, chain, ahead);
+      }
     } else {
-      add_rows(x + r * n, some, n, prologue, chain);
+      add_rows(x + r * n, end - r, n, prologue, chain);
     }
     for_vectors<A>(n, [&](int64_t i, auto lanes) {
       put(total + i, get(total + i, lanes) + get(chain + i, lanes), lanes);
