@@ -81,6 +81,7 @@ def _note_short_way(kind: tuple[Any, ...], plan: _Plan) -> None:
 
 
 _NATIVE_FORWARD = autograd.forward_op("native")
+_NATIVE_INPLACE = autograd.inplace_op("native")
 
 # Known not to be made of other tensors without a call, which takes time.
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -372,7 +373,6 @@ def squeeze_excite(
         and alpha is None
         and beta is None
         and lengths is None
-        and not inplace
         and _PLAIN_TYPES.issuperset(map(type, (x, w1, b1, w2, b2, residual)))
         and not torch.is_autocast_enabled("cpu")
         and fwAD._current_level < 0
@@ -388,10 +388,18 @@ def squeeze_excite(
                 short = _PLANS.get(((activation, gate, before, after), asked_for))
         except (AttributeError, TypeError):  # None for a tensor, an unhashable name
             pass
-        if short is not None:
+        differentiable = short is not None and _requires_grad(x, w1, b1, w2, b2, residual)
+        if short is not None and not (inplace and differentiable):
             y: Tensor
             try:
-                if not _requires_grad(x, w1, b1, w2, b2, residual):
+                if inplace:
+                    others = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
+                    validation.check_inplace(x, others)
+                    _NATIVE_INPLACE(
+                        x, w1, b1, w2, b2, residual, None, None, None, None, None, short.code
+                    )
+                    return x
+                if not differentiable:
                     y = _NATIVE_FORWARD(
                         x, w1, b1, w2, b2, residual, None, None, None, None, None, short.code, False
                     )[0]
@@ -404,7 +412,7 @@ def squeeze_excite(
                 try:
                     _prepare(
                         x, w1, b1, w2, b2, (activation, gate, before, after), None, residual,
-                        None, None, None, False, backend,
+                        None, None, None, inplace, backend,
                     )  # fmt: skip
                 except (TypeError, ValueError, dispatch.BackendUnavailableError) as wrong:
                     raise wrong from None
