@@ -193,6 +193,8 @@ def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
 
 def overlaps(x: Tensor) -> bool:
     """Whether elements of ``x`` may lie on top of each other in memory."""
+    if x.is_contiguous():
+        return False
     extents = sorted(
         (stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1
     )
