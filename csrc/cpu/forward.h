@@ -44,7 +44,7 @@ class ForwardPass {
     const int64_t image = s_.image() * static_cast<int64_t>(sizeof(T));
     const int64_t bytes = ((squeezes_ ? 1 : 0) + (scales_ ? 1 : 0) + (a_.residual.data ? 1 : 0)) *
                           s_.batch * image;
-    from_memory_ = exceeds_caches(runtime, 2 * bytes);
+    from_memory_ = comes_from_memory(runtime, bytes);
     streams_ = exceeds_caches(runtime, bytes) && a_.y != a_.x.data &&
                streams_to(runtime, a_.y, s_.batch * image, run * sizeof(T));
   }

@@ -184,10 +184,16 @@ SENET_INLINE void second_reading(Range range, int64_t run_bytes, int64_t core_ca
   }
 }
 
-// Whether so many bytes, which a call reads and writes, are more than the last cache holds: then x
-// comes from memory, and most of a result is out of that cache before anyone reads it.
+// Whether a call that reads and writes so many bytes finds part of x in memory: the last cache is
+// not its alone.
+inline bool comes_from_memory(const Runtime& runtime, int64_t bytes) {
+  return runtime.last_cache > 0 && bytes > runtime.last_cache / 2;
+}
+
+// Whether they are so many that most of a result is out of the last cache before anyone reads it.
+// From four fifths on the call gains, and so do the call and a reader of its result together.
 inline bool exceeds_caches(const Runtime& runtime, int64_t bytes) {
-  return runtime.last_cache > 0 && bytes > runtime.last_cache;
+  return runtime.last_cache > 0 && bytes > runtime.last_cache / 5 * 4;
 }
 
 // Whether a result of a call that exceeds the caches is written around them, which spares fetching
