@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 import oracle
 import senet_kernels
-from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase
+from backend_cases import BACKENDS, FUSED_BACKENDS, BackendCase, require
 from problems import Problem, Spec, build, check, magnitudes
 from senet_kernels import squeeze_excite
 
@@ -120,6 +121,34 @@ def test_same_bits_every_time(
             again = problem.run(squeeze_excite, backend=backend.name)
             for name, value in first.items():
                 assert torch.equal(again[name], value), f"{name} of {spec}"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_image_has_the_same_bits_in_any_batch(
+    layout: torch.memory_format, set_threads: Callable[[int], None]
+) -> None:
+    """On one thread of a CPU, however many images share a reading of the weights."""
+    require(BackendCase("native", "cpu"))
+    set_threads(1)
+    torch.manual_seed(0)
+    sizes = [(64, 4, 5), (72, 24, 28), (96, 40, 7), (31, 9, 14), (256, 32, 8), (300, 130, 3)]
+    for (channels, hidden, size), batch in itertools.product(sizes, (3, 4, 9)):
+        x, dy = (
+            torch.randn(batch, channels, size, size).to(memory_format=layout) for _ in range(2)
+        )
+        w1, w2 = torch.randn(hidden, channels), torch.randn(channels, hidden)
+        b1, b2 = torch.randn(hidden), torch.randn(channels)
+
+        def run(x: Tensor, dy: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+            x = x.detach().requires_grad_()
+            y = squeeze_excite(x, *weights, backend="native")
+            return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+        whole = run(x, dy, w1, b1, w2, b2)
+        for b in range(batch):
+            alone = run(x[b : b + 1], dy[b : b + 1], w1, b1, w2, b2)
+            for name, a, w in zip(("y", "dx"), alone, whole, strict=True):
+                assert torch.equal(a[0], w[b]), f"{name} of image {b} of {list(x.shape)}"
 
 
 _BITS = """

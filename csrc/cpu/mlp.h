@@ -135,9 +135,10 @@ SENET_OUTLINE void linear(DType dtype, const void* weight, const void* bias, int
                           int64_t images) {
   with_storage<A>(dtype, weight, [&](auto* w) {
     auto* b = static_cast<decltype(w)>(bias);
-    // As many accumulators as there are registers for.
+    // As many accumulators as there are registers for. How many images there are changes the order
+    // of no sum: an image has the same bits in any batch.
     constexpr bool kWide = SENET_VECTOR_BYTES == 64;
-    if (k <= (kWide || images < 4 ? 3 : 6) * kLanes<A>) {
+    if (k <= (kWide ? 3 : 6) * kLanes<A>) {
       linear_short<A>(w, b, r0, r1, k, in, in_stride, out, out_stride, images);
     } else if constexpr (kWide) {
       linear_long<A, 4, 4>(w, b, r0, r1, k, in, in_stride, out, out_stride, images);
