@@ -42,8 +42,8 @@ class ForwardPass {
     one_run_ = kBefore != kAffine && rows_as_one(s_, a_.mask);
     const int64_t run = s_.channels_last ? width_ : one_run_ ? s_.image() : s_.positions;
     const int64_t image = s_.image() * static_cast<int64_t>(sizeof(T));
-    const int64_t bytes = ((squeezes_ ? 1 : 0) + (scales_ ? 1 : 0) + (a_.residual.data ? 1 : 0)) *
-                          s_.batch * image;
+    const int64_t bytes =
+        ((squeezes_ ? 1 : 0) + (scales_ ? 1 : 0) + (a_.residual.data ? 1 : 0)) * s_.batch * image;
     from_memory_ = comes_from_memory(runtime, bytes);
     streams_ = exceeds_caches(runtime, bytes) && a_.y != a_.x.data &&
                streams_to(runtime, a_.y, s_.batch * image, run * sizeof(T));
@@ -192,11 +192,10 @@ class ForwardPass {
         for_rows_as_one<A>(
             range.end - range.begin, n, [&](int64_t at, int64_t count, auto of) SENET_LAMBDA {
               at += first;
-              scale_run<T, kPlain>(x + at, residual ? residual + at : nullptr, y + at, nullptr,
-                                   count, prologue_.of_channel(0),
-                                   Uniform<A>{of(factors + range.begin)},
-                                   Uniform<A>{of(shifts + range.begin)}, has_shift(),
-                                   a_.options.after, streams);
+              scale_run<T, kPlain>(
+                  x + at, residual ? residual + at : nullptr, y + at, nullptr, count,
+                  prologue_.of_channel(0), Uniform<A>{of(factors + range.begin)},
+                  Uniform<A>{of(shifts + range.begin)}, has_shift(), a_.options.after, streams);
             });
         if (streams_) end_streams();
         return;

@@ -73,8 +73,7 @@ SENET_INLINE void for_rows_as_one(int64_t rows, int64_t n, Body body) {
   int64_t at = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t end = (r + 1) * n, whole = r + 1 < rows ? end / L * L : end;
-    body(at, whole - at,
-         [r](const A* values) SENET_LAMBDA { return broadcast<A>(values[r]); });
+    body(at, whole - at, [r](const A* values) SENET_LAMBDA { return broadcast<A>(values[r]); });
     at = whole;
     if (at == end) continue;
     const auto edge = typename Simd<A>::I{} + static_cast<int>(end - at);

@@ -44,8 +44,8 @@ SENET_OUTLINE A parameter_at(DType dtype, const void* p, int64_t i) {
   return out;
 }
 
-// Calls body(some, g) for images g, g + 1, ..., of which it takes `some` (a constant) at once: kMost
-// of them, then two, then one.
+// Calls body(some, g) for images g, g + 1, ..., of which it takes `some` (a constant) at once:
+// kMost of them, then two, then one.
 template <int kMost, class Body>
 SENET_INLINE void for_images(int64_t images, Body body) {
   int64_t g = 0;

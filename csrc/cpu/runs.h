@@ -204,7 +204,8 @@ SENET_OUTLINE void sum_columns(const T* x, int64_t rows, int64_t n, bool from_me
   using A = Acc<T>;
   // Short rows in panels: sums that are stored and loaded again for every few rows come in the way
   // of x, of which some lie at the same places of a page. Long ones keep to the order in which
-  // prefetchers fetch; panels do not, so that from memory they ask for the next block in that order.
+  // prefetchers fetch; panels do not, so that from memory they ask for the next block in that
+  // order.
   const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
   const bool panels = bytes < kPanelRow;
   const int64_t block = panels ? std::min<int64_t>(kPanelBytes / bytes, 4 * kChain) : 4 * kChain;
