@@ -186,7 +186,7 @@ class ForwardPass {
     uint8_t* bits = a_.mask ? a_.mask + b * runs * bit_row : nullptr;
     const Range range = slice(runs, i, slices);
     if constexpr (kBefore != kAffine) {
-      if (one_run_ && range.begin < range.end) {
+      if (one_run_) {
         const int64_t first = range.begin * n;
         const bool streams = streams_ && is_line_aligned(y + first);
         for_rows_as_one<A>(

@@ -12,7 +12,6 @@ namespace {
 
 // Lanes of a whole vector; a partial one is given by an int.
 struct Full {};
-struct None {};
 template <class T>
 SENET_INLINE Vec<Acc<T>> get(const T* p, Full) {
   return load(p);
