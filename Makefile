@@ -7,9 +7,6 @@ TORCH ?= torch==2.13.0
 # The CPU build of torch comes without Triton, whose interpreter the tests use; this one pairs with
 # the torch above.
 TRITON ?= triton==3.7.1
-# A newer one, in a folder of its own: only the test that compiles for clusters of blocks uses it.
-NEWER_TRITON ?= triton==3.8.0
-NEWER := build/triton38
 # Libraries whose models the tests convert. Those in the second line go in without their dependencies,
 # which are not needed and some of which would replace torch.
 MODELS ?= timm==1.0.31 transformers==5.23.0
@@ -176,12 +173,6 @@ $(STAMPS)/models: | $(STAMPS)/torch
 	    $(PY) $(PIP) pillow numpy && $(PY) $(PIP) --no-deps $(MODELS_ALONE) && $(PY) $(PIP) $(MODELS); \
 	  else echo '    left out: they are for torch 2.13.0 and Python 3.11 or later'; fi; touch $@; }
 
-$(NEWER)/stamp: | $(STAMPS)/torch
-	@echo '==> $(NEWER_TRITON) into $(NEWER)'; time { \
-	  if [[ "$$(uname -s)" == Linux ]]; then \
-	    $(PY) $(PIP) --no-deps --upgrade --target $(NEWER) '$(NEWER_TRITON)'; \
-	  else echo '    left out: it is for Linux'; fi; mkdir -p $(NEWER); touch $@; }
-
 # Left out where nvcc is there, or nothing native is wanted; without a network, so be it.
 $(STAMPS)/nvcc: | $(STAMPS)/torch
 	@echo '==> CUDA compiler'; time { \
@@ -192,7 +183,7 @@ $(STAMPS)/nvcc: | $(STAMPS)/torch
 	    if [[ -n "$$release" ]]; then wheels="$$(sed -E "s/==[^ ]*/==$$release.*/g" <<< "$$wheels")"; fi; \
 	    set -f; $(PY) $(PIP) $$wheels || echo '    not installed'; fi; touch $@; }
 
-$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(NEWER)/stamp $(STAMPS)/nvcc
+$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(STAMPS)/nvcc
 	@echo '==> senet_kernels[test,lint,train,docs], native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint,train,docs]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }

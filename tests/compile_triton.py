@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from senet_kernels import ops, pack_options
 from senet_kernels.backends.triton import halves, launch, operands, tuning
-from senet_kernels.backends.triton.plan import Choice, Device, candidates, why_no_cluster
+from senet_kernels.backends.triton.plan import Choice, Device, candidates
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -80,17 +80,15 @@ def _report(kernel: Any, compiled: Any, arguments: dict[str, Any]) -> dict[str, 
     if "BS" in arguments:
         size = arguments["x"].element_size()
         elements = arguments["G"] * arguments["BC"] * arguments["BS"]
-        vectors = elements * size // (16 * 32 * metadata.num_warps * metadata.num_ctas)
+        vectors = elements * size // (16 * 32 * metadata.num_warps)
     return {
         "kernel": kernel.__name__,
         "hash": compiled.hash,
         "shared": metadata.shared,
-        "blocks": metadata.num_ctas,
         "warps": metadata.num_warps,
         "vectors": vectors,
         "loads_16": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
         "stores_16": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
-        "cluster_barriers": ptx.count("barrier.cluster.wait"),
         **_resources(compiled.asm["cubin"]),
     }
 
@@ -186,9 +184,7 @@ def main() -> None:
     CompiledKernel._init_handles = _load_nothing
     for line in sys.stdin:
         given = json.loads(line)
-        known_as = divmod(capability, 10)
-        clusters = why_no_cluster(known_as, triton.__version__) is None
-        device = Device(known_as, given.pop("multiprocessors"), clusters)
+        device = Device(f"sm_{capability}", given.pop("multiprocessors"))
         operands._device = lambda _, device=device: device
         tuning.fixed_choice = _candidate(given.pop("candidate", 0))
         launch.forget()

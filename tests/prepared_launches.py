@@ -59,7 +59,7 @@ def main() -> None:
     calls = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     triton.runtime.driver.set_active(_Driver(90))
     CompiledKernel._init_handles = _init_handles
-    operands._device = lambda _: Device((9, 0), 132)
+    operands._device = lambda _: Device("sm_90", 132)
     report = {}
     shapes = {"two launches": (2, 256, 14, 14), "one launch": (2, 16, 8, 8)}
     for name, (batch, channels, *space) in shapes.items():

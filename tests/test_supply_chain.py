@@ -294,7 +294,7 @@ def test_what_ci_installs_is_pinned() -> None:
     wanted += [r for extra in ("bench", "train", "test") for r in extras[extra]]
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
     assert [r for r in wanted if _name(r) not in pins] == []
-    for variable in ("TORCH", "TRITON", "NEWER_TRITON", "MODELS", "MODELS_ALONE", "NVCC"):
+    for variable in ("TORCH", "TRITON", "MODELS", "MODELS_ALONE", "NVCC"):
         (value,) = re.findall(rf"^{variable} \?= (.*)$", makefile, re.MULTILINE)
         assert all(re.fullmatch(r"[\w-]+==[\d.]+", part) for part in value.split()), variable
     assert "-c .ci/constraints.txt" in re.findall(r"^PIP := .*$", makefile, re.MULTILINE)[0]

@@ -29,12 +29,11 @@ from senet_kernels.backends.triton.plan import (
     is_legal,
     make_plan,
     make_resident_plan,
-    why_no_cluster,
 )
 
 interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
-H200 = Device((9, 0), 132)
+H200 = Device("sm_90", 132)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +67,7 @@ _ODD = [
 ]
 
 
-@pytest.mark.parametrize("device", [H200, Device((8, 0), 108), Device((0, 0), 1)], ids=str)
+@pytest.mark.parametrize("device", [H200, Device("sm_80", 108), Device("", 1)], ids=str)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_plans_cover_the_image_in_legal_tiles(device: Device, itemsize: int) -> None:
     for shape in _workload_shapes() + _ODD:
@@ -87,21 +86,17 @@ def test_plans_cover_the_image_in_legal_tiles(device: Device, itemsize: int) -> 
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
-@pytest.mark.parametrize("clusters", [False, True], ids=["blocks", "clusters"])
-def test_resident_plans_hold_whole_images(forward: bool, clusters: bool) -> None:
-    device = H200._replace(clusters=clusters)
+def test_resident_plans_hold_whole_images(forward: bool) -> None:
     shapes = _workload_shapes() + _ODD
-    plans = [(s, make_resident_plan(s, 2, device, forward=forward)) for s in shapes]
+    plans = [(s, make_resident_plan(s, 2, H200, forward=forward)) for s in shapes]
     for shape, p in plans:
         if p is not None:
             assert shape.channels <= p.BC
             assert shape.positions <= p.BS
-            assert p.G * p.BC * p.BS // p.blocks <= 8192, "too large for registers"
+            assert p.G * p.BC * p.BS <= 8192, "too large for registers"
             assert p.programs * p.G >= shape.batch
             assert (p.BC if shape.last else p.BS) % 8 == 0, "a byte of the mask has eight bits"
-    assert any(p is None for _, p in plans)
-    blocks = {p.blocks for _, p in plans if p is not None}
-    assert blocks == ({1, 2, 4, 8} if clusters else {1})
+    assert {p is None for _, p in plans} == {False, True}
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
@@ -279,47 +274,18 @@ def test_launches_of_a_step(
     assert [name for name, _ in launches] == expected[1]
 
 
-_ON_CLUSTERS = (
-    Spec((2, 40, 15, 16), 5, torch.bfloat16, residual="contiguous", after="relu"),
-    Spec((2, 144, 7, 9), 6, layout="channels_last", before="silu", affine=True, shift=True,
-         weighted=True, lengths=True),
-)  # fmt: skip
-
-
-@interpreted
-@pytest.mark.parametrize("spec", _ON_CLUSTERS, ids=str)
-def test_images_in_clusters(
-    spec: Spec, on_device: Callable[[Device], None], launches: list[tuple[str, dict[str, int]]]
-) -> None:
-    """The launch is what differs: the interpreter runs a cluster as one program."""
-    on_device(H200._replace(clusters=True))
-    check(build(spec), squeeze_excite, backend="triton")
-    blocks = {name: options.get("num_ctas") for name, options in launches}
-    assert blocks == {"resident_kernel": 2, "resident_backward_kernel": 2,
-                      "parameters_kernel": None}  # fmt: skip
-
-
-def test_why_there_are_no_clusters() -> None:
-    assert why_no_cluster((9, 0), "3.8.0") is None
-    assert why_no_cluster((12, 0), "3.10.1+git") is None
-    assert "clusters begin with 9.0" in (why_no_cluster((8, 9), "3.8.0") or "")
-    assert "Triton 3.7.1 does not compile" in (why_no_cluster((9, 0), "3.7.1") or "")
-
-
 @interpreted
 def test_explain_says_how_a_call_is_cut(on_device: Callable[[Device], None]) -> None:
-    def notes(*shape: int, device: Device = H200) -> str:
-        on_device(device)
+    on_device(H200)
+
+    def notes(*shape: int) -> str:
         x, w = torch.empty(shape), torch.empty(16, shape[1])
         return str(explain(x, w, None, w.T, None, backend="triton"))
 
     small = notes(2, 16, 5, 7)
     assert "forward: one launch over images, 1 on chip per program" in small
-    assert "no image in a cluster of blocks: the interpreter has no device" in small
     large = notes(2, 200, 15, 16)
     assert "backward: two launches over images, shared by 13 programs" in large
-    clusters = notes(2, 200, 15, 16, device=H200._replace(clusters=True))
-    assert "forward: one launch over images, each on chip in a cluster of 8 blocks" in clusters
     heavy = notes(256, 2048, 5, 5)
     assert "two launches over images, 8 at a time" in heavy
 

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,6 @@ from senet_kernels.backends.triton.plan import (
     Shape,
     fixed_choice,
     power_of_two,
-    why_no_cluster,
 )
 
 pytest.importorskip("triton")
@@ -36,10 +34,6 @@ _SCRIPT = Path(__file__).with_name("compile_triton.py")
 
 # Capability: shared memory a block may have, multiprocessors of a typical part.
 DEVICES = {80: (166912, 108), 90: (232448, 132), 100: (232448, 148), 120: (101376, 170)}
-
-# Where `make` puts a Triton that compiles sums over a cluster, which the one that belongs to torch
-# need not be able to.
-_NEWER = Path(__file__).parent.parent / "build" / "triton38"
 
 _TARGETS = [pytest.param(capability, id=f"sm_{capability}") for capability in DEVICES]
 _WORKLOADS = Path(__file__).parent.parent / "benchmarks" / "workloads.json"
@@ -112,14 +106,6 @@ _MORE: dict[int, tuple[tuple[dict[str, Any], bool], ...]] = {
           "inplace": True}, True),
     ),
 }  # fmt: skip
-# Images that one block cannot hold, a cluster can.
-_CLUSTERS: tuple[tuple[dict[str, Any], bool], ...] = (
-    ({"shape": [256, 64, 16, 16], "hidden": 16, "dtype": "float16", "shift": True, **_RELU}, True),
-    ({"shape": [256, 128, 14, 14], "hidden": 16, "dtype": "bfloat16", "layout": "channels_last",
-      **_RELU}, True),
-    ({"shape": [256, 256, 14, 14], "hidden": 16, "dtype": "bfloat16", **_SILU}, False),
-    ({"shape": [1, 256, 14, 14], "hidden": 16, "dtype": "float32"}, True),
-)  # fmt: skip
 # Every further feature, many at once on odd extents, and the kernels that then spill: sums for the
 # gradients of all these parameters do not fit, and in double precision correct is enough.
 _REST: tuple[tuple[dict[str, Any], set[str]], ...] = (
@@ -163,29 +149,26 @@ class _Compiled(NamedTuple):
     cubins: int
 
 
-def _compile(
-    capability: int, options: list[dict[str, Any]], path: Path | None = None
-) -> list[list[dict[str, Any]]]:
-    """What the kernels of each option set became, with the Triton that lies in ``path``."""
-    return _compiled(capability, json.dumps(options), path).kernels
+def _compile(capability: int, options: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """What the kernels of each option set became."""
+    return _compiled(capability, json.dumps(options)).kernels
 
 
 @functools.cache
-def _compiled(capability: int, options: str, path: Path | None) -> _Compiled:
+def _compiled(capability: int, options: str) -> _Compiled:
     multiprocessors = DEVICES[capability][1]
     given = [{**o, "multiprocessors": multiprocessors} for o in json.loads(options)]
-    printed = _run(_SCRIPT, str(capability), "\n".join(map(json.dumps, given)), path)
+    printed = _run(_SCRIPT, str(capability), "\n".join(map(json.dumps, given)))
     *lines, cubins = printed.splitlines()
     return _Compiled([json.loads(line) for line in lines], int(cubins))
 
 
-def _run(script: Path, argument: str = "", text: str = "", path: Path | None = None) -> str:
+def _run(script: Path, argument: str = "", text: str = "") -> str:
     """What a script prints, in a process that sees this package before an installed one."""
-    folders = [*([str(path)] if path else []), str(_SCRIPT.parent.parent)]
     done = subprocess.run(
         [sys.executable, str(script), *argument.split()],
         input=text, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        env={**os.environ, "PYTHONPATH": str(_SCRIPT.parent.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -232,16 +215,13 @@ def _faults(
                 yield f"narrow stores: {what}"
 
 
-def _check(
-    capability: int, layers: list[tuple[dict[str, Any], bool]], path: Path | None = None
-) -> list[list[dict[str, Any]]]:
+def _check(capability: int, layers: list[tuple[dict[str, Any], bool]]) -> None:
     """Compile option sets, each with whether its images are moved 16 bytes at a time. All that is
     wrong is told at once, since a run may take long."""
-    compiled = _compile(capability, [options for options, _ in layers], path)
+    compiled = _compile(capability, [options for options, _ in layers])
     found = zip(layers, compiled, strict=True)
     faults = [f for (options, wide), of in found for f in _faults(capability, options, of, wide)]
     assert not faults, "\n".join(faults)
-    return compiled
 
 
 def _after_again(options: dict[str, Any]) -> bool:
@@ -278,7 +258,7 @@ def _shape(options: dict[str, Any]) -> Shape:
 
 def _choices(capability: int, options: dict[str, Any]) -> tuple[Choice, Choice]:
     """How the calls are cut, forward and backward."""
-    device = Device(divmod(capability, 10), DEVICES[capability][1])
+    device = Device(f"sm_{capability}", DEVICES[capability][1])
     cut = _shape(options), _SIZES[options["dtype"]], device
     return fixed_choice(*cut, forward=True), fixed_choice(*cut, forward=False)
 
@@ -369,15 +349,6 @@ def _layers(capability: int) -> list[tuple[dict[str, Any], bool]]:
     return [*_hand_picked(capability), *_MORE.get(capability, ()), *real]
 
 
-def _in_clusters(capability: int) -> list[tuple[dict[str, Any], bool]]:
-    return list(_CLUSTERS) if capability == 90 else [_CLUSTERS[0]]
-
-
-def _triton_for_clusters() -> Path | None:
-    """A folder to find it in; None is the one of the tests."""
-    return _NEWER if why_no_cluster((9, 0), version("triton")) else None
-
-
 @pytest.mark.parametrize("capability", _TARGETS)
 def test_kernels_compile_without_spills(capability: int) -> None:
     _check(capability, _layers(capability))
@@ -424,30 +395,11 @@ def test_a_few_features_at_once_do_not_spill(capability: int) -> None:
     _check(capability, _with_width(capability, _FEATURES))
 
 
-@pytest.mark.parametrize("capability", _TARGETS[1:])
-def test_images_in_clusters_compile(capability: int) -> None:
-    """With a Triton that can; the one of the tests would put these images into two launches."""
-    newer = _triton_for_clusters()
-    if newer and not (newer / "triton").is_dir():
-        pytest.skip("needs Triton 3.8 or newer; `make test` puts one into build/triton38")
-    for kernels in _check(capability, _in_clusters(capability), newer):
-        names = [kernel["kernel"] for kernel in kernels]
-        assert names == ["resident_kernel", "resident_backward_kernel", "parameters_kernel"]
-        for kernel in kernels[:2]:
-            assert kernel["blocks"] > 1
-            assert kernel["cluster_barriers"] > 0, f"sums stay within blocks: {kernel}"
-
-
 def test_the_gate_compiles_few_cubins() -> None:
     """What the tests above compile: at most 400, so that the gate stays quick."""
-    batches: list[tuple[int, list[dict[str, Any]], Path | None]] = [
-        (c, [o for o, _ in _layers(c)], None) for c in DEVICES
-    ]
-    batches.append((90, [options for options, _ in _REST], None))
-    newer = _triton_for_clusters()
-    if newer is None or (newer / "triton").is_dir():
-        batches += [(c, [o for o, _ in _in_clusters(c)], newer) for c in DEVICES if c >= 90]
-    cubins = [_compiled(c, json.dumps(options), path).cubins for c, options, path in batches]
+    batches = [(c, [o for o, _ in _layers(c)]) for c in DEVICES]
+    batches.append((90, [options for options, _ in _REST]))
+    cubins = [_compiled(c, json.dumps(options)).cubins for c, options in batches]
     assert min(cubins) > 0
     assert sum(cubins) <= 400, cubins
 

@@ -19,7 +19,7 @@ from senet_kernels.backends.triton.plan import Choice, Device, Plan, Shape, cand
 
 interpreted = pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
-H200 = Device((9, 0), 132)
+H200 = Device("sm_90", 132)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def _candidates(direction: str) -> list[Choice]:
     batch, channels, *space = _TUNED.shape
     shape = Shape(batch, channels, space[0] * space[1], 4, channels, True)
-    return candidates(shape, 4, Device((0, 0), 1), direction == "forward")
+    return candidates(shape, 4, Device("", 1), direction == "forward")
 
 
 @interpreted
@@ -170,9 +170,9 @@ def test_what_is_timed_leaves_an_x_to_be_overwritten_alone(
 
 
 _ENTRY: dict[str, Any] = {
-    "direction": "forward", "dtype": "float32", "capability": [9, 0], "multiprocessors": 132,
+    "direction": "forward", "dtype": "float32", "architecture": "sm_90",
+    "multiprocessors": 132,
     "shape": Shape(3, 20, 30, 4, 20, False)._asdict(), "resident": False,
-    "clusters": False,
     "plan": {"G": 1, "BC": 16, "BS": 8, "BR": 4, "BK": 2, "tiles": 2, "splits": 2, "steps": 2,
              "programs": 12, "warps": 4},
 }  # fmt: skip
@@ -183,7 +183,7 @@ _ENTRY: dict[str, Any] = {
     [
         ("not JSON", "not a file of Triton plans"),
         ("[]", "not a file of Triton plans"),
-        ({"schema": "other/1", "plans": []}, "expected schema 'senet_kernels.triton_plans/1'"),
+        ({"schema": "other/1", "plans": []}, "expected schema 'senet_kernels.triton_plans/2'"),
         ({"plans": [{**_ENTRY, "direction": "sideways"}]}, "expected one of forward, backward"),
         ({"plans": [{**_ENTRY, "plan": {"G": 1}}]}, "not a file of Triton plans"),
         ({"plans": [{**_ENTRY, "resident": True}]}, "does not fit"),

@@ -51,19 +51,14 @@ def describe() -> str:
 def notes(
     x: Tensor, w1: Tensor | None, w2: Tensor, options: Options, affine: bool
 ) -> tuple[str, ...]:
-    """How a call with these tensors would be cut, and what stands in the way of a better cut. The
-    steps around it make no difference to that."""
+    """How a call with these tensors would be cut; the steps around it make no difference."""
     from . import operands, plan, tuning
 
     kind = operands.examine((x, w1, None, w2), 0)
-    lines = [
+    return tuple(
         f"{direction}: {plan.describe(tuning.planned(direction, kind.shape, x, kind.device))}"
         for direction in ("forward", "backward")
-    ]
-    reason = operands.why_no_clusters(x.device)
-    if reason is not None:
-        lines.append(f"no image in a cluster of blocks: {reason}")
-    return tuple(lines)
+    )
 
 
 # The interpreter keeps what a program knows of itself in globals.

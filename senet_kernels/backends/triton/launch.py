@@ -68,15 +68,14 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, programs: int, values: Mapping[str, Any], *, warps: int, blocks: int = 1
+        self, kernel: Any, programs: int, values: Mapping[str, Any], *, warps: int
     ) -> None:
-        """``values`` has every argument that is no pointer, and may have more. A program is a
-        cluster of so many ``blocks``."""
+        """``values`` has every argument that is no pointer, and may have more."""
         names = kernel.arg_names
         pointers = sum(name not in values for name in names)
         self.kernel = kernel
         self._programs = programs
-        self._options = {"num_warps": warps} | ({"num_ctas": blocks} if blocks > 1 else {})
+        self._options = {"num_warps": warps}
         self._rest = tuple(values[name] for name in names[pointers:])
         self._compiled: Callable[..., None] | None = None
         self._first = threading.Lock()
@@ -159,7 +158,7 @@ def launch_values(kind: Kind, plan: Plan, y_stride: int | None = None) -> dict[s
 
 def launch_over_images(kernel: Any, plan: Plan, values: Mapping[str, Any]) -> Launch:
     """A launch that the plan is for."""
-    return Launch(kernel, plan.programs, values, warps=plan.warps, blocks=plan.blocks)
+    return Launch(kernel, plan.programs, values, warps=plan.warps)
 
 
 class Forward:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
@@ -19,13 +18,13 @@ from senet_kernels.pointwise import Options, unpack
 from senet_kernels.reference import accumulate_dtype
 from senet_kernels.validation import DTYPES
 
-from .plan import Device, Plan, Shape, why_no_cluster
+from .plan import Device, Plan, Shape
 
 # Channels and positions are counted in 32 bits, with a tile to spare.
 _LARGEST_EXTENT = 2**30
 
 # The interpreter has no device; a small one makes plans with large tiles and few programs.
-INTERPRETER = Device((0, 0), 1)
+INTERPRETER = Device("", 1)
 
 
 # The ops' tensors, in the order of their arguments; what a backward op has first stands last.
@@ -122,23 +121,22 @@ def _check_vector(name: str, t: Tensor, like: Tensor, whose: str, *extents: int)
         )
 
 
-def why_no_clusters(device: torch.device) -> str | None:
-    """Why a program cannot be a cluster of blocks on this device; None where it can."""
-    if device.type == "cpu":
-        return "the interpreter has no device"
-    properties = torch.cuda.get_device_properties(device)
-    return why_no_cluster((properties.major, properties.minor), version("triton"))
+def is_rocm() -> bool:
+    """Whether this torch is for AMD GPUs, whose device type is "cuda" too. The capability does not
+    tell: gfx942 reports (9, 4), which reads like a Hopper GPU's."""
+    return torch.version.hip is not None
 
 
 def _device(device: torch.device) -> Device:
     if device.type == "cpu":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    return Device(
-        (properties.major, properties.minor),
-        properties.multi_processor_count,
-        clusters=why_no_clusters(device) is None,
-    )
+    if is_rocm():
+        # With the features that the target has switched on or off: gfx942:sramecc+:xnack-.
+        architecture = properties.gcnArchName.split(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return Device(architecture, properties.multi_processor_count)
 
 
 def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kind:

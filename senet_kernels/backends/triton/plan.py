@@ -31,9 +31,6 @@ _CHAIN = 64
 _LARGEST_RESIDENT = 8192
 # Elements of weights that one block may read while the others have nothing to do.
 _RESIDENT_WEIGHTS = 1 << 15
-# Blocks of a cluster that every part has: 16 are not portable, and find room on fewer
-# multiprocessors.
-_CLUSTERS = (2, 4, 8)
 # Bytes of one position a channels-last program should have side by side.
 _SLICE_BYTES = 128
 
@@ -41,9 +38,8 @@ _SLICE_BYTES = 128
 class Device(NamedTuple):
     """What a plan depends on."""
 
-    capability: tuple[int, int]
+    architecture: str  # as the compiler names it: sm_90, gfx942; empty for the interpreter
     multiprocessors: int
-    clusters: bool = False  # whether a program can be a cluster of blocks here
 
 
 class Shape(NamedTuple):
@@ -91,7 +87,6 @@ class Plan(NamedTuple):
     warps: int
     W: int = 1  # groups of images that a program takes one after another, for each weight it reads
     flat: bool = False  # tiles are moved as runs of all their positions, whatever these divide by
-    blocks: int = 1  # of the cluster that a program is
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -210,23 +205,21 @@ def make_resident_plan(
         channels, positions = max(8, channels), power_of_two(shape.positions)
     elements = channels * positions
     largest = _LARGEST_RESIDENT if itemsize < 8 else _LARGEST_RESIDENT // 2
-    blocks = _blocks(shape, elements, largest, device)
     weights = (shape.hidden or 0) * (shape.channels + shape.outputs)
-    enough = shape.batch * blocks >= device.multiprocessors
-    enough = enough or weights <= blocks * _RESIDENT_WEIGHTS
-    if not shape.hidden or not blocks or not (enough or however_few):
+    enough = shape.batch >= device.multiprocessors or weights <= _RESIDENT_WEIGHTS
+    if not shape.hidden or elements > largest or not (enough or however_few):
         return None
     g = 1
     while 2 * g * elements <= _TILE and shape.batch >= 8 * g * device.multiprocessors:
         g *= 2
     products = _PRODUCTS if forward else _BACKWARD_PRODUCTS
-    flat = blocks == 1 and _is_flat(shape, itemsize, shape.channels)
-    warps = _warps(g * elements // blocks, itemsize, flat)
+    flat = _is_flat(shape, itemsize, shape.channels)
+    warps = _warps(g * elements, itemsize, flat)
     return Plan(
         G=g,
         BC=channels,
         BS=positions,
-        BR=_clamp(blocks * products // (g * channels), 1, power_of_two(shape.hidden)),
+        BR=_clamp(products // (g * channels), 1, power_of_two(shape.hidden)),
         BK=1,
         tiles=1,
         splits=1,
@@ -234,32 +227,7 @@ def make_resident_plan(
         programs=ceil_div(shape.batch, g),
         warps=warps if forward else min(2 * warps, 16),
         flat=flat,
-        blocks=blocks,
     )
-
-
-def _blocks(shape: Shape, elements: int, largest: int, device: Device) -> int:
-    """How many blocks hold an image in their registers; 0 where none do, or should. A cluster
-    reads the weights for each image: not worth it where they outweigh images and two launches
-    would share them."""
-    if elements <= largest:
-        return 1
-    shared = shape.weights_outweigh_images and shape.batch >= device.multiprocessors
-    if device.clusters and not shared:
-        for blocks in _CLUSTERS:
-            if elements <= blocks * largest:
-                return blocks
-    return 0
-
-
-def why_no_cluster(capability: tuple[int, int], triton: str) -> str | None:
-    """Why a program cannot be a cluster of blocks on such a device with this release of Triton;
-    None where it can."""
-    if capability < (9, 0):
-        return f"the device has capability {capability[0]}.{capability[1]}, clusters begin with 9.0"
-    if tuple(map(int, triton.split(".")[:2])) < (3, 8):
-        return f"Triton {triton} does not compile sums over a cluster, 3.8 does"
-    return None
 
 
 class Choice(NamedTuple):
@@ -272,8 +240,6 @@ class Choice(NamedTuple):
 def describe(choice: Choice) -> str:
     """How a call is cut, in words."""
     p, resident = choice
-    if resident and p.blocks > 1:
-        return f"one launch over images, each on chip in a cluster of {p.blocks} blocks"
     if resident:
         return f"one launch over images, {p.G} on chip per program"
     images = f", {p.G * p.W} at a time" if p.G * p.W > 1 else ""
@@ -308,7 +274,7 @@ def candidates(shape: Shape, itemsize: int, device: Device, forward: bool) -> li
 def is_legal(choice: Choice, shape: Shape) -> bool:
     """Whether launches cut so are sound and reach every element of such a call."""
     plan, resident = choice
-    sizes = (plan.G, plan.BC, plan.BS, plan.BR, plan.BK, plan.warps, plan.W, plan.blocks)
+    sizes = (plan.G, plan.BC, plan.BS, plan.BR, plan.BK, plan.warps, plan.W)
     counts = (*sizes, plan.tiles, plan.splits, plan.steps, plan.programs)
     return (
         all(type(n) is int and n >= 0 for n in counts)
@@ -322,7 +288,6 @@ def is_legal(choice: Choice, shape: Shape) -> bool:
         and plan.programs == ceil_div(shape.batch, plan.G * plan.W) * plan.tiles * plan.splits
         and (plan.W == 1 or (plan.G == 1 and shape.outputs > 0 and not resident))
         and (not plan.flat or (not shape.last and plan.splits == plan.steps == 1))
-        and (plan.blocks == 1 or resident)
         and (not resident or (bool(shape.hidden) and plan.tiles == plan.splits == plan.steps == 1))
     )
 

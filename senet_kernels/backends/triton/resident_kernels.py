@@ -1,8 +1,5 @@
 """One launch each way for images that fit on chip: a program holds whole images and computes
 their MLP itself.
-
-With ``num_ctas`` the program is a cluster of blocks, its tile is spread over their registers, and
-the sums over channels and positions go through distributed shared memory: the compiler's work.
 """
 
 import triton

@@ -34,7 +34,7 @@ from .plan import (
     make_resident_plan,
 )
 
-SCHEMA = "senet_kernels.triton_plans/1"
+SCHEMA = "senet_kernels.triton_plans/2"
 DIRECTIONS = (
     "forward", "backward", "squeeze", "squeeze_backward", "channel_scale", "channel_scale_backward",
 )  # fmt: skip
@@ -74,8 +74,8 @@ def save(path: str | os.PathLike[str]) -> None:
     plans = [
         {
             "direction": key.direction, "dtype": key.dtype,
-            "capability": list(key.device.capability),
-            "multiprocessors": key.device.multiprocessors, "clusters": key.device.clusters,
+            "architecture": key.device.architecture,
+            "multiprocessors": key.device.multiprocessors,
             "shape": key.shape._asdict(), "plan": choice.plan._asdict(),
             "resident": choice.resident,
         }
@@ -107,9 +107,9 @@ def _entry(entry: dict[str, Any]) -> tuple[Key, Choice]:
     if direction not in DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
     shape = Shape(**entry["shape"])
-    device = Device(tuple(entry["capability"]), entry["multiprocessors"], entry["clusters"])
+    device = Device(entry["architecture"], entry["multiprocessors"])
     choice = Choice(Plan(**entry["plan"]), entry["resident"])
-    if not is_legal(choice, shape) or (choice.plan.blocks > 1 and not device.clusters):
+    if not is_legal(choice, shape):
         raise ValueError(f"plan: {choice} does not fit {shape}")
     return Key(direction, shape, entry["dtype"], device), choice
 
