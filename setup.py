@@ -20,12 +20,12 @@ and every Python.
 ``senet_kernels/_build.json`` beside it records what was built, and why the rest was not.
 """
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -115,6 +115,15 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or next(iter(sorted(in_wheel)), None)
 
 
+def torch_version() -> str | None:
+    """That of the torch that the build sees, None without one. From its own file: distributions of
+    torch may have other names, and importing it takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    return str(runpy.run_path(str(Path(torch.origin).parent / "version.py"))["__version__"])
+
+
 def why_no_cpu() -> str | None:
     """What stands in the way of the CPU kernels, and so of the whole library, as far as a look
     around can tell."""
@@ -122,12 +131,12 @@ def why_no_cpu() -> str | None:
         return "SENET_KERNELS_BUILD=python"
     if sys.platform != "linux":
         return f"native kernels are built on Linux only, and this is {sys.platform}"
-    if not importlib.util.find_spec("torch"):
+    version = torch_version()
+    if version is None:
         return (
             "the build does not see torch; install torch first, "
             "then this package with pip install --no-build-isolation"
         )
-    version = importlib.metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 11):
         return f"torch {version} is older than 2.11"
     if not find_cxx():
@@ -331,7 +340,7 @@ class build_ext(_build_ext):
         if compiler:
             record["isas"] = list(ISA_FLAGS)
             record["compiler"] = compiler
-            record["torch"] = importlib.metadata.version("torch")
+            record["torch"] = torch_version()
             record["cxxflags"] = os.environ.get("SENET_KERNELS_CXXFLAGS", "")
         else:
             record["reason"] = reasons["cpu"]

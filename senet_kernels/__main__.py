@@ -19,6 +19,7 @@ from . import __version__, _command_line
 from ._command_line import command
 from ._libraries import load
 from .api import explain
+from .backends.triton.operands import architecture
 from .convert import fuse_se_blocks, unfuse_se_blocks
 from .dispatch import backends
 from .selftest import run as selftest
@@ -33,7 +34,7 @@ def _report() -> int:
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             memory = p.total_memory / 2**30
-            print(f"GPU {i}: {p.name}, sm_{p.major}{p.minor}, {memory:.0f} GiB")
+            print(f"GPU {i}: {p.name}, {architecture(torch.device('cuda', i))}, {memory:.0f} GiB")
     else:
         print("GPU: none that torch can use")
     print()

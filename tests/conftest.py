@@ -32,7 +32,10 @@ from senet_kernels.backends import triton
 THREADS = 2
 
 # What Triton's interpreter runs: of Triton alone, and, as the simulation of CUDA, of every backend.
-TRITON_TESTS = ("test_plain_kernels.py", "test_triton.py", "test_triton_tuning.py")
+TRITON_TESTS = (
+    "test_plain_kernels.py", "test_triton.py", "test_triton_arguments.py",
+    "test_triton_first_calls.py", "test_triton_tuning.py",
+)  # fmt: skip
 KERNEL_TESTS = (
     "test_accuracy.py", "test_addressing.py", "test_autocast.py", "test_budgets.py", "test_gpu.py",
     "test_gradcheck.py", "test_guard_pages.py", "test_layouts.py", "test_memory.py", "test_ops.py",

@@ -382,9 +382,9 @@ def test_launches_are_made_on_the_device_of_x(monkeypatch: pytest.MonkeyPatch) -
 def test_threads_compile_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the same options: others might add up in another order. The kernel pretended here spills
     until it has half as many threads."""
-    from senet_kernels.backends.triton import launch
+    from senet_kernels.backends.triton import launcher
 
-    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
     compiled, launched = [], []
 
     class Compiled:
@@ -409,7 +409,7 @@ def test_threads_compile_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return run
 
-    call = launch.Launch(Kernel(), 1, {}, warps=8)
+    call = launcher.Launch(Kernel(), 1, {}, warps=8)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(call, [None] * 8))
     assert (compiled, launched) == ([8, 8, 8, 4], [4] * 8)

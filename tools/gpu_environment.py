@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 import torch
@@ -27,10 +27,13 @@ TOOLS = {
 
 
 def _version(package: str) -> str | None:
+    """Of the distribution of this name, or of one that has a module of this name: Triton's may be
+    called pytorch-triton."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
+        others = packages_distributions().get(package)
+    return version(others[0]) if others else None
 
 
 def _answer(command: tuple[str, ...]) -> list[str] | None:

@@ -19,8 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 #: The kernels, by backend. Not here: what decides how work is shared out and launched (plan.h,
-#: plan.cpp, launch.h, host.cpp, Triton's plan.py and launch.py), where another constant is another
-#: speed; and csrc/cuda/seam.cuh, the hardware's own instructions, which only a GPU executes.
+#: plan.cpp, launch.h, host.cpp, Triton's plan.py, launch.py and launcher.py), where another
+#: constant is another speed; and csrc/cuda/seam.cuh, the hardware's own instructions, which only a
+#: GPU executes.
 FILES = {
     "triton": (
         "senet_kernels/backends/triton/pointwise.py",

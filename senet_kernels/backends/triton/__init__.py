@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -34,18 +36,50 @@ def _is_installed() -> bool:
         return False
 
 
+def _why_no_compiler() -> str | None:
+    """Why Triton cannot compile the C library through which it talks to the GPU's driver; None
+    where it can, or need not: interpreted, or with such a library in its cache.
+
+    It runs the program that CC names, else gcc or clang. (Triton for Windows brings a compiler.)
+    """
+    if INTERPRETED or sys.platform != "linux":
+        return None
+    named = os.environ.get("CC")
+    if named is None:
+        if shutil.which("gcc") or shutil.which("clang"):
+            return None
+        found = "CC is not set, and neither gcc nor clang is on PATH"
+    else:
+        # The first word: what follows may be arguments.
+        if shutil.which("".join(named.split()[:1])):
+            return None
+        found = f"CC is {named!r}, which is no program that can be run"
+    home = os.environ.get("TRITON_HOME") or Path.home()
+    cache = os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")
+    if any(any(Path(cache).glob(f"*/{name}_utils*.so")) for name in ("cuda", "hip")):
+        return None
+    return (
+        f"Triton needs a C compiler at run time, and {found}: install gcc, or set CC to a C "
+        "compiler, before the process starts"
+    )
+
+
+def _why_unavailable() -> str | None:
+    if not _is_installed():
+        return "Triton is not installed: 'pip install triton', in the version your torch names"
+    return _why_no_compiler()
+
+
 #: Why the Triton backend cannot be used in this process; None when it can.
-UNAVAILABLE: str | None = (
-    None
-    if _is_installed()
-    else "Triton is not installed: 'pip install triton', in the version your torch names"
-)
+UNAVAILABLE: str | None = _why_unavailable()
 
 
 def describe() -> str:
     """One line for ``backends()``."""
+    import triton
+
     how = "interpreted, for tests only" if INTERPRETED else "compiled at the first call of a kind"
-    return f"Triton {version('triton')}, {how}"
+    return f"Triton {triton.__version__}, {how}"
 
 
 def notes(

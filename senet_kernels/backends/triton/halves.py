@@ -6,6 +6,7 @@ The same kernels as for the whole, without the MLP; prepared, and cut, in the sa
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +19,18 @@ from .launch import (
     BATCH_BLOCK,
     KEEPS_NO_RESIDUAL,
     VECTOR,
-    Launch,
     check_mask,
     empty_gradients,
     finished,
+    first_call,
     launch_over_images,
     launch_values,
     on_device,
-    prepared,
     reads_x_twice,
-    tuned,
+    run,
     wanted,
 )
+from .launcher import Launch
 from .operands import HALF_NAMES, Inputs, Kind, examine
 from .parameter_kernels import half_parameters_kernel
 from .plan import Choice, ceil_div
@@ -155,12 +156,11 @@ def squeeze(
     """``triton_squeeze``; see :mod:`senet_kernels.ops`."""
     inputs = (x, None, None, None, None, affine_scale, affine_shift, lengths)
 
-    def prepare() -> Squeeze:
+    def first() -> tuple[Any, Any]:
         kind = examine(inputs, options, HALF_NAMES)
-        make = partial(Squeeze, kind)
-        return make(tuned("squeeze", kind, x, make, inputs))
+        return first_call("squeeze", kind, x, partial(Squeeze, kind), inputs)
 
-    z: Tensor = prepared("squeeze", inputs, options, prepare=prepare)(inputs)
+    z: Tensor = run("squeeze", inputs, options, first=first)
     return z
 
 
@@ -195,13 +195,11 @@ def channel_scale(
     """``triton_channel_scale``; see :mod:`senet_kernels.ops`."""
     inputs = (x, u, residual, alpha, beta, affine_scale, affine_shift)
 
-    def prepare() -> ChannelScale:
+    def first() -> tuple[Any, Any]:
         kind = examine(inputs, options, HALF_NAMES)
-        make = partial(ChannelScale, kind, x, save)
-        return make(tuned("channel_scale", kind, x, make, inputs))
+        return first_call("channel_scale", kind, x, partial(ChannelScale, kind, x, save), inputs)
 
-    call = prepared("channel_scale", inputs, options, save, prepare=prepare)
-    result: tuple[Tensor, Tensor] = call(inputs)
+    result: tuple[Tensor, Tensor] = run("channel_scale", inputs, options, save, first=first)
     return result
 
 
@@ -231,13 +229,13 @@ def _half_backward(
     x = inputs[0]
     assert x is not None
 
-    def prepare() -> HalfBackward:
+    def first() -> tuple[Any, Any]:
         kind = examine(inputs, options, HALF_NAMES)
         if mask is not None:
             check_mask(kind, x, mask)
-        make = partial(HalfBackward, inputs, kind, needs)
-        return make(tuned(op, kind, x, make, inputs, mask))
+        return first_call(op, kind, x, partial(HalfBackward, inputs, kind, needs), inputs, mask)
 
-    call = prepared(op, (*inputs, mask), options, needs, prepare=prepare)
-    gradients: tuple[Tensor, ...] = call(inputs, mask)
+    gradients: tuple[Tensor, ...] = run(
+        op, (*inputs, mask), options, needs, first=first, arguments=(inputs, mask)
+    )
     return gradients

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from senet_kernels.ops import Needs, after_code, mask_numel, saved_numel
 from senet_kernels.pointwise import POINTWISE, Options
 from senet_kernels.validation import overlaps
 
-from . import INTERPRETED, tuning
+from . import tuning
 from .backward_kernels import dots_kernel, dx_kernel
 from .forward_kernels import scale_kernel, squeeze_kernel
-from .operands import Inputs, Kind, examine, units, wide
+from .launcher import Launch
+from .operands import Inputs, Kind, check_kept, examine, units, wide
 from .parameter_kernels import parameters_kernel
 from .plan import Choice, Plan, ceil_div, power_of_two
 from .resident_kernels import resident_backward_kernel, resident_kernel
@@ -33,9 +35,6 @@ KEEPS_NO_RESIDUAL = (POINTWISE["identity"].code, POINTWISE["relu"].code)
 
 # Of kernels that sum over the batch: images at a time, a tile of a weight, a vector's columns.
 BATCH_BLOCK, _TILE_ROWS, _TILE_COLUMNS, VECTOR = 8, 32, 32, 128
-
-# Of a multiprocessor, since capability 3.0.
-_REGISTERS = 1 << 16
 
 # Kinds of calls that are kept. Who has more (a new shape in every step) prepares some again.
 _MOST_KINDS = 4096
@@ -51,81 +50,11 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _most_registers(warps: int) -> int:
-    """That each thread of a block can have."""
-    return min(255, _REGISTERS // max(1, 32 * warps))
-
-
-class Launch:
-    """A kernel with all its arguments but the pointers; called with these it launches.
-
-    Triton's way from a call to a launch binds, specialises and hashes some forty arguments. What
-    comes out depends on dtypes, alignment, integers and constants, which are all the same in a
-    prepared call: so it is taken once, and then the compiled kernel is called directly.
-    """
-
-    def __init__(
-        self, kernel: Any, programs: int, values: Mapping[str, Any], *, warps: int
-    ) -> None:
-        """``values`` has every argument that is no pointer, and may have more."""
-        names = kernel.arg_names
-        pointers = sum(name not in values for name in names)
-        self.kernel = kernel
-        self._programs = programs
-        self._options = {"num_warps": warps}
-        self._rest = tuple(values[name] for name in names[pointers:])
-        self._compiled: Callable[..., None] | None = None
-        self._first = threading.Lock()
-
-    def __call__(self, *pointers: Tensor | None) -> None:
-        compiled = self._compiled
-        if compiled is None:
-            if not self._programs:
-                return
-            with self._first:  # other threads would compile it too, and to other options
-                compiled = self._compiled
-                if compiled is None:
-                    self._compile_and_launch(pointers)
-                    return
-        compiled(*pointers, *self._rest)
-
-    def _compile_and_launch(self, pointers: tuple[Tensor | None, ...]) -> None:
-        if not INTERPRETED and torch.version.hip is None:  # an option of NVIDIA's assembler
-            self._bound_registers(pointers)
-        kernel = self.kernel[(self._programs,)](*pointers, *self._rest, **self._options)
-        if kernel is not None:  # the interpreter has none
-            self._compiled = kernel[(self._programs, 1, 1)]
-
-    def _bound_registers(self, pointers: tuple[Tensor | None, ...]) -> None:
-        """Spare the kernel spills that it need not have.
-
-        Left to choose how many registers a thread may have, the assembler gives up a value or two
-        of some kernels to stay just below a number that lets one more block run. Given that very
-        number as a bound it mostly finds room for them; otherwise given all there are, or all
-        there are for half as many threads.
-        """
-        best = self._compile(pointers, self._options)
-        warps = self._options["num_warps"]
-        for fewer, bound in (
-            (warps, best.n_regs), (warps, _most_registers(warps)),
-            (warps // 2, _most_registers(warps // 2)),
-        ):  # fmt: skip
-            if not best.n_spills or not fewer:
-                return
-            options = self._options | {"num_warps": fewer, "maxnreg": bound}
-            kernel = self._compile(pointers, options)
-            if kernel.n_spills < best.n_spills:
-                best, self._options = kernel, options
-
-    def _compile(self, pointers: tuple[Tensor | None, ...], options: Mapping[str, int]) -> Any:
-        """The kernel, compiled and loaded: only then are its registers known."""
-        grid = (self._programs, 1, 1)
-        kernel = self.kernel.warmup(*pointers, *self._rest, grid=grid, **options)
-        kernel[grid]
-        return kernel
+    """Whether the stream that launches for x go to is being captured."""
+    if not x.is_cuda:
+        return False
+    with on_device(x):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def launch_values(kind: Kind, plan: Plan, y_stride: int | None = None) -> dict[str, Any]:
@@ -227,16 +156,11 @@ def reads_x_twice(options: Options, affine: Tensor | None) -> bool:
 class Backward:
     """Backward calls of one kind."""
 
-    def __init__(
-        self, inputs: Inputs, kind: Kind, saved: Tensor, mask: Tensor, needs: int, choice: Choice
-    ) -> None:
+    def __init__(self, inputs: Inputs, kind: Kind, needs: int, choice: Choice) -> None:
         x, w1, b1, w2, b2, _, alpha, beta, a, b, *_ = inputs
         assert x is not None
         assert w2 is not None
         shape, plan = kind.shape, choice.plan
-        if saved.numel() != saved_numel(x, w1, w2) or saved.dtype != kind.accumulate:
-            raise RuntimeError("saved: expected what the forward op returned for these arguments")
-        check_mask(kind, x, mask)
         self.kind, self.resident = kind, choice.resident
         self.masked = kind.options.after == "relu"
         # In the order of Needs. The residual's gradient is laid out like x.
@@ -304,8 +228,8 @@ class Backward:
 
 def check_mask(kind: Kind, x: Tensor, mask: Tensor) -> None:
     """The mask must be that of such a call."""
-    if kind.options.after == "relu" and mask.numel() != mask_numel(x):
-        raise RuntimeError("mask: expected what the forward op returned for these arguments")
+    if kind.options.after == "relu":
+        check_kept("mask", mask, x, mask_numel(x), torch.uint8)
 
 
 def wanted(of: Inputs, needs: int) -> tuple[bool, ...]:
@@ -351,46 +275,84 @@ def forget() -> None:
 tuning.on_change(forget)
 
 
-def prepared(op: str, tensors: Inputs, *more: Any, prepare: Callable[[], Any]) -> Any:
-    """The prepared call for such tensors, whose first is x: the one that was kept, or a new one.
+# First calls are made one at a time: other threads with a call of the same kind wait for it.
+_first_calls = threading.RLock()
+
+
+def run(
+    op: str,
+    tensors: Inputs,
+    *more: Any,
+    first: Callable[[], tuple[Any, Any]],
+    arguments: tuple[Any, ...] | None = None,
+) -> Any:
+    """The result of the prepared call for such tensors, whose first is x. ``first()`` prepares one
+    and makes it: that one is kept after its kernels were launched, and called with ``arguments``
+    (the tensors unless given) from then on.
 
     It depends on all that is in the key: Triton compiles apart for pointers that are multiples of
-    16. (What PyTorch allocates for results always is.)
+    16. (What PyTorch allocates for results always is.) A tensor whose memory was freed is checked,
+    and refused, as in a first call.
     """
     key = (
         op,
         tuning.forced(),
         *more,
         *[
-            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)
+            None if t is None
+            else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0,
+                  t.untyped_storage().nbytes() > 0)
             for t in tensors
         ],
-    )
+    )  # fmt: skip
     call = _calls.get(key)
     if call is None:
         x = tensors[0]
         if x is not None and _is_capturing(x):
             raise RuntimeError(
-                f"triton_{op}: a call with these shapes, dtypes, layouts and options was never "
-                "made before, so its kernels may have to be compiled, or timed where autotuning is "
-                "on. This cannot be done while a CUDA graph is being captured: make the call once "
-                "before the capture, as a warm-up"
+                f"triton_{op}: no call with these shapes, dtypes, layouts and options has "
+                "succeeded before, so its kernels may have to be compiled, or timed where "
+                "autotuning is on. This cannot be done while a CUDA graph is being captured: make "
+                "the call once before the capture, as a warm-up"
             )
-        if len(_calls) >= _MOST_KINDS:
-            _calls.clear()
-        call = _calls[key] = prepare()
-    return call
+        with _first_calls:
+            call = _calls.get(key)
+            if call is None:
+                call, result = first()
+                if len(_calls) >= _MOST_KINDS:
+                    _calls.clear()
+                _calls[key] = call
+                return result
+    return call(*((tensors,) if arguments is None else arguments))
 
 
-def tuned(
-    direction: str, kind: Kind, x: Tensor, make: Callable[[Choice], Any], *arguments: Any
-) -> Choice:
-    """The choice for a call of this kind; ``make(choice)(*arguments)`` is what may be timed."""
+def first_call(
+    direction: str,
+    kind: Kind,
+    x: Tensor,
+    make: Callable[[Choice], Any],
+    *arguments: Any,
+    timed: Callable[[Choice], Any] | None = None,
+) -> tuple[Any, Any]:
+    """The call ``make(choice)`` for the choice that this kind gets, and the result that it has for
+    the arguments. Where choices are timed, ``timed(choice)`` is called in its place.
+
+    A choice whose kernels do not compile or do not fit the device fails before anything is written.
+    """
 
     def ready(choice: Choice) -> Callable[[], object]:
-        return partial(make(choice), *arguments)
+        return partial((timed or make)(choice), *arguments)
 
-    return tuning.choose(direction, kind.shape, x, kind.device, ready)
+    choice = tuning.choose(direction, kind.shape, x, kind.device, ready)
+    try:
+        call = make(choice)
+        return call, call(*arguments)
+    except (TritonError, tuning.CannotCompileError) as error:
+        other = tuning.instead(choice, error, direction, kind.shape, x, kind.device)
+        if other is None:
+            raise
+        call = make(other)
+        return call, call(*arguments)
 
 
 def forward(
@@ -411,14 +373,11 @@ def forward(
     """``triton_forward``; see :mod:`senet_kernels.ops`."""
     inputs = (x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths)
 
-    def prepare() -> Forward:
+    def first() -> tuple[Any, Any]:
         kind = examine(inputs, options)
-        make = partial(Forward, inputs, kind, save)
-        return make(tuned("forward", kind, x, make, inputs))
+        return first_call("forward", kind, x, partial(Forward, inputs, kind, save), inputs)
 
-    result: tuple[Tensor, Tensor, Tensor] = prepared(
-        "forward", inputs, options, save, prepare=prepare
-    )(inputs)
+    result: tuple[Tensor, Tensor, Tensor] = run("forward", inputs, options, save, first=first)
     return result
 
 
@@ -439,7 +398,7 @@ def forward_(
     """``triton_forward_``: overwrites x."""
     inputs = (x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths)
 
-    def prepare() -> Forward:
+    def first() -> tuple[Any, Any]:
         if overlaps(x):
             raise RuntimeError(
                 "x: expected elements that do not overlap in memory, got shape "
@@ -447,10 +406,11 @@ def forward_(
             )
         kind = examine(inputs, options)
         # What is timed must leave x as it is.
-        choice = tuned("forward", kind, x, partial(Forward, inputs, kind, False), inputs)
-        return Forward(inputs, kind, False, choice, inplace=True)
+        timed = partial(Forward, inputs, kind, False)
+        make = partial(timed, inplace=True)
+        return first_call("forward", kind, x, make, inputs, timed=timed)
 
-    y = prepared("forward_", inputs, options, prepare=prepare)(inputs)[0]
+    y = run("forward_", inputs, options, first=first)[0]
     if y is not x:
         x.copy_(y)
 
@@ -478,12 +438,15 @@ def backward(
         residual = None
     inputs = (x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths, dy)
 
-    def prepare() -> Backward:
+    def first() -> tuple[Any, Any]:
         kind = examine(inputs, options)
-        make = partial(Backward, inputs, kind, saved, mask, needs)
-        return make(tuned("backward", kind, x, make, inputs, saved, mask))
+        check_kept("saved", saved, x, saved_numel(x, w1, w2), kind.accumulate)
+        check_mask(kind, x, mask)
+        make = partial(Backward, inputs, kind, needs)
+        return first_call("backward", kind, x, make, inputs, saved, mask)
 
-    result: tuple[Tensor, ...] = prepared(
-        "backward", (*inputs, saved, mask), options, needs, prepare=prepare
-    )(inputs, saved, mask)
+    result: tuple[Tensor, ...] = run(
+        "backward", (*inputs, saved, mask), options, needs,
+        first=first, arguments=(inputs, saved, mask),
+    )  # fmt: skip
     return result

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from senet_kernels.ops import inner_is_channels
-from senet_kernels.pointwise import Options, unpack
+from senet_kernels.pointwise import Options, pack, unpack
 from senet_kernels.reference import accumulate_dtype
 from senet_kernels.validation import DTYPES
 
@@ -37,6 +37,7 @@ HALF_NAMES = (
     "x", "u", "residual", "alpha", "beta", "affine_scale", "affine_shift", "lengths", "dy", "dz",
 )  # fmt: skip
 _IMAGES = ("x", "residual", "dy")
+_MATRICES = ("w1", "w2")
 
 #: As many of these as an op has; None where not given.
 Inputs = tuple[Tensor | None, ...]
@@ -102,23 +103,83 @@ def _layout(sizes: torch.Size, strides: tuple[int, ...]) -> tuple[bool, bool]:
     return last, direct
 
 
+def _has_memory(t: Tensor) -> bool:
+    """Whether the storage of t has all of its elements: ``storage().resize_(0)``, which frees the
+    memory of parameters for a while, leaves shape and strides as they were."""
+    if t.numel() == 0:
+        return True
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    end = (t.storage_offset() + last + 1) * t.element_size()
+    return bool(end <= t.untyped_storage().nbytes())
+
+
+def _check_place(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise RuntimeError(f"{name}: expected a tensor on {x.device} (that of x), got {t.device}")
+    if not _has_memory(t):
+        raise RuntimeError(
+            f"{name}: expected a tensor with memory for all of its elements, got one whose storage "
+            "was made smaller or freed"
+        )
+
+
 def _check_images(name: str, t: Tensor, x: Tensor) -> None:
-    if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+    if t.shape != x.shape or t.dtype != x.dtype:
         raise RuntimeError(
-            f"{name}: expected shape, dtype and device of x, got {list(t.shape)} {t.dtype} "
-            f"on {t.device}"
+            f"{name}: expected shape {list(x.shape)} and dtype {x.dtype} (those of x), "
+            f"got {list(t.shape)} and {t.dtype}"
         )
 
 
-def _check_vector(name: str, t: Tensor, like: Tensor, whose: str, *extents: int) -> None:
-    trailing = t.shape[len(extents) :]
-    if tuple(t.shape[: len(extents)]) != extents or math.prod(trailing) != 1:
-        raise RuntimeError(f"{name}: expected shape {list(extents)}, got {list(t.shape)}")
-    if t.dtype != like.dtype or t.device != like.device:
+def _check_vector(
+    name: str, t: Tensor, dtype: torch.dtype, whose: str, extents: tuple[int, ...]
+) -> None:
+    shape = tuple(t.shape)
+    if name in _MATRICES and math.prod(shape[2:]) == 1:
+        shape = shape[:2]
+    if shape != extents:
+        more = " with optional trailing extents of 1" if name in _MATRICES else ""
+        raise RuntimeError(f"{name}: expected shape {list(extents)}{more}, got {list(t.shape)}")
+    if t.dtype != dtype:
+        raise RuntimeError(f"{name}: expected dtype {dtype} (that of {whose}), got {t.dtype}")
+
+
+def check_kept(name: str, t: Tensor, x: Tensor, numel: int, dtype: torch.dtype) -> None:
+    """Check what a backward op gets back of the forward op's results."""
+    _check_place(name, t, x)
+    if t.numel() != numel or t.dtype != dtype or not t.is_contiguous():
+        strided = "" if t.is_contiguous() else ", not contiguous"
         raise RuntimeError(
-            f"{name}: expected {like.dtype} on {like.device} (those of {whose}), "
-            f"got {t.dtype} on {t.device}"
+            f"{name}: expected what the forward op returned for these arguments ({numel} elements "
+            f"of {dtype}, contiguous), got {t.numel()} of {t.dtype}{strided}"
         )
+
+
+def _check_given(given: dict[str, Tensor], x: Tensor) -> None:
+    """Which tensors there are, and where."""
+    if x.dim() < 3 or x.dtype not in DTYPES:
+        raise RuntimeError(
+            f"x: expected [B, C, *spatial] of a floating dtype, got {list(x.shape)} {x.dtype}"
+        )
+    for name, t in given.items():
+        _check_place(name, t, x)
+        if name in _MATRICES and t.dim() < 2:
+            raise RuntimeError(f"{name}: expected a matrix, got shape {list(t.shape)}")
+    if ("affine_scale" in given) != ("affine_shift" in given):
+        there = "affine_scale" if "affine_scale" in given else "affine_shift"
+        raise RuntimeError(f"affine_scale, affine_shift: expected both or none, got {there} alone")
+    if "b1" in given and "w1" not in given:
+        raise RuntimeError("b1: expected none without w1, got a tensor")
+
+
+def _unpacked(options: int) -> Options:
+    try:
+        functions = unpack(options)
+    except KeyError:
+        functions = None
+    if functions is None or pack(functions) != options:
+        raise RuntimeError(f"options: expected a packing of known functions, got {options}")
+    return functions
 
 
 def is_rocm() -> bool:
@@ -127,26 +188,27 @@ def is_rocm() -> bool:
     return torch.version.hip is not None
 
 
+def architecture(device: torch.device) -> str:
+    """A GPU's, as compilers name it: sm_90, gfx942."""
+    properties = torch.cuda.get_device_properties(device)
+    if is_rocm():
+        # Without the features that are switched on or off, as in gfx942:sramecc+:xnack-.
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
 def _device(device: torch.device) -> Device:
     if device.type == "cpu":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    if is_rocm():
-        # With the features that the target has switched on or off: gfx942:sramecc+:xnack-.
-        architecture = properties.gcnArchName.split(":")[0]
-    else:
-        architecture = f"sm_{properties.major}{properties.minor}"
-    return Device(architecture, properties.multi_processor_count)
+    return Device(architecture(device), properties.multi_processor_count)
 
 
 def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kind:
     """Check what a raw call may get wrong, and choose the layout. ``names`` are the inputs'."""
     given = {name: t for name, t in zip(names, inputs, strict=False) if t is not None}
     x = given["x"]
-    if x.dim() < 3 or x.dtype not in DTYPES:
-        raise RuntimeError(
-            f"x: expected [B, C, *spatial] of a floating dtype, got {list(x.shape)} {x.dtype}"
-        )
+    _check_given(given, x)
     batch, channels = x.shape[:2]
     positions = x.shape[2:].numel()
     hidden = given["w1"].shape[0] if "w1" in given else None
@@ -162,7 +224,7 @@ def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kin
         raise RuntimeError(f"x, w1: expected extents up to {_LARGEST_EXTENT}, got {list(x.shape)}")
 
     last, direct = _layout(x.shape, x.stride())
-    functions = unpack(options)
+    functions = _unpacked(options)
     shape = Shape(batch, channels, positions, hidden, outputs, last, functions.after_again)
     extents = {
         "w2": (outputs, shape.inner), "u": (batch, columns), "w1": (hidden or 0, channels),
@@ -171,9 +233,9 @@ def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kin
     }  # fmt: skip
     # The first of the parameters decides about the dtype of all.
     whose = next((name for name in extents if name in given), "x")
-    like = given[whose]
-    if like.dtype != x.dtype and (like.dtype != torch.float32 or x.dtype == torch.float64):
-        raise RuntimeError(f"{whose}: expected {x.dtype} (that of x) or float32, got {like.dtype}")
+    dtype = given[whose].dtype
+    if dtype != x.dtype and (dtype != torch.float32 or x.dtype == torch.float64):
+        raise RuntimeError(f"{whose}: expected {x.dtype} (that of x) or float32, got {dtype}")
     strides: dict[str, int] = {}
     copied: dict[int, str] = {}
     for i, (name, t) in enumerate(zip(names, inputs, strict=False)):
@@ -184,14 +246,17 @@ def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kin
             dense = _image_is_dense(t, last)
             strides[name] = t.stride(0) if dense else shape.image
         elif name == "lengths":
-            if tuple(t.shape) != (batch,):
-                raise RuntimeError(f"lengths: expected shape {[batch]}, got {list(t.shape)}")
+            if tuple(t.shape) != (batch,) or t.dtype != torch.int64:
+                raise RuntimeError(
+                    f"lengths: expected shape {[batch]} and dtype torch.int64, "
+                    f"got {list(t.shape)} and {t.dtype}"
+                )
             dense = t.is_contiguous()
         elif name == "dz":
-            _check_vector(name, t, x, "x", batch, channels)
+            _check_vector(name, t, x.dtype, "x", (batch, channels))
             dense = t.is_contiguous()
         else:
-            _check_vector(name, t, like, whose, *extents[name])
+            _check_vector(name, t, dtype, whose, extents[name])
             dense = t.is_contiguous()
         if not dense:
             copied[i] = name

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -38,6 +39,10 @@ SCHEMA = "senet_kernels.triton_plans/2"
 DIRECTIONS = (
     "forward", "backward", "squeeze", "squeeze_backward", "channel_scale", "channel_scale_backward",
 )  # fmt: skip
+
+
+class CannotCompileError(RuntimeError):
+    """Triton does not compile a kernel for this device with these constants."""
 
 
 class Key(NamedTuple):
@@ -169,7 +174,25 @@ def choose(
         return planned(direction, shape, x, device)
     cut = shape, x.element_size(), device, direction == "forward"
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        choice = _pinned[key] = _fastest(candidates(*cut), prepare)
+        choice = _pinned[key] = _fastest(direction, candidates(*cut), prepare)
+    return choice
+
+
+def instead(
+    refused: Choice, error: Exception, direction: str, shape: Shape, x: Tensor, device: Device
+) -> Choice | None:
+    """What takes the place of a choice whose kernels do not compile or do not fit the device, from
+    now on: two launches where one was chosen. None where one is forced, or two have failed."""
+    if _resident is not None or not refused.resident:
+        return None
+    choice = Choice(make_plan(shape, x.element_size(), device))
+    _pinned[_key(direction, shape, x, device)] = choice
+    warnings.warn(
+        f"triton_{direction}: one launch over images, which was planned for {list(x.shape)}, takes "
+        f"a kernel that cannot be had; two launches take its place: {error}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
     return choice
 
 
@@ -183,13 +206,23 @@ def _key(direction: str, shape: Shape, x: Tensor, device: Device) -> Key:
     return Key(direction, shape, str(x.dtype).removeprefix("torch."), device)
 
 
-def _fastest(choices: list[Choice], prepare: Callable[[Choice], Callable[[], object]]) -> Choice:
+def _fastest(
+    direction: str, choices: list[Choice], prepare: Callable[[Choice], Callable[[], object]]
+) -> Choice:
     """The choice whose call takes the least time. Some may not compile or not fit the device."""
     times = {choice: _time(choice, prepare) for choice in choices}
     found = {choice: t for choice, t in times.items() if isinstance(t, float)}
-    for failure in times.values():
-        if not found and isinstance(failure, Exception):
-            raise failure
+    failures = [t for t in times.values() if isinstance(t, Exception)]
+    if not found:
+        raise failures[0]
+    broken = [failure for failure in failures if isinstance(failure, CannotCompileError)]
+    if broken:
+        warnings.warn(
+            f"triton_{direction}: {len(broken)} of {len(choices)} plans that autotuning would time "
+            f"do not compile and are passed over, the first of them: {broken[0]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return min(found, key=lambda choice: found[choice])
 
 
@@ -198,7 +231,7 @@ def _time(choice: Choice, prepare: Callable[[Choice], Callable[[], object]]) -> 
 
     try:
         return milliseconds(prepare(choice))
-    except TritonError as error:
+    except (TritonError, CannotCompileError) as error:
         failure: Exception = error
         return failure
 
