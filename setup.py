@@ -36,8 +36,12 @@ from typing import ClassVar
 
 import setuptools
 from setuptools import Extension, setup
-from setuptools.command.build import build as _build
 from setuptools.command.build_ext import build_ext as _build_ext
+
+try:
+    from setuptools.command.build import build as _build
+except ImportError:  # before setuptools 62.4
+    from distutils.command.build import build as _build
 
 # What each mode insists on.
 MODES = {"auto": (), "python": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}
@@ -310,6 +314,11 @@ class build_ext(_build_ext):
     products: tuple[str, ...] = ()
 
     def run(self) -> None:
+        if MODE not in MODES:
+            raise SystemExit(
+                "senet_kernels: SENET_KERNELS_BUILD must be one of "
+                f"{', '.join(MODES)}, not {MODE!r}"
+            )
         reasons: dict[str, str] = {}  # for what is left out
 
         def leave_out(part: str, reason: str) -> None:
@@ -371,21 +380,42 @@ class build_ext(_build_ext):
         return dict(zip(self.get_outputs(), self.products, strict=True)) if self.inplace else {}
 
 
-if int(setuptools.__version__.split(".")[0]) < 77:  # --no-build-isolation takes what is there
-    raise SystemExit(
-        f"senet_kernels: setuptools {setuptools.__version__} is older than 77, which "
-        "pyproject.toml needs; pip install --upgrade setuptools"
-    )
-if MODE not in MODES:
-    raise SystemExit(
-        f"senet_kernels: SENET_KERNELS_BUILD must be one of {', '.join(MODES)}, not {MODE!r}"
-    )
+class WithoutMetadata(setuptools.Distribution):
+    """For a setuptools that cannot read pyproject.toml, and does not: builds the library in place,
+    and makes no package. `pip install --no-build-isolation` takes the setuptools that is there."""
+
+    def parse_config_files(self, *_args: object, **_kwargs: object) -> None:
+        pass
+
+    def parse_command_line(self) -> bool | None:
+        proceed = super().parse_command_line()
+        if proceed and not {"build_ext", "clean"}.issuperset(self.commands):
+            self.refuse(" ".join(self.commands))
+        return proceed
+
+    def handle_display_options(self, option_order: list[tuple[str, object]]) -> int | None:
+        metadata = {option[0] for option in self.display_options} - {"help-commands"}
+        for name, value in option_order:
+            if value and name in metadata:
+                self.refuse(f"--{name}")
+        return super().handle_display_options(option_order)
+
+    def refuse(self, what: str) -> None:
+        raise SystemExit(
+            f"senet_kernels: setuptools {setuptools.__version__} is older than 77, which {what} "
+            "needs for pyproject.toml; pip install --upgrade setuptools. What is there can build "
+            "the library in place: python setup.py build_ext --inplace"
+        )
+
+
+OLD_SETUPTOOLS = int(setuptools.__version__.split(".")[0]) < 77
 # For the names and tags of what setuptools makes; the sources are build_ext's business.
 EXTENSION = Extension("senet_kernels._native", sources=[], py_limited_api=True)
 # Free-threaded Pythons have no limited API, and setuptools refuses the option there.
 LIMITED_API = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
 setup(
-    ext_modules=[EXTENSION] if MODES[MODE] or not why_no_cpu() else [],
+    ext_modules=[EXTENSION] if MODES.get(MODE) or not why_no_cpu() else [],
     cmdclass={"build": build, "build_ext": build_ext},
     options={"bdist_wheel": LIMITED_API},
+    distclass=WithoutMetadata if OLD_SETUPTOOLS else setuptools.Distribution,
 )
