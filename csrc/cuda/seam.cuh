@@ -14,6 +14,7 @@
 #include "simt.h"
 #else
 
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 namespace senet {
@@ -233,30 +234,8 @@ SENET_DEVICE void wait_at_least(const uint32_t* p, uint32_t value) {
   while (load_acquire(p) < value) {
   }
 }
-// A barrier of all blocks. The word it counts in is the one the driver gives every cooperative
-// launch, found as cooperative_groups.h does it, which is compiled into every binary that has
-// grid.sync(): no memory of ours has to be zero beforehand.
-SENET_DEVICE void grid_sync() {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    uint32_t low, high;
-    asm("mov.u32 %0, %%envreg1;" : "=r"(high));
-    asm("mov.u32 %0, %%envreg2;" : "=r"(low));
-    uint32_t* word = reinterpret_cast<uint32_t*>((uint64_t(high) << 32) | low) + 1;
-    // The last arrival flips the highest bit.
-    const uint32_t mine = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
-    uint32_t old;
-    asm volatile("atom.add.release.gpu.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(word), "r"(mine)
-                 : "memory");
-    uint32_t now;
-    do {
-      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
-    } while (((old ^ now) & 0x80000000u) == 0);
-  }
-  __syncthreads();
-}
+// A barrier of all blocks. The driver keeps its state: no memory of ours has to be zero beforehand.
+SENET_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 }  // namespace gpu
 }  // namespace senet
