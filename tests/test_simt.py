@@ -51,6 +51,8 @@ FAULTS: dict[str, tuple[tuple[str, int] | None, str]] = {
                                 "use-after-poison|which has exited"),
     "bulk_copy_not_awaited": ((f"{NUMBERS}|exits while copies", 10),
                               "use-after-poison|exits while copies"),
+    "missing_proxy_fence": (("has not executed the proxy fence since its last barrier", 30),
+                            "has not executed the proxy fence since its last barrier"),
     "wrong_number_of_bytes": (
         ("deadlock; block 0: threads 0-95 wait at an mbarrier .* 384 bytes to come", 30),
         "deadlock",

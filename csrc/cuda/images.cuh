@@ -130,10 +130,8 @@ struct Ring {
       if (p.bulk) {
         if (!from || threadIdx.x >= 32) return;
         const int64_t piece = flat ? 16384 : row;
-        if (threadIdx.x == 0) {
-          fence_proxy_async();
-          mbarrier_arrive_expect(arrival(i), static_cast<uint32_t>(bytes));
-        }
+        fence_proxy_async();  // each lane, for its own copies
+        if (threadIdx.x == 0) mbarrier_arrive_expect(arrival(i), static_cast<uint32_t>(bytes));
         __syncwarp();
         for (int64_t k = threadIdx.x; k * piece < bytes; k += 32) {
           const int64_t left = bytes - k * piece;
@@ -180,18 +178,37 @@ struct Ring {
 
 constexpr int kSector = 32;  // bytes that L2 fetches at least
 
+// The sectors of rows of so many bytes, as threads share them out: every so many-th is a thread's.
+// A row may have more sectors than an int counts.
+struct Sectors {
+  int64_t in_row, column;
+  int row, rows_per_step;
+
+  constexpr Sectors(int thread, int threads, int64_t bytes)
+      : in_row((bytes + kSector - 1) / kSector), column(thread), row(0), rows_per_step(0) {
+    if (in_row >= threads) return;
+    const int few = static_cast<int>(in_row);
+    row = thread / few;
+    column = thread % few;
+    rows_per_step = threads / few;
+  }
+  constexpr void next(int threads) {
+    row += rows_per_step;
+    column += threads - rows_per_step * in_row;
+    if (column >= in_row) {
+      column -= in_row;
+      ++row;
+    }
+  }
+};
+
 // Asks for `rows` rows of so many bytes, `pitch` bytes apart. A call, so that it takes no registers
 // from the passes.
 inline __device__ __noinline__ void prefetch_rows(const char* from, int rows, int64_t row,
                                                   int64_t pitch) {
-  const int sectors = static_cast<int>((row + kSector - 1) / kSector);
-  const int first = threadIdx.x / sectors, step = blockDim.x / sectors;
-  int r = first, k = threadIdx.x % sectors;
-  while (r < rows) {
-    prefetch_l2(from + r * pitch + int64_t(kSector) * k);
-    r += step;
-    k += static_cast<int>(blockDim.x) - step * sectors;
-    if (k >= sectors) k -= sectors, ++r;
+  const int threads = static_cast<int>(blockDim.x);
+  for (Sectors s(static_cast<int>(threadIdx.x), threads, row); s.row < rows; s.next(threads)) {
+    prefetch_l2(from + s.row * pitch + int64_t(kSector) * s.column);
   }
 }
 

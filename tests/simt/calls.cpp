@@ -292,8 +292,15 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, const Where& where) {
   }
 }
 
+void fence_proxy() { current->proxy_fence = true; }
+
 void bulk_load(void* shared, const void* global, size_t bytes, uint64_t* barrier,
                const Where& where) {
+  // What the memory was used for until the barrier that freed it.
+  if (!current->proxy_fence) {
+    fail("a bulk copy by a thread that has not executed the proxy fence since its last barrier",
+         where);
+  }
   MbarrierState& state = state_of(barrier, where);
   if (bytes == 0 || bytes % 16) fail("a bulk copy of " + std::to_string(bytes) + " bytes", where);
   check_range(shared, bytes, 16, "a bulk copy's destination", where);

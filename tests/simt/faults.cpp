@@ -201,6 +201,7 @@ __global__ void bulk_copy_not_awaited(const __grid_constant__ Data d) {
   __syncthreads();
   for (uint32_t i = 0; i < 3; ++i) {
     if (threadIdx.x == 0) {
+      fence_proxy_async();
       mbarrier_arrive_expect(barrier, 4 * kThreads);
       bulk_load(shared, d.in, 2 * kThreads, barrier);
       bulk_load(shared + 2 * kThreads, d.in + kThreads / 2, 2 * kThreads, barrier);
@@ -212,12 +213,35 @@ __global__ void bulk_copy_not_awaited(const __grid_constant__ Data d) {
   }
 }
 
+// Two lanes copy, into memory that was written otherwise before.
+template <bool kFault>
+__global__ void missing_proxy_fence(const __grid_constant__ Data d) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  Mbarrier* barrier = reinterpret_cast<Mbarrier*>(shared + kThreads);
+  shared[threadIdx.x] = 0;
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    if (!kFault || threadIdx.x == 0) fence_proxy_async();
+    if (threadIdx.x == 0) mbarrier_arrive_expect(barrier, 4 * kThreads);
+    __syncwarp();
+    const int half = kThreads / 2 * static_cast<int>(threadIdx.x);
+    if (threadIdx.x < 2) bulk_load(shared + half, d.in + half, 2 * kThreads, barrier);
+  }
+  mbarrier_wait(barrier, 0);
+  d.out[threadIdx.x] = shared[threadIdx.x];
+}
+
 template <bool kFault>
 __global__ void wrong_number_of_bytes(const __grid_constant__ Data d) {
   char* shared = shared_memory();
   Mbarrier* barrier = reinterpret_cast<Mbarrier*>(shared + 4 * kThreads);
   if (threadIdx.x == 0) {
     mbarrier_init(barrier, 1);
+    fence_proxy_async();
     mbarrier_arrive_expect(barrier, (kFault ? 8 : 4) * kThreads);
     bulk_load(shared, d.in, 4 * kThreads, barrier);
   }
@@ -325,6 +349,7 @@ const Case kCases[] = {
     CASE(vote_in_divergent_code, 1, 1, false, 0, kThreads),
     CASE(exit_while_a_peer_reads, 4, 4, false, 4 * kThreads, kThreads),
     CASE(bulk_copy_not_awaited, 1, 1, false, 4 * kThreads + 8, kThreads),
+    CASE(missing_proxy_fence, 1, 1, false, 4 * kThreads + 8, kThreads),
     CASE(wrong_number_of_bytes, 1, 1, false, 4 * kThreads + 8, kThreads),
     CASE(mbarrier_not_initialised, 1, 1, false, 4 * kThreads + 8, kThreads),
     CASE(async_copy_not_awaited, 1, 1, false, 4 * kThreads, kThreads),

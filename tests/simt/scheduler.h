@@ -26,8 +26,9 @@ struct Device {
   int threads_per_multiprocessor;
   int largest_cluster;  // beyond 8 with the non-portable attribute; 1: no clusters
   int l2_bytes;
+  bool refuses_cooperation = false;  // whatever its attributes say
 };
-const Device& device();  // the one that cudaSetDevice chose
+const Device& device();  // the current one
 
 // One launch.
 struct Launch {
@@ -75,6 +76,7 @@ struct Fiber {
   uint64_t value = 0, result = 0;
 
   uint64_t block_barriers = 0;  // __syncthreads executed
+  bool proxy_fence = false;     // executed since the last of them
   bool arrived_at_cluster = false;
   uint64_t cluster_phase = 0;
 
@@ -146,6 +148,7 @@ void mbarrier_init(uint64_t* barrier, unsigned count, const Where& where);
 void mbarrier_arrive(uint64_t* barrier, unsigned bytes, const Where& where);
 void mbarrier_wait(uint64_t* barrier, unsigned parity, const Where& where);
 
+void fence_proxy();
 void bulk_load(void* shared, const void* global, size_t bytes, uint64_t* barrier,
                const Where& where);
 // Shared memory that nobody may touch from now on; only AddressSanitizer sees to it.

@@ -219,7 +219,7 @@ inline void bulk_load(void* shared, const void* global, uint32_t bytes, Mbarrier
   simt::accessed(simt::Access::read, global, bytes);
   simt::bulk_load(shared, global, bytes, &b->state, where);
 }
-inline void fence_proxy_async() {}
+inline void fence_proxy_async() { simt::fence_proxy(); }
 
 inline uint32_t cluster_rank() { return simt::current->block->rank; }
 inline void cluster_arrive(Where where = Where::current()) { simt::cluster_arrive(where); }
