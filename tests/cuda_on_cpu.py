@@ -100,8 +100,8 @@ class Simulation:
         self.library: Any = ctypes.CDLL(str(path))
         self.library.simt_set_seed.argtypes = [ctypes.c_uint64]
         self.library.simt_device_name.restype = ctypes.c_char_p
-        self.library.simt_take_launches.restype = ctypes.c_char_p
-        self.library.simt_take_accesses.restype = ctypes.c_char_p
+        for what in ("launches", "loads", "refusals", "accesses"):
+            getattr(self.library, f"simt_take_{what}").restype = ctypes.c_char_p
 
     @property
     def devices(self) -> list[str]:
@@ -109,14 +109,40 @@ class Simulation:
         count = self.library.simt_device_count()
         return [self.library.simt_device_name(i).decode() for i in range(count)]
 
-    def use(self, seed: int, device: int) -> None:
-        """The order in which threads run, and the device, from now on."""
+    def use(self, seed: int, device: int, current: int | None = None) -> None:
+        """The order in which threads run, and the device that tensors are on, from now on: one of
+        :attr:`devices`, or one that is not there.
+
+        The current device of the runtime that the kernels are linked with is ``current``, and
+        without it another one than the tensors': that runtime is not torch's, and need not know.
+        """
+        if current is None:
+            current = (device + 1 + seed) % len(self.devices)
+            current = current if current != device else (device + 1) % len(self.devices)
         self.library.simt_set_seed(seed)
-        assert self.library.simt_set_device(device) == 0
+        assert self.library.simt_set_device(device, current) == 0
+
+    def take(self, what: str) -> list[str]:
+        """What has happened since the last call: ``launches``; ``loads`` of kernels; ``refusals``
+        of cooperative launches; ``accesses``."""
+        return getattr(self.library, f"simt_take_{what}")().decode().splitlines()
 
     def take_launches(self) -> list[str]:
         """The launches since the last call."""
-        return self.library.simt_take_launches().decode().splitlines()
+        return self.take("launches")
+
+    @contextmanager
+    def capture(self, *, loads: bool = True, valid: bool = True) -> Iterator[None]:
+        """As if the stream were captured; launches run all the same. Kernels are loaded then by a
+        thread that allows for it, or, without ``loads``, by none. ``valid``: whether the capture
+        must be at its end, or must have been ruined by a call that is not legal in one.
+        """
+        self.library.simt_capture(1 if loads else 2)
+        try:
+            yield
+        finally:
+            found = self.library.simt_capture(0)
+        assert bool(found) == valid
 
     @contextmanager
     def accesses(self) -> Iterator[Accesses]:
@@ -127,7 +153,7 @@ class Simulation:
             yield found
         finally:
             self.library.simt_record_accesses(0)
-            for line in self.library.simt_take_accesses().decode().splitlines():
+            for line in self.take("accesses"):
                 how, address, size = line.split()
                 found.append((how, int(address), int(size)))
 

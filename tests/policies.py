@@ -9,12 +9,13 @@ from __future__ import annotations
 
 PLAN = "SENET_KERNELS_CUDA_PLAN"
 # Of the simulated devices, by their order in tests/simt/runtime.cpp.
-H100, A100, T4, RTX, SMALL_90, SMALL_80 = range(6)
+DEVICES = range(7)
+H100, A100, T4, RTX, SMALL_90, SMALL_80, UNCOOPERATIVE_80 = DEVICES
 
 # A policy, and the simulated devices it is forced on. Each image of a batch of five is a group's
 # first, second or last; slices are uneven.
 POLICIES: dict[str, tuple[int, ...]] = {
-    "": (H100, A100, T4, RTX, SMALL_90, SMALL_80),
+    "": (H100, A100, T4, RTX, SMALL_90, SMALL_80, UNCOOPERATIVE_80),
     "exchange=none,resident=0": (A100, SMALL_90),
     "exchange=none,resident=0,groups=1": (T4,),
     "exchange=none,resident=1,slots=1": (A100, SMALL_90),

@@ -20,7 +20,7 @@ import torch
 
 import cuda_on_cpu
 from backend_cases import SIMULATED
-from policies import A100, PLAN, POLICIES, SMALL_90, parsed
+from policies import A100, DEVICES, PLAN, POLICIES, SMALL_90, parsed
 from problems import LAYOUTS, Problem, Spec, build, check, pairwise
 from senet_kernels import squeeze_excite
 
@@ -347,7 +347,7 @@ def test_same_bits_in_any_order(policy: str, layout: str, force: Any) -> None:
         expected = bits
 
 
-@pytest.mark.parametrize("device", range(6))
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("shape", "hidden"), [((1, 64, 28, 28), 16), ((1, 512, 7, 7), 128), ((2, 32, 40, 41), 8)]
@@ -456,7 +456,7 @@ def _sectors(*tensors: torch.Tensor | None) -> Counter[int]:
     )
 
 
-@pytest.mark.parametrize("device", range(6))
+@pytest.mark.parametrize("device", DEVICES)
 def test_no_positions(device: int) -> None:
     """Where there is nothing to copy no block waits for a copy: that deadlocked."""
     for shape, hidden in (((5, 136, 0, 4), 6), ((1, 1, 0), 1), ((3, 64, 2, 0), None)):
@@ -534,6 +534,7 @@ _HOST_CALLS = {
     "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaGetDevice",
     "cudaGetErrorString", "cudaGetLastError", "cudaLaunchKernelEx", "cudaMemsetAsync",
     "cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaOccupancyMaxActiveClusters",
+    "cudaSetDevice", "cudaStreamIsCapturing", "cudaThreadExchangeStreamCaptureMode",
 }  # fmt: skip
 
 

@@ -14,7 +14,9 @@ struct BackwardKernels {
   }
 };
 
-const char* run_gradients(const BackwardLaunch& l, void* stream) {
+Prepared gradients_of_float, gradients_of_double;
+
+const char* run_gradients(const BackwardLaunch& l, int index, void* stream) {
   const BackwardArgs& a = l.a;
   const Shape& s = a.shape;
   const int c = static_cast<int>(s.channels), r = static_cast<int>(s.hidden);
@@ -49,16 +51,22 @@ const char* run_gradients(const BackwardLaunch& l, void* stream) {
   Plan plan;
   plan.threads = kGradientThreads;
   plan.shared = kTile * kTile * (a.dtype == DType::f64 ? 8 : 4);
-  static Prepared of_float, of_double;
   return a.dtype == DType::f64
-             ? launch(gradients_kernel<double>, of_double, plan, blocks, g, stream)
-             : launch(gradients_kernel<float>, of_float, plan, blocks, g, stream);
+             ? launch(gradients_kernel<double>, gradients_of_double, plan, blocks, g, index, stream)
+             : launch(gradients_kernel<float>, gradients_of_float, plan, blocks, g, index, stream);
 }
 
 }  // namespace
 
-const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, void* stream) {
+const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, int index,
+                     void* stream) {
   if (plan.error) return plan.error;
+  static OncePerDevice once;
+  preload(once, index, stream, [](auto prepare) {
+    with_every_instance<BackwardKernels>(prepare);
+    prepare(gradients_kernel<float>, gradients_of_float);
+    prepare(gradients_kernel<double>, gradients_of_double);
+  });
   char* const memory = static_cast<char*>(scratch);
   const bool layers = args.dw1 || args.db1 || args.dw2 || args.db2 || args.dalpha || args.dbeta;
   const bool affine = args.daffine_scale || args.daffine_shift;
@@ -84,17 +92,19 @@ const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, 
   if (args.shape.batch > 0) {
     const char* error = with_instance<BackwardKernels>(
         args.dtype, args.options.before, plan.vector, [&](auto* kernel, Prepared& prepared) {
-          return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, stream);
+          return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, index,
+                        stream);
         });
     if (error) return error;
   }
-  return layers || affine ? run_gradients(l, stream) : nullptr;
+  return layers || affine ? run_gradients(l, index, stream) : nullptr;
 }
 
-Room backward_room(const Task& task, const Plan& plan) {
-  return with_instance<BackwardKernels>(
-      task.dtype, task.before, plan.vector,
-      [&](auto* kernel, Prepared& prepared) { return room_for(kernel, prepared, plan); });
+Room backward_room(const Task& task, const Plan& plan, int index, const Device& device) {
+  return with_instance<BackwardKernels>(task.dtype, task.before, plan.vector,
+                                        [&](auto* kernel, Prepared& prepared) {
+                                          return room_for(kernel, prepared, plan, index, device);
+                                        });
 }
 
 }  // namespace gpu

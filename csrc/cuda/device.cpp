@@ -2,7 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <array>
-#include <mutex>
+#include <atomic>
 #include <unordered_map>
 
 #include "launch.h"
@@ -11,10 +11,14 @@ namespace senet {
 namespace gpu {
 namespace {
 
-Device query(int ordinal) {
-  const auto attribute = [ordinal](cudaDeviceAttr which) {
+cudaError_t query(int index, Device* device) {
+  const CurrentDevice current(index);
+  const WhateverIsCaptured scope;
+  cudaError_t error = current.error();
+  const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    return cudaDeviceGetAttribute(&value, which, ordinal) == cudaSuccess ? value : 0;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, index);
+    return error == cudaSuccess ? value : 0;
   };
   Device d;
   d.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
@@ -24,11 +28,15 @@ Device query(int ordinal) {
   d.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   d.threads_per_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
   d.registers_per_multiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor);
-  d.capability = compiled_capability(d);
-  d.largest_cluster = d.capability >= 90 ? largest_cluster(d) : 1;
   d.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
-  return d;
+  if (error == cudaSuccess) error = compiled_capability(&d.capability, d);
+  d.largest_cluster = error == cudaSuccess && d.capability >= 90 ? largest_cluster(d) : 1;
+  *device = d;
+  return error;
 }
+
+// Devices that refused a cooperative launch.
+std::atomic<bool> refuses[kDevices] = {};
 
 bool is_aligned(const Images& images, int64_t element) {
   return reinterpret_cast<uintptr_t>(images.data) % 16 == 0 && images.stride % 8 == 0 &&
@@ -36,12 +44,16 @@ bool is_aligned(const Images& images, int64_t element) {
 }
 bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// A plan that holds on the device as it is: with the blocks that really run at once.
-Plan make(const Task& task, const Policy& policy) {
-  Device device = current_device();
+// A plan that holds on the device as it is: with the blocks that really run at once. `known`: the
+// device has said so.
+Plan make(const Task& task, const Policy& policy, int index, Device device, bool* known) {
+  const CurrentDevice current(index);
+  *known = current.error() == cudaSuccess;
   Plan plan = make_plan(task, device, policy);
-  for (int i = 0; i < 3 && !plan.error; ++i) {
-    const Room room = task.backward ? backward_room(task, plan) : forward_room(task, plan);
+  for (int i = 0; i < 3 && *known && !plan.error; ++i) {
+    const Room room = task.backward ? backward_room(task, plan, index, device)
+                                    : forward_room(task, plan, index, device);
+    *known = room.known;
     if (room.per_multiprocessor == 0 || room.per_multiprocessor >= plan.per_multiprocessor) {
       if (room.clusters > 0 && room.clusters < plan.groups) {
         share_out(&plan, task.shape.batch, room.clusters);
@@ -54,15 +66,32 @@ Plan make(const Task& task, const Policy& policy) {
   return plan;
 }
 
+// A plan for a device of which the runtime did not say all. Where there is none this is why.
+Plan half_known(Plan plan, int index, cudaError_t error) {
+  thread_local std::string why;
+  if (plan.error) {
+    why = "cannot use device " + std::to_string(index) + ": " + cudaGetErrorString(error);
+    plan.error = why.c_str();
+  }
+  cudaGetLastError();  // else the launch, which asks again, reports it
+  return plan;
+}
+
 // Plans by what they depend on, so many per thread; then it starts anew.
 constexpr size_t kMostPlans = 1024;
 
 }  // namespace
 
-Plan plan_of(const Task& t) {
-  if (const auto named = named_policy()) return make(t, *named);
+Plan plan_of(const Task& t, int index) {
+  Device device;
+  bool known = false;
+  const auto named = named_policy();
+  if (const cudaError_t error = device_of(index, &device)) {
+    return half_known(make(t, named.value_or(Policy{}), index, device, &known), index, error);
+  }
+  if (named) return make(t, *named, index, device, &known);
   using Key = std::array<int64_t, 11>;
-  const Key key = {current_ordinal(),
+  const Key key = {2 * index + device.cooperative,
                    static_cast<int64_t>(t.shape.form),
                    t.shape.batch,
                    t.shape.channels,
@@ -84,24 +113,29 @@ Plan plan_of(const Task& t) {
   thread_local std::unordered_map<Key, Plan, Hash> plans;
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
+  const Plan plan = make(t, Policy{}, index, device, &known);
+  if (!known) return plan;  // the next call asks again
   if (plans.size() >= kMostPlans) plans.clear();
-  return plans[key] = make(t, Policy{});
+  return plans[key] = plan;
 }
 
-int current_ordinal() {
-  int ordinal = 0;
-  return cudaGetDevice(&ordinal) == cudaSuccess ? ordinal : -1;
-}
-
-const Device& current_device() {
+cudaError_t device_of(int index, Device* device) {
+  static OncePerDevice once;
   static Device devices[kDevices];
-  static std::once_flag once[kDevices];
-  static const Device none;
-  const int ordinal = current_ordinal();
-  if (ordinal < 0 || ordinal >= kDevices) return none;
-  std::call_once(once[ordinal], [ordinal] { devices[ordinal] = query(ordinal); });
-  return devices[ordinal];
+  Device partly;
+  const cudaError_t error = once(index, [index, &partly] {
+    const cudaError_t e = query(index, &partly);
+    if (e == cudaSuccess) devices[index] = partly;
+    return e;
+  });
+  *device = error == cudaSuccess ? devices[index] : partly;
+  if (error == cudaSuccess && refuses[index].load(std::memory_order_relaxed)) {
+    device->cooperative = false;
+  }
+  return error;
 }
+
+void refuse_cooperation(int index) { refuses[index].store(true, std::memory_order_relaxed); }
 
 Task task_of(const ForwardArgs& a) {
   Task t{};
@@ -135,7 +169,8 @@ Task task_of(const BackwardArgs& a) {
   return t;
 }
 
-void poison(void* p, size_t bytes, void* stream) {
+void poison(void* p, size_t bytes, int index, void* stream) {
+  const CurrentDevice current(index);
   cudaMemsetAsync(p, 0xff, bytes, static_cast<cudaStream_t>(stream));
 }
 

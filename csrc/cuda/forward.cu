@@ -15,31 +15,35 @@ struct ForwardKernels {
 
 }  // namespace
 
-const char* forward(const ForwardArgs& args, const Plan& plan, void* scratch, void* stream) {
+const char* forward(const ForwardArgs& args, const Plan& plan, void* scratch, int index,
+                    void* stream) {
   if (plan.error) return plan.error;
   if (args.shape.batch == 0) return nullptr;
+  static OncePerDevice once;
+  preload(once, index, stream, [](auto prepare) { with_every_instance<ForwardKernels>(prepare); });
   const ForwardLaunch l{args, plan, static_cast<char*>(scratch)};
   return with_instance<ForwardKernels>(
       args.dtype, args.options.before, plan.vector, [&](auto* kernel, Prepared& prepared) {
-        return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, stream);
+        return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, index, stream);
       });
 }
 
-Room forward_room(const Task& task, const Plan& plan) {
-  return with_instance<ForwardKernels>(
-      task.dtype, task.before, plan.vector,
-      [&](auto* kernel, Prepared& prepared) { return room_for(kernel, prepared, plan); });
+Room forward_room(const Task& task, const Plan& plan, int index, const Device& device) {
+  return with_instance<ForwardKernels>(task.dtype, task.before, plan.vector,
+                                       [&](auto* kernel, Prepared& prepared) {
+                                         return room_for(kernel, prepared, plan, index, device);
+                                       });
 }
 
 // A library built for sm_80 runs on sm_90 too, from PTX, but then has no clusters.
-int compiled_capability(const Device& device) {
+cudaError_t compiled_capability(int* capability, const Device& device) {
   cudaFuncAttributes attributes{};
   auto* const kernel = ForwardKernels::kernel<2, true, static_cast<int>(Fn::identity)>();
-  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) {
-    cudaGetLastError();  // no kernel for this device: the launch will say so
-    return device.capability;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && attributes.ptxVersion < device.capability) {
+    *capability = attributes.ptxVersion;
   }
-  return attributes.ptxVersion < device.capability ? attributes.ptxVersion : device.capability;
+  return error;
 }
 
 int largest_cluster(const Device& device) {

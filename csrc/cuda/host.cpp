@@ -19,7 +19,10 @@ namespace {
 using torch::stable::Tensor;
 
 #if defined(SENET_SIMT)
-// Run on the CPU by tests/simt: no streams, and one device.
+// Run on the CPU by tests/simt: no streams, and CPU tensors, which lie on the simulated device that
+// the test chose.
+extern "C" int simt_device_of_tensors();
+int device_index(int32_t) { return simt_device_of_tensors(); }
 void* current_stream(int32_t) { return nullptr; }
 int32_t device_type() { return aoti_torch_device_type_cpu(); }
 bool holds(const Tensor& t, int32_t) { return t.is_cpu(); }
@@ -27,6 +30,7 @@ struct OnDevice {
   explicit OnDevice(int32_t) {}
 };
 #else
+int device_index(int32_t index) { return index; }
 void* current_stream(int32_t index) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
@@ -57,14 +61,24 @@ std::optional<Tensor> scratch(int64_t bytes, int32_t index) {
 // Plans a call and launches it.
 template <class Args>
 void run(const Args& args, int32_t index,
-         const char* (*kernels)(const Args&, const gpu::Plan&, void*, void*)) {
+         const char* (*kernels)(const Args&, const gpu::Plan&, void*, int, void*)) {
   const OnDevice guard(index);
-  const gpu::Plan plan = gpu::plan_of(gpu::task_of(args));
-  const std::optional<Tensor> memory = scratch(plan.scratch, index);
-  void* const p = memory ? memory->mutable_data_ptr() : nullptr;
-  void* const stream = current_stream(index);
-  if (memory && poisons()) gpu::poison(p, static_cast<size_t>(plan.scratch), stream);
-  const char* error = kernels(args, plan, p, stream);
+  const int device = device_index(index);
+  const auto launch = [&](const gpu::Plan& plan) {
+    const std::optional<Tensor> memory = scratch(plan.scratch, index);
+    void* const p = memory ? memory->mutable_data_ptr() : nullptr;
+    void* const stream = current_stream(index);
+    if (memory && poisons()) gpu::poison(p, static_cast<size_t>(plan.scratch), device, stream);
+    return kernels(args, plan, p, device, stream);
+  };
+  const gpu::Task task = gpu::task_of(args);
+  const gpu::Plan plan = gpu::plan_of(task, device);
+  const char* error = launch(plan);
+  if (error && plan.exchange == gpu::Exchange::grid) {
+    // Where the device refused the cooperative launch, its plans have none from now on.
+    const gpu::Plan other = gpu::plan_of(task, device);
+    if (!other.error && other.exchange != plan.exchange) error = launch(other);
+  }
   STD_TORCH_CHECK(!error, "senet_kernels on CUDA: ", error);
 }
 
@@ -80,7 +94,7 @@ const Host& cuda_host() {
       [](const BackwardArgs& args, int32_t index) { run(args, index, gpu::backward); },
       [](void* p, size_t bytes, int32_t index) {
         const OnDevice guard(index);
-        gpu::poison(p, bytes, current_stream(index));
+        gpu::poison(p, bytes, device_index(index), current_stream(index));
       }};
   return host;
 }
@@ -103,7 +117,7 @@ std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
   task.aligned = call[12] != 0;
   if (device.size() == 1) {
     const OnDevice guard(number(device[0]));
-    return gpu::describe(gpu::plan_of(task));
+    return gpu::describe(gpu::plan_of(task, device_index(number(device[0]))));
   }
   gpu::Device absent;
   absent.capability = number(device[0]);

@@ -272,7 +272,8 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
       return refuse("SENET_KERNELS_CUDA_PLAN: this device has no such clusters");
     }
     if (p.exchange == Exchange::grid && !device.cooperative) {
-      return refuse("SENET_KERNELS_CUDA_PLAN: this device has no cooperative launch");
+      return refuse(
+          "SENET_KERNELS_CUDA_PLAN: this device has no cooperative launch, or refused one");
     }
     if (!draft.fits()) {
       return refuse("SENET_KERNELS_CUDA_PLAN: the slices do not fit into shared memory");

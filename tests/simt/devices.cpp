@@ -94,23 +94,23 @@ const Host& host_of(const torch::stable::Tensor&) { return cuda_host(); }
 
 namespace gpu {
 
-Plan plan_of(const Task&) {
-  event("plan", current);
+Plan plan_of(const Task&, int device) {
+  event("plan", device);
   Plan plan;
   plan.scratch = wanted;
   return plan;
 }
 Task task_of(const ForwardArgs&) { return {}; }
 Task task_of(const BackwardArgs&) { return {}; }
-const char* forward(const ForwardArgs&, const Plan&, void*, void*) {
-  event("forward", current);
+const char* forward(const ForwardArgs&, const Plan&, void*, int device, void*) {
+  event("forward", device);
   return failure;
 }
-const char* backward(const BackwardArgs&, const Plan&, void*, void*) {
-  event("backward", current);
+const char* backward(const BackwardArgs&, const Plan&, void*, int device, void*) {
+  event("backward", device);
   return failure;
 }
-void poison(void*, size_t, void*) { event("poison", current); }
+void poison(void*, size_t, int device, void*) { event("poison", device); }
 Plan make_plan(const Task&, const Device&, const Policy&) { return {}; }
 std::optional<Policy> named_policy() { return std::nullopt; }
 std::string describe(const Plan&) { return {}; }

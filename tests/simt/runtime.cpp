@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -26,6 +27,8 @@ constexpr Device kDevices[] = {
     // Small ones: several images and waves per block with few threads to simulate.
     {"sm_90 with 5 multiprocessors", 9, 0, 5, 227 << 10, 228 << 10, 2048, 8, 1 << 20},
     {"sm_80 with 3 multiprocessors", 8, 0, 3, 163 << 10, 164 << 10, 2048, 1, 1 << 20},
+    // As under an MPS limit or in a green context, of which the attributes say nothing.
+    {"sm_80 that refuses cooperation", 8, 0, 3, 163 << 10, 164 << 10, 2048, 1, 1 << 20, true},
 };
 constexpr int kCount = static_cast<int>(std::size(kDevices));
 
@@ -35,12 +38,36 @@ struct Attributes {
 };
 std::mutex guard;  // of what follows
 std::map<std::pair<int, const void*>, Attributes> attributes;
-std::string launches, accesses;
+std::set<std::pair<int, const void*>> loaded;
+std::string launches, loads, refusals, accesses;
 std::atomic<bool> records_accesses{false};
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string message;
-int chosen = 0;  // for all threads: autograd has threads of its own
+
+// Tensors, and the streams that go with them, are on one device. Which one is current is a matter
+// of each thread, and of this runtime alone.
+struct Chosen {
+  int of_tensors = 0, current = 0;
+  unsigned times = 0;  // a test has chosen; threads then begin anew
+};
+Chosen chosen;
+int& current_device() {
+  thread_local unsigned times = 0;
+  thread_local int device = 0;
+  if (times != chosen.times) {
+    times = chosen.times;
+    device = chosen.current;
+  }
+  return device;
+}
+
+// Whether a stream is captured, and whether the driver then loads kernels: for a thread that has
+// said that it does not care what is captured, or for nobody.
+enum class Capture : int { none, loads, loads_nothing };
+Capture capture = Capture::none;
+bool capture_is_valid = true;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 cudaError_t report(cudaError_t error, std::string why) {
   last_error = error;
@@ -60,7 +87,7 @@ std::string name_of(const void* kernel) {
 
 Attributes attributes_of(const void* kernel) {
   const std::lock_guard lock(guard);
-  const auto found = attributes.find({chosen, kernel});
+  const auto found = attributes.find({current_device(), kernel});
   return found == attributes.end() ? Attributes{} : found->second;
 }
 
@@ -81,11 +108,27 @@ int blocks_per_multiprocessor(int threads, size_t shared_bytes) {
 
 }  // namespace
 
-const Device& device() { return kDevices[chosen]; }
+const Device& device() { return kDevices[current_device()]; }
+
+// Kernels are loaded when they are first asked for.
+cudaError_t load(const void* kernel) {
+  const std::lock_guard lock(guard);
+  if (loaded.count({current_device(), kernel})) return cudaSuccess;
+  const bool legal = capture == Capture::none ||
+                     (capture == Capture::loads && capture_mode == cudaStreamCaptureModeRelaxed);
+  if (!legal) {
+    capture_is_valid = false;
+    return report(cudaErrorStreamCaptureUnsupported, "operation not permitted in a capture");
+  }
+  loaded.insert({current_device(), kernel});
+  loads += std::to_string(current_device()) + " " + name_of(kernel) + "\n";
+  return cudaSuccess;
+}
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (const cudaError_t error = load(kernel)) return error;
   const std::lock_guard lock(guard);
-  Attributes& a = attributes[{chosen, kernel}];
+  Attributes& a = attributes[{current_device(), kernel}];
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     if (value < 0 || value > device().shared_per_block) {
       return report(cudaErrorInvalidValue, "more shared memory than the device has per block");
@@ -98,7 +141,8 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
   return cudaSuccess;
 }
 
-cudaError_t occupancy(int* blocks, int threads, size_t shared_bytes) {
+cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t shared_bytes) {
+  if (const cudaError_t error = load(kernel)) return error;
   if (threads < 1 || threads > 1024) return report(cudaErrorInvalidValue, "threads per block");
   *blocks = blocks_per_multiprocessor(threads, shared_bytes);
   return cudaSuccess;
@@ -106,6 +150,7 @@ cudaError_t occupancy(int* blocks, int threads, size_t shared_bytes) {
 
 cudaError_t occupancy_of_clusters(int* clusters, const void* kernel,
                                   const cudaLaunchConfig_t& config) {
+  if (const cudaError_t error = load(kernel)) return error;
   const unsigned cluster = cluster_of(config);
   const Device& d = device();
   if (d.major < 9) return report(cudaErrorNotSupported, "the device has no clusters");
@@ -125,6 +170,10 @@ cudaError_t occupancy_of_clusters(int* clusters, const void* kernel,
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& body) {
+  if (current_device() != chosen.of_tensors) {
+    return report(cudaErrorInvalidResourceHandle, "the stream is of another device");
+  }
+  if (const cudaError_t error = load(kernel)) return error;
   const Device& d = device();
   Launch l;
   l.grid = {config.gridDim.x, config.gridDim.y, config.gridDim.z};
@@ -164,7 +213,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   const uint64_t blocks = uint64_t{l.grid[0]} * l.grid[1] * l.grid[2];
   if (l.cooperative) {
     const int each = blocks_per_multiprocessor(static_cast<int>(threads), l.shared_bytes);
-    if (blocks > static_cast<uint64_t>(each) * static_cast<uint64_t>(d.multiprocessors)) {
+    const uint64_t room = static_cast<uint64_t>(each) * static_cast<uint64_t>(d.multiprocessors);
+    if (blocks > room || d.refuses_cooperation) {
+      const std::lock_guard lock(guard);
+      refusals += l.kernel + "\n";
       return report(cudaErrorCooperativeLaunchTooLarge,
                     l.kernel + ": a cooperative launch of more blocks than fit at a time");
     }
@@ -199,6 +251,8 @@ const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "cudaSuccess";
+    case cudaErrorInvalidDevice:
+      return "cudaErrorInvalidDevice";
     case cudaErrorInvalidValue:
       return "cudaErrorInvalidValue";
     case cudaErrorInvalidConfiguration:
@@ -221,14 +275,24 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = simt::chosen;
+  *device = simt::current_device();
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= simt::kCount) {
     return simt::report(cudaErrorInvalidDevice, "no such device");
   }
-  simt::chosen = device;
+  simt::current_device() = device;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = simt::capture == simt::Capture::none ? cudaStreamCaptureStatusNone
+            : simt::capture_is_valid             ? cudaStreamCaptureStatusActive
+                                                 : cudaStreamCaptureStatusInvalidated;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(simt::capture_mode, *mode);
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
@@ -284,22 +348,35 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 #define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 
 SIMT_EXPORT void simt_set_seed(uint64_t seed) { simt::options.seed = seed; }
-SIMT_EXPORT int simt_set_device(int device) { return cudaSetDevice(device); }
+// The device of tensors and streams from now on, which need not exist; and the current one of each
+// thread, as of this runtime.
+SIMT_EXPORT int simt_set_device(int of_tensors, int current) {
+  if (current < 0 || current >= simt::kCount) return cudaErrorInvalidDevice;
+  simt::chosen = {of_tensors, current, simt::chosen.times + 1};
+  return cudaSuccess;
+}
+SIMT_EXPORT int simt_device_of_tensors() { return simt::chosen.of_tensors; }
+SIMT_EXPORT int simt_current_device() { return simt::current_device(); }
+// Begins a capture, see Capture, or ends it; returns whether the one that ends is valid.
+SIMT_EXPORT int simt_capture(int how) {
+  simt::capture = static_cast<simt::Capture>(how);
+  return std::exchange(simt::capture_is_valid, true);
+}
+SIMT_EXPORT int simt_capture_mode() { return simt::capture_mode; }
 SIMT_EXPORT int simt_device_count() { return simt::kCount; }
 SIMT_EXPORT const char* simt_device_name(int device) { return simt::kDevices[device].name; }
-// Whether accesses are written down from now on, and those since the last call, a line each: how,
-// address, bytes.
+// Whether accesses are written down from now on.
 SIMT_EXPORT void simt_record_accesses(int on) { simt::records_accesses = on != 0; }
-SIMT_EXPORT const char* simt_take_accesses() {
-  static std::string taken;
-  const std::lock_guard lock(simt::guard);
-  taken = std::exchange(simt::accesses, {});
-  return taken.c_str();
-}
-// The launches since the last call, a line each.
-SIMT_EXPORT const char* simt_take_launches() {
-  static std::string taken;
-  const std::lock_guard lock(simt::guard);
-  taken = std::exchange(simt::launches, {});
-  return taken.c_str();
-}
+// Since the last call, a line each: the launches; the kernels that were loaded on which device; the
+// cooperative launches that were refused; and accesses: how, address, bytes.
+#define SIMT_TAKE(what)                        \
+  SIMT_EXPORT const char* simt_take_##what() { \
+    static std::string taken;                  \
+    const std::lock_guard lock(simt::guard);   \
+    taken = std::exchange(simt::what, {});     \
+    return taken.c_str();                      \
+  }
+SIMT_TAKE(launches)
+SIMT_TAKE(loads)
+SIMT_TAKE(refusals)
+SIMT_TAKE(accesses)

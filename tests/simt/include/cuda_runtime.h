@@ -40,9 +40,11 @@ enum cudaError_t : int {
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 // Of a failed launch: what the simulation found.
 const char* cudaGetErrorString(cudaError_t error);
@@ -77,6 +79,19 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
   return cudaSuccess;
 }
 
+enum cudaStreamCaptureStatus : int {
+  cudaStreamCaptureStatusNone = 0,
+  cudaStreamCaptureStatusActive = 1,
+  cudaStreamCaptureStatusInvalidated = 2,
+};
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+enum cudaStreamCaptureMode : int {
+  cudaStreamCaptureModeGlobal = 0,
+  cudaStreamCaptureModeThreadLocal = 1,
+  cudaStreamCaptureModeRelaxed = 2,
+};
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+
 enum cudaFuncAttribute : int {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
@@ -108,8 +123,9 @@ struct cudaLaunchConfig_t {
 
 namespace simt {
 
+cudaError_t load(const void* kernel);
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
-cudaError_t occupancy(int* blocks, int threads, size_t shared_bytes);
+cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t shared_bytes);
 cudaError_t occupancy_of_clusters(int* clusters, const void* kernel,
                                   const cudaLaunchConfig_t& config);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
@@ -126,7 +142,8 @@ struct cudaFuncAttributes {
 };
 // As if every kernel had been compiled for the device it is asked about.
 template <class F>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F* kernel) {
+  if (const cudaError_t error = simt::load(reinterpret_cast<const void*>(kernel))) return error;
   int device = 0, major = 0, minor = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -135,9 +152,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
   return cudaSuccess;
 }
 template <class F>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int threads,
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F* kernel, int threads,
                                                           size_t shared_bytes) {
-  return simt::occupancy(blocks, threads, shared_bytes);
+  return simt::occupancy(blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }
 template <class F>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, F* kernel,
