@@ -4,6 +4,9 @@
 runs here, ``explain(...)`` why a call runs where it does; ``models`` has the SENet family.
 """
 
+from importlib import import_module
+
+from ._after_import import after_import
 from ._version import __version__
 from .api import Explanation, channel_scale, explain, pack_options, squeeze, squeeze_excite
 from .autograd import NativeSEFunction, TritonSEFunction
@@ -39,3 +42,5 @@ __all__ = [
     "unfuse_se_blocks",
     "use_backend",
 ]
+
+after_import("torch.utils.flop_counter", lambda: import_module(f"{__name__}.flops"))

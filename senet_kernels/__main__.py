@@ -110,11 +110,11 @@ def _tolerance(y: Tensor) -> float:
 
 
 def _backend_on(device: str) -> str:
-    """What calls there run on, and, where that is the reference, why nothing faster does."""
+    """What calls there run on, and, where that is the fallback, why no kernel takes them."""
     w = torch.ones(8, 8, device=device)
     answer = explain(torch.ones(1, 8, 2, 2, device=device), w, None, w, None)
     lines = [f"runs on: {answer.backend}"]
-    if answer.backend == "reference":
+    if answer.backend == "fallback":
         lines += [f"not on {name}: {reason}" for name, reason in answer.passed_over]
     return "\n".join(lines)
 

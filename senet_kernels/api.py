@@ -5,16 +5,13 @@ More than 500 lines: public functions of up to sixteen arguments, and what they 
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.overrides import handle_torch_function, has_torch_function
 
-from . import autograd, dispatch, features, reference, validation
-from .dispatch import Choice
+from . import autograd, dispatch, fallback, features, reference, resolve, validation
 from .pointwise import Options, check_name, pack
 
 
@@ -33,263 +30,6 @@ class Explanation(NamedTuple):
         lines.append(f"needs: {', '.join(features.required_features(self.call))}")
         lines += self.notes
         return "\n".join(lines)
-
-
-class _Plan(NamedTuple):
-    """What one kind of call resolves to; cached per kind, see _resolve."""
-
-    options: Options
-    code: int
-    call: features.Call
-    choice: Choice
-
-
-_PLANS: dict[tuple[Any, ...], _Plan] = {}
-
-
-def _make_plan(
-    device: str,
-    dtype: torch.dtype,
-    param_dtype: torch.dtype,
-    names: tuple[str | None, str | None, str | None, str | None],
-    facts: tuple[str, bool, bool, bool, bool, bool, bool, bool, bool, str | None],
-    requested: str,
-) -> _Plan:
-    options = Options(
-        *(check_name(argument, v) for argument, v in zip(Options._fields, names, strict=True))
-    )
-    call = features.Call(device, dtype, param_dtype, options, *facts)
-    return _Plan(options, pack(options), call, dispatch.choose(call, requested))
-
-
-def _note_short_way(kind: tuple[Any, ...], plan: _Plan) -> None:
-    """Keep the plan of a call on the CPU for squeeze_excite's short way too, where the native
-    kernels take all calls with these names: of any dtype, layers and residual."""
-    if plan.call.device != "cpu" or plan.choice.backend != "native":
-        return
-    names, requested = kind[3], kind[5]
-    rest = (False, False, False)
-    for dtype, form, shift, residual in itertools.product(
-        validation.DTYPES, ("two layers", "single layer (w1=None)"), (False, True), (False, True)
-    ):
-        call = features.Call("cpu", dtype, dtype, plan.options, form, shift, *rest, residual, False)
-        if dispatch.choose(call, "auto").backend != "native":
-            return
-    _PLANS[names, requested] = plan
-    if requested == "auto":
-        _PLANS[names, None] = plan
-
-
-_NATIVE_FORWARD = autograd.forward_op("native")
-_NATIVE_INPLACE = autograd.inplace_op("native")
-
-# Known not to be made of other tensors without a call, which takes time.
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
-# What a Call says of a plain call of the whole operation, beyond device, dtypes and names.
-_PLAIN_FACTS = ("two layers", False, False, False, False, False, False, False, False, None)
-
-
-def _subclass(tensors: tuple[Tensor | None, ...]) -> str | None:
-    """The name of a tensor subclass among these that is made of other tensors (a DTensor, a
-    quantised weight): it knows what PyTorch's operators mean to it, and nothing of ours."""
-    for t in tensors:
-        of: type = type(t)
-        wraps: bool = of not in _PLAIN_TYPES and is_traceable_wrapper_subclass(t)
-        if wraps:
-            return of.__name__
-    return None
-
-
-def _resolve(
-    form: str,
-    tensors: tuple[Tensor | None, ...],
-    parameter: Tensor,
-    shift: bool,
-    names: tuple[str | None, str | None, str | None, str | None],
-    residual: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    affine: Any,
-    lengths: Tensor | None,
-    inplace: bool,
-    wide: bool,
-    backend: str | None,
-) -> _Plan:
-    """The plan for a call with these tensors, x first: its kind, looked up."""
-    x = tensors[0]
-    assert x is not None
-    kind = (
-        x.device.type,
-        x.dtype,
-        parameter.dtype,
-        names,
-        (
-            form,
-            shift,
-            alpha is not None or beta is not None,
-            affine is not None,
-            lengths is not None,
-            residual is not None,
-            inplace,
-            features.is_huge(x),
-            wide,
-            _subclass(tensors),
-        ),
-        dispatch.requested_backend(backend),
-    )
-    return _look_up(kind)
-
-
-def _look_up(kind: tuple[Any, ...]) -> _Plan:
-    """The plan for a kind of call, from the cache when it was seen before."""
-    if torch.compiler.is_compiling():  # a guard on a growing dict would recompile
-        return _make_plan(*kind)
-    try:
-        plan = _PLANS.get(kind)
-    except TypeError:  # an unhashable name: _make_plan says which
-        plan = None
-    if plan is None:
-        plan = _make_plan(*kind)
-        _PLANS[kind] = plan
-        _note_short_way(kind, plan)
-    return plan
-
-
-def _autocast(
-    x: Tensor,
-    parameters: dict[str, Tensor | None],
-    residual: Tensor | None,
-    *steps: torch.dtype | Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor | None], Tensor | None]:
-    """Inputs as an eager block under autocast would promote them.
-
-    The output has the dtype that eager's steps lead to (``steps``: what meets x on the way): fp32 x
-    stays fp32; fp16 x under bf16 autocast becomes fp32. Parameters in float32 are used as they
-    are rather than rounded, and per-channel ones (alpha, beta, those of a BatchNorm) do not widen
-    the output. float64 is left alone, as autocast leaves it.
-    """
-    everything = {**parameters, "residual": residual}
-    if any(t is not None and t.dtype == torch.float64 for t in (x, *everything.values())):
-        validation.check_same_dtype(x, everything)
-        return x, parameters, residual
-    dtype = x.dtype
-    for step in (*steps, residual):
-        if step is not None:
-            met = step if isinstance(step, torch.dtype) else step.dtype
-            dtype = torch.promote_types(dtype, met)
-    if residual is not None:
-        residual = residual.to(dtype)
-    return x.to(dtype), _together(dtype, parameters), residual
-
-
-def _together(dtype: torch.dtype, parameters: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Parameters as kernels take them beside x of this dtype: all of it, or all in float32."""
-    given = {t.dtype for t in parameters.values() if t is not None}
-    if given == {dtype} or given == {torch.float32}:
-        return parameters
-    return {n: t if t is None else t.float() for n, t in parameters.items()}
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
-
-
-def _prepare(
-    x: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    names: tuple[str | None, str | None, str | None, str | None],
-    before_affine: tuple[Tensor, Tensor] | None,
-    residual: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    lengths: Tensor | None,
-    inplace: bool,
-    backend: str | None,
-) -> tuple[_Plan, tuple[Any, ...]]:
-    """Check everything, promote under autocast, choose a backend.
-
-    Returns the plan and the arguments of a Function's ``apply``.
-    """
-    if (
-        residual is None
-        and alpha is None
-        and beta is None
-        and before_affine is None
-        and lengths is None
-        and not inplace
-        and validation.is_ordinary(x, w1, b1, w2, b2)
-        and _PLAIN_TYPES.issuperset((type(x), type(w1), type(b1), type(w2), type(b2)))
-    ):
-        device, dtype = x.device.type, x.dtype
-        if not reference.autocast_is_on(device):
-            requested = dispatch.requested_backend(backend)
-            plan = _look_up((device, dtype, dtype, names, _PLAIN_FACTS, requested))
-            return plan, (x, w1, b1, w2, b2, plan.code, None, None, None, None, None, None)
-
-    validation.check_input(x)
-    validation.check_mlp(x, w1, b1, w2, b2)
-    if residual is not None:
-        validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
-    parameters = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    affine_scale = affine_shift = None
-    if alpha is not None or beta is not None or before_affine is not None:
-        for name, v in (("alpha", alpha), ("beta", beta)):
-            if v is not None:
-                validation.check_like_x(name, v, x, (x.shape[1],), "C of x")
-        if before_affine is not None:
-            validation.check_affine(x, before_affine)
-            affine_scale, affine_shift = before_affine
-        parameters |= {
-            "alpha": alpha,
-            "beta": beta,
-            "before_affine[0]": affine_scale,
-            "before_affine[1]": affine_shift,
-        }
-    if lengths is not None:
-        validation.check_lengths(x, lengths)
-
-    given = x
-    if reference.autocast_is_on(x.device.type):
-        of_mlp = torch.get_autocast_dtype(x.device.type)
-        x, parameters, residual = _autocast(x, parameters, residual, of_mlp)
-        w1, b1, w2, b2, *more = parameters.values()  # type: ignore[assignment]
-        if more:
-            alpha, beta, affine_scale, affine_shift = more
-    else:
-        validation.check_same_dtype(x, parameters)
-        if residual is not None:
-            validation.check_same_dtype(x, {"residual": residual})
-    if inplace:
-        others = {**parameters, "residual": residual}
-        if _requires_grad(given, *others.values()):
-            raise ValueError(
-                "inplace: expected a call that needs no gradient (torch.no_grad() or inputs that "
-                "do not require grad), got one that does"
-            )
-        if x.dtype != given.dtype:
-            raise TypeError(
-                f"inplace: expected x in the dtype of the result, {x.dtype} under this autocast, "
-                f"got {given.dtype}"
-            )
-        validation.check_inplace(given, others)
-
-    form = "two layers" if w1 is not None else "single layer (w1=None)"
-    layers = (x, w1, b1, w2, b2)
-    rest = (residual, alpha, beta, affine_scale, affine_shift, lengths)
-    outputs = w2.shape[0]
-    wide = features.is_wide(x, w2.shape[1], outputs, before_affine is not None)
-    plan = _resolve(
-        form, (*layers, *rest), w2, outputs != x.shape[1], names, residual, alpha, beta,
-        before_affine, lengths, inplace, wide, backend,
-    )  # fmt: skip
-    return plan, (*layers, plan.code, *rest)
 
 
 def squeeze_excite(
@@ -326,7 +66,7 @@ def squeeze_excite(
 
     With the defaults this is the block of Hu et al., *Squeeze-and-Excitation Networks*
     (arXiv:1709.01507): ``x * sigmoid(W2 relu(W1 mean(x) + b1) + b2)``. It is differentiable,
-    twice; sums and the MLP are computed in float32 (float64 for float64).
+    twice; kernels compute sums and the MLP in float32 (float64 for float64).
 
     Args:
         x: ``[B, C, *spatial]``, one to any number of spatial dimensions; float32, bfloat16,
@@ -350,9 +90,13 @@ def squeeze_excite(
         lengths: int64 ``[B]``: the mean covers the first ``lengths[b]`` positions only; 0 gives
             NaN, as an empty mean does. Every position is scaled.
         inplace: overwrite x with the result and return x; only where no gradient is needed.
-        backend: ``"native"``, ``"triton"``, ``"reference"``, or None for :func:`use_backend`'s
-            choice, else the best that takes the call. Forward-mode AD (``jvp``) always runs on
-            the reference, whatever was chosen: no kernel carries tangents.
+        backend: ``"native"``, ``"triton"``, ``"fallback"``, ``"reference"``, or None for
+            :func:`use_backend`'s choice, else the first of the former three that takes the call.
+            ``"fallback"`` is eager PyTorch with linear layers, in the dtype of x, with eager's
+            accuracy; ``"reference"`` computes in float32 (float64 for float64). Under
+            forward-mode AD (``jvp``), ``torch.jit.trace`` and compiled ``torch.func`` transforms
+            the fallback stands in for the kernels, whatever was chosen: they carry no tangents
+            and cannot be saved.
 
     Returns:
         y, with the shape, dtype and strides eager PyTorch gives: those of x. Under autocast its
@@ -364,80 +108,24 @@ def squeeze_excite(
         ValueError: a shape, name, device or value is wrong; the message names the argument.
         BackendUnavailableError: ``backend`` was chosen explicitly and cannot run this call.
     """
-    # The short way, for usual calls on the CPU: what checking costs counts there, above all after
-    # layers that have flushed the caches Python runs from (docs/performance.md). The op checks
-    # shapes, devices and dtypes itself; where it fails, the long way may know a better message.
-    if (
-        not torch.compiler.is_compiling()
-        and before_affine is None
-        and alpha is None
-        and beta is None
-        and lengths is None
-        and _PLAIN_TYPES.issuperset(map(type, (x, w1, b1, w2, b2, residual)))
-        and not torch.is_autocast_enabled("cpu")
-        and fwAD._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None  # a trace and its check go the same way
-    ):
-        short: _Plan | None = None
-        try:
-            if x.is_cpu and w2.dtype is x.dtype:
-                asked_for = dispatch._forced if backend is None else backend
-                short = _PLANS.get(((activation, gate, before, after), asked_for))
-        except (AttributeError, TypeError):  # None for a tensor, an unhashable name
-            pass
-        differentiable = short is not None and _requires_grad(x, w1, b1, w2, b2, residual)
-        if short is not None and not (inplace and differentiable):
-            y: Tensor
-            try:
-                if inplace:
-                    others = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "residual": residual}
-                    validation.check_inplace(x, others)
-                    _NATIVE_INPLACE(
-                        x, w1, b1, w2, b2, residual, None, None, None, None, None, short.code
-                    )
-                    return x
-                if not differentiable:
-                    y = _NATIVE_FORWARD(
-                        x, w1, b1, w2, b2, residual, None, None, None, None, None, short.code, False
-                    )[0]
-                elif residual is None:
-                    y = autograd.NativeSEFunction.apply(x, w1, b1, w2, b2, short.code)
-                else:
-                    y = autograd.NativeSEFunction.apply(x, w1, b1, w2, b2, short.code, residual)
-                return y
-            except RuntimeError:
-                try:
-                    _prepare(
-                        x, w1, b1, w2, b2, (activation, gate, before, after), None, residual,
-                        None, None, None, inplace, backend,
-                    )  # fmt: skip
-                except (TypeError, ValueError, dispatch.BackendUnavailableError) as wrong:
-                    raise wrong from None
-                raise
-    plan, arguments = _prepare(
+    if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx records the call
+        recorded: Tensor = handle_torch_function(
+            squeeze_excite, (x,), x, w1, b1, w2, b2, activation=activation, gate=gate,
+            before=before, before_affine=before_affine, after=after, residual=residual,
+            alpha=alpha, beta=beta, lengths=lengths, inplace=inplace, backend=backend,
+        )  # fmt: skip
+        return recorded
+    y: Tensor = resolve.run(
         x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
         beta, lengths, inplace, backend,
     )  # fmt: skip
-    chosen = plan.choice.backend
-    # Forward-mode AD: a raw op would drop the tangents silently, the reference carries them.
-    if chosen == "reference" or fwAD._current_level >= 0:
-        y = reference.squeeze_excite_flat(plan.options, *arguments[:5], *arguments[6:])
-        return x.copy_(y) if inplace else y
-    if torch._C._are_functorch_transforms_active() or _requires_grad(
-        *arguments[:5], *arguments[6:11]
-    ):
-        y = autograd.apply(chosen, *arguments)
-        return x.copy_(y) if inplace else y
-    if inplace:
-        autograd.inplace_op(chosen)(*arguments[:5], *arguments[6:], plan.code)
-        return x
-    result: Tensor = autograd.forward_op(chosen)(*arguments[:5], *arguments[6:], plan.code, False)[
-        0
-    ]
-    return result
+    if y is not NotImplemented:
+        return y
+    return fallback.squeeze_excite(
+        x, w1, b1, w2, b2, activation=activation, gate=gate, before=before,
+        before_affine=before_affine, after=after, residual=residual, alpha=alpha, beta=beta,
+        lengths=lengths, inplace=inplace,
+    )  # fmt: skip
 
 
 def explain(
@@ -463,13 +151,16 @@ def explain(
 
     Computes nothing. Same arguments and errors as ``squeeze_excite``.
     """
-    plan, arguments = _prepare(
+    resolved, arguments = resolve.prepare(
         x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
         beta, lengths, inplace, backend,
     )  # fmt: skip
-    chosen, passed_over = plan.choice
-    notes = dispatch.notes(chosen, plan.call, arguments[0], arguments[1], arguments[3])
-    return Explanation(chosen, passed_over, plan.call, notes)
+    chosen, passed_over = resolved.choice
+    if resolve.runs_plain(resolved) and chosen != "fallback":
+        passed_over = (*passed_over, (chosen, str(resolve.why_no_kernel())))
+        chosen = "fallback"
+    notes = dispatch.notes(chosen, resolved.call, arguments[0], arguments[1], arguments[3])
+    return Explanation(chosen, passed_over, resolved.call, notes)
 
 
 def squeeze(
@@ -489,7 +180,7 @@ def squeeze(
         x: ``[B, C, *spatial]``.
         before, before_affine, lengths: as in :func:`squeeze_excite`.
         backend: as in :func:`squeeze_excite`. ``torch.func`` transforms, as forward-mode AD,
-            always run on the reference.
+            always run on the fallback.
 
     Returns:
         ``[B, C]`` in the dtype of x, summed in float32 (float64 for float64). Differentiable,
@@ -498,45 +189,53 @@ def squeeze(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
+    if not isinstance(x, Tensor) and has_torch_function((x,)):
+        return handle_torch_function(
+            squeeze, (x,), x, before=before, before_affine=before_affine, lengths=lengths,
+            backend=backend,
+        )  # fmt: skip
     validation.check_input(x)
     affine_scale = affine_shift = None
-    parameter = x
+    parameters: dict[str, Tensor | None] = {}
+    cast_to = None
     if before_affine is not None:
         validation.check_affine(x, before_affine)
         names = ("before_affine[0]", "before_affine[1]")
-        pair: dict[str, Tensor | None] = dict(zip(names, before_affine, strict=True))
+        parameters = dict(zip(names, before_affine, strict=True))
         if reference.autocast_is_on(x.device.type) and x.dtype != torch.float64:
-            pair = _together(x.dtype, pair)
+            cast_to = resolve.parameter_dtype(x.dtype, parameters)
         else:
-            validation.check_same_dtype(x, pair)
-        affine_scale, affine_shift = pair.values()
-        assert affine_scale is not None
-        parameter = affine_scale
+            validation.check_same_dtype(x, parameters)
+        affine_scale, affine_shift = before_affine
     if lengths is not None:
         validation.check_lengths(x, lengths)
-    arguments = (x, affine_scale, affine_shift, lengths)
+    given = x.dtype if affine_scale is None else affine_scale.dtype
     wide = features.is_wide(x, 0, x.shape[1], before_affine is not None)
-    plan = _resolve(
-        "squeeze alone", arguments, parameter, False, (None, None, before, None), None, None, None,
-        before_affine, lengths, False, wide, backend,
+    resolved = resolve.resolve(
+        "squeeze alone", (x, affine_scale, affine_shift, lengths), (x.dtype, cast_to or given),
+        False, (None, None, before, None), None, None, None, before_affine, lengths, False, wide,
+        backend,
     )  # fmt: skip
-    if _is_reference(plan):
-        return reference.squeeze_flat(plan.options, *arguments)
-    chosen = plan.choice.backend
-    if _requires_grad(*arguments[:3]):
-        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, plan.code, chosen)
+    if _is_plain(resolved):
+        return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
+    if parameters:
+        affine_scale, affine_shift = resolve.cast(cast_to, parameters).values()
+    arguments = (x, affine_scale, affine_shift, lengths)
+    chosen = resolved.choice.backend
+    if chosen == "reference":
+        return reference.squeeze_flat(resolved.options, *arguments)
+    if resolve.requires_grad(*arguments[:3]):
+        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, resolved.code, chosen)
         return differentiable
-    z: Tensor = autograd.squeeze_op(chosen)(*arguments, plan.code)
+    z: Tensor = autograd.squeeze_op(chosen)(*arguments, resolved.code)
     return z
 
 
-def _is_reference(plan: _Plan) -> bool:
-    """Whether a half is computed by the reference: so chosen, or under a transform that its
-    Functions, which are plain ones, do not know."""
-    return (
-        plan.choice.backend == "reference"
-        or fwAD._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
+def _is_plain(resolved: resolve.ResolvedCall) -> bool:
+    """Whether a half is computed by the plain composition: also under a transform of torch.func,
+    which the halves' Functions do not know."""
+    return resolve.runs_plain(resolved) or (
+        resolved.choice.backend != "reference" and torch._C._are_functorch_transforms_active()
     )
 
 
@@ -568,6 +267,11 @@ def channel_scale(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
+    if not isinstance(x, Tensor) and has_torch_function((x,)):
+        return handle_torch_function(
+            channel_scale, (x,), x, u, gate=gate, before=before, before_affine=before_affine,
+            after=after, residual=residual, alpha=alpha, beta=beta, backend=backend,
+        )  # fmt: skip
     validation.check_input(x)
     validation.check_tensor("u", u)
     batch, channels = x.shape[:2]
@@ -585,7 +289,7 @@ def channel_scale(
     if before_affine is not None:
         validation.check_affine(x, before_affine)
         affine_scale, affine_shift = before_affine
-    tensors: dict[str, Tensor | None] = {
+    parameters: dict[str, Tensor | None] = {
         "u": u,
         "alpha": alpha,
         "beta": beta,
@@ -594,27 +298,36 @@ def channel_scale(
     }
     if residual is not None:
         validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
+    dtype, cast_to = x.dtype, None
     if reference.autocast_is_on(x.device.type):
-        x, tensors, residual = _autocast(x, tensors, residual, u)
+        dtype, cast_to = resolve.promoted_dtypes(x, parameters, residual, u)
     else:
-        validation.check_same_dtype(x, {**tensors, "residual": residual})
-    given, *rest = tensors.values()
-    assert given is not None
-    alpha, beta, affine_scale, affine_shift = rest
-    arguments = (x, given, residual, alpha, beta, affine_scale, affine_shift)
+        validation.check_same_dtype(x, {**parameters, "residual": residual})
     wide = features.is_wide(x, 0, u.shape[1], before_affine is not None)
-    plan = _resolve(
-        "channel_scale alone", arguments, given, u.shape[1] != channels,
-        (None, gate, before, after), residual, alpha, beta, before_affine, None, False, wide,
-        backend,
+    resolved = resolve.resolve(
+        "channel_scale alone", (x, u, residual, alpha, beta, affine_scale, affine_shift),
+        (dtype, cast_to or u.dtype), u.shape[1] != channels, (None, gate, before, after), residual,
+        alpha, beta, before_affine, None, False, wide, backend,
     )  # fmt: skip
-    if _is_reference(plan):
-        return reference.channel_scale_flat(plan.options, *arguments)
-    chosen = plan.choice.backend
-    if _requires_grad(*arguments):
-        differentiable: Tensor = autograd.ChannelScaleFunction.apply(*arguments, plan.code, chosen)
+    if _is_plain(resolved):
+        return fallback.channel_scale(
+            x, u, gate=gate, before=before, before_affine=before_affine, after=after,
+            residual=residual, alpha=alpha, beta=beta,
+        )  # fmt: skip
+    x = x.to(dtype)
+    if residual is not None:
+        residual = residual.to(dtype)
+    pre_gate, *rest = resolve.cast(cast_to, parameters).values()
+    arguments = (x, pre_gate, residual, *rest)
+    chosen = resolved.choice.backend
+    if chosen == "reference":
+        return reference.channel_scale_flat(resolved.options, *arguments)
+    if resolve.requires_grad(*arguments):
+        differentiable: Tensor = autograd.ChannelScaleFunction.apply(
+            *arguments, resolved.code, chosen
+        )
         return differentiable
-    y: Tensor = autograd.channel_scale_op(chosen)(*arguments, plan.code, False)[0]
+    y: Tensor = autograd.channel_scale_op(chosen)(*arguments, resolved.code, False)[0]
     return y
 
 

@@ -13,15 +13,18 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from . import api, dispatch
-from .forms import Form, Mlp, Refusal, changed, find, one_line, watched
+from . import api, dispatch, resolve
+from .forms import Form, Mlp, Refusal, find, hook_reason, one_line, own_parameter, stale_reason
 from .neighbours import Block, recognise_block
 from .pointwise import POINTWISE
 from .recognise import recognise
 from .reference import autocast_is_on
+from .tensors import foreign_class, wrapper_class
+from .validation import DTYPES
 
 
 class Entry(NamedTuple):
@@ -67,20 +70,20 @@ class _Fused(nn.Module):
         if form is None:
             return self._original.forward(self, *args, **kwargs)
         plain, more, lengths = _take_lengths(form, args, kwargs)
-        reason = _unexpected(form, self, plain, more)
-        if isinstance(form, Block):
-            y = NotImplemented if reason is not None else self._run_block(form, args[0])
-            # The original forward calls the squeeze-and-excitation module, which has its own say.
-            return self._original.forward(self, *args, **kwargs) if y is NotImplemented else y
-        if reason is not None:
-            if backend is not None:
-                dispatch.only_reference(f"this {self._original.__name__}: {reason}", backend)
-            return self._original.forward(self, *args, **kwargs)
-        x = args[0]
-        if isinstance(form, Mlp):
-            return _excite(self, form, x, lengths=lengths)
-        u = form.excite(self, api.squeeze(x, backend=backend))
-        return api.channel_scale(x, u, gate=form.gate, backend=backend)
+        reason = _call_reason(form, self, plain, more, backend)
+        y: Any = NotImplemented
+        if reason is None:
+            x = args[0]
+            if isinstance(form, Block):
+                y = self._run_block(form, x)
+            elif isinstance(form, Mlp):
+                y = _excite(self, form, x, lengths=lengths)
+            else:
+                u = form.excite(self, api.squeeze(x, backend=backend))
+                y = api.channel_scale(x, u, gate=form.gate, backend=backend)
+        elif not isinstance(form, Block):  # whose squeeze-and-excitation has its own say
+            dispatch.refuse_kernels(f"this {self._original.__name__}: {reason}", backend)
+        return self._original.forward(self, *args, **kwargs) if y is NotImplemented else y
 
     def _run_block(self, block: Block, x: Tensor) -> Any:
         try:
@@ -88,9 +91,11 @@ class _Fused(nn.Module):
         except KeyError:  # taken out
             return NotImplemented
         form = se._senet_form if isinstance(se, _Fused) else None
-        if not isinstance(form, Mlp) or watched(se) or changed(se, form.parts):
+        if not isinstance(form, Mlp) or hook_reason(se) or stale_reason(se, form.parts):
             return NotImplemented
-        return block.run(block, self, x, partial(_excite, se, form))
+        if not dispatch.may_run_kernels(x.device.type, se._senet_backend):
+            return NotImplemented
+        return block.run(block, self, x, partial(_excite_within, se, form))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, where pickle and copy cannot find it by name.
@@ -107,30 +112,52 @@ def _excite(
     after: str | None = None,
     residual: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Tensor:
-    """A module's operation, with the steps around it that its block adds."""
-    if x.dim() not in form.ranks:  # a Sequential that reshapes on the way
-        return POINTWISE[after or "identity"].fn(module(POINTWISE[before or "identity"].fn(x)))
+) -> Any:
+    """A module's operation, with the steps around it that its block adds; NotImplemented where
+    nothing fused computes it."""
+    own = module.__dict__
     fc1 = None if form.fc1 is None else find(module, form.fc1)
     fc2 = find(module, form.fc2)
     if form.residual is not None:
         residual = form.residual(module, x)
     if form.lengths is not None and lengths is not None:
         lengths = form.lengths(x, lengths)
-    return api.squeeze_excite(
-        x,
-        None if fc1 is None else fc1.weight,
-        None if fc1 is None else fc1.bias,
-        fc2.weight,
-        fc2.bias,
-        activation=form.activation,
-        gate=form.gate,
-        before=before,
-        after=after,
-        residual=residual,
-        lengths=lengths,
-        backend=module._senet_backend,
-    )
+    backend = own["_senet_backend"]
+    try:
+        return resolve.run(
+            x,
+            None if fc1 is None else own_parameter(fc1, "weight"),
+            None if fc1 is None else own_parameter(fc1, "bias"),
+            own_parameter(fc2, "weight"),
+            own_parameter(fc2, "bias"),
+            (form.activation, form.gate, before, after),
+            None, residual, None, None, lengths, False, backend,
+        )  # fmt: skip
+    except (TypeError, ValueError):
+        if dispatch.requested_backend(backend) != "auto":
+            raise
+        return NotImplemented  # not a call the operation takes: the original's business
+
+
+def _excite_within(
+    module: Any,
+    form: Mlp,
+    x: Tensor,
+    *,
+    before: str | None = None,
+    after: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The same inside a block that is half computed already: step by step where nothing fused
+    computes it."""
+    y: Any = NotImplemented
+    if _mlp_reason(form, module, x) is None:
+        y = _excite(module, form, x, before=before, after=after, residual=residual)
+    if y is NotImplemented:
+        y = module(POINTWISE[before or "identity"].fn(x))
+        y = POINTWISE[after or "identity"].fn(y if residual is None else y + residual)
+    result: Tensor = y
+    return result
 
 
 def _take_lengths(form: Form | Block, args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
@@ -143,22 +170,56 @@ def _take_lengths(form: Form | Block, args: Any, kwargs: Any) -> tuple[Any, Any,
     return args, kwargs, None
 
 
-def _unexpected(form: Form | Block, module: Any, args: Any, kwargs: Any) -> str | None:
-    """What is unlike the calls, or the module, the form was recognised for."""
+def _call_reason(
+    form: Form | Block, module: Any, args: Any, kwargs: Any, backend: str | None
+) -> str | None:
+    """Why the original forward runs: what is unlike the calls, or the module, that the form was
+    recognised for, or that nothing fused runs here."""
     if len(args) != 1 or kwargs:
         return "it was called with other arguments than x"
     x = args[0]
     if not isinstance(x, Tensor):  # torch.fx traces the original
         return f"x is a {type(x).__name__}"
+    if not dispatch.may_run_kernels(x.device.type, backend):
+        return f"nothing fused runs by default on device type {x.device.type!r}"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
-    reason = changed(module, form.parts)
-    if reason is None and isinstance(form, Mlp):
-        dtype = find(module, form.fc2).weight.dtype
-        # Outside autocast the original casts, or raises what its user knows.
-        if x.dtype != dtype and not autocast_is_on(x.device.type):
-            return f"x is {x.dtype}, its parameters are {dtype}"
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return resolve.why_no_kernel()
+    reason = stale_reason(module, form.parts)
+    if reason is None:
+        # resolve.run asks the same of a whole operation, before it computes anything.
+        reason = _mlp_reason(form, module, x) if isinstance(form, Mlp) else _no_kernel_reason(x)
     return reason
+
+
+def _no_kernel_reason(x: Tensor) -> str | None:
+    """Why no kernel takes part, whatever is computed of x; asked before a part of it is."""
+    if x.dtype not in DTYPES or x.is_nested or x.layout != torch.strided:
+        return f"x is a {x.dtype} tensor of layout {x.layout}"
+    kind = wrapper_class(x)
+    return resolve.why_no_kernel() if kind is None else f"x is a {kind}"
+
+
+def _mlp_reason(form: Mlp, module: Any, x: Tensor) -> str | None:
+    """What of x or of the layers is not as the operation takes it."""
+    first = find(module, form.fc1 or form.fc2)
+    weight = own_parameter(first, "weight")
+    kind = foreign_class(weight)
+    if kind is None and form.fc1 is not None:
+        kind = foreign_class(own_parameter(find(module, form.fc2), "weight"))
+    if kind is not None:
+        return f"its layers have weights of class {kind}"
+    if x.dim() not in form.ranks:  # a Sequential that reshapes on the way
+        return f"x has {x.dim()} dimensions"
+    if x.shape[1] != weight.shape[1]:
+        return f"x has {x.shape[1]} channels, its layers have {weight.shape[1]}"
+    if autocast_is_on(x.device.type):
+        return None if form.autocast else "it does not compute as autocast would have it"
+    # Outside autocast the original casts, or raises what its user knows.
+    if x.dtype != weight.dtype:
+        return f"x is {x.dtype}, its parameters are {weight.dtype}"
+    return None
 
 
 _CLASSES: dict[type[nn.Module], type[_Fused]] = {}

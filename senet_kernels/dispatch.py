@@ -1,8 +1,11 @@
 """Which backend runs a call, and why.
 
 Argument, then :func:`use_backend`, then the environment variable ``SENET_KERNELS_BACKEND``, then
-automatic: the first backend in ``ORDER`` that takes the call, the reference at last, passing over
-those in ``ONLY_BY_NAME``. A backend chosen explicitly never falls back: it runs or raises.
+automatic: the first backend in ``ORDER`` that takes the call, passing over those in
+``ONLY_BY_NAME``. A backend chosen explicitly never falls back: it runs or raises.
+
+``fallback`` is PyTorch's own operators, and takes every legal call. So does ``reference``, the
+oracle, which runs only when asked for by name.
 """
 
 from __future__ import annotations
@@ -20,8 +23,12 @@ from . import features
 from .backends import native, triton
 from .features import Call
 
-#: In order of preference. The reference takes every legal call.
-ORDER: tuple[str, ...] = ("native", "triton", "reference")
+#: Backends with kernels.
+KERNELS: tuple[str, ...] = ("native", "triton")
+#: What the automatic choice takes the first of.
+ORDER: tuple[str, ...] = (*KERNELS, "fallback")
+#: All that can be asked for by name.
+NAMES: tuple[str, ...] = (*ORDER, "reference")
 #: Backends that run on a device type only when asked for by name, and why.
 ONLY_BY_NAME: dict[tuple[str, str], str] = {
     (backend, device): f"its kernels have not yet run on a GPU; backend={backend!r} tries them"
@@ -41,7 +48,7 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run the call; the message says why."""
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """The outcome of a choice: the backend, and why each one before it was passed over."""
 
     backend: str
@@ -52,8 +59,8 @@ def check_backend_name(backend: str | None, source: str) -> str:
     """``"auto"`` or a known backend; ``source`` names the culprit in the error."""
     if backend is None:
         return "auto"
-    if backend not in (*ORDER, "auto"):
-        raise ValueError(f"{source}: expected one of auto, {', '.join(ORDER)}, got {backend!r}")
+    if backend not in (*NAMES, "auto"):
+        raise ValueError(f"{source}: expected one of auto, {', '.join(NAMES)}, got {backend!r}")
     return backend
 
 
@@ -66,7 +73,7 @@ def requested_backend(argument: str | None) -> str:
 
 def why_not(backend: str, call: Call) -> str | None:
     """Why ``backend`` cannot run ``call``; None when it can."""
-    if backend == "reference":
+    if backend not in _MODULES:
         return None
     return features.missing_feature(backend, call) or _unavailable(backend, call.device)
 
@@ -80,7 +87,7 @@ def _unavailable(backend: str, device: str) -> str | None:
     return reason
 
 
-def choose(call: Call, requested: str) -> Choice:
+def choose(call: Call, requested: str) -> BackendChoice:
     """Pick the backend for ``call``.
 
     Raises:
@@ -92,14 +99,31 @@ def choose(call: Call, requested: str) -> Choice:
             raise BackendUnavailableError(
                 f"backend={requested!r} was asked for and cannot run this call: {reason}"
             )
-        return Choice(requested, ())
+        return BackendChoice(requested, ())
     passed_over: tuple[tuple[str, str], ...] = ()
     for backend in ORDER:
         reason = why_not(backend, call) or ONLY_BY_NAME.get((backend, call.device))
         if reason is None:
-            return Choice(backend, passed_over)
+            return BackendChoice(backend, passed_over)
         passed_over = (*passed_over, (backend, reason))
-    raise AssertionError("the reference takes every call")
+    raise AssertionError("the fallback takes every call")
+
+
+def may_run_kernels(device: str, backend: str | None) -> bool:
+    """Whether a call on a device type, with this backend asked for, may be other than PyTorch's own
+    operators: a quick no for machines and devices where nothing is fused."""
+    requested = _forced if backend is None else backend
+    if requested is not None and requested != "auto":
+        return requested != "fallback"
+    for name in ORDER:
+        if (
+            (name, device) not in ONLY_BY_NAME
+            and name in _MODULES
+            and _unavailable(name, device) is None
+            and (name, device) in features.COLUMNS
+        ):
+            return True
+    return False
 
 
 def notes(backend: str, call: Call, x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
@@ -108,14 +132,14 @@ def notes(backend: str, call: Call, x: Tensor, w1: Tensor | None, w2: Tensor) ->
     return () if say is None else tuple(say(x, w1, w2, call.options, call.affine))
 
 
-def only_reference(what: str, argument: str | None) -> None:
-    """Refuse a backend asked for by name where there is nothing but the reference.
+def refuse_kernels(what: str, argument: str | None) -> None:
+    """Refuse kernels asked for by name where there is no other way than PyTorch's own operators.
 
     Raises:
-        BackendUnavailableError: ``argument``, or what stands in for it, names another backend.
+        BackendUnavailableError: ``argument``, or what stands in for it, names a kernel backend.
     """
     requested = requested_backend(argument)
-    if requested not in ("auto", "reference"):
+    if requested in KERNELS:
         raise BackendUnavailableError(f"backend={requested!r} was asked for and cannot run {what}")
 
 
@@ -148,7 +172,10 @@ class Backends(Mapping[str, bool]):
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
-        self.details: dict[str, str] = {"reference": "plain PyTorch, every device and dtype"}
+        self.details: dict[str, str] = {
+            "fallback": "PyTorch's own operators in the dtype of x, where no kernel takes a call",
+            "reference": "the oracle: PyTorch in float32 or float64, by name alone",
+        }
         for name, module in _MODULES.items():
             devices = [device for backend, device in features.COLUMNS if backend == name]
             reason = module.UNAVAILABLE
@@ -158,7 +185,7 @@ class Backends(Mapping[str, bool]):
                 self.details[name] = module.describe()
             else:
                 self.reasons[name] = reason
-        self.available: dict[str, bool] = {name: name not in self.reasons for name in ORDER}
+        self.available: dict[str, bool] = {name: name not in self.reasons for name in NAMES}
 
     def __getitem__(self, name: str) -> bool:
         return self.available[name]

@@ -1,4 +1,4 @@
-"""The feature table: what each backend fuses, and what it leaves to the reference.
+"""The feature table: what each backend fuses, and what it leaves to the fallback.
 
 This table is the decision: dispatch asks it, ``backends()`` and ``explain()`` print it, and a
 test exercises every cell. A backend adds a column; a feature adds a row.
@@ -15,7 +15,7 @@ from .backends import triton
 from .pointwise import ACTIVATIONS, GATES, Options
 
 FUSED = "fused"
-FALLS_BACK = "falls back"  # auto: to the reference; asked for by name: raises, saying why
+FALLS_BACK = "falls back"  # auto: to the fallback; asked for by name: raises, saying why
 
 #: Columns: (backend, device type). Triton has one for the CPU under its interpreter.
 COLUMNS: tuple[tuple[str, str], ...] = (
@@ -116,7 +116,7 @@ class Call(NamedTuple):
     inplace: bool
     huge: bool = False  # see is_huge
     wide: bool = False  # see is_wide
-    subclass: str | None = None  # whose operators are its own, see api._subclass
+    subclass: str | None = None  # whose operators are its own, see tensors.wrapper_class
 
 
 def required_features(call: Call) -> list[str]:
@@ -159,10 +159,10 @@ def missing_feature(backend: str, call: Call) -> str | None:
 
 def format_table() -> str:
     """The feature table as text, a line per feature."""
-    heads = [f"{backend} ({device})" for backend, device in COLUMNS] + ["reference"]
+    heads = [f"{backend} ({device})" for backend, device in COLUMNS]
     width = max(map(len, FEATURES))
-    lines = ["  ".join([" " * width, *heads])]
+    lines = ["  ".join([" " * width, *heads, "fallback", "reference"])]
     for name, cells in FEATURES.items():
-        padded = [cell.ljust(len(head)) for cell, head in zip(cells, heads, strict=False)]
-        lines.append("  ".join([name.ljust(width), *padded, "yes"]).rstrip())
+        padded = [cell.ljust(len(head)) for cell, head in zip(cells, heads, strict=True)]
+        lines.append("  ".join([name.ljust(width), *padded, "yes".ljust(len("fallback")), "yes"]))
     return "\n".join(lines)

@@ -1,9 +1,8 @@
 """Multiply-adds of the fused operations, for ``torch.utils.flop_counter``.
 
 Importing this module registers the formulas: from then on ``FlopCounterMode`` counts the two
-layers of an excitation as it counts them in eager PyTorch. (Modules need no formula: the counter
-hooks them, and a hooked ``FusedSEBlock`` calls its layers one by one.) It is not imported with the
-package, because torch's counter is not imported with torch.
+layers of an excitation as it counts them in eager PyTorch. The package imports it as soon as
+torch's counter is imported, which itself costs Triton's import.
 """
 
 from __future__ import annotations

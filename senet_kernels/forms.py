@@ -7,8 +7,12 @@ does, to be checked for changes before each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import itemgetter
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -23,12 +27,18 @@ class Refusal(Exception):
 
 
 class Part(NamedTuple):
-    """A child whose work the fused operation does, and what it was when recognised."""
+    """A child whose work the fused operation does, and what it was when recognised.
+
+    ``names`` are the attributes that decide what it computes, read at once by ``read``: one call
+    and one comparison before each call of the module.
+    """
 
     path: Path  # (): the module itself, which may have become a subclass
     kind: type[nn.Module]
     children: int
-    setting: float | str | None  # the argument of an activation or dropout
+    names: tuple[str, ...]
+    read: Callable[[dict[str, Any]], tuple[Any, ...]]
+    values: tuple[Any, ...]
 
 
 class Mlp(NamedTuple):
@@ -43,6 +53,8 @@ class Mlp(NamedTuple):
     ranks: tuple[int, ...] = (4,)  # numbers of dimensions of x it was recognised for
     # Its second argument, `lengths`, as squeeze_excite takes it; None: it has no such argument.
     lengths: Callable[[Tensor, Tensor], Tensor] | None = None
+    # Whether it follows autocast; one that leaves it, or casts by itself, runs there as it is.
+    autocast: bool = True
 
 
 class Halves(NamedTuple):
@@ -101,18 +113,22 @@ def pointwise_name(module: nn.Module) -> str | None:
     return name
 
 
-def watched(module: nn.Module) -> str | None:
+def hook_reason(module: nn.Module) -> str | None:
     """Why a module must really be called rather than computed elsewhere; None if it need not."""
-    if "forward" in module.__dict__:
+    facts = module.__dict__
+    if "forward" in facts:
         return "has its own forward"
     if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        facts["_forward_hooks"]
+        or facts["_forward_pre_hooks"]
+        or facts["_backward_hooks"]
+        or facts["_backward_pre_hooks"]
     ):
         return "has hooks"
     return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def not_a_matrix(layer: nn.Module) -> str | None:
@@ -139,41 +155,103 @@ def find(module: nn.Module, path: Path) -> Foreign:
     return module
 
 
-def changed(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
-    """What has happened to a recognised module since, so that its own forward must run."""
-    if _has_any_global_hook():
-        return "a global module hook is registered"
-    for path, kind, children, setting in parts:
-        try:
-            part = find(module, path)
-        except KeyError:
-            return f"its child {'.'.join(path)} is gone"
-        if len(part._modules) != children:
-            return f"{'its child ' + '.'.join(path) if path else 'it'} has other children"
-        if not path:
-            continue
-        if type(part) is not kind:
-            return f"its child {'.'.join(path)} is a {type(part).__name__}"
-        if setting is not None and _setting(part) != setting:
-            return f"its child {'.'.join(path)} is now {part!r}"
-        reason = watched(part)
-        if reason is not None:
-            return f"its child {'.'.join(path)} {reason}"
-    return None
+# Attributes that say nothing of what a module computes, or that its parameters say better (pruners
+# change extents on purpose), or that are read when a norm is called all the same.
+_IGNORED = frozenset((
+    "training", "inplace", "in_channels", "out_channels", "in_features", "out_features",
+    "num_features", "eps", "momentum",
+))  # fmt: skip
+_SETTINGS = (int, float, complex, str, type(None), torch.dtype, torch.device, FunctionType,
+             BuiltinFunctionType, type)  # fmt: skip
 
 
-def _setting(module: nn.Module) -> float | str | None:
-    if isinstance(module, nn.LeakyReLU):
-        return module.negative_slope
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p
-    return module.approximate if isinstance(module, nn.GELU) else None
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, _SETTINGS)
 
 
 def part_of(module: nn.Module, path: Path) -> Part:
     """The child at ``path`` as it is now."""
     child = find(module, path)
-    return Part(path, type(child), len(child._modules), _setting(child))
+    settings = {
+        name: value
+        for name, value in vars(child).items()
+        if not name.startswith("_") and name not in _IGNORED and _is_setting(value)
+    }
+    # Hooks of the module itself fire as ever: it is called.
+    hooks: dict[str, Any] = {name: {} for name in (_HOOKS if path else ())}
+    facts = {**settings, **hooks}
+    names = tuple(facts)
+    read = itemgetter(*names) if len(names) > 1 else partial(_read_few, names)
+    return Part(path, type(child), len(child._modules), names, read, tuple(facts.values()))
+
+
+def _read_few(names: tuple[str, ...], facts: dict[str, Any]) -> tuple[Any, ...]:
+    """What ``itemgetter`` does not give as a tuple: one value, or none."""
+    return tuple(facts[name] for name in names)
+
+
+def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
+    """What has happened to a recognised module since, so that its own forward must run."""
+    if _has_any_global_hook():
+        return "a global module hook is registered"
+    compiling = torch.compiler.is_compiling()
+    for part in parts:
+        child: Foreign = module
+        try:
+            for name in part.path:
+                child = child.__dict__["_modules"][name]
+            facts = child.__dict__
+            as_it_was = (
+                (_same_one_by_one(child, part) if compiling else part.read(facts) == part.values)
+                and len(facts["_modules"]) == part.children
+                and (not part.path or (type(child) is part.kind and "forward" not in facts))
+            )
+        except (AttributeError, KeyError):  # None in a child's place
+            as_it_was = False
+        if not as_it_was:
+            return _what_is_new(module, part)
+    return None
+
+
+def _same_one_by_one(child: Foreign, part: Part) -> bool:
+    """The comparison of settings as Dynamo can trace and guard it."""
+    for name, value in zip(part.names, part.values, strict=True):
+        if name not in _HOOKS and getattr(child, name) != value:
+            return False
+    return not part.path or hook_reason(child) is None
+
+
+def _what_is_new(module: nn.Module, part: Part) -> str:
+    its = f"its child {'.'.join(part.path)}" if part.path else "it"
+    try:
+        child = find(module, part.path)
+    except KeyError:
+        return f"{its} is gone"
+    if len(child._modules) != part.children:
+        return f"{its} has other children"
+    if part.path:
+        if type(child) is not part.kind:
+            return f"{its} is a {type(child).__name__}"
+        reason = hook_reason(child)
+        if reason is not None:
+            return f"{its} {reason}"
+    facts = vars(child)
+    for name, value in zip(part.names, part.values, strict=True):
+        if name not in facts:
+            return f"{its} has no attribute {name!r} any more"
+        if facts[name] != value:
+            return f"{its} has {name}={facts[name]!r}, had {value!r} when it was fused"
+    return f"{its} is not what it was"
+
+
+def own_parameter(layer: Foreign, name: str) -> Any:
+    """``getattr(layer, name)``, which is slow to find a parameter: it looks elsewhere first."""
+    try:
+        return layer.__dict__["_parameters"][name]
+    except KeyError:  # made by hand, or by a hook
+        return getattr(layer, name)
 
 
 def descendants(module: nn.Module) -> Iterator[tuple[Path, nn.Module]]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from . import validation
 from .forms import pointwise_name
@@ -162,8 +162,13 @@ class TorchvisionSE(FusedSEBlock):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
         """``[B, C, H, W]`` as :class:`FusedSEBlock`; three dimensions are one image, not 1-D."""
+        if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx: of either rank
+            return super().forward(x[None].flatten(0, -4), residual, lengths).view_as(x)
         if x.dim() == 3:
-            return super().forward(x[None], *args, **kwargs)[0]
-        return super().forward(x, *args, **kwargs)
+            residual = None if residual is None else residual[None]
+            return super().forward(x[None], residual, lengths)[0]
+        return super().forward(x, residual, lengths)

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import handle_torch_function, has_torch_function
 
-from . import api, dispatch, validation
+from . import api, dispatch, fallback, resolve, validation
+from .forms import hook_reason, own_parameter
 from .pointwise import POINTWISE, check_name
+from .tensors import foreign_class
 
 #: What computes the gate: two layers; one of C by C (effective SE, arXiv:1911.06667); two that
 #: share a weight; or nothing, the gate being a constant.
@@ -40,10 +43,10 @@ class _TiedConv2d(nn.Module):
         return F.conv2d(h, weight.transpose(0, 1), self.bias)
 
 
-def _not_plain(layer: nn.Module) -> str | None:
+def _call_reason(layer: nn.Module) -> str | None:
     """Why a child must really be called rather than computed by the fused op; None if it need not.
 
-    The fused op computes what an unwatched 1x1 convolution computes.
+    The fused op computes what a 1x1 convolution without hooks computes.
     """
     facts = layer.__dict__  # a third of the time that as many attributes of a module take
     if type(layer) is nn.Conv2d:
@@ -52,27 +55,17 @@ def _not_plain(layer: nn.Module) -> str | None:
             return "is not a plain 1x1 convolution"
     elif type(layer) is not _TiedConv2d:
         return f"is a {type(layer).__name__}"
-    if "forward" in facts:
-        return "has its own forward"
-    if (
-        facts["_forward_hooks"]
-        or facts["_forward_pre_hooks"]
-        or facts["_backward_hooks"]
-        or facts["_backward_pre_hooks"]
-    ):
-        return "has hooks"
-    return None
+    return hook_reason(layer)
 
 
 _NO_PADDING = ((0, 0), "valid", "same")
 
 
-def _own(layer: nn.Module, name: str) -> Any:
-    """``getattr(layer, name)``, which is slow to find a parameter: it looks elsewhere first."""
-    try:
-        return layer.__dict__["_parameters"][name]
-    except KeyError:  # made by hand, or by a hook
-        return getattr(layer, name)
+def _check_no_lengths(lengths: Any) -> None:
+    if has_torch_function((lengths,)) and not isinstance(lengths, Tensor):  # torch.fx: asks later
+        handle_torch_function(_check_no_lengths, (lengths,), lengths)
+    elif lengths is not None:
+        raise ValueError("lengths: expected None with excitation='constant' (nothing is averaged)")
 
 
 class FusedSEBlock(nn.Module):
@@ -184,36 +177,68 @@ class FusedSEBlock(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """``[B, C, *spatial] -> [B, C, *spatial]``; see :func:`senet_kernels.squeeze_excite`."""
-        own = self.__dict__  # as in _not_plain
+        own = self.__dict__  # as in _call_reason
         fc1: Any = own["_modules"].get("fc1")
         fc2: Any = own["_modules"].get("fc2")
         if fc2 is None:
-            return self._scale_and_shift(x, residual, lengths)
-        watched = "has hooks" if _has_any_global_hook() else None
+            return self._constant(x, residual, lengths)
+        hooked = "has hooks" if _has_any_global_hook() else None
         for name, layer in (("fc1", fc1), ("fc2", fc2)):
-            reason = None if layer is None else _not_plain(layer) or watched
+            reason = None if layer is None else _call_reason(layer) or hooked
             if reason is not None:
-                dispatch.only_reference(f"this block: its child {name} {reason}", self.backend)
-                return self._layer_by_layer(x, residual, lengths)
-        w1 = None if fc1 is None else _own(fc1, "weight")
-        b1 = None if fc1 is None else _own(fc1, "bias")
-        w2 = fc1.weight.flatten(1).t() if type(fc2) is _TiedConv2d else _own(fc2, "weight")
-        return api.squeeze_excite(
-            x, w1, b1, w2, _own(fc2, "bias"),
-            activation=own["activation"], gate=own["gate"], before=own["before"],
-            after=own["after"], residual=residual, alpha=_own(self, "alpha"),
-            beta=_own(self, "beta"), lengths=lengths, backend=own["backend"],
+                return self._layer_by_layer(f"its child {name} {reason}", x, residual, lengths)
+        w1 = None if fc1 is None else own_parameter(fc1, "weight")
+        b1 = None if fc1 is None else own_parameter(fc1, "bias")
+        tied = type(fc2) is _TiedConv2d
+        w2 = w1 if tied else own_parameter(fc2, "weight")
+        kind = foreign_class(w1) or foreign_class(w2)
+        if kind is not None:
+            return self._layer_by_layer(f"its weights are of {kind}", x, residual, lengths)
+        if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx records the layers
+            return self._layer_by_layer(f"x is a {type(x).__name__}", x, residual, lengths)
+        if tied:
+            w2 = w2.flatten(1).t()
+        b2, alpha, beta = (
+            own_parameter(fc2, "bias"), own_parameter(self, "alpha"), own_parameter(self, "beta"),
         )  # fmt: skip
+        y: Any = resolve.run(
+            x, w1, b1, w2, b2, (own["activation"], own["gate"], own["before"], own["after"]), None,
+            residual, alpha, beta, lengths, False, own["backend"],
+        )  # fmt: skip
+        if y is NotImplemented:
+            y = fallback.squeeze_excite(
+                x, w1, b1, w2, b2, activation=self.activation, gate=self.gate, before=self.before,
+                after=self.after, residual=residual, alpha=alpha, beta=beta, lengths=lengths,
+            )  # fmt: skip
+        result: Tensor = y
+        return result
+
+    def _width(self) -> int | None:
+        """C as the layers have it, whatever the block was made with: pruners change them. None
+        where they do not say: a child that was replaced, a weight that is flattened or lazy."""
+        owned = self._parameters if self.fc2 is None else (self.fc1 or self.fc2)._parameters
+        weight = owned.get("alpha" if self.fc2 is None else "weight")
+        axis = 0 if self.fc2 is None else 1
+        if weight is None or nn.parameter.is_lazy(weight) or weight.dim() <= axis:
+            return None
+        return int(weight.shape[axis]) * int(getattr(self.fc1 or self.fc2, "groups", 1))
 
     def _check_channels(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) and has_torch_function((x,)):
+            return
         validation.check_input(x)
-        if x.shape[1] != self.channels:
+        width = self._width()
+        if width is not None and x.shape[1] != width:
             raise ValueError(
-                f"x: expected [B, {self.channels}, *spatial], as this block has "
-                f"channels={self.channels}, got shape {list(x.shape)}"
+                f"x: expected [B, {width}, *spatial], as this block's layers have {width} "
+                f"channels, got shape {list(x.shape)}"
             )
 
-    def _layer_by_layer(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def _layer_by_layer(
+        self, reason: str, x: Tensor, residual: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        """The block with its children called, as hooks, quantised weights and torch.fx want it."""
+        dispatch.refuse_kernels(f"this block: {reason}", self.backend)
         self._check_channels(x)
         z = api.squeeze(x, before=self.before, lengths=lengths, backend=self.backend)
         h = z[:, :, None, None]
@@ -227,14 +252,9 @@ class FusedSEBlock(nn.Module):
             residual=residual, alpha=self.alpha, beta=self.beta, backend=self.backend,
         )  # fmt: skip
 
-    def _scale_and_shift(
-        self, x: Tensor, residual: Tensor | None, lengths: Tensor | None
-    ) -> Tensor:
+    def _constant(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Tensor:
         self._check_channels(x)
-        if lengths is not None:
-            raise ValueError(
-                "lengths: expected None with excitation='constant' (nothing is averaged)"
-            )
+        _check_no_lengths(lengths)
         assert self.alpha is not None
         assert self.beta is not None
         u = torch.cat((self.alpha, self.beta)).expand(x.shape[0], -1)
@@ -263,9 +283,11 @@ class FusedSEBlock(nn.Module):
         if getattr(self, "excitation", "two") != "two":  # subclasses may print themselves early
             shown.insert(0, f"excitation={self.excitation!r}")
         if self.hidden is not None:
-            shown.insert(0, f"hidden={self.hidden}")
+            hidden = self.fc1._parameters.get("weight")
+            known = hidden is not None and not nn.parameter.is_lazy(hidden) and hidden.dim() > 1
+            shown.insert(0, f"hidden={hidden.shape[0] if known else self.hidden}")
         if self.alpha is not None and self.excitation != "constant":
             shown.append("weighted_sum=True")
         if self.backend is not None:
             shown.append(f"backend={self.backend!r}")
-        return ", ".join([f"channels={self.channels}", *shown])
+        return ", ".join([f"channels={self._width() or self.channels}", *shown])

@@ -20,12 +20,12 @@ from .forms import (
     Part,
     Path,
     Refusal,
-    changed,
     class_name,
     find,
+    hook_reason,
     part_of,
     pointwise_name,
-    watched,
+    stale_reason,
 )
 from .pointwise import ACTIVATIONS
 
@@ -73,7 +73,7 @@ def _is_idle(drop_path: Foreign | None) -> bool:
     if drop_path is None:
         return True
     known = class_name(drop_path) == "timm.layers.drop.DropPath" and not drop_path.training
-    return (known or type(drop_path) is nn.Identity) and watched(drop_path) is None
+    return (known or type(drop_path) is nn.Identity) and hook_reason(drop_path) is None
 
 
 def _resnet(act: str, run: Run) -> Callable[[Foreign], Block]:
@@ -338,7 +338,7 @@ def recognise_block(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Bl
                 raise Refusal("its excitation is not computed by squeeze_excite")
         except (AttributeError, KeyError) as error:
             raise Refusal(f"it is not built as expected: {error}") from error
-    reason = changed(module, block.parts)
+    reason = stale_reason(module, block.parts)
     if reason is not None:
         raise Refusal(reason)
     return block

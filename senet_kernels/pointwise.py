@@ -9,6 +9,7 @@ CONTRIBUTING.md has a worked example. ``code`` is what ops and C++ receive (the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,18 @@ from torch import Tensor
 
 
 class Pointwise(NamedTuple):
-    """One row: the number kernels know it by, where it may stand, and its definition."""
+    """One row: the number kernels know it by, where it may stand, and its definition.
+
+    ``in_place`` computes the same over its argument. ``eager`` is one operator of PyTorch that is
+    cheaper than the definition and differs from it in rounding.
+    """
 
     code: int
     is_activation: bool
     is_gate: bool
     fn: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor] | None = None
+    eager: Callable[[Tensor], Tensor] | None = None
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -45,19 +52,26 @@ def _hardsigmoid_02(x: Tensor) -> Tensor:
     return torch.where((y >= 0) & (y <= 1), y, torch.clamp(y, 0.0, 1.0))
 
 
+def _over(fn: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of ``torch.nn.functional`` in place."""
+    return partial(fn, inplace=True)
+
+
+_GELU_ = torch.ops.aten.gelu_
+
 POINTWISE: dict[str, Pointwise] = {
-    #                           code  activation gate   definition
-    "identity": Pointwise(0, True, True, _identity),
-    "relu": Pointwise(1, True, True, F.relu),
-    "relu6": Pointwise(2, True, False, F.relu6),
-    "silu": Pointwise(3, True, False, F.silu),
-    "gelu": Pointwise(4, True, False, F.gelu),
-    "gelu_tanh": Pointwise(5, True, False, _gelu_tanh),
-    "hardswish": Pointwise(6, True, False, F.hardswish),
-    "leaky_relu": Pointwise(7, True, False, F.leaky_relu),  # slope 0.01
-    "mish": Pointwise(8, True, False, F.mish),
+    #                           code  activation gate   definition, in place, eager
+    "identity": Pointwise(0, True, True, _identity, _identity),
+    "relu": Pointwise(1, True, True, F.relu, _over(F.relu)),
+    "relu6": Pointwise(2, True, False, F.relu6, _over(F.relu6)),
+    "silu": Pointwise(3, True, False, F.silu, _over(F.silu)),
+    "gelu": Pointwise(4, True, False, F.gelu, _GELU_),
+    "gelu_tanh": Pointwise(5, True, False, _gelu_tanh, partial(_GELU_, approximate="tanh")),
+    "hardswish": Pointwise(6, True, False, F.hardswish, _over(F.hardswish)),
+    "leaky_relu": Pointwise(7, True, False, F.leaky_relu, _over(F.leaky_relu)),  # slope 0.01
+    "mish": Pointwise(8, True, False, F.mish, _over(F.mish)),
     "sigmoid": Pointwise(9, False, True, torch.sigmoid),
-    "hardsigmoid": Pointwise(10, False, True, _hardsigmoid),
+    "hardsigmoid": Pointwise(10, False, True, _hardsigmoid, None, F.hardsigmoid),
     "hardsigmoid_02": Pointwise(11, False, True, _hardsigmoid_02),
     "tanh": Pointwise(12, False, True, torch.tanh),
 }

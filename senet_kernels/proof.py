@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .forms import (
     LINEAR,
@@ -21,12 +22,12 @@ from .forms import (
     class_name,
     descendants,
     find,
+    hook_reason,
     not_a_matrix,
     one_line,
     own_input,
     part_of,
     parts_of,
-    watched,
 )
 from .pointwise import ACTIVATIONS, GATES, POINTWISE
 
@@ -64,8 +65,10 @@ def layers_of(module: nn.Module) -> list[Path] | None:
 
 @contextmanager
 def _surroundings() -> Iterator[None]:
-    """Those that a proof is about, whatever a model is converted under."""
+    """Those that a proof is about, whatever a model is converted under: fake tensors, a tracer or a
+    counter of operators are modes."""
     with (
+        _disable_current_modes(),
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
         torch.inference_mode(False),
@@ -88,7 +91,7 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         Refusal: no form, or more than one, gives what the module gives.
     """
     for path, child in descendants(module):
-        reason = watched(child)
+        reason = hook_reason(child)
         if path not in paths and (child._parameters or child._buffers):
             reason = "has parameters or buffers of its own"
         if any(p.is_complex() for p in child._parameters.values() if p is not None):
@@ -157,7 +160,29 @@ def prove(module: nn.Module, paths: list[Path]) -> Mlp:
         ranks.append(rank)
     if found is None:
         raise Refusal(why)
-    return found._replace(ranks=tuple(ranks))
+    return found._replace(ranks=tuple(ranks), autocast=_follows_autocast(double, x))
+
+
+def _follows_autocast(double: nn.Module, x: Tensor) -> bool:
+    """Whether a module leaves its dtypes to autocast, as the operation does: one that casts by
+    itself takes two dtypes without autocast, one that leaves autocast gives another dtype in it."""
+    single, low = copy.deepcopy(double).float(), x.bfloat16()
+    with torch.no_grad():
+        try:
+            single.forward(low)
+        except Exception:  # dtypes do not mix
+            pass
+        else:
+            return False
+        for given in (low, x.float()):
+            try:
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = single.forward(given)
+            except Exception:  # then it is for the original to fail
+                return False
+            if y.dtype != given.dtype:
+                return False
+    return True
 
 
 def _forms_of(

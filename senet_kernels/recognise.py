@@ -19,7 +19,6 @@ from .forms import (
     Mlp,
     Path,
     Refusal,
-    changed,
     class_name,
     find,
     not_a_matrix,
@@ -27,9 +26,11 @@ from .forms import (
     part_of,
     parts_of,
     pointwise_name,
+    stale_reason,
 )
 from .pointwise import ACTIVATIONS, GATES
 from .proof import layers_of, prove, sounds_like_se
+from .tensors import foreign_class
 
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
@@ -218,7 +219,21 @@ def recognise(module: nn.Module) -> Form | None:
             raise Refusal(f"it is not built as {class_name(module)} is: {error}") from error
     if "forward" in module.__dict__:
         raise Refusal("it has its own forward")
-    reason = changed(module, form.parts)
+    if isinstance(form, Mlp):
+        _check_weights(module, form)
+    if not form.parts or form.parts[0].path:  # flags of its own, that the reader has looked at
+        form = form._replace(parts=(part_of(module, ()), *form.parts))
+    reason = stale_reason(module, form.parts)
     if reason is not None:
         raise Refusal(reason)
     return form
+
+
+def _check_weights(module: nn.Module, form: Mlp) -> None:
+    """Refuse quantised weights and their like, which know what a layer means to them. A DTensor may
+    be a shard that is gathered before each call."""
+    for path in filter(None, (form.fc1, form.fc2)):
+        weight = find(module, path).weight
+        kind = foreign_class(weight)
+        if kind is not None and not type(weight).__module__.startswith("torch.distributed."):
+            raise Refusal(f"its child {'.'.join(path)} has a weight of class {kind}")

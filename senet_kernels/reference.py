@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation in plain PyTorch: the definition, the oracle, and the last fallback.
+"""Squeeze-and-excitation in plain PyTorch: the definition, and the oracle of the kernels.
 
 Everything is composed of differentiable torch operations: any device, any floating dtype, any
 layout, double backward, forward-mode AD and ``torch.func`` transforms work. bfloat16 and float16
@@ -53,7 +53,7 @@ def _outside_autocast(
     return wrapper
 
 
-def _per_channel(v: Tensor, ndim: int) -> Tensor:
+def per_channel(v: Tensor, ndim: int) -> Tensor:
     """``[C]`` or ``[B, C]`` -> broadcastable against ``[B, C, *spatial]``."""
     lead = 1 if v.dim() == 1 else v.shape[0]
     return v.reshape(lead, v.shape[-1], *([1] * (ndim - 2)))
@@ -63,30 +63,38 @@ def _prologue(x: Tensor, before: str, before_affine: tuple[Tensor, Tensor] | Non
     """``before(a_c x + b_c)`` in the accumulation dtype."""
     q = x.to(accumulate_dtype(x.dtype))
     if before_affine is not None:
-        a, b = (_per_channel(v.to(q.dtype), x.dim()) for v in before_affine)
+        a, b = (per_channel(v.to(q.dtype), x.dim()) for v in before_affine)
         q = a * q + b
     return POINTWISE[before].fn(q)
 
 
 def _mean_over_space(p: Tensor, lengths: Tensor | None) -> Tensor:
-    """``[B, C, *spatial] -> [B, C]``; with lengths, over the first ``lengths[b]`` positions.
+    """``[B, C, *spatial] -> [B, C]``; with lengths, over the first ``lengths[b]`` positions."""
+    if lengths is None:
+        return p.mean(dim=tuple(range(2, p.dim())))
+    return masked_mean(p, lengths)
+
+
+def masked_mean(p: Tensor, lengths: Tensor) -> Tensor:
+    """Mean over the first ``lengths[b]`` positions, ``[B, C]`` in the accumulation dtype.
 
     A length outside ``0..S`` gives NaN, and so does an empty mean, as ``torch.mean`` does.
     """
-    if lengths is None:
-        return p.mean(dim=tuple(range(2, p.dim())))
+    dtype = accumulate_dtype(p.dtype)
     positions = p[0, 0].numel() if p.numel() else p.shape[2:].numel()
     counted = torch.arange(positions, device=p.device) < lengths[:, None]
     counted = counted.reshape(p.shape[0], 1, *p.shape[2:])
-    total = torch.where(counted, p, 0.0).sum(dim=tuple(range(2, p.dim())))
-    n = torch.where((lengths >= 0) & (lengths <= positions), lengths, 0).to(p.dtype)
+    total = torch.where(counted, p, 0.0).sum(dim=tuple(range(2, p.dim())), dtype=dtype)
+    n = torch.where((lengths >= 0) & (lengths <= positions), lengths, 0).to(dtype)
     return torch.where(n > 0, 1.0, torch.nan)[:, None] * total / n.clamp(min=1)[:, None]
 
 
-def _matrix(w: Tensor) -> Tensor:
+def matrix(w: Tensor) -> Tensor:
     """``[R, C]`` out of a weight with trailing extents of 1, so that its gradient comes back with
     the weight's own strides (channels-last 1x1 convolutions too: DDP compares them)."""
-    if w.dim() > 2 and w.stride(-1) == w.shape[1]:
+    if w.dim() == 2:
+        return w
+    if w.stride(-1) == w.shape[1]:
         w = w.movedim(1, -1)
         return w.reshape(w.shape[0], w.shape[-1])
     return w.reshape(w.shape[0], w.shape[1])
@@ -103,7 +111,7 @@ def _excite(
     """``u = W2 activation(W1 z + b1) + b2``; with ``w1`` None, ``u = W2 z + b2``."""
 
     def linear(v: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        out = v @ _matrix(w).to(v.dtype).t()
+        out = v @ matrix(w).to(v.dtype).t()
         return out if b is None else out + b.to(v.dtype)
 
     h = z if w1 is None else POINTWISE[activation].fn(linear(z, w1, b1))
@@ -126,9 +134,9 @@ def _apply_scale(
         scale = beta.to(p.dtype) * scale
     if alpha is not None:
         scale = alpha.to(p.dtype) + scale
-    y = p * _per_channel(scale, p.dim())
+    y = p * per_channel(scale, p.dim())
     if u.shape[1] == 2 * channels:
-        y = y + _per_channel(u[:, channels:], p.dim())
+        y = y + per_channel(u[:, channels:], p.dim())
     if residual is not None:
         y = y + residual.to(p.dtype)
     return POINTWISE[after].fn(y)

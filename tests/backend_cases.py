@@ -1,7 +1,7 @@
 """The backends under test: the one place that lists them.
 
-Each column of the feature table is a backend on a device; the reference is tested on the CPU and
-on every device that has a column. A test asks for the ``backend`` fixture, which fails or skips
+Each column of the feature table is a backend on a device; the reference and the fallback are tested
+on the CPU and on every device that has a column. A test asks for the ``backend`` fixture, which fails or skips
 where the backend cannot run, and is never given what the table says a backend does not take.
 """
 
@@ -17,8 +17,10 @@ import pytest
 import torch
 
 import cuda_on_cpu
-from senet_kernels import backends, features
+import senet_kernels
+from senet_kernels import features
 from senet_kernels.backends import native
+from senet_kernels.dispatch import KERNELS, NAMES
 from senet_kernels.pointwise import ACTIVATIONS, GATES
 from senet_kernels.validation import DTYPES
 
@@ -40,8 +42,8 @@ class BackendCase:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
     def takes(self, *rows: str) -> bool:
-        """Whether the feature table has all these rows as fused; the reference takes any."""
-        if self.name == "reference":
+        """Whether the feature table has all these rows as fused; what is plain PyTorch takes any."""
+        if self.name in PLAIN:
             return True
         columns = [features.COLUMNS.index((self.name, self.device))]
         if self.simulated and (self.name, "cuda") in features.COLUMNS:
@@ -71,18 +73,25 @@ def dtype_row(dtype: torch.dtype) -> str:
 
 
 DEVICES = tuple(dict.fromkeys(["cpu", *(device for _, device in features.COLUMNS)]))
+#: Backends of PyTorch's own operators.
+PLAIN = tuple(name for name in NAMES if name not in KERNELS)
 REFERENCES = tuple(BackendCase("reference", device) for device in DEVICES)
+FALLBACKS = tuple(BackendCase("fallback", device) for device in DEVICES)
 SIMULATED = BackendCase("native", "cpu", simulated=True)
 FUSED_BACKENDS = (*(BackendCase(name, device) for name, device in features.COLUMNS), SIMULATED)
-BACKENDS = (*REFERENCES, *FUSED_BACKENDS)
+#: Those that keep the promises of accuracy and of special values; the fallback's are eager's own.
+EXACT_BACKENDS = (*REFERENCES, *FUSED_BACKENDS)
+BACKENDS = (*REFERENCES, *FALLBACKS, *FUSED_BACKENDS)
 
 
-def dtype_cases(dtypes: Iterable[torch.dtype] = DTYPES) -> list[Any]:
+def dtype_cases(
+    dtypes: Iterable[torch.dtype] = DTYPES, backends: Iterable[BackendCase] = EXACT_BACKENDS
+) -> list[Any]:
     """``(backend, dtype)`` for every dtype each backend takes."""
     wanted = tuple(dtypes)
     return [
         pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
-        for backend in BACKENDS
+        for backend in backends
         for dtype in wanted
         if dtype in backend.dtypes
     ]
@@ -104,7 +113,7 @@ def require(backend: BackendCase) -> None:
         pytest.skip(missing)
     if backend.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    reason = backends().reasons.get(backend.name)
+    reason = senet_kernels.backends().reasons.get(backend.name)
     if reason is None and backend.name == "native" and (
         missing := native.unavailable_on(backend.device)
     ):  # fmt: skip

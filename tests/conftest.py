@@ -26,7 +26,7 @@ import torch
 import senet_kernels
 from backend_cases import BackendCase, require
 from operations import CountOperations
-from senet_kernels import api, dispatch
+from senet_kernels import dispatch, resolve
 from senet_kernels.backends import triton
 
 THREADS = 2
@@ -159,9 +159,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[BackendCase]:
 def automatic(backend: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that name no backend run on this one, which others may be preferred to, or which runs
     only when asked for by name."""
-    monkeypatch.setattr(dispatch, "ORDER", (backend.name, "reference"))
+    monkeypatch.setattr(dispatch, "ORDER", (backend.name, "fallback"))
     monkeypatch.delitem(dispatch.ONLY_BY_NAME, (backend.name, backend.device), raising=False)
-    monkeypatch.setattr(api, "_PLANS", {})
+    monkeypatch.setattr(resolve, "_RESOLVED", {})
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from backend_cases import BACKENDS, BackendCase
+from backend_cases import EXACT_BACKENDS, BackendCase
 from problems import DENSE_LAYOUTS, LAYOUTS, Spec, build, check, pairwise
 from senet_kernels import squeeze_excite
 
@@ -60,7 +60,7 @@ def _covering(backend: BackendCase) -> list[Spec]:
 def _params(specs: Callable[[BackendCase], list[Spec]]) -> list[Any]:
     return [
         pytest.param(backend, spec, id=f"{backend}-{spec}")
-        for backend in BACKENDS
+        for backend in EXACT_BACKENDS
         for spec in specs(backend)
         if spec.fits(backend)
     ]
@@ -201,7 +201,7 @@ def test_thread_counts(
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_space"])
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS, indirect=True, ids=str)
 def test_no_gradient_needed(backend: BackendCase, layout: str) -> None:
     spec = Spec(layout=layout, residual="channels_last", after="relu", device=backend.device)
     problem = build(spec)
@@ -224,7 +224,7 @@ def test_images_beyond_a_cores_cache(backend: BackendCase, layout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 3, 512, 512), (1, 300, 128, 130), (300, 33, 17, 3)])
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS, indirect=True, ids=str)
 def test_large(backend: BackendCase, layout: str, shape: tuple[int, ...]) -> None:
     for options, dtype in zip(_BLOCKS, itertools.cycle(backend.dtypes), strict=False):
         spec = replace(Spec(shape, 16, dtype, layout, device=backend.device), **options)

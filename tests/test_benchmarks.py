@@ -36,7 +36,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.compiling import NO_TIME, CompileAccount
 from policies import PLAN
-from senet_kernels import api, backends, dispatch, use_backend
+from senet_kernels import resolve, backends, dispatch, use_backend
 
 CPU = torch.device("cpu")
 LAYER = ("layers", "--network", "lc0_10x128", "--batch", "1", "--layout", "contiguous",
@@ -351,7 +351,7 @@ def test_calls_that_name_no_backend(
         pytest.skip("the native backend is not available")
     assert providers.backend_to_ask_for(CPU) == "auto"
     monkeypatch.setitem(dispatch.ONLY_BY_NAME, ("native", "cpu"), "in this test")
-    monkeypatch.setattr(api, "_PLANS", {})
+    monkeypatch.setattr(resolve, "_RESOLVED", {})
     code, record = run(*MODEL)
     assert (code, record["environment"]["backend"]) == (0, "native")
     assert "senet_kernels::native_forward" in record_ops()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from backend_cases import BACKENDS, BackendCase
+from backend_cases import EXACT_BACKENDS, BackendCase
 from problems import Spec, build
 from senet_kernels import squeeze_excite
 
@@ -50,7 +50,7 @@ _SPECS = (
 def _cases(dtypes: Iterable[torch.dtype]) -> list[Any]:
     return [
         pytest.param(backend, spec, id=f"{backend}-{spec}")
-        for backend in BACKENDS
+        for backend in EXACT_BACKENDS
         for spec in (replace(s, dtype=dtype) for dtype in dtypes for s in _SPECS)
         if spec.fits(backend)
     ]

@@ -21,14 +21,14 @@ from backend_cases import FUSED_BACKENDS, BackendCase
 from problems import HALVES, Spec, build
 from senet_kernels import (
     BackendUnavailableError,
-    api,
     backends,
     explain,
+    resolve,
     squeeze_excite,
     use_backend,
 )
 from senet_kernels.backends import native
-from senet_kernels.dispatch import ENVIRONMENT_VARIABLE, ORDER
+from senet_kernels.dispatch import ENVIRONMENT_VARIABLE, NAMES, ORDER
 from senet_kernels.features import COLUMNS, FALLS_BACK, FEATURES, FUSED
 
 each_fused = pytest.mark.parametrize("backend", FUSED_BACKENDS, indirect=True, ids=str)
@@ -92,10 +92,10 @@ def test_halves_choose_as_the_whole_does(
     assert record_ops() == (ours if taken else set())
 
 
-def test_halves_without_the_library_run_on_the_reference(no_native: str) -> None:
+def test_halves_without_the_library_fall_back(no_native: str) -> None:
     for part in HALVES:
         problem = build(Spec(part=part))
-        results = [problem.run(squeeze_excite, backend=b) for b in (None, "reference")]
+        results = [problem.run(squeeze_excite, backend=b) for b in (None, "fallback")]
         for name, value in results[0].items():
             assert torch.equal(value, results[1][name])
         with pytest.raises(BackendUnavailableError, match=no_native):
@@ -131,9 +131,9 @@ def test_environment_variable(value: str | None) -> None:
 
 def test_backends_are_a_mapping() -> None:
     there = dict(backends())
-    assert list(there) == list(ORDER)
-    assert len(backends()) == len(ORDER)
-    assert there["reference"] is True
+    assert list(there) == list(NAMES)
+    assert len(backends()) == len(NAMES)
+    assert there["reference"] is there["fallback"] is True
 
 
 def test_environment_variable_is_checked() -> None:
@@ -149,7 +149,7 @@ def no_native(monkeypatch: pytest.MonkeyPatch) -> str:
     """As on an installation without the compiled library."""
     reason = "the compiled library is not installed: no compiler was found"
     monkeypatch.setattr(native, "UNAVAILABLE", reason)
-    monkeypatch.setattr("senet_kernels.api._PLANS", {})
+    monkeypatch.setattr("senet_kernels.resolve._RESOLVED", {})
     return reason
 
 
@@ -160,7 +160,7 @@ def test_unavailable_backend_is_refused_with_the_reason(no_native: str) -> None:
     with use_backend("native"), pytest.raises(BackendUnavailableError, match=no_native):
         problem.call(squeeze_excite)
     answer = problem.call(explain)
-    assert answer.backend == "reference"
+    assert answer.backend == "fallback"
     assert dict(answer.passed_over)["native"] == no_native
     assert not backends()["native"]
     assert backends().reasons["native"] == no_native
@@ -169,7 +169,7 @@ def test_unavailable_backend_is_refused_with_the_reason(no_native: str) -> None:
 
 def test_automatic_falls_back_to_the_same_result(no_native: str) -> None:
     problem = build(Spec(residual="contiguous", after="relu"))
-    results = [problem.run(squeeze_excite, backend=b) for b in (None, "auto", "reference")]
+    results = [problem.run(squeeze_excite, backend=b) for b in (None, "auto", "fallback")]
     for result in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, result[name])
@@ -179,7 +179,7 @@ def test_automatic_falls_back_to_the_same_result(no_native: str) -> None:
 def native_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not backends()["native"]:
         pytest.skip("the compiled library is not there")
-    monkeypatch.setattr(api, "_PLANS", {})
+    monkeypatch.setattr(resolve, "_RESOLVED", {})
 
 
 @pytest.mark.usefixtures("native_on_cpu")
@@ -204,7 +204,7 @@ def test_usual_calls_are_not_checked_twice(
     def checked(*args: Any) -> None:
         raise AssertionError("checked")
 
-    monkeypatch.setattr(api, "_prepare", checked)
+    monkeypatch.setattr(resolve, "prepare", checked)
     for backend in (None, "auto"):
         assert torch.equal(call(backend=backend), expected)
     with use_backend("auto"):

@@ -67,7 +67,7 @@ def test_works_without_the_library(pure_python: Path) -> None:
         _CALL
         + """
 assert not sk.backends()["native"]
-assert sk.explain(x, w, None, w.T, None).backend == "reference"
+assert sk.explain(x, w, None, w.T, None).backend == "fallback"
 for call in (lambda: sk.squeeze_excite(x, w, None, w.T, None, backend="native"),
              lambda: sk.NativeSEFunction.apply(x, w, None, w.T, None)):
     try:

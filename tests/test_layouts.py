@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import oracle
-from backend_cases import BACKENDS, BackendCase
+from backend_cases import EXACT_BACKENDS, BackendCase
 from problems import LAYOUTS, Spec, build, check, lay_out
 from senet_kernels import squeeze_excite
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+each_backend = pytest.mark.parametrize("backend", EXACT_BACKENDS, indirect=True, ids=str)
 
 _EMPTY = {
     "B=0": Spec((0, 6, 4, 5), 3),

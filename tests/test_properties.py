@@ -17,13 +17,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import fuzz
-from backend_cases import BACKENDS, BackendCase, require
+from backend_cases import EXACT_BACKENDS, BackendCase, require
 from random_calls import RandomCall, calls, check_call, plans_of
 from senet_kernels.features import COLUMNS as FEATURE_COLUMNS
 
 # Calls in the gate; the others take a fiftieth of a second and more for each.
 FEW = {"native": 120, "reference": 60, "simulated-cuda": 40, "triton": 12}
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+each_backend = pytest.mark.parametrize("backend", EXACT_BACKENDS, ids=str)
 
 
 def _draw_and_check(backend: BackendCase, examples: int) -> int:

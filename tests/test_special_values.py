@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from backend_cases import BACKENDS, BackendCase, dtype_cases
+from backend_cases import EXACT_BACKENDS, BackendCase, dtype_cases
 from problems import Problem, Spec, build
 from senet_kernels import channel_scale, squeeze, squeeze_excite
 from special import by_rule, in_float32, kinds, nan_derivative, scalar, vectorised
@@ -43,7 +43,7 @@ _VALUES = (math.nan, math.inf, -math.inf)
 def _cases() -> list[Any]:
     return [
         pytest.param(backend, spec, id=f"{backend}-{spec}")
-        for backend in BACKENDS
+        for backend in EXACT_BACKENDS
         for dtype in backend.dtypes
         if dtype != torch.float64
         for options in _SPECS
@@ -180,7 +180,7 @@ def test_large_logits(backend: BackendCase, dtype: torch.dtype, size: float) -> 
         assert torch.equal(results["dx"], problem.dy * scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS, indirect=True, ids=str)
 def test_half_overflows_only_when_stored(backend: BackendCase) -> None:
     """p * scale + residual may pass 65504 on the way; the result may not be infinite for it."""
     if torch.float16 not in backend.dtypes:
@@ -200,7 +200,7 @@ def test_half_overflows_only_when_stored(backend: BackendCase) -> None:
     assert torch.equal(mean, torch.full_like(x[:, :, 0, 0], 40000.0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS, indirect=True, ids=str)
 def test_halves_of_the_block_pass_nan_on(backend: BackendCase) -> None:
     if not backend.takes("squeeze alone", "channel_scale alone"):
         pytest.skip("the feature table leaves the halves to the reference")
@@ -220,7 +220,7 @@ def test_halves_of_the_block_pass_nan_on(backend: BackendCase) -> None:
 
 @pytest.mark.parametrize("value", [-3.0, -4.0])
 @pytest.mark.parametrize("upstream", [math.nan, math.inf])
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS, indirect=True, ids=str)
 def test_hardswish_is_flat_up_to_minus_three(
     backend: BackendCase, upstream: float, value: float
 ) -> None:
@@ -236,7 +236,7 @@ def test_hardswish_is_flat_up_to_minus_three(
 
 @pytest.mark.parametrize("part", ["whole", "squeeze"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True, ids=str)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS, indirect=True, ids=str)
 def test_lengths_of_none_and_of_all(backend: BackendCase, layout: str, part: str) -> None:
     """An empty mean is NaN, in its own image alone, and passes no gradient to any position; what
     lies beyond a length is not looked at."""

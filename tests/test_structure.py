@@ -21,13 +21,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("convert", "layers", "modules"),
     ("recognise", "proof", "neighbours", "forms"),
     ("api",),
+    ("fallback", "resolve"),
     ("dispatch", "autograd"),
     ("validation",),
     ("features",),
     ("backends.native", "backends.triton"),
     ("ops",),
     ("reference",),
-    ("pointwise", "_command_line", "_libraries", "_version", "backends"),
+    ("pointwise", "tensors"),
+    ("_after_import", "_command_line", "_libraries", "_version", "backends"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 #: Loaded at the first call, when the layers above their own are long there.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from senet_kernels.convert import Entry, report
-from senet_kernels.forms import Foreign, Refusal, class_name, pointwise_name, watched
+from senet_kernels.forms import Foreign, Refusal, class_name, hook_reason, pointwise_name
 from senet_kernels.modules import FusedSEBlock
 from senet_kernels.neighbours import source_hash
 
@@ -53,7 +53,7 @@ def _why_not_ours(block: Foreign, kind: _Kind) -> str | None:
             return f"its child {name} is a {type(child).__name__}"
     for name in (*kind.activations, *kind.passes):
         child = getattr(block, name, None)
-        reason = None if child is None else watched(child)
+        reason = None if child is None else hook_reason(child)
         if reason is not None:
             return f"its child {name} {reason}"
     return None

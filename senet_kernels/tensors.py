@@ -1,0 +1,59 @@
+"""What kind of tensor an argument is: kernels read the memory of plain ones alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+#: Classes whose operators are PyTorch's own, without asking further. None: no tensor.
+PLAIN_TYPES = frozenset((Tensor, nn.Parameter, type(None)))
+# Stand-ins for plain tensors while something is traced: raw ops have fake kernels for them.
+_STAND_INS = (FakeTensor, FunctionalTensor)
+
+
+def wrapper_class(t: Tensor | None) -> str | None:
+    """The name of t's class where it is made of other tensors (a DTensor, a quantised weight): it
+    knows what PyTorch's operators mean to it, and nothing of ours."""
+    kind: type = type(t)
+    wraps: bool = kind not in PLAIN_TYPES and is_traceable_wrapper_subclass(t)
+    return kind.__name__ if wraps else None
+
+
+def foreign_class(weight: Any) -> str | None:
+    """The name of a weight's class unless it is a plain tensor's.
+
+    Stricter than :func:`wrapper_class`: a layer is a matrix product of what its weight holds only
+    where the weight does not redefine the product.
+    """
+    kind: type = type(weight)
+    if kind in PLAIN_TYPES or issubclass(kind, _STAND_INS):
+        return None
+    return kind.__name__
+
+
+def untraced() -> AbstractContextManager[None]:
+    """Where extents are numbers. While ``torch.jit.trace`` records they are tensors instead, and
+    each comparison of them is warned of."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+        return _NOTHING
+    return _paused()
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _paused() -> Iterator[None]:
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
