@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from senet_kernels._command_line import command, make_writable
 
-from . import records
+from . import extras, records
 from .bench import Bench
 from .layer_run import LayerRun
 from .model_run import ModelRun
@@ -38,8 +37,7 @@ python -m benchmarks COMMAND --help lists the options.
 
 def tables(record: dict[str, Any]) -> None:
     """The tables, where there is something to draw them with."""
-    if not find_spec("rich"):
-        print("no tables: rich is not installed; the record has the figures", file=sys.stderr)
+    if extras.why_left_out("tables") is not None:
         return
     from rich.console import Console
 
@@ -76,10 +74,13 @@ def _resume(run: Bench, old: dict[str, Any], path: Path) -> None:
 def measure(kind: str, argv: Sequence[str]) -> int:
     """One run of ``kind``; the exit code."""
     options = parse(kind, argv)
+    if extras.lacks("figures"):
+        return 2
+    extras.announce("progress bar", "tables", "plots")
     bars: list[Any] = []
 
     def progress(cases: list[Any]) -> Any:
-        if not find_spec("tqdm"):
+        if extras.why_left_out("progress bar") is not None:
             return cases
         from tqdm import tqdm
 

@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment  # torch depends on it
-
 from senet_kernels._command_line import make_writable
 
-from . import digest, plots, records, summary
+from . import digest, extras, plots, records, summary
 from .options import LOCAL_RESULTS
 from .summary import Record
 
@@ -97,6 +95,8 @@ def render(found: Sequence[tuple[Path, Record]], folder: Path) -> str:
         drawn = plots.draw(record, folder / path.name)
         titles = {p: plots.TITLES[record["kind"], p.stem.removeprefix(path.stem)] for p in drawn}
         sections.append(_section(record, path.stem, [(titles[p], p) for p in drawn]))
+    from jinja2 import Environment
+
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text())
     return template.render(records=sections)
 
@@ -107,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=LOCAL_RESULTS, metavar="DIR")
     parser.add_argument("--quiet", action="store_true", help="no tables on the terminal")
     args = parser.parse_args(argv)
+    if extras.lacks("page"):
+        return 2
+    extras.announce(*(() if args.quiet else ("tables",)), "plots")
     paths = args.records or committed()
     try:
         found = [(path, records.read(path)) for path in paths]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
+from senet_kernels._libraries import load
 
 
 def summarise(seconds: Sequence[float]) -> dict[str, float | int]:
@@ -13,6 +13,7 @@ def summarise(seconds: Sequence[float]) -> dict[str, float | int]:
 
     The interval comes from order statistics (binomial ranks), so it assumes no distribution.
     """
+    np = load("numpy")
     ordered = np.sort(np.asarray(seconds)) * 1e6
     n = len(ordered)
     spread = 1.96 * math.sqrt(n) / 2
@@ -37,6 +38,7 @@ def speedup(
 
     Rounds are resampled together, because both were measured in the same rounds.
     """
+    np = load("numpy")
     a, b = np.asarray(baseline), np.asarray(contender)
     n = min(len(a), len(b))
     a, b = a[:n], b[:n]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import senet_kernels
-from senet_kernels.train import TrainError, checkpoint, train
+from senet_kernels.train import TrainError, checkpoint, extras, record, train
 from senet_kernels.train.__main__ import main
 from senet_kernels.train.loop import Learner
 from senet_kernels.train.record import read_rows
@@ -129,6 +129,61 @@ def test_killed_before_the_first_checkpoint(
 
 def _dies(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("where", "error"), [
+    ((Learner, "step"), RuntimeError("CUDA out of memory")),
+    ((Learner, "step"), ValueError("Expected more than 1 value per channel when training")),
+    ((Learner, "train_mode"), KeyError("anything")),
+    ((record.Record, "run"), OSError(28, "No space left on device", "metrics.jsonl")),
+    ((checkpoint, "save"), TrainError("the checkpoint cannot be written")),
+], ids=["out of memory", "one image", "a bug", "full disk", "no checkpoint"])  # fmt: skip
+def test_failed_before_the_first_step(
+    where: tuple[Any, str], error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to keep, and the same command with what was wrong put right is not
+    refused; what else is in the folder stays."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, fails)
+        for name in ("new", "used"):
+            with pytest.raises((type(error), TrainError)):
+                short_run(tmp_path / name, epochs=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+    for name in ("new", "used"):
+        assert short_run(tmp_path / name, epochs=1, stop_after=1)["steps"] == 1
+    # A run that was there, and is gone on with, stays.
+    before = (tmp_path / "new" / "last.pt").read_bytes()
+    monkeypatch.setattr(*where, fails)
+    with pytest.raises((type(error), TrainError)):
+        train({"stop_after": 1}, str(tmp_path / "new"))
+    assert (tmp_path / "new" / "last.pt").read_bytes() == before
+
+
+def test_a_board_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left out, unless it was asked for."""
+
+    def fails(*_: object) -> None:
+        raise TypeError("Descriptors cannot be created directly.\nIf this call came from ...")
+
+    monkeypatch.setattr(record, "_tensorboard", fails)
+    monkeypatch.setattr(extras, "why_not", lambda *_: None)
+    asked = {**SHORT, "epochs": 1, "stop_after": 1, "out": str(tmp_path / "run")}
+    with pytest.raises(TrainError, match="--tensorboard: TypeError: Descriptors cannot"):
+        train({**asked, "tensorboard": True})
+    assert not (tmp_path / "run").exists()
+    del asked["tensorboard"]
+    train(asked)
+    said = capsys.readouterr().out
+    assert "no TensorBoard files: TypeError: Descriptors cannot be created directly.\n" in said
 
 
 def test_auto_resume_finds_the_default_folder(

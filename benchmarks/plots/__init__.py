@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.extras import why_left_out
 from benchmarks.summary import Record
 
 from . import bars, models, roofline, sweep
@@ -25,9 +24,9 @@ TITLES = {
 
 
 def draw(record: Record, path: Path) -> list[Path]:
-    """Write the pictures that the record has figures for beside ``path``; returns their paths."""
-    if not find_spec("matplotlib"):
-        print("no plots: matplotlib is not installed", file=sys.stderr)
+    """Write the pictures that the record has figures for beside ``path``; returns their paths, none
+    without matplotlib."""
+    if why_left_out("plots") is not None:
         return []
     found = []
     for suffix, function in DRAWINGS[record["kind"]]:

@@ -31,15 +31,16 @@ def train(given: dict[str, Any], resume: str | None = None) -> dict[str, Any]:
     Raises:
         TrainError: what the user can put right.
     """
+    asked = {name for name, value in given.items() if value is True}
     path = checkpoint.find(resume, given) if resume else None
     if path is None:
         options = Options.of(given)
         with _surroundings(options) as procs:
             # A run that died before its first checkpoint has nothing to keep.
-            return Run(options, procs, may_replace=resume == "auto").train()
+            return Run(options, procs, may_replace=resume == "auto", asked=asked).train()
     state, options = checkpoint.resumed(path, given)
     with _surroundings(options) as procs:
-        return Run(options, procs, state, path).train()
+        return Run(options, procs, state, path, asked=asked).train()
 
 
 def evaluate(given: dict[str, Any]) -> dict[str, Any]:

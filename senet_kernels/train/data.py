@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+from . import extras
 from .errors import TrainError
 from .options import Options
 
@@ -102,8 +102,7 @@ def load(options: Options) -> Data:
     Raises:
         TrainError: nothing to train on; the message says what was found and what is needed.
     """
-    if not find_spec("PIL"):
-        raise TrainError("--data: Pillow is needed: pip install 'senet-kernels[train]'")
+    extras.check_images(options)
     chosen = [name.strip() for name in options.classes.split(",") if name.strip()]
     data = _digits(chosen, options) if options.data == "digits" else _folder(chosen, options)
     _check(data)
@@ -169,10 +168,6 @@ def _split_files(
 
 def _digits(chosen: list[str], options: Options) -> Data:
     """1797 handwritten digits of 8x8 pixels, part of scikit-learn: nothing is downloaded."""
-    if not find_spec("sklearn"):
-        raise TrainError(
-            "--data digits: scikit-learn is needed: pip install 'senet-kernels[train]'"
-        )
     from sklearn.datasets import load_digits
 
     digits = load_digits()

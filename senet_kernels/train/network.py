@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from senet_kernels._libraries import Unusable, load
 from senet_kernels.models import ResNet, create_model, from_legacy
 
 from .data import Data
@@ -64,11 +65,14 @@ def read(path: str) -> dict[str, Any]:
         TrainError: it cannot be read.
     """
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
+    if path.endswith(".safetensors"):
+        try:
+            safetensors = load("safetensors.torch", "load_file")
+        except Unusable as reason:
+            raise TrainError(f"{path}: safetensors is needed: {reason}") from None
     try:
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
+            return dict(safetensors.load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever loaders make of a broken or foreign file
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .extras import why_no_curves
 from .record import CURVES, Row, read_rows
 
 BLUE, ORANGE, GREY = "#2563eb", "#f59e0b", "#6b7280"
 
 
 def draw(rows: list[Row], path: Path) -> bool:
-    """Loss, accuracy and learning rate over epochs.
+    """Loss, accuracy and learning rate over epochs; matplotlib must import.
 
     Returns:
-        Whether it was drawn: not without a finished epoch, nor without matplotlib.
+        Whether it was drawn: not without a finished epoch.
     """
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    if not epochs or not find_spec("matplotlib"):
+    if not epochs:
         return False
     from matplotlib.figure import Figure
 
@@ -54,10 +54,14 @@ def _mark_stages(axis: Any, epochs: list[Row]) -> None:
 
 def main(folders: list[str]) -> int:
     """Draw the curves of these runs; the exit status."""
+    reason = why_no_curves()
+    if reason is not None:
+        print(f"no curves: {reason}", file=sys.stderr)
+        return 1
     for folder in folders:
         path = Path(folder) / CURVES
         if not draw(read_rows(Path(folder)), path):
-            print(f"{folder}: no finished epoch, or matplotlib is not installed", file=sys.stderr)
+            print(f"{folder}: no finished epoch", file=sys.stderr)
             return 1
         print(path)
     return 0

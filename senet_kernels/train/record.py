@@ -12,11 +12,11 @@ import io
 import json
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from senet_kernels._command_line import make_writable
+from senet_kernels._libraries import one_line
 
 from .errors import TrainError
 
@@ -65,7 +65,7 @@ def check_folder(folder: Path, may_replace: bool) -> None:
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove the files of a run that is being replaced."""
+    """Remove the files of a run that is being replaced, or that failed before it had anything."""
     for name in (METRICS, TABLE, SUMMARY, CURVES, SKIPPED, "last.pt", "best.pt"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / BOARD, ignore_errors=True)
@@ -85,7 +85,7 @@ class Record:
         folder: of the run.
         rows: what is known of it up to the checkpoint that is resumed.
         steps: of that checkpoint, else 0.
-        tensorboard: whether to write TensorBoard's files, where it is installed.
+        tensorboard: whether to write TensorBoard's files; it must import then.
     """
 
     def __init__(self, folder: Path, rows: list[Row], steps: int, tensorboard: bool) -> None:
@@ -94,7 +94,14 @@ class Record:
         write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         self._write_table()
         self._jsonl = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - see close
-        self._board = _tensorboard(folder, steps) if tensorboard else None
+        self._board: Any = None
+        #: Why there are no files of TensorBoard though it imports; None where there are.
+        self.board_failure: str | None = None
+        if tensorboard:
+            try:
+                self._board = _tensorboard(folder, steps)
+            except Exception as error:  # of a library whose files are not needed
+                self.board_failure = one_line(error)
 
     @property
     def epochs(self) -> list[Row]:
@@ -148,8 +155,6 @@ class Record:
 
 
 def _tensorboard(folder: Path, steps: int) -> Any:
-    if not find_spec("tensorboard"):
-        return None
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / BOARD), purge_step=steps + 1 if steps else None)

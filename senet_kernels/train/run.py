@@ -6,9 +6,9 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from senet_kernels import __version__
 
-from . import checkpoint, data, loader, network, plots, record
+from . import checkpoint, data, extras, loader, network, plots, record
 from .checkpoint import Progress
 from .errors import TrainError
 from .loop import Learner, Sums
@@ -37,6 +37,7 @@ class Run:
         state: the content of the checkpoint to go on from, if any.
         path: where that is from.
         may_replace: whether what is in the folder may go.
+        asked: names of the options that were given for this session.
 
     Raises:
         TrainError: whatever is wrong, before training begins.
@@ -50,6 +51,7 @@ class Run:
         path: str = "",
         *,
         may_replace: bool = False,
+        asked: Collection[str] = (),
     ) -> None:
         self.options = options
         self.processes = procs
@@ -58,6 +60,10 @@ class Run:
         self.source = Path(path).parent if state is not None else None
         self.goes_on_here = self.source is not None and _same(self.source, self.folder)
         may_replace = may_replace or options.overwrite or self.goes_on_here
+        # Whatever an optional library does on import, it does before a file is written.
+        self.extras = procs.on_first(lambda: extras.choose(options, asked))
+        procs.on_first(lambda: extras.check_images(options))
+        self.makes_folder = not self.folder.exists()
         procs.on_first(lambda: record.check_folder(self.folder, may_replace))
         network.check(options)
         if options.data != "digits" and options.check != "none":
@@ -89,7 +95,9 @@ class Run:
         self.learner = self._learner(model)
         if state is not None:
             self._restore(state)
-        self.record = self._open_record()
+        self.record: record.Record | None = None
+        with self._no_half_run():
+            self.record = self._open_record("tensorboard" in asked)
 
     def _restore(self, state: State) -> None:
         """All but the weights, which the model had before it was wrapped."""
@@ -106,7 +114,7 @@ class Run:
         statistics = self.data.statistics(self.config["in_chans"])
         return Learner(model, stage, self.options, self.processes, statistics)
 
-    def _open_record(self) -> record.Record | None:
+    def _open_record(self, needs_board: bool) -> record.Record | None:
         if not self.processes.first:
             return None
         steps = self.progress.steps
@@ -116,7 +124,11 @@ class Run:
             record.clear_folder(self.folder)
             if self.source is not None and (self.source / checkpoint.BEST).is_file():
                 shutil.copy(self.source / checkpoint.BEST, self.folder)
-        opened = record.Record(self.folder, rows, steps, self.options.tensorboard)
+        opened = record.Record(self.folder, rows, steps, self.extras.tensorboard)
+        if opened.board_failure is not None:
+            if needs_board:
+                raise TrainError(f"--tensorboard: {opened.board_failure}")
+            self._say(f"no TensorBoard files: {opened.board_failure}")
         opened.run({"steps": steps, **self._description()})
         if self.data.skipped:
             record.write_text(self.folder / record.SKIPPED, "\n".join(self.data.skipped) + "\n")
@@ -144,6 +156,27 @@ class Run:
 
     def train(self) -> record.Row:
         """All that is left of the run; the summary."""
+        with self._no_half_run():
+            return self._train()
+
+    @contextmanager
+    def _no_half_run(self) -> Iterator[None]:
+        """Remove a run that fails before its first step is done: its folder would refuse the next
+        try, and there is nothing in it to keep. One that is interrupted can be resumed."""
+        try:
+            yield
+        except Exception:
+            began = self.goes_on_here or self.session_steps > 0
+            if self.processes.first and not began:
+                if self.record is not None:
+                    self.record.close()
+                record.clear_folder(self.folder)
+                if self.makes_folder:
+                    with suppress(OSError):  # something else is in it
+                        self.folder.rmdir()
+            raise
+
+    def _train(self) -> record.Row:
         self._introduce()
         if not self.goes_on_here:
             self._save()  # to be resumed from, however soon the process dies
@@ -300,8 +333,8 @@ class Run:
             )
         else:
             self._say(f"stopped at step {self.progress.steps}; --resume {self.folder} goes on")
-        if self.record.epochs and not plots.draw(self.record.epochs, self.folder / record.CURVES):
-            self._say("no curves: matplotlib is not installed")
+        if self.extras.curves:
+            plots.draw(self.record.epochs, self.folder / record.CURVES)
         self.record.close()
         return summary
 
@@ -309,6 +342,7 @@ class Run:
 
     def _introduce(self) -> None:
         description = self._description()
+        self._say(*self.extras.notes)
         self._say(
             f"{self.options.model}: {description['parameters']:,} parameters, {self.data}",
             f"batches of {self.batch}, {self.batches.per_epoch} steps an epoch, "
@@ -341,16 +375,14 @@ class Run:
             )
 
     def _bar(self, batches: Any, total: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if not find_spec("tqdm"):
+        if not self.extras.progress or not self.processes.first:
             yield from batches
             return
         from tqdm import tqdm
 
-        shown = self.options.progress and self.processes.first
-        # None: shown on a terminal only.
         yield from tqdm(
             batches, f"epoch {self.progress.epochs + 1}", total, initial=self.progress.step,
-            leave=False, disable=None if shown else True, unit="step",
+            leave=False, disable=None, unit="step",  # None: shown on a terminal only
         )  # fmt: skip
 
     def _say(self, *lines: str) -> None:

@@ -2,7 +2,8 @@
 interpreter (``TRITON_INTERPRET=1`` when the package is imported), which is for tests. Not yet run
 on a GPU: what is known comes from the interpreter and from compiling ahead of time.
 
-Importing this costs neither Triton nor CUDA; both are touched on the first call.
+Importing this costs neither Triton nor CUDA. Triton is imported when it is first asked whether it
+can be used, CUDA is touched on the first call.
 """
 
 from __future__ import annotations
@@ -14,26 +15,19 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from senet_kernels import ops
+from senet_kernels._libraries import why_not
 from senet_kernels.pointwise import Options
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: Device types with kernels.
 DEVICES: tuple[str, ...] = ("cuda", "cpu") if INTERPRETED else ("cuda",)
-
-
-def _is_installed() -> bool:
-    try:
-        return find_spec("triton") is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _why_no_compiler() -> str | None:
@@ -64,14 +58,18 @@ def _why_no_compiler() -> str | None:
     )
 
 
-def _why_unavailable() -> str | None:
-    if not _is_installed():
-        return "Triton is not installed: 'pip install triton', in the version your torch names"
-    return _why_no_compiler()
-
-
 #: Why the Triton backend cannot be used in this process; None when it can.
-UNAVAILABLE: str | None = _why_unavailable()
+UNAVAILABLE: str | None
+
+
+def __getattr__(name: str) -> Any:
+    """``UNAVAILABLE``, found out when it is first read: only importing Triton shows it."""
+    if name != "UNAVAILABLE":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    reason = why_not("triton", "jit", "__version__") or why_not("triton.language", "constexpr")
+    remedy = "'pip install triton', in the version your torch names"
+    globals()[name] = _why_no_compiler() if reason is None else f"{reason}; {remedy}"
+    return globals()[name]
 
 
 def describe() -> str:
@@ -101,8 +99,9 @@ _one_at_a_time = threading.Lock() if INTERPRETED else nullcontext()
 
 def _on_first_call(module: str, op: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        if UNAVAILABLE is not None:
-            raise RuntimeError(f"backend 'triton' is not available: {UNAVAILABLE}")
+        reason = sys.modules[__name__].UNAVAILABLE  # as an attribute: see __getattr__
+        if reason is not None:
+            raise RuntimeError(f"backend 'triton' is not available: {reason}")
         with _one_at_a_time:
             return getattr(importlib.import_module(f"{__name__}.{module}"), op)(*args)
 
