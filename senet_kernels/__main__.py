@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__, _command_line
+from . import __version__, _command_line, parity, trial
 from ._command_line import command
-from ._libraries import load
 from .api import explain
 from .backends.triton.operands import architecture
-from .convert import fuse_se_blocks, unfuse_se_blocks
+from .convert import fuse_se_blocks
 from .dispatch import backends
 from .selftest import run as selftest
 
@@ -54,59 +51,70 @@ def _selftest() -> int:
     return 1 if failures else 0
 
 
-def _fuse(name: str, size: int, batch: int, device: str, seconds: float, neighbours: bool) -> int:
-    """What fuse_se_blocks replaces in a model, how equal the outputs are, and the time of both."""
-    model = _load(name).to(device).eval()
-    _wake(model)
-    shape = [batch, _input_channels(model), size, size]
+def _fuse(
+    name: str, size: int | None, batch: int, device: str, seconds: float, neighbours: bool
+) -> int:
+    """What fuse_se_blocks replaces in a model, how equal the results are, and the time of both."""
+    torch.manual_seed(0)
     try:
-        x = torch.randn(shape, device=device)
-        with torch.no_grad():
-            before = _first_tensor(model(x))
-    except Exception as error:  # of a stranger's model
-        sys.exit(f"model: {name!r} does not run on {shape}: {type(error).__name__}: {error}")
+        model = trial.make(name, device)
+        x, spatial = trial.find_input(model, batch, size, device)
+    except trial.TrialError as error:
+        sys.exit(f"model: {name!r} {error}")
+    parity.wake(model)
     fuse = partial(fuse_se_blocks, neighbours=neighbours)
     report = fuse(model)
     print(report)
     if not report.replaced:
         return 1
     print(_backend_on(device))
-    with torch.no_grad():
-        after = _first_tensor(model(x))
-    difference, tolerance = _difference(before, after), _tolerance(before)
-    print(f"output: largest difference {difference:.1e} of the largest value")
-    if not difference <= tolerance:
-        print(f"output: WRONG: expected a difference of at most {tolerance:.1e}; no times of that")
+    if not _is_right(model, x, [entry.name for entry in report.replaced], fuse):
         return 1
-    for title, step in (("inference", _infer), ("training step", _train)):
+    what = f"batch {batch}, {'x'.join(map(str, spatial)) or 'no positions'}, {device}"
+    for title, step in (("inference", trial.infer), ("training step", trial.train)):
         try:
-            fused, original = _interleaved(model, x, step, fuse, device, seconds)
+            fused, original = trial.times(model, x, step, fuse, seconds)
         except Exception as error:  # as a norm's of one image of one position, in training
             print(f"{title}: does not run: {type(error).__name__}: {error}")
             continue
         print(
             f"{title}: {1e3 * original:.2f} ms before, {1e3 * fused:.2f} ms after, "
-            f"{original / fused:.2f}x (batch {batch}, {size}x{size}, {device})"
+            f"{original / fused:.2f}x ({what})"
         )
     return 0
 
 
-def _difference(before: Tensor, after: Tensor) -> float:
-    """The largest one over the largest finite value; where both have the same infinity, or NaN,
-    there is none. NaN or infinity where only one has them."""
-    if before.shape != after.shape:
-        return math.inf
-    before, after = before.double(), after.double()
-    same = (before == after) | (before.isnan() & after.isnan())
-    difference = (after - before).abs().masked_fill(same, 0)
-    scale = before.nan_to_num(0, 0, 0).abs()
-    return (difference.amax() / scale.amax().clamp_min(1e-30)).item()
-
-
-def _tolerance(y: Tensor) -> float:
-    """Of a whole network's output. On a GPU convolutions that are not ours round to TF32."""
-    exact = 1e-2 if y.is_cuda and torch.backends.cudnn.allow_tf32 else 1e-3
-    return {torch.bfloat16: 3e-2, torch.float16: 1e-2}.get(y.dtype, exact)
+def _is_right(model: nn.Module, x: Tensor, names: list[str], fuse: parity.Fuse) -> bool:
+    """Whether blocks and network give the same as before; says how equal they are."""
+    count, found = parity.blocks(model, x, names, fuse)
+    wrong = [apart for apart in found if not apart.is_right]
+    if found:
+        largest = max((a.apart[0] for a in found), key=lambda d: (math.isnan(d), d))
+        print(
+            f"blocks: largest difference {largest:.1e} of the largest value "
+            f"({count} of {len(names)} compared, with gradients, in eval and training mode)"
+        )
+    else:
+        print(f"blocks: 0 of {len(names)} compared: the model does not call them as modules")
+    for apart in wrong[:3]:
+        print(
+            f"blocks: WRONG: {apart.block or 'the model'}, {apart.what}: {apart.apart[0]:.1e} of "
+            f"the largest value, {apart.apart[1]:.1e} in the mean; expected at most "
+            f"{apart.limit.largest:.1e}, {apart.limit.mean:.1e}"
+        )
+    is_right = not wrong
+    for training, title in ((False, "output"), (True, "output in training mode")):
+        outputs = parity.outputs(model, x, names, fuse, training=training)
+        if outputs is None:  # the line of the training step says why
+            continue
+        print(f"{title}: largest difference {outputs.apart:.1e} of the largest value")
+        if not outputs.is_right:
+            is_right = False
+            reason = outputs.failure or f"expected a difference of at most {outputs.tolerance:.1e}"
+            print(f"{title}: WRONG: {reason}; no times of that")
+        elif outputs.tolerance > outputs.usual:
+            print(f"{title}: rounding alone makes a difference of up to {outputs.noise:.1e} there")
+    return is_right
 
 
 def _backend_on(device: str) -> str:
@@ -117,87 +125,6 @@ def _backend_on(device: str) -> str:
     if answer.backend == "fallback":
         lines += [f"not on {name}: {reason}" for name, reason in answer.passed_over]
     return "\n".join(lines)
-
-
-def _load(name: str) -> nn.Module:
-    source, _, rest = name.partition(":")
-    if not rest:
-        sys.exit(f"model: expected timm:NAME, torchvision:NAME or MODULE:CALLABLE, got {name!r}")
-    try:
-        if source == "timm":
-            model: Any = load("timm").create_model(rest)
-        elif source == "torchvision":
-            model = load("torchvision.models").get_model(rest, weights=None)
-        else:
-            model = getattr(load(source), rest)()
-    except Exception as error:  # whatever a stranger's code raises
-        sys.exit(f"model: {name!r} cannot be made: {type(error).__name__}: {error}")
-    if not isinstance(model, nn.Module):
-        sys.exit(f"model: expected {name!r} to give a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _wake(model: nn.Module) -> None:
-    """Norms that start at zero (timm's and torchvision's ``zero_init_last``) hide from the output
-    whatever comes before them, a wrong block too: one half instead."""
-    for module in model.modules():
-        if not isinstance(module, nn.modules.batchnorm._NormBase):
-            continue
-        weight = getattr(module, "weight", None)
-        if weight is not None and not nn.parameter.is_lazy(weight) and not weight.any():
-            nn.init.constant_(weight, 0.5)
-
-
-def _input_channels(model: nn.Module) -> int:
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    first = next(convolutions, None)
-    return 3 if first is None else first.in_channels
-
-
-def _first_tensor(y: Any) -> Tensor:
-    while not isinstance(y, Tensor):
-        y = next(iter(y.values())) if isinstance(y, dict) else y[0]
-    return y
-
-
-def _infer(model: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        model(x)
-
-
-def _train(model: nn.Module, x: Tensor) -> None:
-    _first_tensor(model(x)).sum().backward()
-    model.zero_grad(set_to_none=True)
-
-
-def _interleaved(
-    model: nn.Module,
-    x: Tensor,
-    step: Callable[[nn.Module, Tensor], None],
-    fuse: Callable[[nn.Module], object],
-    device: str,
-    seconds: float,
-) -> tuple[float, float]:
-    """Median seconds of a step, fused and original, turn by turn."""
-    fused: list[float] = []
-    original: list[float] = []
-    start = time.perf_counter()
-    while len(fused) < 3 or time.perf_counter() - start < seconds:
-        for times, switch in ((original, unfuse_se_blocks), (fused, fuse)):
-            switch(model)
-            model.train(step is _train)
-            step(model, x)
-            _wait(device)
-            begin = time.perf_counter()
-            step(model, x)
-            _wait(device)
-            times.append(time.perf_counter() - begin)
-    return statistics.median(fused), statistics.median(original)
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def _device(text: str) -> str:
@@ -222,7 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     fuse = commands.add_parser("fuse", help="what fuse_se_blocks does to a model: parity, time")
     fuse.add_argument("model", help="timm:NAME, torchvision:NAME or MODULE:CALLABLE")
     count, duration = _command_line.count, _command_line.seconds
-    fuse.add_argument("--size", type=count, default=224, help="of the square input (224)")
+    fuse.add_argument(
+        "--size", type=count, default=None,
+        help="positions of the input per spatial dimension (one: 1024, two: 224, three: 32)",
+    )  # fmt: skip
     fuse.add_argument("--batch", type=count, default=8, help="images (8)")
     fuse.add_argument("--seconds", type=duration, default=10, help="per timing (10)")
     fuse.add_argument("--neighbours", action="store_true", help="the steps around the blocks too")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import senet_kernels.__main__
-from senet_kernels import __version__, backends, convert, selftest, use_backend
+from senet_kernels import __version__, backends, convert, parity, selftest, use_backend
 from senet_kernels.__main__ import main
 from senet_kernels.pointwise import POINTWISE
 from training import needs_images
@@ -144,10 +144,10 @@ def test_the_difference_of_outputs() -> None:
         ([nan, inf, -4.0, 0.0], 0), ([nan, inf, -3.0, 0.0], 0.25), ([nan, inf, -4.0, inf], inf),
         ([nan, -inf, -4.0, 0.0], inf), ([nan, inf, nan, 0.0], nan), ([0.0, inf, -4.0, 0.0], nan),
     ):  # fmt: skip
-        found = senet_kernels.__main__._difference(before, torch.tensor(change))
+        found = parity.difference(before, torch.tensor(change))
         assert found == pytest.approx(difference, nan_ok=True)
-    assert senet_kernels.__main__._difference(torch.zeros(2, dtype=torch.half), before[3:]) == inf
-    assert senet_kernels.__main__._difference(*torch.zeros(2, 3, dtype=torch.half)) == 0
+    assert parity.difference(torch.zeros(2, dtype=torch.half), before[3:]) == inf
+    assert parity.difference(*torch.zeros(2, 3, dtype=torch.half)) == 0
 
 
 _MODEL = """
