@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from . import autograd, dispatch, fallback, features, reference, resolve, validation
 from .pointwise import Options, check_name, pack
+from .tensors import is_proxy, untraced
 
 
 class Explanation(NamedTuple):
@@ -108,7 +109,7 @@ def squeeze_excite(
         ValueError: a shape, name, device or value is wrong; the message names the argument.
         BackendUnavailableError: ``backend`` was chosen explicitly and cannot run this call.
     """
-    if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx records the call
+    if is_proxy(x):  # torch.fx records the call
         recorded: Tensor = handle_torch_function(
             squeeze_excite, (x,), x, w1, b1, w2, b2, activation=activation, gate=gate,
             before=before, before_affine=before_affine, after=after, residual=residual,
@@ -189,11 +190,36 @@ def squeeze(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
-    if not isinstance(x, Tensor) and has_torch_function((x,)):
-        return handle_torch_function(
+    if is_proxy(x):
+        recorded: Tensor = handle_torch_function(
             squeeze, (x,), x, before=before, before_affine=before_affine, lengths=lengths,
             backend=backend,
         )  # fmt: skip
+        return recorded
+    with untraced():
+        resolved, cast_to = _resolve_squeeze(x, before, before_affine, lengths, backend)
+    if _is_plain(resolved):
+        return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
+    affine_scale, affine_shift = resolve.cast(cast_to, *(before_affine or (None, None)))
+    arguments = (x, affine_scale, affine_shift, lengths)
+    chosen = resolved.choice.backend
+    if chosen == "reference":
+        return reference.squeeze_flat(resolved.options, *arguments)
+    if resolve.requires_grad(*arguments[:3]):
+        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, resolved.code, chosen)
+        return differentiable
+    z: Tensor = autograd.squeeze_op(chosen)(*arguments, resolved.code)
+    return z
+
+
+def _resolve_squeeze(
+    x: Tensor,
+    before: str | None,
+    before_affine: tuple[Tensor, Tensor] | None,
+    lengths: Tensor | None,
+    backend: str | None,
+) -> tuple[resolve.ResolvedCall, torch.dtype | None]:
+    """Check everything, choose a backend; and what the parameters are cast to for it."""
     validation.check_input(x)
     affine_scale = affine_shift = None
     parameters: dict[str, Tensor | None] = {}
@@ -216,19 +242,7 @@ def squeeze(
         False, (None, None, before, None), None, None, None, before_affine, lengths, False, wide,
         backend,
     )  # fmt: skip
-    if _is_plain(resolved):
-        return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
-    if parameters:
-        affine_scale, affine_shift = resolve.cast(cast_to, parameters).values()
-    arguments = (x, affine_scale, affine_shift, lengths)
-    chosen = resolved.choice.backend
-    if chosen == "reference":
-        return reference.squeeze_flat(resolved.options, *arguments)
-    if resolve.requires_grad(*arguments[:3]):
-        differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, resolved.code, chosen)
-        return differentiable
-    z: Tensor = autograd.squeeze_op(chosen)(*arguments, resolved.code)
-    return z
+    return resolved, cast_to
 
 
 def _is_plain(resolved: resolve.ResolvedCall) -> bool:
@@ -267,11 +281,51 @@ def channel_scale(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
-    if not isinstance(x, Tensor) and has_torch_function((x,)):
-        return handle_torch_function(
+    if is_proxy(x):
+        recorded: Tensor = handle_torch_function(
             channel_scale, (x,), x, u, gate=gate, before=before, before_affine=before_affine,
             after=after, residual=residual, alpha=alpha, beta=beta, backend=backend,
         )  # fmt: skip
+        return recorded
+    with untraced():
+        resolved, dtype, cast_to = _resolve_channel_scale(
+            x, u, (None, gate, before, after), before_affine, residual, alpha, beta, backend
+        )
+    if _is_plain(resolved):
+        return fallback.channel_scale(
+            x, u, gate=gate, before=before, before_affine=before_affine, after=after,
+            residual=residual, alpha=alpha, beta=beta,
+        )  # fmt: skip
+    x = x.to(dtype)
+    if residual is not None:
+        residual = residual.to(dtype)
+    affine = before_affine or (None, None)
+    pre_gate, *rest = resolve.cast(cast_to, u, alpha, beta, *affine)
+    assert pre_gate is not None
+    arguments = (x, pre_gate, residual, *rest)
+    chosen = resolved.choice.backend
+    if chosen == "reference":
+        return reference.channel_scale_flat(resolved.options, x, pre_gate, residual, *rest)
+    if resolve.requires_grad(*arguments):
+        differentiable: Tensor = autograd.ChannelScaleFunction.apply(
+            *arguments, resolved.code, chosen
+        )
+        return differentiable
+    y: Tensor = autograd.channel_scale_op(chosen)(*arguments, resolved.code, False)[0]
+    return y
+
+
+def _resolve_channel_scale(
+    x: Tensor,
+    u: Tensor,
+    names: resolve.Names,
+    before_affine: tuple[Tensor, Tensor] | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    backend: str | None,
+) -> tuple[resolve.ResolvedCall, torch.dtype, torch.dtype | None]:
+    """Check everything, choose a backend; and what x and the parameters are cast to for it."""
     validation.check_input(x)
     validation.check_tensor("u", u)
     batch, channels = x.shape[:2]
@@ -306,29 +360,10 @@ def channel_scale(
     wide = features.is_wide(x, 0, u.shape[1], before_affine is not None)
     resolved = resolve.resolve(
         "channel_scale alone", (x, u, residual, alpha, beta, affine_scale, affine_shift),
-        (dtype, cast_to or u.dtype), u.shape[1] != channels, (None, gate, before, after), residual,
+        (dtype, cast_to or u.dtype), u.shape[1] != channels, names, residual,
         alpha, beta, before_affine, None, False, wide, backend,
     )  # fmt: skip
-    if _is_plain(resolved):
-        return fallback.channel_scale(
-            x, u, gate=gate, before=before, before_affine=before_affine, after=after,
-            residual=residual, alpha=alpha, beta=beta,
-        )  # fmt: skip
-    x = x.to(dtype)
-    if residual is not None:
-        residual = residual.to(dtype)
-    pre_gate, *rest = resolve.cast(cast_to, parameters).values()
-    arguments = (x, pre_gate, residual, *rest)
-    chosen = resolved.choice.backend
-    if chosen == "reference":
-        return reference.channel_scale_flat(resolved.options, *arguments)
-    if resolve.requires_grad(*arguments):
-        differentiable: Tensor = autograd.ChannelScaleFunction.apply(
-            *arguments, resolved.code, chosen
-        )
-        return differentiable
-    y: Tensor = autograd.channel_scale_op(chosen)(*arguments, resolved.code, False)[0]
-    return y
+    return resolved, dtype, cast_to
 
 
 def pack_options(

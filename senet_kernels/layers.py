@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function
 
 from . import validation
 from .forms import pointwise_name
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
+from .tensors import evaluate_annotations, is_proxy
 
 _Layer = str | Callable[..., nn.Module] | None
 
@@ -166,9 +168,15 @@ class TorchvisionSE(FusedSEBlock):
         self, x: Tensor, residual: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """``[B, C, H, W]`` as :class:`FusedSEBlock`; three dimensions are one image, not 1-D."""
-        if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx: of either rank
-            return super().forward(x[None].flatten(0, -4), residual, lengths).view_as(x)
-        if x.dim() == 3:
-            residual = None if residual is None else residual[None]
-            return super().forward(x[None], residual, lengths)[0]
-        return super().forward(x, residual, lengths)
+        y: Tensor = super().forward(_batch(x), _batch(residual), lengths)
+        return y.view_as(x) if is_proxy(x) or x.dim() == 3 else y
+
+
+def _batch(t: Any) -> Any:
+    """One image as a batch of one. torch.fx, which does not know the rank, records the question."""
+    if is_proxy(t):
+        return handle_torch_function(_batch, (t,), t)
+    return t[None] if isinstance(t, Tensor) and t.dim() == 3 else t
+
+
+evaluate_annotations(TorchvisionSE.forward)

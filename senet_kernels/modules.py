@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.overrides import handle_torch_function
 
 from . import api, dispatch, fallback, resolve, validation
 from .forms import hook_reason, own_parameter
 from .pointwise import POINTWISE, check_name
-from .tensors import foreign_class
+from .tensors import evaluate_annotations, foreign_class, is_proxy, untraced
 
 #: What computes the gate: two layers; one of C by C (effective SE, arXiv:1911.06667); two that
 #: share a weight; or nothing, the gate being a constant.
@@ -61,8 +62,15 @@ def _call_reason(layer: nn.Module) -> str | None:
 _NO_PADDING = ((0, 0), "valid", "same")
 
 
+def _extent(t: Tensor | None, axis: int) -> int | None:
+    """Of a parameter along an axis; None where it does not say."""
+    if t is None or isinstance(t, UninitializedTensorMixin) or t.dim() <= axis:
+        return None
+    return t.shape[axis]
+
+
 def _check_no_lengths(lengths: Any) -> None:
-    if has_torch_function((lengths,)) and not isinstance(lengths, Tensor):  # torch.fx: asks later
+    if is_proxy(lengths):  # torch.fx: asks later
         handle_torch_function(_check_no_lengths, (lengths,), lengths)
     elif lengths is not None:
         raise ValueError("lengths: expected None with excitation='constant' (nothing is averaged)")
@@ -187,14 +195,14 @@ class FusedSEBlock(nn.Module):
             reason = None if layer is None else _call_reason(layer) or hooked
             if reason is not None:
                 return self._layer_by_layer(f"its child {name} {reason}", x, residual, lengths)
-        w1 = None if fc1 is None else own_parameter(fc1, "weight")
+        w1: Any = None if fc1 is None else own_parameter(fc1, "weight")
         b1 = None if fc1 is None else own_parameter(fc1, "bias")
         tied = type(fc2) is _TiedConv2d
-        w2 = w1 if tied else own_parameter(fc2, "weight")
+        w2: Any = w1 if tied else own_parameter(fc2, "weight")
         kind = foreign_class(w1) or foreign_class(w2)
         if kind is not None:
             return self._layer_by_layer(f"its weights are of {kind}", x, residual, lengths)
-        if not isinstance(x, Tensor) and has_torch_function((x,)):  # torch.fx records the layers
+        if is_proxy(x):  # torch.fx records the layers
             return self._layer_by_layer(f"x is a {type(x).__name__}", x, residual, lengths)
         if tied:
             w2 = w2.flatten(1).t()
@@ -216,23 +224,23 @@ class FusedSEBlock(nn.Module):
     def _width(self) -> int | None:
         """C as the layers have it, whatever the block was made with: pruners change them. None
         where they do not say: a child that was replaced, a weight that is flattened or lazy."""
-        owned = self._parameters if self.fc2 is None else (self.fc1 or self.fc2)._parameters
-        weight = owned.get("alpha" if self.fc2 is None else "weight")
-        axis = 0 if self.fc2 is None else 1
-        if weight is None or nn.parameter.is_lazy(weight) or weight.dim() <= axis:
-            return None
-        return int(weight.shape[axis]) * int(getattr(self.fc1 or self.fc2, "groups", 1))
+        if self.fc2 is None:
+            return _extent(self._parameters.get("alpha"), 0)
+        first = self.fc1 or self.fc2
+        width = _extent(first._parameters.get("weight"), 1)
+        return None if width is None else width * int(getattr(first, "groups", 1))
 
     def _check_channels(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor) and has_torch_function((x,)):
+        if is_proxy(x):
             return
-        validation.check_input(x)
-        width = self._width()
-        if width is not None and x.shape[1] != width:
-            raise ValueError(
-                f"x: expected [B, {width}, *spatial], as this block's layers have {width} "
-                f"channels, got shape {list(x.shape)}"
-            )
+        with untraced():
+            validation.check_input(x)
+            width = self._width()
+            if width is not None and x.shape[1] != width:
+                raise ValueError(
+                    f"x: expected [B, {width}, *spatial], as this block's layers have {width} "
+                    f"channels, got shape {list(x.shape)}"
+                )
 
     def _layer_by_layer(
         self, reason: str, x: Tensor, residual: Tensor | None, lengths: Tensor | None
@@ -283,11 +291,13 @@ class FusedSEBlock(nn.Module):
         if getattr(self, "excitation", "two") != "two":  # subclasses may print themselves early
             shown.insert(0, f"excitation={self.excitation!r}")
         if self.hidden is not None:
-            hidden = self.fc1._parameters.get("weight")
-            known = hidden is not None and not nn.parameter.is_lazy(hidden) and hidden.dim() > 1
-            shown.insert(0, f"hidden={hidden.shape[0] if known else self.hidden}")
+            hidden = _extent(self.fc1._parameters.get("weight"), 0)
+            shown.insert(0, f"hidden={hidden or self.hidden}")
         if self.alpha is not None and self.excitation != "constant":
             shown.append("weighted_sum=True")
         if self.backend is not None:
             shown.append(f"backend={self.backend!r}")
         return ", ".join([f"channels={self._width() or self.channels}", *shown])
+
+
+evaluate_annotations(FusedSEBlock.forward)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from .pointwise import POINTWISE, Options
+from .tensors import untraced
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,7 +95,9 @@ def matrix(w: Tensor) -> Tensor:
     the weight's own strides (channels-last 1x1 convolutions too: DDP compares them)."""
     if w.dim() == 2:
         return w
-    if w.stride(-1) == w.shape[1]:
+    with untraced():
+        channels_last = w.stride(-1) == w.shape[1]
+    if channels_last:
         w = w.movedim(1, -1)
         return w.reshape(w.shape[0], w.shape[-1])
     return w.reshape(w.shape[0], w.shape[1])

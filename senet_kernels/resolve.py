@@ -196,13 +196,11 @@ def parameter_dtype(dtype: torch.dtype, parameters: dict[str, Tensor | None]) ->
     return None if given == {dtype} or given == {torch.float32} else torch.float32
 
 
-def cast(
-    dtype: torch.dtype | None, parameters: dict[str, Tensor | None]
-) -> dict[str, Tensor | None]:
-    """Parameters in a dtype; None leaves them."""
+def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors in a dtype; None leaves them."""
     if dtype is None:
-        return parameters
-    return {n: t if t is None else t.to(dtype) for n, t in parameters.items()}
+        return tensors
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
 def requires_grad(*tensors: Tensor | None) -> bool:
@@ -302,12 +300,12 @@ def prepare(
         beta, before_affine, lengths, inplace, wide, backend,
     )  # fmt: skip
     if not runs_plain(resolved):
-        x, parameters = x.to(dtype), cast(cast_to, parameters)
+        x = x.to(dtype)
         if residual is not None:
             residual = residual.to(dtype)
-        w1, b1, w2, b2, *more = parameters.values()  # type: ignore[assignment]
-        if more:
-            alpha, beta, affine_scale, affine_shift = more
+        w1, b1, w2, b2, alpha, beta, affine_scale, affine_shift = cast(  # type: ignore[assignment]
+            cast_to, w1, b1, w2, b2, alpha, beta, affine_scale, affine_shift
+        )
     layers = (x, w1, b1, w2, b2)
     return resolved, (
         *layers, resolved.code, residual, alpha, beta, affine_scale, affine_shift, lengths,

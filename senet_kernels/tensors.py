@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 #: Classes whose operators are PyTorch's own, without asking further. None: no tensor.
@@ -38,6 +39,17 @@ def foreign_class(weight: Any) -> str | None:
     return kind.__name__
 
 
+def is_proxy(x: Any) -> bool:
+    """Whether x is no tensor and records what is done to it, as torch.fx's Proxy."""
+    return not isinstance(x, Tensor) and has_torch_function((x,))
+
+
+def evaluate_annotations(forward: Callable[..., Any]) -> None:
+    """Make classes of a function's annotations, which postponed evaluation has left strings:
+    torch.fx keeps them in its graphs, and cannot pickle strings there."""
+    forward.__annotations__ = get_type_hints(forward)
+
+
 def untraced() -> AbstractContextManager[None]:
     """Where extents are numbers. While ``torch.jit.trace`` records they are tensors instead, and
     each comparison of them is warned of."""
@@ -52,8 +64,9 @@ _NOTHING = nullcontext()
 @contextmanager
 def _paused() -> Iterator[None]:
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    set_state: Any = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        set_state(state)

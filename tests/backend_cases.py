@@ -1,8 +1,9 @@
 """The backends under test: the one place that lists them.
 
 Each column of the feature table is a backend on a device; the reference and the fallback are tested
-on the CPU and on every device that has a column. A test asks for the ``backend`` fixture, which fails or skips
-where the backend cannot run, and is never given what the table says a backend does not take.
+on the CPU and on every device that has a column. A test asks for the ``backend`` fixture, which
+fails or skips where the backend cannot run, and is never given what the table says a backend does
+not take.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class BackendCase:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
     def takes(self, *rows: str) -> bool:
-        """Whether the feature table has all these rows as fused; what is plain PyTorch takes any."""
+        """Whether the feature table has all these rows as fused; plain PyTorch takes any."""
         if self.name in PLAIN:
             return True
         columns = [features.COLUMNS.index((self.name, self.device))]

@@ -36,7 +36,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.compiling import NO_TIME, CompileAccount
 from policies import PLAN
-from senet_kernels import resolve, backends, dispatch, use_backend
+from senet_kernels import backends, dispatch, resolve, use_backend
 
 CPU = torch.device("cpu")
 LAYER = ("layers", "--network", "lc0_10x128", "--batch", "1", "--layout", "contiguous",
