@@ -15,7 +15,7 @@ from senet_kernels._command_line import count, seconds
 
 from .networks import COMPILE_WITHOUT, FULL_ONLY, NETWORKS, VARIANTS, NetworkSpec
 from .problem import BACKWARD, DTYPES, FORWARD, LAYOUTS, TRAINING
-from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES, IN_PLACE
+from .providers import BASELINES, COMPOSED, FUSED, GPU_BASELINES, IN_PLACE, PLAIN
 from .strategies import STRATEGIES
 from .workloads import DEFAULT_NETWORKS, Network, load_networks, select
 
@@ -134,7 +134,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--layout", action="append", choices=LAYOUTS, help="default: both")
     fused = (
         f"of {', '.join([*BASELINES, *COMPOSED, IN_PLACE])}, "
-        f"and backends {', '.join(FUSED)}, reference"
+        f"and backends {', '.join([*FUSED, *PLAIN])}"
     )
     if kind == "layers":
         add("--provider", action="append",
@@ -207,7 +207,7 @@ def parse(kind: str, argv: Sequence[str]) -> LayerOptions | SweepOptions | Model
     }
     if kind == "models":
         return _models(args, common)
-    allowed = (*BASELINES, *COMPOSED, *FUSED, IN_PLACE, *STRATEGIES, "reference")
+    allowed = (*BASELINES, *COMPOSED, *FUSED, IN_PLACE, *STRATEGIES, *PLAIN)
     if unknown := [name for name in args.provider or [] if name not in allowed]:
         parser.error(f"provider: unknown {unknown[0]!r}; known: {', '.join(allowed)}")
     return _layers(parser, args, common) if kind == "layers" else _sweep(args, common)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from senet_kernels import (
     Explanation,
     FusedSEBlock,
-    backends,
     channel_scale,
     dispatch,
     explain,
@@ -32,7 +31,9 @@ Call = Callable[[int], Any]  # argument: which copy of the buffers to use
 BASELINES = ("eager-conv", "eager-linear", "timm", "compile", "compile-max")
 # Not in a default run on a CPU: one is eager-conv under another name, the other takes minutes.
 GPU_BASELINES = ("timm", "compile-max")
-FUSED = tuple(name for name in backends() if name != "reference")
+FUSED = dispatch.KERNELS
+# What runs where no kernel takes a call, and the oracle.
+PLAIN = tuple(name for name in dispatch.NAMES if name not in FUSED)
 LIMIT = "clone"
 # The two halves of the op with library matrix products in between: the other strategy for layers
 # whose weights outweigh their images.
@@ -273,7 +274,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 def backend_to_ask_for(device: torch.device) -> str:
     """The backend of calls that name none: what was asked for, else the automatic choice; unless
-    that is the reference, on a device whose backends run only when asked for by name."""
+    that is the fallback, on a device whose backends run only when asked for by name."""
     requested = dispatch.requested_backend(None)
     if requested == "auto":
         for name in FUSED:

@@ -109,6 +109,12 @@ def squeeze_excite(
         ValueError: a shape, name, device or value is wrong; the message names the argument.
         BackendUnavailableError: ``backend`` was chosen explicitly and cannot run this call.
     """
+    y: Tensor = resolve.run(
+        x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
+        beta, lengths, inplace, backend,
+    )  # fmt: skip
+    if y is not NotImplemented:
+        return y
     if is_proxy(x):  # torch.fx records the call
         recorded: Tensor = handle_torch_function(
             squeeze_excite, (x,), x, w1, b1, w2, b2, activation=activation, gate=gate,
@@ -116,12 +122,6 @@ def squeeze_excite(
             alpha=alpha, beta=beta, lengths=lengths, inplace=inplace, backend=backend,
         )  # fmt: skip
         return recorded
-    y: Tensor = resolve.run(
-        x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
-        beta, lengths, inplace, backend,
-    )  # fmt: skip
-    if y is not NotImplemented:
-        return y
     return fallback.squeeze_excite(
         x, w1, b1, w2, b2, activation=activation, gate=gate, before=before,
         before_affine=before_affine, after=after, residual=residual, alpha=alpha, beta=beta,

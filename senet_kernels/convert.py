@@ -115,23 +115,25 @@ def _excite(
 ) -> Any:
     """A module's operation, with the steps around it that its block adds; NotImplemented where
     nothing fused computes it."""
-    own = module.__dict__
-    fc1 = None if form.fc1 is None else find(module, form.fc1)
+    w1 = b1 = None
+    if form.fc1 is not None:
+        fc1 = find(module, form.fc1)
+        w1, b1 = own_parameter(fc1, "weight"), own_parameter(fc1, "bias")
     fc2 = find(module, form.fc2)
+    w2, b2 = own_parameter(fc2, "weight"), own_parameter(fc2, "bias")
+    backend = module.__dict__["_senet_backend"]
+    reason = _mlp_reason(form, x, w1, w2)
+    if reason is not None:
+        dispatch.refuse_kernels(f"this {module._original.__name__}: {reason}", backend)
+        return NotImplemented
     if form.residual is not None:
         residual = form.residual(module, x)
     if form.lengths is not None and lengths is not None:
         lengths = form.lengths(x, lengths)
-    backend = own["_senet_backend"]
     try:
         return resolve.run(
-            x,
-            None if fc1 is None else own_parameter(fc1, "weight"),
-            None if fc1 is None else own_parameter(fc1, "bias"),
-            own_parameter(fc2, "weight"),
-            own_parameter(fc2, "bias"),
-            (form.activation, form.gate, before, after),
-            None, residual, None, None, lengths, False, backend,
+            x, w1, b1, w2, b2, (form.activation, form.gate, before, after), None, residual, None,
+            None, lengths, False, backend,
         )  # fmt: skip
     except (TypeError, ValueError):
         if dispatch.requested_backend(backend) != "auto":
@@ -150,9 +152,7 @@ def _excite_within(
 ) -> Tensor:
     """The same inside a block that is half computed already: step by step where nothing fused
     computes it."""
-    y: Any = NotImplemented
-    if _mlp_reason(form, module, x) is None:
-        y = _excite(module, form, x, before=before, after=after, residual=residual)
+    y = _excite(module, form, x, before=before, after=after, residual=residual)
     if y is NotImplemented:
         y = module(POINTWISE[before or "identity"].fn(x))
         y = POINTWISE[after or "identity"].fn(y if residual is None else y + residual)
@@ -187,9 +187,8 @@ def _call_reason(
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         return resolve.why_no_kernel()
     reason = stale_reason(module, form.parts)
-    if reason is None:
-        # resolve.run asks the same of a whole operation, before it computes anything.
-        reason = _mlp_reason(form, module, x) if isinstance(form, Mlp) else _no_kernel_reason(x)
+    if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
+        reason = _no_kernel_reason(x)
     return reason
 
 
@@ -201,24 +200,21 @@ def _no_kernel_reason(x: Tensor) -> str | None:
     return resolve.why_no_kernel() if kind is None else f"x is a {kind}"
 
 
-def _mlp_reason(form: Mlp, module: Any, x: Tensor) -> str | None:
+def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
     """What of x or of the layers is not as the operation takes it."""
-    first = find(module, form.fc1 or form.fc2)
-    weight = own_parameter(first, "weight")
-    kind = foreign_class(weight)
-    if kind is None and form.fc1 is not None:
-        kind = foreign_class(own_parameter(find(module, form.fc2), "weight"))
+    kind = foreign_class(w2) or foreign_class(w1)
     if kind is not None:
         return f"its layers have weights of class {kind}"
     if x.dim() not in form.ranks:  # a Sequential that reshapes on the way
         return f"x has {x.dim()} dimensions"
-    if x.shape[1] != weight.shape[1]:
-        return f"x has {x.shape[1]} channels, its layers have {weight.shape[1]}"
+    channels = (w2 if w1 is None else w1).shape[1]
+    if x.shape[1] != channels:
+        return f"x has {x.shape[1]} channels, its layers have {channels}"
     if autocast_is_on(x.device.type):
         return None if form.autocast else "it does not compute as autocast would have it"
     # Outside autocast the original casts, or raises what its user knows.
-    if x.dtype != weight.dtype:
-        return f"x is {x.dtype}, its parameters are {weight.dtype}"
+    if x.dtype != w2.dtype:
+        return f"x is {x.dtype}, its parameters are {w2.dtype}"
     return None
 
 

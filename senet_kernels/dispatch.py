@@ -116,13 +116,14 @@ def may_run_kernels(device: str, backend: str | None) -> bool:
     if requested is not None and requested != "auto":
         return requested != "fallback"
     for name in ORDER:
-        if (
-            (name, device) not in ONLY_BY_NAME
-            and name in _MODULES
-            and _unavailable(name, device) is None
-            and (name, device) in features.COLUMNS
-        ):
-            return True
+        column = name, device
+        if column in features.COLUMNS and column not in ONLY_BY_NAME:
+            module = _MODULES[name]
+            # A library may have been built without kernels for a GPU, never without the CPU's.
+            if module.UNAVAILABLE is None and (
+                device == "cpu" or _unavailable(name, device) is None
+            ):
+                return True
     return False
 
 

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function
 from . import api, dispatch, fallback, resolve, validation
 from .forms import hook_reason, own_parameter
 from .pointwise import POINTWISE, check_name
-from .tensors import evaluate_annotations, foreign_class, is_proxy, untraced
+from .tensors import PLAIN_TYPES, evaluate_annotations, foreign_class, is_proxy, untraced
 
 #: What computes the gate: two layers; one of C by C (effective SE, arXiv:1911.06667); two that
 #: share a weight; or nothing, the gate being a constant.
@@ -56,7 +56,15 @@ def _call_reason(layer: nn.Module) -> str | None:
             return "is not a plain 1x1 convolution"
     elif type(layer) is not _TiedConv2d:
         return f"is a {type(layer).__name__}"
-    return hook_reason(layer)
+    if (
+        "forward" in facts
+        or facts["_forward_hooks"]
+        or facts["_forward_pre_hooks"]
+        or facts["_backward_hooks"]
+        or facts["_backward_pre_hooks"]
+    ):
+        return hook_reason(layer)
+    return None
 
 
 _NO_PADDING = ((0, 0), "valid", "same")
@@ -199,16 +207,16 @@ class FusedSEBlock(nn.Module):
         b1 = None if fc1 is None else own_parameter(fc1, "bias")
         tied = type(fc2) is _TiedConv2d
         w2: Any = w1 if tied else own_parameter(fc2, "weight")
-        kind = foreign_class(w1) or foreign_class(w2)
-        if kind is not None:
-            return self._layer_by_layer(f"its weights are of {kind}", x, residual, lengths)
-        if is_proxy(x):  # torch.fx records the layers
-            return self._layer_by_layer(f"x is a {type(x).__name__}", x, residual, lengths)
+        if not PLAIN_TYPES.issuperset((type(x), type(w1), type(w2))):
+            kind = foreign_class(w1) or foreign_class(w2)
+            if kind is not None:
+                return self._layer_by_layer(f"its weights are of {kind}", x, residual, lengths)
+            if is_proxy(x):  # torch.fx records the layers
+                return self._layer_by_layer(f"x is a {type(x).__name__}", x, residual, lengths)
         if tied:
             w2 = w2.flatten(1).t()
-        b2, alpha, beta = (
-            own_parameter(fc2, "bias"), own_parameter(self, "alpha"), own_parameter(self, "beta"),
-        )  # fmt: skip
+        b2 = own_parameter(fc2, "bias")
+        alpha, beta = own_parameter(self, "alpha"), own_parameter(self, "beta")
         y: Any = resolve.run(
             x, w1, b1, w2, b2, (own["activation"], own["gate"], own["before"], own["after"]), None,
             residual, alpha, beta, lengths, False, own["backend"],
@@ -218,8 +226,7 @@ class FusedSEBlock(nn.Module):
                 x, w1, b1, w2, b2, activation=self.activation, gate=self.gate, before=self.before,
                 after=self.after, residual=residual, alpha=alpha, beta=beta, lengths=lengths,
             )  # fmt: skip
-        result: Tensor = y
-        return result
+        return y  # type: ignore[no-any-return]
 
     def _width(self) -> int | None:
         """C as the layers have it, whatever the block was made with: pruners change them. None

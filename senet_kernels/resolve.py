@@ -19,7 +19,7 @@ from torch import Tensor
 from . import autograd, dispatch, features, reference, validation
 from .dispatch import BackendChoice
 from .pointwise import Options, check_name, pack
-from .tensors import PLAIN_TYPES, untraced, wrapper_class
+from .tensors import PLAIN_TYPES, is_proxy, untraced, wrapper_class
 
 #: activation, gate, before, after, as they were given.
 Names = tuple[str | None, str | None, str | None, str | None]
@@ -327,7 +327,8 @@ def run(
     inplace: bool,
     backend: str | None,
 ) -> Any:
-    """The whole operation; NotImplemented, after all checks, where no kernel takes the call.
+    """The whole operation; NotImplemented, after all checks, where no kernel takes the call, and
+    for what is no tensor and records what is done to it.
 
     Arguments and errors are those of :func:`senet_kernels.squeeze_excite`.
     """
@@ -380,6 +381,8 @@ def run(
                 except (TypeError, ValueError, dispatch.BackendUnavailableError) as wrong:
                     raise wrong from None
                 raise
+    if is_proxy(x):
+        return NotImplemented
     arguments = (
         x, w1, b1, w2, b2, names, before_affine, residual, alpha, beta, lengths, inplace, backend,
     )  # fmt: skip

@@ -238,6 +238,34 @@ def test_no_more_operators_and_bytes_than_with_linear_layers(
 
 
 @pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("before", [None, F.silu])
+@pytest.mark.parametrize(("after", "added"), [(None, False), (F.relu, True), (F.silu, True)])
+def test_no_more_is_kept_for_backward(before: Any, after: Any, added: bool) -> None:
+    eager = Linear(32, 8, before, after)
+    x = torch.randn(4, 32, 6, 5)
+    residual = torch.randn_like(x) if added else None
+
+    def kept(fn: Callable[..., Tensor]) -> int:
+        """Bytes of the memory, x and parameters aside, that a graph holds."""
+        leaf = x.clone().requires_grad_()
+        others = {t.untyped_storage().data_ptr() for t in (leaf, *eager.parameters())}
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in others:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = fn(leaf, residual=residual)
+        y.sum().backward()
+        return sum(sizes.values())
+
+    assert kept(eager.functional) <= kept(eager)
+
+
+@pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize(
     "extra",
     [

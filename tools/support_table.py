@@ -40,7 +40,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
 WORDS: dict[str, dict[str, str]] = {
     "en": {
         "by default": "by default",
-        "last": "where nothing else does",
+        "last": "where nothing else does: eager PyTorch",
         "by name": "if asked for by name; **not yet run on a GPU**",
         "any": "any device",
         "runs": "runs",
@@ -59,7 +59,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "zh": {
         "by default": "默认",
-        "last": "别的都不行时",
+        "last": "别的都不行时：PyTorch 自身的算子",
         "by name": "指名时；**尚未在 GPU 上运行过**",
         "any": "任何设备",
         "runs": "何时运行",
@@ -114,7 +114,7 @@ def table(language: str) -> str:
     columns = [c for c in features.COLUMNS if c != ("triton", "cpu")]
     heads = [f"`{backend}`, {device.upper()}" for backend, device in columns]
     when = [words["by name" if c in dispatch.ONLY_BY_NAME else "by default"] for c in columns]
-    lines = [["", *heads, f"`reference`, {words['any']}"], [words["runs"], *when, words["last"]]]
+    lines = [["", *heads, f"`fallback`, {words['any']}"], [words["runs"], *when, words["last"]]]
     for name, patterns in ROWS:
         rows = _covered(patterns)
         cells = [_cell(rows, features.COLUMNS.index(column), words) for column in columns]
