@@ -1,7 +1,4 @@
-"""The public functions: documentation, checks, the choice of a backend, and the call.
-
-More than 500 lines: public functions of up to sixteen arguments, and what they document of each.
-"""
+"""The public functions: documentation, the choice of a backend, and the call."""
 
 from __future__ import annotations
 

@@ -16,14 +16,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import api, dispatch, resolve
-from .forms import Form, Mlp, Refusal, find, hook_reason, one_line, own_parameter, stale_reason
+from .forms import (
+    Form,
+    Functions,
+    Halves,
+    Mlp,
+    Refusal,
+    find,
+    functions_of,
+    hook_reason,
+    is_patched,
+    one_line,
+    stale_reason,
+    weight_and_bias,
+)
 from .neighbours import Block, recognise_block
 from .pointwise import POINTWISE
 from .recognise import recognise
 from .reference import autocast_is_on
-from .tensors import foreign_class, wrapper_class
+from .tensors import PLAIN_TYPES, foreign_class, wrapper_class
 from .validation import DTYPES
 
 
@@ -61,6 +75,7 @@ class _Fused(nn.Module):
     """Put before a recognised class by :func:`_fused_class`."""
 
     _original: type[nn.Module]
+    _functions: Functions  # of the original, when it was recognised
     _senet_form: Form | Block | None = None  # None: made by slicing a Sequential, say
     _senet_backend: str | None = None
 
@@ -69,7 +84,9 @@ class _Fused(nn.Module):
         form, backend = self._senet_form, self._senet_backend
         if form is None:
             return self._original.forward(self, *args, **kwargs)
-        plain, more, lengths = _take_lengths(form, args, kwargs)
+        plain, more, lengths = args, kwargs, None
+        if isinstance(form, Mlp) and form.lengths is not None:
+            plain, more, lengths = _take_lengths(args, kwargs)
         reason = _call_reason(form, self, plain, more, backend)
         y: Any = NotImplemented
         if reason is None:
@@ -79,10 +96,9 @@ class _Fused(nn.Module):
             elif isinstance(form, Mlp):
                 y = _excite(self, form, x, lengths=lengths)
             else:
-                u = form.excite(self, api.squeeze(x, backend=backend))
-                y = api.channel_scale(x, u, gate=form.gate, backend=backend)
+                y = _run_halves(self, form, x)
         elif not isinstance(form, Block):  # whose squeeze-and-excitation has its own say
-            dispatch.refuse_kernels(f"this {self._original.__name__}: {reason}", backend)
+            _refuse_kernels(self, reason)
         return self._original.forward(self, *args, **kwargs) if y is NotImplemented else y
 
     def _run_block(self, block: Block, x: Tensor) -> Any:
@@ -115,30 +131,51 @@ def _excite(
 ) -> Any:
     """A module's operation, with the steps around it that its block adds; NotImplemented where
     nothing fused computes it."""
-    w1 = b1 = None
-    if form.fc1 is not None:
-        fc1 = find(module, form.fc1)
-        w1, b1 = own_parameter(fc1, "weight"), own_parameter(fc1, "bias")
-    fc2 = find(module, form.fc2)
-    w2, b2 = own_parameter(fc2, "weight"), own_parameter(fc2, "bias")
+    w1, b1 = (None, None) if form.fc1 is None else weight_and_bias(find(module, form.fc1))
+    w2, b2 = weight_and_bias(find(module, form.fc2))
     backend = module.__dict__["_senet_backend"]
     reason = _mlp_reason(form, x, w1, w2)
     if reason is not None:
-        dispatch.refuse_kernels(f"this {module._original.__name__}: {reason}", backend)
+        _refuse_kernels(module, reason)
         return NotImplemented
     if form.residual is not None:
+        if resolve.why_no_kernel() is not None:  # the original computes it
+            return NotImplemented
         residual = form.residual(module, x)
     if form.lengths is not None and lengths is not None:
         lengths = form.lengths(x, lengths)
+    arguments = (
+        x, w1, b1, w2, b2, (form.activation, form.gate, before, after), None, residual, None, None,
+        lengths, False, backend,
+    )  # fmt: skip
     try:
-        return resolve.run(
-            x, w1, b1, w2, b2, (form.activation, form.gate, before, after), None, residual, None,
-            None, lengths, False, backend,
-        )  # fmt: skip
-    except (TypeError, ValueError):
+        return resolve.run(*arguments)
+    except (TypeError, ValueError) as error:
         if dispatch.requested_backend(backend) != "auto":
             raise
-        return NotImplemented  # not a call the operation takes: the original's business
+        try:
+            resolve.prepare(*arguments)
+        except (TypeError, ValueError):
+            return NotImplemented  # not a call the operation takes: the original's business
+        raise error from None  # of a hook, say
+
+
+def _refuse_kernels(module: Any, reason: str) -> None:
+    """Refuse a kernel backend asked for by name, unless what is going on is without kernels."""
+    backend = module._senet_backend
+    if dispatch.requested_backend(backend) in dispatch.KERNELS and not resolve.why_no_kernel():
+        dispatch.refuse_kernels(f"this {module._original.__name__}: {reason}", backend)
+
+
+def _run_halves(module: Any, form: Halves, x: Tensor) -> Tensor:
+    """A module whose excitation runs between the kernels for the halves."""
+    backend = module._senet_backend
+    u = form.excite(module, api.squeeze(x, backend=backend))
+    if u.shape == x.shape[:2] and (u.dtype == x.dtype or autocast_is_on(x.device.type)):
+        return api.channel_scale(x, u, gate=form.gate, backend=backend)
+    # A layer in its place has another dtype, or is as wide as broadcasting allows.
+    row = POINTWISE[form.gate]
+    return x * (row.eager or row.fn)(u[:, :, None, None])
 
 
 def _excite_within(
@@ -160,13 +197,12 @@ def _excite_within(
     return result
 
 
-def _take_lengths(form: Form | Block, args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
-    """Positional and named arguments without ``lengths``, where the form has one, and that."""
-    if isinstance(form, Mlp) and form.lengths is not None:
-        if len(args) == 2 and not kwargs:
-            return args[:1], kwargs, args[1]
-        if len(args) == 1 and kwargs.keys() == {"lengths"}:
-            return args, {}, kwargs["lengths"]
+def _take_lengths(args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
+    """Positional and named arguments without ``lengths``, and that."""
+    if len(args) == 2 and not kwargs:
+        return args[:1], kwargs, args[1]
+    if len(args) == 1 and kwargs.keys() == {"lengths"}:
+        return args, {}, kwargs["lengths"]
     return args, kwargs, None
 
 
@@ -184,8 +220,13 @@ def _call_reason(
         return f"nothing fused runs by default on device type {x.device.type!r}"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        return resolve.why_no_kernel()
+    if not torch.compiler.is_compiling():
+        if torch._C._get_tracing_state() is not None:
+            return resolve.why_no_kernel()
+        if is_patched(module._functions):
+            return "its class has been changed"
+    if _has_any_global_hook():
+        return "a global module hook is registered"
     reason = stale_reason(module, form.parts)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
         reason = _no_kernel_reason(x)
@@ -202,14 +243,17 @@ def _no_kernel_reason(x: Tensor) -> str | None:
 
 def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
     """What of x or of the layers is not as the operation takes it."""
-    kind = foreign_class(w2) or foreign_class(w1)
-    if kind is not None:
-        return f"its layers have weights of class {kind}"
+    if type(w2) not in PLAIN_TYPES or type(w1) not in PLAIN_TYPES:
+        kind = foreign_class(w2) or foreign_class(w1)
+        if kind is not None:
+            return f"its layers have weights of class {kind}"
     if x.dim() not in form.ranks:  # a Sequential that reshapes on the way
         return f"x has {x.dim()} dimensions"
     channels = (w2 if w1 is None else w1).shape[1]
-    if x.shape[1] != channels:
-        return f"x has {x.shape[1]} channels, its layers have {channels}"
+    if x.is_nested or x.shape[1] != channels:
+        return f"x has {x.size(1)} channels, its layers have {channels}"
+    if w2.shape[0] != channels:  # twice as many would be taken for scale and shift
+        return f"its last layer has {w2.shape[0]} outputs for {channels} channels"
     if autocast_is_on(x.device.type):
         return None if form.autocast else "it does not compute as autocast would have it"
     # Outside autocast the original casts, or raises what its user knows.
@@ -222,7 +266,8 @@ _CLASSES: dict[type[nn.Module], type[_Fused]] = {}
 
 
 def _fused_class(original: type[nn.Module]) -> type[_Fused]:
-    if original not in _CLASSES:
+    known = _CLASSES.get(original)
+    if known is None or is_patched(known._functions):
         if issubclass(original, GraphModule):
             raise Refusal("it is a traced graph, of a class of its own: fuse before tracing")
 
@@ -231,7 +276,7 @@ def _fused_class(original: type[nn.Module]) -> type[_Fused]:
             return self._senet_forward(*args, **kwargs)
 
         contents = {
-            "_original": original, "forward": forward,
+            "_original": original, "_functions": functions_of(original), "forward": forward,
             "__module__": __name__, "__doc__": original.__doc__,
         }  # fmt: skip
         name = f"Fused{original.__name__}"
@@ -311,11 +356,30 @@ class _Plan:
         return isinstance(form, Mlp) and form.residual is None
 
     def carry_out(self, backend: str | None) -> None:
+        """Convert the modules, all or none.
+
+        Raises:
+            TypeError: one of them does not let its class or its attributes be set.
+        """
+        done: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
         for module, form in self.forms.items():
-            if not isinstance(module, _Fused):
-                module.__class__ = _fused_class(type(module))
-            module._senet_form = form  # type: ignore[assignment]
-            module._senet_backend = backend  # type: ignore[assignment]
+            before = {n: v for n, v in vars(module).items() if n.startswith("_senet_")}
+            done.append((module, type(module), before))
+            try:
+                if not isinstance(module, _Fused):
+                    module.__class__ = _fused_class(type(module))
+                module._senet_form = form  # type: ignore[assignment]
+                module._senet_backend = backend  # type: ignore[assignment]
+            except Exception as error:  # __setattr__ may do as it likes
+                for other, kind, facts in reversed(done):
+                    object.__setattr__(other, "__class__", kind)
+                    for name in ("_senet_form", "_senet_backend"):
+                        vars(other).pop(name, None)
+                    vars(other).update(facts)
+                raise TypeError(
+                    f"model: expected modules that can be converted, got one of class "
+                    f"{_kind(module)}: {one_line(error)}; leave it out by filter_fn"
+                ) from error
 
 
 def _form_of(module: nn.Module) -> Form | Block | None:
@@ -345,8 +409,8 @@ def fuse_se_blocks(
     state_dict keys, hooks on the module, train flag, ``isinstance``, deepcopy and pickle stay as
     they are (``type(m)`` becomes a subclass); inlined blocks that are no module of their own are
     not found. A child that gets a hook, a parametrization or a replacement later makes its block
-    run its original forward; flags of the module itself that are changed later are not noticed:
-    fuse after changing them.
+    run its original forward; so do settings of the module or its children that are changed later,
+    functions of its class that are replaced, and inputs of other widths.
 
     Args:
         model: any module; it may itself be a squeeze-and-excitation module.
@@ -364,7 +428,8 @@ def fuse_se_blocks(
         (but for ``backend``) and listed as replaced.
 
     Raises:
-        TypeError: ``model`` is no module, or ``filter_fn`` no function.
+        TypeError: ``model`` is no module, or ``filter_fn`` no function; or a module does not let
+            its class be set (nothing is changed then).
         ValueError: ``strict``, and a module was refused; or no such backend.
     """
     if not isinstance(model, nn.Module):

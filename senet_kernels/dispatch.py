@@ -2,7 +2,8 @@
 
 Argument, then :func:`use_backend`, then the environment variable ``SENET_KERNELS_BACKEND``, then
 automatic: the first backend in ``ORDER`` that takes the call, passing over those in
-``ONLY_BY_NAME``. A backend chosen explicitly never falls back: it runs or raises.
+``ONLY_BY_NAME``. A backend chosen explicitly never falls back: it runs or raises. (What no kernel
+can take part in, forward-mode AD say, is the fallback's all the same: ``resolve.why_no_kernel``.)
 
 ``fallback`` is PyTorch's own operators, and takes every legal call. So does ``reference``, the
 oracle, which runs only when asked for by name.
@@ -102,7 +103,8 @@ def choose(call: Call, requested: str) -> BackendChoice:
         return BackendChoice(requested, ())
     passed_over: tuple[tuple[str, str], ...] = ()
     for backend in ORDER:
-        reason = why_not(backend, call) or ONLY_BY_NAME.get((backend, call.device))
+        # In this order: why_not may import what a backend needs.
+        reason = ONLY_BY_NAME.get((backend, call.device)) or why_not(backend, call)
         if reason is None:
             return BackendChoice(backend, passed_over)
         passed_over = (*passed_over, (backend, reason))

@@ -21,7 +21,7 @@ from .reference import masked_mean, matrix, per_channel
 from .tensors import untraced
 
 #: Functions whose gradient is a function of their result: in place, autograd keeps nothing more.
-_KEEP_RESULT = frozenset(("relu", "relu6", "leaky_relu"))
+_KEEP_RESULT = frozenset(("relu", "leaky_relu"))
 
 
 def _row(name: str | None) -> Pointwise:
@@ -53,15 +53,16 @@ def _prologue(
 ) -> Tensor:
     """``before(a_c x + b_c)`` in the dtype of x."""
     if before_affine is not None:
-        a, b = (per_channel(v.to(x.dtype), x.dim()) for v in before_affine)
-        x = torch.addcmul(b, x, a, out=x) if inplace else torch.addcmul(b, x, a)
+        # Under autocast they may be wider than x: rounded once, after the sum, as a BatchNorm does.
+        a, b = (per_channel(v, x.dim()) for v in before_affine)
+        x = torch.addcmul(b, x, a, out=x) if inplace else torch.addcmul(b, x, a).type_as(x)
     return _overwrite(before, x) if inplace else _apply(before, x)
 
 
 def _mean(p: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return p.mean(dim=tuple(range(2, p.dim())))
-    return masked_mean(p, lengths).to(p.dtype)
+    return masked_mean(p, lengths).type_as(p)
 
 
 def _scale(
@@ -81,18 +82,20 @@ def _scale(
         u, shift = u[:, :channels], per_channel(u[:, channels:], p.dim())
     g = _apply(gate, u)
     scale = g
-    # In float32 parameters under autocast, then rounded: they do not widen the result.
+    # Under autocast they may be wider than the gate, and do not widen the result.
     if beta is not None:
         scale = beta * scale
     if alpha is not None:
         scale = alpha + scale
-    scale = per_channel(scale.to(g.dtype), p.dim())
+    if scale.dtype != p.dtype and scale is not g:
+        scale = scale.type_as(p)
+    scale = per_channel(scale, p.dim())
     if shift is None:
         y = _multiply_add(p, scale, residual, inplace)
     else:
         y = _multiply_add(p, scale, shift, inplace)
         if residual is not None:
-            y = y.add_(residual) if _may_overwrite(y, residual) else y + residual
+            y = y.add_(residual) if inplace or _may_overwrite(y, residual) else y + residual
     return _overwrite(after, y) if inplace else _finish(after, y)
 
 
@@ -124,6 +127,8 @@ def _may_overwrite(y: Tensor, added: Tensor) -> bool:
     return (
         y.dtype == added.dtype
         and not torch.compiler.is_compiling()
+        # A trace is compared with one that is made without gradients.
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and fwAD._current_level < 0
     )

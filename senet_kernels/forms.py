@@ -7,6 +7,7 @@ does, to be checked for changes before each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
 from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.batchnorm import _NormBase
 
 from .pointwise import POINTWISE
 
@@ -30,7 +31,8 @@ class Part(NamedTuple):
     """A child whose work the fused operation does, and what it was when recognised.
 
     ``names`` are the attributes that decide what it computes, read at once by ``read``: one call
-    and one comparison before each call of the module.
+    and one comparison before each call of the module. ``known`` are all its attributes then: a new
+    one may hide one of its class.
     """
 
     path: Path  # (): the module itself, which may have become a subclass
@@ -39,6 +41,7 @@ class Part(NamedTuple):
     names: tuple[str, ...]
     read: Callable[[dict[str, Any]], tuple[Any, ...]]
     values: tuple[Any, ...]
+    known: frozenset[str]
 
 
 class Mlp(NamedTuple):
@@ -155,14 +158,14 @@ def find(module: nn.Module, path: Path) -> Foreign:
     return module
 
 
-# Attributes that say nothing of what a module computes, or that its parameters say better (pruners
-# change extents on purpose), or that are read when a norm is called all the same.
-_IGNORED = frozenset((
-    "training", "inplace", "in_channels", "out_channels", "in_features", "out_features",
-    "num_features", "eps", "momentum",
-))  # fmt: skip
+# What every module has, and what conversion adds.
+_OF_ANY_MODULE = frozenset((*vars(nn.Module()), "_senet_form", "_senet_backend"))
+# Attributes of torch's own layers that their parameters say better: pruners change them on purpose.
+_EXTENTS = frozenset(("in_channels", "out_channels", "in_features", "out_features"))
+# Attributes of norms, which are called all the same.
+_OF_NORMS = frozenset(("eps", "momentum", "num_features"))
 _SETTINGS = (int, float, complex, str, type(None), torch.dtype, torch.device, FunctionType,
-             BuiltinFunctionType, type)  # fmt: skip
+             BuiltinFunctionType, type, Enum)  # fmt: skip
 
 
 def _is_setting(value: Any) -> bool:
@@ -171,20 +174,36 @@ def _is_setting(value: Any) -> bool:
     return isinstance(value, _SETTINGS)
 
 
+def _kept(value: Any) -> Any:
+    """A value as it is now, also where its owner changes it in place."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_kept, value))
+    if type(value) is dict:
+        return {key: _kept(v) for key, v in value.items()}
+    return set(value) if type(value) is set else value
+
+
 def part_of(module: nn.Module, path: Path) -> Part:
     """The child at ``path`` as it is now."""
     child = find(module, path)
-    settings = {
-        name: value
-        for name, value in vars(child).items()
-        if not name.startswith("_") and name not in _IGNORED and _is_setting(value)
-    }
+    ignored = _OF_ANY_MODULE
+    if path:
+        ignored |= {"inplace"}
+        ignored |= _EXTENTS if isinstance(child, LINEAR) else frozenset()
+        ignored |= _OF_NORMS if isinstance(child, _NormBase) else frozenset()
+    settings = {name: _kept(value) for name, value in vars(child).items() if name not in ignored}
     # Hooks of the module itself fire as ever: it is called.
     hooks: dict[str, Any] = {name: {} for name in (_HOOKS if path else ())}
     facts = {**settings, **hooks}
     names = tuple(facts)
-    read = itemgetter(*names) if len(names) > 1 else partial(_read_few, names)
-    return Part(path, type(child), len(child._modules), names, read, tuple(facts.values()))
+    read = _reader(names)
+    known = frozenset(vars(child)) | (frozenset() if path else {"_senet_form", "_senet_backend"})
+    return Part(path, type(child), len(child._modules), names, read, tuple(facts.values()), known)
+
+
+def _reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """Reads these names of a mapping at once."""
+    return itemgetter(*names) if len(names) > 1 else partial(_read_few, names)
 
 
 def _read_few(names: tuple[str, ...], facts: dict[str, Any]) -> tuple[Any, ...]:
@@ -194,31 +213,39 @@ def _read_few(names: tuple[str, ...], facts: dict[str, Any]) -> tuple[Any, ...]:
 
 def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
-    if _has_any_global_hook():
-        return "a global module hook is registered"
     compiling = torch.compiler.is_compiling()
     for part in parts:
+        path, kind, children, _, read, values, known = part
         child: Foreign = module
         try:
-            for name in part.path:
+            for name in path:
                 child = child.__dict__["_modules"][name]
             facts = child.__dict__
             as_it_was = (
-                (_same_one_by_one(child, part) if compiling else part.read(facts) == part.values)
-                and len(facts["_modules"]) == part.children
-                and (not part.path or (type(child) is part.kind and "forward" not in facts))
+                (_same_one_by_one(child, part) if compiling else read(facts) == values)
+                and len(facts["_modules"]) == children
+                and (not path or type(child) is kind)
+                and (compiling or len(facts) == len(known) or not _hidden(child, part))
+                and (not path or "forward" not in facts)
             )
-        except (AttributeError, KeyError):  # None in a child's place
+        # None in a child's place; and numbers of other tensors are not compared.
+        except (AttributeError, KeyError, RuntimeError, ValueError):
             as_it_was = False
         if not as_it_was:
             return _what_is_new(module, part)
     return None
 
 
+def _hidden(child: nn.Module, part: Part) -> str | None:
+    """An attribute that is new and hides one of the child's class: a flag, a function."""
+    new = vars(child).keys() - part.known
+    return next((name for name in sorted(new) if hasattr(type(child), name)), None)
+
+
 def _same_one_by_one(child: Foreign, part: Part) -> bool:
     """The comparison of settings as Dynamo can trace and guard it."""
     for name, value in zip(part.names, part.values, strict=True):
-        if name not in _HOOKS and getattr(child, name) != value:
+        if name not in _HOOKS and _is_setting(value) and getattr(child, name) != value:
             return False
     return not part.path or hook_reason(child) is None
 
@@ -241,9 +268,38 @@ def _what_is_new(module: nn.Module, part: Part) -> str:
     for name, value in zip(part.names, part.values, strict=True):
         if name not in facts:
             return f"{its} has no attribute {name!r} any more"
-        if facts[name] != value:
-            return f"{its} has {name}={facts[name]!r}, had {value!r} when it was fused"
-    return f"{its} is not what it was"
+        try:
+            same = bool((facts[name],) == (value,))
+        except (RuntimeError, ValueError):
+            same = False
+        if not same:
+            return f"{its} has another {name!r} than when it was fused"
+    hidden = _hidden(child, part)
+    return f"{its} has a {hidden!r} of its own" if hidden else f"{its} is not what it was"
+
+
+#: A class, and its functions at some time: a reader of its namespace, and what it gave.
+Functions = tuple[tuple[type, Callable[[Any], tuple[Any, ...]], tuple[Any, ...]], ...]
+
+
+def functions_of(kind: type[nn.Module]) -> Functions:
+    """What a module of a class may call of it, from the class up to torch's Module."""
+    found = []
+    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        names = tuple(n for n, v in vars(cls).items() if not n.startswith("__"))
+        found.append((cls, _reader(names), tuple(vars(cls)[n] for n in names)))
+    return tuple(found)
+
+
+def is_patched(functions: Functions) -> bool:
+    """Whether a class has other functions than it had."""
+    try:
+        for cls, read, values in functions:
+            if read(cls.__dict__) != values:
+                return True
+    except KeyError:
+        return True
+    return False
 
 
 def own_parameter(layer: Foreign, name: str) -> Any:
@@ -252,6 +308,15 @@ def own_parameter(layer: Foreign, name: str) -> Any:
         return layer.__dict__["_parameters"][name]
     except KeyError:  # made by hand, or by a hook
         return getattr(layer, name)
+
+
+def weight_and_bias(layer: Foreign) -> tuple[Any, Any]:
+    """Both at once."""
+    try:
+        owned = layer.__dict__["_parameters"]
+        return owned["weight"], owned["bias"]
+    except KeyError:
+        return layer.weight, layer.bias
 
 
 def descendants(module: nn.Module) -> Iterator[tuple[Path, nn.Module]]:

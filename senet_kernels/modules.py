@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.overrides import handle_torch_function
 
 from . import api, dispatch, fallback, resolve, validation
-from .forms import hook_reason, own_parameter
+from .forms import LINEAR, hook_reason, own_parameter, weight_and_bias
 from .pointwise import POINTWISE, check_name
 from .tensors import PLAIN_TYPES, evaluate_annotations, foreign_class, is_proxy, untraced
 
@@ -203,8 +203,7 @@ class FusedSEBlock(nn.Module):
             reason = None if layer is None else _call_reason(layer) or hooked
             if reason is not None:
                 return self._layer_by_layer(f"its child {name} {reason}", x, residual, lengths)
-        w1: Any = None if fc1 is None else own_parameter(fc1, "weight")
-        b1 = None if fc1 is None else own_parameter(fc1, "bias")
+        w1, b1 = (None, None) if fc1 is None else weight_and_bias(fc1)
         tied = type(fc2) is _TiedConv2d
         w2: Any = w1 if tied else own_parameter(fc2, "weight")
         if not PLAIN_TYPES.issuperset((type(x), type(w1), type(w2))):
@@ -217,10 +216,18 @@ class FusedSEBlock(nn.Module):
             w2 = w2.flatten(1).t()
         b2 = own_parameter(fc2, "bias")
         alpha, beta = own_parameter(self, "alpha"), own_parameter(self, "beta")
-        y: Any = resolve.run(
-            x, w1, b1, w2, b2, (own["activation"], own["gate"], own["before"], own["after"]), None,
-            residual, alpha, beta, lengths, False, own["backend"],
-        )  # fmt: skip
+        try:
+            names = own["activation"], own["gate"], own["before"], own["after"]
+        except KeyError:  # a module in the place of a name, which the check refuses
+            names = self.activation, self.gate, self.before, self.after
+        try:
+            y: Any = resolve.run(
+                x, w1, b1, w2, b2, names, None, residual, alpha, beta, lengths, False,
+                own["backend"],
+            )  # fmt: skip
+        except ValueError:
+            self._check_channels(x)  # names x rather than the layers
+            raise
         if y is NotImplemented:
             y = fallback.squeeze_excite(
                 x, w1, b1, w2, b2, activation=self.activation, gate=self.gate, before=self.before,
@@ -233,7 +240,9 @@ class FusedSEBlock(nn.Module):
         where they do not say: a child that was replaced, a weight that is flattened or lazy."""
         if self.fc2 is None:
             return _extent(self._parameters.get("alpha"), 0)
-        first = self.fc1 or self.fc2
+        first = self.fc2 if self.fc1 is None else self.fc1
+        if type(first) not in LINEAR:
+            return None
         width = _extent(first._parameters.get("weight"), 1)
         return None if width is None else width * int(getattr(first, "groups", 1))
 
@@ -258,7 +267,7 @@ class FusedSEBlock(nn.Module):
         z = api.squeeze(x, before=self.before, lengths=lengths, backend=self.backend)
         h = z[:, :, None, None]
         if self.fc1 is not None:
-            h = POINTWISE[self.activation].fn(self.fc1(h))
+            h = POINTWISE[check_name("activation", self.activation)].fn(self.fc1(h))
         # Parametrizations and FSDP make subclasses.
         tied = (self.fc1.weight,) if isinstance(self.fc2, _TiedConv2d) else ()
         u = self.fc2(h, *tied)
@@ -270,8 +279,10 @@ class FusedSEBlock(nn.Module):
     def _constant(self, x: Tensor, residual: Tensor | None, lengths: Tensor | None) -> Tensor:
         self._check_channels(x)
         _check_no_lengths(lengths)
-        assert self.alpha is not None
-        assert self.beta is not None
+        if self.alpha is None or self.beta is None:
+            raise TypeError(
+                "fc2: expected a layer, got None; a block without has excitation='constant'"
+            )
         u = torch.cat((self.alpha, self.beta)).expand(x.shape[0], -1)
         return api.channel_scale(
             x, u, gate="identity", before=self.before, after=self.after, residual=residual,

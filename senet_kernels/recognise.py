@@ -9,6 +9,7 @@ To add a class, add a line to ``KNOWN``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 
 from torch import Tensor, nn
 
@@ -213,6 +214,7 @@ def recognise(module: nn.Module) -> Form | None:
                 raise
             return None
     else:
+        _check_class(module)
         try:
             form = read(module)
         except (AttributeError, KeyError) as error:
@@ -227,6 +229,21 @@ def recognise(module: nn.Module) -> Form | None:
     if reason is not None:
         raise Refusal(reason)
     return form
+
+
+def _check_class(module: nn.Module) -> None:
+    """Refuse a module of a known class with functions that are not that class's: what the class is
+    known to compute, it may not."""
+    cls = type(module)
+    for name, value in vars(cls).items():
+        if isinstance(value, FunctionType) and not (
+            value.__module__ == cls.__module__
+            and value.__qualname__.startswith(f"{cls.__qualname__}.")
+        ):
+            raise Refusal(f"the {name!r} of its class has been replaced")
+    for name, value in vars(module).items():
+        if callable(value) and hasattr(cls, name):
+            raise Refusal(f"it has its own {name!r}")
 
 
 def _check_weights(module: nn.Module, form: Mlp) -> None:

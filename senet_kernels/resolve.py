@@ -154,7 +154,14 @@ def why_no_kernel() -> str | None:
         return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording, and keeps PyTorch's own operators alone"
+    if torch._C._are_functorch_transforms_active():
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        if any(level.key() == _FUNCTIONALIZE for level in levels):
+            return "torch.func.functionalize knows PyTorch's own operators alone"
     return None
+
+
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
 def runs_plain(resolved: ResolvedCall) -> bool:
@@ -356,7 +363,11 @@ def run(
                 short = _RESOLVED.get((names, asked_for))
         except (AttributeError, TypeError):  # None for a tensor, an unhashable name
             pass
-        differentiable = short is not None and requires_grad(x, w1, b1, w2, b2, residual)
+        differentiable = (
+            short is not None
+            and torch.is_grad_enabled()
+            and requires_grad(x, w1, b1, w2, b2, residual)
+        )
         if short is not None and not (inplace and differentiable):
             try:
                 if inplace:

@@ -41,7 +41,7 @@ def foreign_class(weight: Any) -> str | None:
 
 def is_proxy(x: Any) -> bool:
     """Whether x is no tensor and records what is done to it, as torch.fx's Proxy."""
-    return not isinstance(x, Tensor) and has_torch_function((x,))
+    return type(x) is not Tensor and not isinstance(x, Tensor) and has_torch_function((x,))
 
 
 def evaluate_annotations(forward: Callable[..., Any]) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from models import library
 from senet_kernels import FusedSEBlock, fuse_se_blocks, unfuse_se_blocks
-from senet_kernels.convert import _Fused
 
 
 class SE(nn.Module):
@@ -344,9 +343,136 @@ def test_a_block_whose_module_changed(change: Callable[[Any], Any]) -> None:
     _same(plain, fused, torch.randn(2, 16, 7, 7))
 
 
-def test_reports_say_what_is_not_taken() -> None:
-    """And a fused class is a subclass: isinstance still holds."""
+# ---- what hides or replaces a part of a class ----
+
+
+class Flagged(SE):
+    """Flags and functions of the class, and of other kinds than numbers."""
+
+    residual = False
+    squash = staticmethod(torch.sigmoid)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._half = False
+        self.table = {"power": 1}
+        self.sizes = [1, 1]
+
+    def scaled(self, x: Tensor, g: Tensor) -> Tensor:
+        return x * g
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.adaptive_avg_pool2d(x, self.sizes).mean((2, 3), keepdim=True)
+        if self.sizes != [1, 1]:
+            z = z + 1
+        g = self.squash(self.fc2(self.act(self.fc1(z))))
+        y = self.scaled(x, g ** self.table["power"] if self.table["power"] != 1 else g)
+        y = y / 2 if self._half else y
+        return y + x if self.residual else y
+
+
+def _other_scale(self: Any, x: Tensor, g: Tensor) -> Tensor:
+    return x * g * 3
+
+
+_HIDDEN: dict[str, Callable[[Any], Any]] = {
+    "flag of the class": lambda m: setattr(m, "residual", True),
+    "function of the class": lambda m: setattr(m, "squash", torch.tanh),
+    "private flag": lambda m: setattr(m, "_half", True),
+    "dictionary": lambda m: m.table.update(power=2),
+    "list": lambda m: m.sizes.__setitem__(0, 2),
+    "other list": lambda m: setattr(m, "sizes", [2, 2]),
+    "method": lambda m: setattr(m, "scaled", _other_scale.__get__(m)),
+    "tensor in the place of a number": lambda m: setattr(m, "_half", torch.ones(())),
+    "two rows for a channel": lambda m: setattr(m, "fc2", nn.Conv2d(4, 32, 1)),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", _HIDDEN)
+def test_attributes_that_hide_or_change(name: str, copied: bool) -> None:
+    plain, fused = _pair(Flagged)
+    for module in (plain, fused):
+        torch.manual_seed(1)
+        _HIDDEN[name](module)
+    _same(plain, copy.deepcopy(fused) if copied else fused, torch.randn(2, 16, 5, 5))
+
+
+def test_a_class_that_is_patched_after_fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fused = _pair(Flagged)
+    monkeypatch.setattr(Flagged, "scaled", _other_scale)
+    _same(plain, fused, torch.randn(2, 16, 5, 5))
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_known_class_that_is_patched_before_fusing(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    se = library("timm.layers").SEModule
+    block = se(16, rd_channels=4)
+    monkeypatch.setattr(se if where == "class" else block, "forward", lambda *a: a[-1] * 3)
+    report = fuse_se_blocks(block)
+    assert not report.replaced
+    assert "forward" in report.refused[0].note
+
+
+def test_a_child_runs_once_where_no_kernel_does() -> None:
+    """SCSE's spatial half is computed for the kernels and by the original, not by both."""
+    import torch.autograd.forward_ad as fwAD
+
+    scse = library("segmentation_models_pytorch.base.modules").SCSEModule(16, 4)
+    assert fuse_se_blocks(scse).replaced
+    runs: list[int] = []
+    scse.sSE.register_forward_hook(lambda *_: runs.append(1))
+    x = torch.randn(2, 16, 5, 5)
+    with fwAD.dual_level():
+        scse(fwAD.make_dual(x, x))
+    assert len(runs) == 1
+
+
+def test_an_error_of_a_hook_is_raised_once() -> None:
+    _, fused = _pair()
+    times: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        times.append(1)
+        raise ValueError("of the hook")
+
+    fused(torch.randn(2, 16, 5, 5))
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, pytest.raises(ValueError, match="of the hook"):
+        fused(torch.randn(2, 16, 5, 5))
+    assert len(times) == 1
+
+
+def test_a_conversion_is_all_or_nothing() -> None:
+    class Frozen(SE):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "__class__" or name.startswith("_senet"):
+                raise AttributeError(f"{name} is frozen")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(SE(), Frozen(), SE())
+    with pytest.raises(TypeError, match="Frozen"):
+        fuse_se_blocks(model)
+    assert [type(m).__name__ for m in model] == ["SE", "Frozen", "SE"]
+    assert "_senet_form" not in vars(model[0])
+
+
+@pytest.mark.parametrize("backend", ["native", None])
+@pytest.mark.parametrize("what", ["trace", "forward mode"])
+def test_what_is_without_kernels_is_so_for_every_choice(what: str, backend: str | None) -> None:
+    import torch.autograd.forward_ad as fwAD
+
     plain, fused = _pair()
-    assert isinstance(fused, (SE, _Fused))
-    assert unfuse_se_blocks(fused) == 1
-    assert type(fused) is type(plain)
+    fuse_se_blocks(fused, backend=backend)
+    block = FusedSEBlock(16, hidden=4, activation="leaky_relu", backend=backend)
+    block.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 16, 5, 5)
+    for module in (fused, block):
+        if what == "trace":
+            torch.testing.assert_close(torch.jit.trace(module, x)(x), plain(x))
+        else:
+            with fwAD.dual_level():
+                tangent = fwAD.unpack_dual(module(fwAD.make_dual(x, x))).tangent
+            assert tangent is not None

@@ -163,8 +163,7 @@ def test_wrong_inputs_are_named(how: str) -> None:
         block.fc1.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match=r"^x: expected a tensor, got str"):
         block("x")
-    name = "w2" if how == "plain" else "x"
-    with pytest.raises(ValueError, match=rf"^{name}: expected .*8"):
+    with pytest.raises(ValueError, match=r"^x: expected .*8"):
         block(torch.randn(2, 7, 3, 3))
 
 

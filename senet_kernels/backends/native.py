@@ -52,6 +52,10 @@ def _load() -> str | None:
 UNAVAILABLE: str | None = _load()
 
 
+# Asked once: torch.compile cannot trace the question.
+_HAS_CUDA = UNAVAILABLE is None and torch._C._dispatch_has_kernel_for_dispatch_key(_FORWARD, "CUDA")
+
+
 def _raise_unavailable(*args: Any) -> NoReturn:
     raise RuntimeError(f"backend 'native' is not available: {UNAVAILABLE}")
 
@@ -67,7 +71,7 @@ def unavailable_on(device: str) -> str | None:
 
     What the library says, not what there was to be built: the record may be of another build.
     """
-    if device != "cuda" or torch._C._dispatch_has_kernel_for_dispatch_key(_FORWARD, "CUDA"):
+    if device != "cuda" or _HAS_CUDA:
         return None
     reason = build_record().get("cuda_reason", "it was built without CUDA kernels")
     return f"the compiled library has no CUDA kernels: {reason}"

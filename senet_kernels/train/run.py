@@ -96,6 +96,7 @@ class Run:
         if state is not None:
             self._restore(state)
         self.record: record.Record | None = None
+        self._began_writing = False
         with self._no_half_run():
             self.record = self._open_record("tensorboard" in asked)
 
@@ -121,12 +122,14 @@ class Run:
         rows = record.read_rows(self.source, steps) if self.source is not None else []
         if not self.goes_on_here:
             # Only now that nothing else can be wrong.
+            self._began_writing = True
             record.clear_folder(self.folder)
             if self.source is not None and (self.source / checkpoint.BEST).is_file():
                 shutil.copy(self.source / checkpoint.BEST, self.folder)
         opened = record.Record(self.folder, rows, steps, self.extras.tensorboard)
         if opened.board_failure is not None:
             if needs_board:
+                opened.close()
                 raise TrainError(f"--tensorboard: {opened.board_failure}")
             self._say(f"no TensorBoard files: {opened.board_failure}")
         opened.run({"steps": steps, **self._description()})
@@ -167,7 +170,7 @@ class Run:
             yield
         except Exception:
             began = self.goes_on_here or self.session_steps > 0
-            if self.processes.first and not began:
+            if self.processes.first and self._began_writing and not began:
                 if self.record is not None:
                     self.record.close()
                 record.clear_folder(self.folder)
