@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
@@ -187,17 +188,23 @@ def squeeze(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
-    if is_proxy(x):
+    if type(x) is not Tensor and is_proxy(x):
         recorded: Tensor = handle_torch_function(
             squeeze, (x,), x, before=before, before_affine=before_affine, lengths=lengths,
             backend=backend,
         )  # fmt: skip
         return recorded
-    with untraced():
+    tracing = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    if tracing:
+        with untraced():
+            resolved, cast_to = _resolve_squeeze(x, before, before_affine, lengths, backend)
+    else:
         resolved, cast_to = _resolve_squeeze(x, before, before_affine, lengths, backend)
-    if _is_plain(resolved):
+    if _is_plain(resolved, tracing):
         return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
-    affine_scale, affine_shift = resolve.cast(cast_to, *(before_affine or (None, None)))
+    affine_scale = affine_shift = None
+    if before_affine is not None:
+        affine_scale, affine_shift = resolve.cast(cast_to, *before_affine)
     arguments = (x, affine_scale, affine_shift, lengths)
     chosen = resolved.choice.backend
     if chosen == "reference":
@@ -242,12 +249,14 @@ def _resolve_squeeze(
     return resolved, cast_to
 
 
-def _is_plain(resolved: resolve.ResolvedCall) -> bool:
-    """Whether a half is computed by the plain composition: also under a transform of torch.func,
-    which the halves' Functions do not know."""
-    return resolve.runs_plain(resolved) or (
-        resolved.choice.backend != "reference" and torch._C._are_functorch_transforms_active()
-    )
+def _is_plain(resolved: resolve.ResolvedCall, tracing: bool) -> bool:
+    """Whether a half is computed by the plain composition: so chosen, or because of what is going
+    on (:func:`resolve.why_no_kernel`); and under every transform of torch.func, which the halves'
+    Functions do not know."""
+    chosen = resolved.choice.backend
+    if chosen in ("fallback", "reference"):
+        return chosen == "fallback"
+    return tracing or fwAD._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def channel_scale(
@@ -284,11 +293,16 @@ def channel_scale(
             after=after, residual=residual, alpha=alpha, beta=beta, backend=backend,
         )  # fmt: skip
         return recorded
-    with untraced():
-        resolved, dtype, cast_to = _resolve_channel_scale(
-            x, u, (None, gate, before, after), before_affine, residual, alpha, beta, backend
-        )
-    if _is_plain(resolved):
+    tracing = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    arguments = (
+        x, u, (None, gate, before, after), before_affine, residual, alpha, beta, backend,
+    )  # fmt: skip
+    if tracing:
+        with untraced():
+            resolved, dtype, cast_to = _resolve_channel_scale(*arguments)
+    else:
+        resolved, dtype, cast_to = _resolve_channel_scale(*arguments)
+    if _is_plain(resolved, tracing):
         return fallback.channel_scale(
             x, u, gate=gate, before=before, before_affine=before_affine, after=after,
             residual=residual, alpha=alpha, beta=beta,
@@ -299,16 +313,16 @@ def channel_scale(
     affine = before_affine or (None, None)
     pre_gate, *rest = resolve.cast(cast_to, u, alpha, beta, *affine)
     assert pre_gate is not None
-    arguments = (x, pre_gate, residual, *rest)
+    operands = (x, pre_gate, residual, *rest)
     chosen = resolved.choice.backend
     if chosen == "reference":
         return reference.channel_scale_flat(resolved.options, x, pre_gate, residual, *rest)
-    if resolve.requires_grad(*arguments):
+    if resolve.requires_grad(*operands):
         differentiable: Tensor = autograd.ChannelScaleFunction.apply(
-            *arguments, resolved.code, chosen
+            *operands, resolved.code, chosen
         )
         return differentiable
-    y: Tensor = autograd.channel_scale_op(chosen)(*arguments, resolved.code, False)[0]
+    y: Tensor = autograd.channel_scale_op(chosen)(*operands, resolved.code, False)[0]
     return y
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import api, dispatch, resolve
+from .backends import native
 from .forms import (
     Form,
     Functions,
@@ -107,7 +109,11 @@ class _Fused(nn.Module):
         except KeyError:  # taken out
             return NotImplemented
         form = se._senet_form if isinstance(se, _Fused) else None
-        if not isinstance(form, Mlp) or hook_reason(se) or stale_reason(se, form.parts):
+        if (
+            not isinstance(form, Mlp)
+            or hook_reason(se)
+            or stale_reason(se, form.parts, torch.compiler.is_compiling())
+        ):
             return NotImplemented
         if not dispatch.may_run_kernels(x.device.type, se._senet_backend):
             return NotImplemented
@@ -144,17 +150,18 @@ def _excite(
         residual = form.residual(module, x)
     if form.lengths is not None and lengths is not None:
         lengths = form.lengths(x, lengths)
-    arguments = (
-        x, w1, b1, w2, b2, (form.activation, form.gate, before, after), None, residual, None, None,
-        lengths, False, backend,
-    )  # fmt: skip
+    names = (form.activation, form.gate, before, after)
     try:
-        return resolve.run(*arguments)
+        return resolve.run(
+            x, w1, b1, w2, b2, names, None, residual, None, None, lengths, False, backend
+        )
     except (TypeError, ValueError) as error:
         if dispatch.requested_backend(backend) != "auto":
             raise
         try:
-            resolve.prepare(*arguments)
+            resolve.prepare(
+                x, w1, b1, w2, b2, names, None, residual, None, None, lengths, False, backend
+            )
         except (TypeError, ValueError):
             return NotImplemented  # not a call the operation takes: the original's business
         raise error from None  # of a hook, say
@@ -216,18 +223,21 @@ def _call_reason(
     x = args[0]
     if not isinstance(x, Tensor):  # torch.fx traces the original
         return f"x is a {type(x).__name__}"
-    if not dispatch.may_run_kernels(x.device.type, backend):
+    # What the function asks, for the usual case and without a call.
+    usual = x.is_cpu and backend is None and native.UNAVAILABLE is None
+    if not usual and not dispatch.may_run_kernels(x.device.type, backend):
         return f"nothing fused runs by default on device type {x.device.type!r}"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
-    if not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
         if torch._C._get_tracing_state() is not None:
             return resolve.why_no_kernel()
         if is_patched(module._functions):
             return "its class has been changed"
     if _has_any_global_hook():
         return "a global module hook is registered"
-    reason = stale_reason(module, form.parts)
+    reason = stale_reason(module, form.parts, compiling)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
         reason = _no_kernel_reason(x)
     return reason
@@ -249,11 +259,11 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
             return f"its layers have weights of class {kind}"
     if x.dim() not in form.ranks:  # a Sequential that reshapes on the way
         return f"x has {x.dim()} dimensions"
-    channels = (w2 if w1 is None else w1).shape[1]
-    if x.is_nested or x.shape[1] != channels:
+    channels = (w2 if w1 is None else w1).size(1)
+    if x.is_nested or x.size(1) != channels:
         return f"x has {x.size(1)} channels, its layers have {channels}"
-    if w2.shape[0] != channels:  # twice as many would be taken for scale and shift
-        return f"its last layer has {w2.shape[0]} outputs for {channels} channels"
+    if w2.size(0) != channels:  # twice as many would be taken for scale and shift
+        return f"its last layer has {w2.size(0)} outputs for {channels} channels"
     if autocast_is_on(x.device.type):
         return None if form.autocast else "it does not compute as autocast would have it"
     # Outside autocast the original casts, or raises what its user knows.
@@ -271,10 +281,9 @@ def _fused_class(original: type[nn.Module]) -> type[_Fused]:
         if issubclass(original, GraphModule):
             raise Refusal("it is a traced graph, of a class of its own: fuse before tracing")
 
-        @wraps(original.forward)
-        def forward(self: _Fused, *args: Any, **kwargs: Any) -> Any:
-            return self._senet_forward(*args, **kwargs)
-
+        # A function of its own for each class, which has the original's signature.
+        code, defined = _Fused._senet_forward.__code__, _Fused._senet_forward.__globals__
+        forward = wraps(original.forward)(FunctionType(code, defined))
         contents = {
             "_original": original, "_functions": functions_of(original), "forward": forward,
             "__module__": __name__, "__doc__": original.__doc__,

@@ -211,9 +211,8 @@ def _read_few(names: tuple[str, ...], facts: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(facts[name] for name in names)
 
 
-def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
+def stale_reason(module: nn.Module, parts: tuple[Part, ...], compiling: bool = False) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
-    compiling = torch.compiler.is_compiling()
     for part in parts:
         path, kind, children, _, read, values, known = part
         child: Foreign = module

@@ -81,9 +81,10 @@ _PLAIN_FACTS = ("two layers", False, False, False, False, False, False, False, F
 def _subclass(tensors: tuple[Tensor | None, ...]) -> str | None:
     """The name of a tensor subclass among these whose operators are its own."""
     for t in tensors:
-        name = wrapper_class(t)
-        if name is not None:
-            return name
+        if type(t) not in PLAIN_TYPES:
+            name = wrapper_class(t)
+            if name is not None:
+                return name
     return None
 
 
