@@ -194,7 +194,7 @@ def squeeze(
             backend=backend,
         )  # fmt: skip
         return recorded
-    tracing = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    tracing = not resolve.is_compiling() and resolve.tracing_state() is not None
     if tracing:
         with untraced():
             resolved, cast_to = _resolve_squeeze(x, before, before_affine, lengths, backend)
@@ -209,7 +209,7 @@ def squeeze(
     chosen = resolved.choice.backend
     if chosen == "reference":
         return reference.squeeze_flat(resolved.options, *arguments)
-    if resolve.requires_grad(*arguments[:3]):
+    if torch.is_grad_enabled() and resolve.requires_grad(*arguments[:3]):
         differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, resolved.code, chosen)
         return differentiable
     z: Tensor = autograd.squeeze_op(chosen)(*arguments, resolved.code)
@@ -240,7 +240,8 @@ def _resolve_squeeze(
     if lengths is not None:
         validation.check_lengths(x, lengths)
     given = x.dtype if affine_scale is None else affine_scale.dtype
-    wide = features.is_wide(x, 0, x.shape[1], before_affine is not None)
+    # Of no concern to a CPU, where a small call should not pay for the question.
+    wide = not x.is_cpu and features.is_wide(x, 0, x.shape[1], before_affine is not None)
     resolved = resolve.resolve(
         "squeeze alone", (x, affine_scale, affine_shift, lengths), (x.dtype, cast_to or given),
         False, (None, None, before, None), None, None, None, before_affine, lengths, False, wide,
@@ -287,37 +288,41 @@ def channel_scale(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
-    if is_proxy(x):
+    if type(x) is not Tensor and is_proxy(x):
         recorded: Tensor = handle_torch_function(
             channel_scale, (x,), x, u, gate=gate, before=before, before_affine=before_affine,
             after=after, residual=residual, alpha=alpha, beta=beta, backend=backend,
         )  # fmt: skip
         return recorded
-    tracing = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
-    arguments = (
-        x, u, (None, gate, before, after), before_affine, residual, alpha, beta, backend,
-    )  # fmt: skip
+    tracing = not resolve.is_compiling() and resolve.tracing_state() is not None
+    names = (None, gate, before, after)
     if tracing:
         with untraced():
-            resolved, dtype, cast_to = _resolve_channel_scale(*arguments)
+            resolved, dtype, cast_to = _resolve_channel_scale(
+                x, u, names, before_affine, residual, alpha, beta, backend
+            )
     else:
-        resolved, dtype, cast_to = _resolve_channel_scale(*arguments)
+        resolved, dtype, cast_to = _resolve_channel_scale(
+            x, u, names, before_affine, residual, alpha, beta, backend
+        )
     if _is_plain(resolved, tracing):
         return fallback.channel_scale(
             x, u, gate=gate, before=before, before_affine=before_affine, after=after,
             residual=residual, alpha=alpha, beta=beta,
         )  # fmt: skip
-    x = x.to(dtype)
-    if residual is not None:
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if residual is not None and residual.dtype != dtype:
         residual = residual.to(dtype)
-    affine = before_affine or (None, None)
-    pre_gate, *rest = resolve.cast(cast_to, u, alpha, beta, *affine)
-    assert pre_gate is not None
-    operands = (x, pre_gate, residual, *rest)
+    affine_scale, affine_shift = before_affine or (None, None)
+    rest: tuple[Tensor | None, ...] = (alpha, beta, affine_scale, affine_shift)
+    if cast_to is not None:
+        u, rest = u.to(cast_to), resolve.cast(cast_to, *rest)
+    operands = (x, u, residual, *rest)
     chosen = resolved.choice.backend
     if chosen == "reference":
-        return reference.channel_scale_flat(resolved.options, x, pre_gate, residual, *rest)
-    if resolve.requires_grad(*operands):
+        return reference.channel_scale_flat(resolved.options, x, u, residual, *rest)
+    if torch.is_grad_enabled() and resolve.requires_grad(*operands):
         differentiable: Tensor = autograd.ChannelScaleFunction.apply(
             *operands, resolved.code, chosen
         )
@@ -368,7 +373,7 @@ def _resolve_channel_scale(
         dtype, cast_to = resolve.promoted_dtypes(x, parameters, residual, u)
     else:
         validation.check_same_dtype(x, {**parameters, "residual": residual})
-    wide = features.is_wide(x, 0, u.shape[1], before_affine is not None)
+    wide = not x.is_cpu and features.is_wide(x, 0, u.shape[1], before_affine is not None)
     resolved = resolve.resolve(
         "channel_scale alone", (x, u, residual, alpha, beta, affine_scale, affine_shift),
         (dtype, cast_to or u.dtype), u.shape[1] != channels, names, residual,

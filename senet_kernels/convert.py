@@ -196,7 +196,9 @@ def _excite_within(
 ) -> Tensor:
     """The same inside a block that is half computed already: step by step where nothing fused
     computes it."""
-    y = _excite(module, form, x, before=before, after=after, residual=residual)
+    y: Any = NotImplemented
+    if x.dim() in form.ranks:  # unless a Sequential reshapes on the way
+        y = _excite(module, form, x, before=before, after=after, residual=residual)
     if y is NotImplemented:
         y = module(POINTWISE[before or "identity"].fn(x))
         y = POINTWISE[after or "identity"].fn(y if residual is None else y + residual)
@@ -257,19 +259,17 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
         kind = foreign_class(w2) or foreign_class(w1)
         if kind is not None:
             return f"its layers have weights of class {kind}"
-    if x.dim() not in form.ranks:  # a Sequential that reshapes on the way
-        return f"x has {x.dim()} dimensions"
     channels = (w2 if w1 is None else w1).size(1)
     if x.is_nested or x.size(1) != channels:
         return f"x has {x.size(1)} channels, its layers have {channels}"
     if w2.size(0) != channels:  # twice as many would be taken for scale and shift
         return f"its last layer has {w2.size(0)} outputs for {channels} channels"
+    if form.autocast and x.dtype is w2.dtype:
+        return None
     if autocast_is_on(x.device.type):
         return None if form.autocast else "it does not compute as autocast would have it"
     # Outside autocast the original casts, or raises what its user knows.
-    if x.dtype != w2.dtype:
-        return f"x is {x.dtype}, its parameters are {w2.dtype}"
-    return None
+    return None if x.dtype is w2.dtype else f"x is {x.dtype}, its parameters are {w2.dtype}"
 
 
 _CLASSES: dict[type[nn.Module], type[_Fused]] = {}

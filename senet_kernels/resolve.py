@@ -71,6 +71,14 @@ def _note_short_way(kind: tuple[Any, ...], resolved: ResolvedCall) -> None:
         _RESOLVED[names, None] = resolved
 
 
+# Looked up once, as the ops are: each is asked before every call.
+is_compiling = torch.compiler.is_compiling
+_is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+tracing_state = torch._C._get_tracing_state
+
 _NATIVE_FORWARD = autograd.forward_op("native")
 _NATIVE_INPLACE = autograd.inplace_op("native")
 
@@ -132,7 +140,7 @@ def resolve(
 
 def _look_up(kind: tuple[Any, ...]) -> ResolvedCall:
     """What a kind of call resolves to, from the cache when it was seen before."""
-    if torch.compiler.is_compiling():  # a guard on a growing dict would recompile
+    if is_compiling():  # a guard on a growing dict would recompile
         return _make(*kind)
     try:
         resolved = _RESOLVED.get(kind)
@@ -308,8 +316,9 @@ def prepare(
         beta, before_affine, lengths, inplace, wide, backend,
     )  # fmt: skip
     if not runs_plain(resolved):
-        x = x.to(dtype)
-        if residual is not None:
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        if residual is not None and residual.dtype != dtype:
             residual = residual.to(dtype)
         w1, b1, w2, b2, alpha, beta, affine_scale, affine_shift = cast(  # type: ignore[assignment]
             cast_to, w1, b1, w2, b2, alpha, beta, affine_scale, affine_shift
@@ -344,18 +353,18 @@ def run(
     # layers that have flushed the caches Python runs from (docs/performance.md). The op checks
     # shapes, devices and dtypes itself; where it fails, the long way may know a better message.
     if (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and before_affine is None
         and alpha is None
         and beta is None
         and lengths is None
         and PLAIN_TYPES.issuperset(map(type, (x, w1, b1, w2, b2, residual)))
-        and not torch.is_autocast_enabled("cpu")
+        and not _is_autocast_enabled("cpu")
         and fwAD._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None  # a trace and its check go the same way
+        and not _transforms_active()
+        and not _dispatch_modes()
+        and not _function_modes()
+        and tracing_state() is None  # a trace and its check go the same way
     ):
         short: ResolvedCall | None = None
         try:
@@ -365,9 +374,7 @@ def run(
         except (AttributeError, TypeError):  # None for a tensor, an unhashable name
             pass
         differentiable = (
-            short is not None
-            and torch.is_grad_enabled()
-            and requires_grad(x, w1, b1, w2, b2, residual)
+            short is not None and _is_grad_enabled() and requires_grad(x, w1, b1, w2, b2, residual)
         )
         if short is not None and not (inplace and differentiable):
             try:
