@@ -99,8 +99,8 @@ class _Fused(nn.Module):
                 y = _excite(self, form, x, lengths=lengths)
             else:
                 y = _run_halves(self, form, x)
-        elif not isinstance(form, Block):  # whose squeeze-and-excitation has its own say
-            _refuse_kernels(self, reason)
+        elif (backend is not None or dispatch._forced is not None) and not isinstance(form, Block):
+            _refuse_kernels(self, reason)  # a block's squeeze-and-excitation has its own say
         return self._original.forward(self, *args, **kwargs) if y is NotImplemented else y
 
     def _run_block(self, block: Block, x: Tensor) -> Any:
@@ -227,8 +227,8 @@ def _call_reason(
         return f"x is a {type(x).__name__}"
     # What the function asks, for the usual case and without a call.
     usual = x.is_cpu and backend is None and native.UNAVAILABLE is None
-    if not usual and not dispatch.may_run_kernels(x.device.type, backend):
-        return f"nothing fused runs by default on device type {x.device.type!r}"
+    if not usual and not dispatch.may_run_kernels("cpu" if x.is_cpu else x.device.type, backend):
+        return "nothing fused runs by default on its device"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
     compiling = torch.compiler.is_compiling()

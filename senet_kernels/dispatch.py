@@ -36,6 +36,10 @@ ONLY_BY_NAME: dict[tuple[str, str], str] = {
     for backend, device in features.COLUMNS
     if (backend, device) != ("native", "cpu")
 }
+_WITH_KERNELS_FOR = {
+    device: tuple(name for name, other in features.COLUMNS if other == device)
+    for _, device in features.COLUMNS
+}
 _MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 
 ENVIRONMENT_VARIABLE = "SENET_KERNELS_BACKEND"
@@ -117,9 +121,8 @@ def may_run_kernels(device: str, backend: str | None) -> bool:
     requested = _forced if backend is None else backend
     if requested is not None and requested != "auto":
         return requested != "fallback"
-    for name in ORDER:
-        column = name, device
-        if column in features.COLUMNS and column not in ONLY_BY_NAME:
+    for name in _WITH_KERNELS_FOR.get(device, ()):
+        if name in ORDER and (name, device) not in ONLY_BY_NAME:
             module = _MODULES[name]
             # A library may have been built without kernels for a GPU, never without the CPU's.
             if module.UNAVAILABLE is None and (
