@@ -27,7 +27,7 @@ export TIMEFORMAT := <== %1R s
 PIP := -m pip --disable-pip-version-check install -qq -c .ci/constraints.txt
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt tests/team examples -type f 2>/dev/null))
+CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt tests/ptx tests/team examples -type f 2>/dev/null))
 STAMPS := $(VENV)/stamps
 
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))

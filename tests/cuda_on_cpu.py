@@ -26,10 +26,14 @@ from senet_kernels import ops
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 
 import build
+from ptx import compiling
 
 CUDA = build.ROOT / "csrc" / "cuda"
 NAMESPACE = "senet_simt"
 SANITIZED = "SENET_TEST_SANITIZED"
+#: Where it is set, the PTX of the kernels is executed, not their source (``tests/ptx``): to the
+#: seed of the errors of approximate functions.
+EXECUTE_PTX = "SENET_TEST_PTX"
 
 
 def why_not() -> str | None:
@@ -97,8 +101,11 @@ class Simulation:
             schemas.define(str(schema).partition("::")[2])
         torch.ops.load_library(str(path))
         self.schemas = schemas  # as long as it lives
+        self.finder = compiling.Finder(path)
         self.library: Any = ctypes.CDLL(str(path))
         self.library.simt_set_seed.argtypes = [ctypes.c_uint64]
+        self.library.simt_set_approximations.argtypes = [ctypes.c_uint64]
+        self.library.simt_set_finder.argtypes = [ctypes.c_void_p]
         self.library.simt_device_name.restype = ctypes.c_char_p
         for what in ("launches", "loads", "refusals", "accesses"):
             getattr(self.library, f"simt_take_{what}").restype = ctypes.c_char_p
@@ -121,6 +128,14 @@ class Simulation:
             current = current if current != device else (device + 1) % len(self.devices)
         self.library.simt_set_seed(seed)
         assert self.library.simt_set_device(device, current) == 0
+
+    def execute_ptx(self, approximations: int | None) -> None:
+        """From now on the PTX that nvcc emits for the kernels is executed, compiled at the first
+        launch of each; approximate functions have errors drawn from that seed. None: the sources.
+        """
+        self.library.simt_set_approximations(approximations or 0)
+        callback = None if approximations is None else self.finder.callback
+        self.library.simt_set_finder(callback and ctypes.cast(callback, ctypes.c_void_p))
 
     def take(self, what: str) -> list[str]:
         """What has happened since the last call: ``launches``; ``loads`` of kernels; ``refusals``
@@ -197,12 +212,18 @@ def sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def plugged_in(seed: int = 0, device: int | None = None) -> Iterator[Simulation]:
+def plugged_in(
+    seed: int = 0, device: int | None = None, *, ptx: int | None = None
+) -> Iterator[Simulation]:
     """The native ops run the CUDA kernels on CPU tensors, on a simulated device.
 
-    Without ``device`` the seed chooses that, too.
+    Without ``device`` the seed chooses that, too. With ``ptx`` the PTX of the kernels is executed,
+    see :meth:`Simulation.execute_ptx`; without it, where the environment says so.
     """
     simulated = simulation()
+    if ptx is None and EXECUTE_PTX in os.environ:
+        ptx = int(os.environ[EXECUTE_PTX])
+    simulated.execute_ptx(ptx)
     simulated.use(seed, seed % len(simulated.devices) if device is None else device)
     simulated.take_launches()
     library = torch.library.Library("senet_kernels", "IMPL", "CPU")

@@ -6,6 +6,7 @@ compiler. Nothing is compiled twice.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -62,7 +63,7 @@ def build(
         key.update(repr([common, flags]).encode() + source.read_bytes())
         target = OUT / f"{source.name}-{key.hexdigest()[:20]}.o"
         # -x c++: what is in a .cu file, too.
-        _make(target, [*cxx, *common, *flags, "-x", "c++", "-c", str(source)])
+        make(target, [*cxx, *common, *flags, "-x", "c++", "-c", str(source)])
         return target
 
     everything = [*sources, *((HERE / source, []) for source in RUNTIME)]
@@ -72,18 +73,25 @@ def build(
     key = hashlib.sha256(repr([objects, link_flags]).encode())
     target = OUT / f"{stem}-{key.hexdigest()[:20]}{dot}{suffix}"
     link = [*cxx, "-shared" if dot else "-rdynamic", *(SANITIZERS if sanitize else ())]
-    _make(target, [*link, *map(str, objects), *(link_flags or ()), "-ldl"])
+    make(target, [*link, *map(str, objects), *(link_flags or ()), "-ldl"])
     return target
 
 
-def _make(target: Path, command: list[str]) -> None:
-    """Run a command that writes ``-o target``, unless it is there."""
+def make(target: Path, command: list[str]) -> None:
+    """Run a command that writes ``-o target``, unless it is there; one process, while others that
+    want the same wait."""
     if target.exists():
         return
-    with tempfile.TemporaryDirectory(dir=OUT) as folder:
-        product = f"{folder}/{target.name}"
-        _run([*command, "-o", product])
-        os.replace(product, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        target.with_name(f"{target.name}.lock").open("w") as lock,
+        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            product = f"{folder}/{target.name}"
+            _run([*command, "-o", product])
+            os.replace(product, target)
 
 
 def _run(command: list[str]) -> None:

@@ -242,6 +242,10 @@ void grid_barrier(const Where& where) {
   block_barrier(where);
 }
 
+void* grid_workspace() {
+  return running->launch.cooperative ? running->grid_workspace.data() : nullptr;
+}
+
 void* in_peer(const void* shared, unsigned rank, const Where& where) {
   const Block& b = *current->block;
   if (rank >= b.cluster->blocks.size()) {
@@ -292,6 +296,10 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, const Where& where) {
   }
 }
 
+uint64_t mbarrier_phase(uint64_t* barrier, const Where& where) {
+  return state_of(barrier, where).phase;
+}
+
 void fence_proxy() { current->proxy_fence = true; }
 
 void bulk_load(void* shared, const void* global, size_t bytes, uint64_t* barrier,
@@ -309,6 +317,20 @@ void bulk_load(void* shared, const void* global, size_t bytes, uint64_t* barrier
     fail("a bulk load to outside the block's shared memory", where);
   }
   start({shared, global, bytes, &state});
+  yield();
+}
+
+void async_store(void* shared, const void* value, size_t bytes, uint64_t* barrier,
+                 const Where& where) {
+  MbarrierState& state = state_of(barrier, where);
+  const auto& blocks = current->block->cluster->blocks;
+  if (std::none_of(blocks.begin(), blocks.end(),
+                   [&](const auto& b) { return in_shared(*b, shared, bytes); })) {
+    fail("an asynchronous store to outside the cluster's shared memory", where);
+  }
+  CopyPointer copy = start({shared, nullptr, bytes, &state});
+  std::memcpy(copy->value.data(), value, bytes);
+  copy->from = copy->value.data();
   yield();
 }
 

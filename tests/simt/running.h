@@ -24,6 +24,7 @@ struct Copy {
   size_t bytes;
   MbarrierState* barrier;  // of a bulk copy
   bool done = false;
+  std::array<char, 16> value{};  // what a store brings, which is nowhere else
 };
 using CopyPointer = std::shared_ptr<Copy>;
 
@@ -47,6 +48,7 @@ class Scheduler {
   uint64_t progress = 0;  // counts what may have changed memory
   unsigned blocks_at_grid_barrier = 0;
   std::vector<Fiber*> at_grid_barrier;
+  alignas(64) std::array<uint64_t, 8> grid_workspace{};
 
   unsigned below(size_t n) { return static_cast<unsigned>(random_() % n); }
 

@@ -42,6 +42,10 @@ std::set<std::pair<int, const void*>> loaded;
 std::string launches, loads, refusals, accesses;
 std::atomic<bool> records_accesses{false};
 
+// Gives what is executed in place of a kernel on a device of that capability, or an error.
+using Finder = const char* (*)(const char* kernel, int capability, Translated* found);
+Finder finder = nullptr;
+
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string message;
 
@@ -232,6 +236,16 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   return error.empty() ? cudaSuccess : report(cudaErrorLaunchFailure, error);
 }
 
+cudaError_t find_translated(const void* kernel, Translated* found) {
+  if (!finder) return cudaSuccess;
+  Dl_info info{};
+  if (!dladdr(kernel, &info) || !info.dli_sname) {
+    return report(cudaErrorInvalidDeviceFunction, "a kernel without a name");
+  }
+  const char* error = finder(info.dli_sname, 10 * device().major + device().minor, found);
+  return error ? report(cudaErrorInvalidDeviceFunction, error) : cudaSuccess;
+}
+
 void accessed(Access how, const void* p, size_t bytes) {
   if (!records_accesses) return;
   const char *const at = static_cast<const char*>(p), *const shared = current->block->shared;
@@ -348,6 +362,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 #define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 
 SIMT_EXPORT void simt_set_seed(uint64_t seed) { simt::options.seed = seed; }
+SIMT_EXPORT void simt_set_approximations(uint64_t seed) { simt::options.approximations = seed; }
 // The device of tensors and streams from now on, which need not exist; and the current one of each
 // thread, as of this runtime.
 SIMT_EXPORT int simt_set_device(int of_tensors, int current) {
@@ -355,6 +370,8 @@ SIMT_EXPORT int simt_set_device(int of_tensors, int current) {
   simt::chosen = {of_tensors, current, simt::chosen.times + 1};
   return cudaSuccess;
 }
+// What kernels are replaced by; null for their sources.
+SIMT_EXPORT void simt_set_finder(simt::Finder finder) { simt::finder = finder; }
 SIMT_EXPORT int simt_device_of_tensors() { return simt::chosen.of_tensors; }
 SIMT_EXPORT int simt_current_device() { return simt::current_device(); }
 // Begins a capture, see Capture, or ends it; returns whether the one that ends is valid.

@@ -43,6 +43,8 @@ struct Options {
   uint64_t seed = 0;
   // More switches than any launch of the tests needs: a loop that polls by itself never ends.
   uint64_t most_switches = 400'000'000;
+  // Seed of the errors of approximate functions, where PTX is executed (tests/ptx).
+  uint64_t approximations = 0;
 };
 extern Options options;
 
@@ -79,6 +81,11 @@ struct Fiber {
   bool proxy_fence = false;     // executed since the last of them
   bool arrived_at_cluster = false;
   uint64_t cluster_phase = 0;
+
+  // What a load that may be one of a loop found, and how often it has tried an mbarrier.
+  const void* polled = nullptr;
+  uint64_t found = 0;
+  unsigned tries = 0;
 
   // Asynchronous copies: those of the open group, and of groups that are closed.
   std::vector<std::shared_ptr<struct Copy>> open;
@@ -141,16 +148,23 @@ void block_barrier(const Where& where);
 void cluster_arrive(const Where& where);
 void cluster_wait(const Where& where);
 void grid_barrier(const Where& where);  // of a cooperative launch
+// Memory for such a barrier, zero at first: the driver's, where the barrier itself is executed.
+// Null without a cooperative launch.
+void* grid_workspace();
 // The same place in the shared memory of another block of the cluster.
 void* in_peer(const void* shared, unsigned rank, const Where& where);
 
 void mbarrier_init(uint64_t* barrier, unsigned count, const Where& where);
 void mbarrier_arrive(uint64_t* barrier, unsigned bytes, const Where& where);
 void mbarrier_wait(uint64_t* barrier, unsigned parity, const Where& where);
+uint64_t mbarrier_phase(uint64_t* barrier, const Where& where);  // how many are complete
 
 void fence_proxy();
 void bulk_load(void* shared, const void* global, size_t bytes, uint64_t* barrier,
                const Where& where);
+// A value of at most 16 bytes into shared memory of the cluster.
+void async_store(void* shared, const void* value, size_t bytes, uint64_t* barrier,
+                 const Where& where);
 // Shared memory that nobody may touch from now on; only AddressSanitizer sees to it.
 void red_zone(void* shared, size_t bytes);
 void async_copy(void* shared, const void* global, size_t bytes, const Where& where);

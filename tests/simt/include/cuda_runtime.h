@@ -130,6 +130,10 @@ cudaError_t occupancy_of_clusters(int* clusters, const void* kernel,
                                   const cudaLaunchConfig_t& config);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& body);
+// What is executed in place of a kernel's source, given the addresses of its arguments; null where
+// the source is.
+using Translated = void (*)(const void* const* arguments);
+cudaError_t find_translated(const void* kernel, Translated* found);
 
 }  // namespace simt
 
@@ -165,6 +169,14 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const std::tuple<Parameters...> copies(static_cast<Arguments&&>(arguments)...);
-  return simt::launch(*config, reinterpret_cast<const void*>(kernel),
-                      [&] { std::apply(kernel, copies); });
+  const void* const symbol = reinterpret_cast<const void*>(kernel);
+  simt::Translated translated = nullptr;
+  if (const cudaError_t error = simt::find_translated(symbol, &translated)) return error;
+  if (!translated) return simt::launch(*config, symbol, [&] { std::apply(kernel, copies); });
+  return std::apply(
+      [&](const Parameters&... each) {
+        const void* const addresses[] = {&each...};
+        return simt::launch(*config, symbol, [&] { translated(addresses); });
+      },
+      copies);
 }

@@ -1,0 +1,228 @@
+// What cvt does, and the approximate functions with errors that their definition allows.
+#pragma once
+
+#include "scheduler.h"
+#include "values.h"
+
+namespace ptx {
+
+// ---- 16-bit formats ----
+
+inline f32 widened(f32 v) { return v; }
+inline f64 widened(f64 v) { return v; }
+inline f32 widened(f16 v) { return static_cast<f32>(std::bit_cast<_Float16>(v.bits)); }
+inline f32 widened(bf16 v) { return std::bit_cast<f32>(u32{v.bits} << 16); }
+
+// To fewer bits of mantissa; `kept` are those of an f32 that remain. Only bits are looked at.
+template <Rounding kMode>
+u32 shortened(u32 bits, u32 dropped) {
+  static_assert(kMode == rn || kMode == rz);
+  if (kMode == rz) return bits >> dropped;
+  return (bits + ((1u << (dropped - 1)) - 1) + (bits >> dropped & 1)) >> dropped;
+}
+
+template <class To, Rounding kMode>
+struct Narrow;
+template <Rounding kMode>
+struct Narrow<bf16, kMode> {
+  static bf16 from(f32 v) {
+    if (v != v) return {0x7fff};
+    return {static_cast<u16>(shortened<kMode>(std::bit_cast<u32>(v), 16))};
+  }
+};
+template <Rounding kMode>
+struct Narrow<f16, kMode> {
+  static f16 from(f32 v) {
+    if (v != v) return {0x7fff};
+    const u32 bits = std::bit_cast<u32>(v), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+    u32 half;
+    if (size >= 0x7f800000u) {
+      half = 0x7c00;
+    } else if (size < 0x38800000u) {  // subnormal: units of 2^-24
+      const f32 units = std::bit_cast<f32>(size) * 0x1p24f;
+      half = static_cast<u32>(kMode == rz ? std::trunc(units) : std::nearbyint(units));
+    } else {
+      half = std::min(shortened<kMode>(size - (112u << 23), 13), kMode == rz ? 0x7bffu : 0x7c00u);
+    }
+    return {static_cast<u16>(sign | half)};
+  }
+};
+template <Rounding kMode>
+struct Narrow<f32, kMode> {
+  template <class T>
+  static f32 from(T v) {
+    return rounded<kMode>([](T x) { return static_cast<f32>(x); }, v);
+  }
+};
+template <Rounding kMode>
+struct Narrow<f64, kMode> {
+  template <class T>
+  static f64 from(T v) {
+    return rounded<kMode>([](T x) { return static_cast<f64>(x); }, v);
+  }
+};
+template <class To, Rounding kMode, class From>
+To to_float(From v) {
+  if constexpr (std::is_integral_v<From> && sizeof(To) == 2) {
+    static_assert(sizeof(From) <= 2, "two roundings");
+    return Narrow<To, kMode>::from(static_cast<f32>(v));
+  } else {
+    return Narrow<To, kMode>::from(v);
+  }
+}
+template <class To, Rounding kMode>
+u32 pair_of_halves(f32 high, f32 low) {
+  return u32{Narrow<To, kMode>::from(high).bits} << 16 | Narrow<To, kMode>::from(low).bits;
+}
+// Ten bits of mantissa, halves away from zero.
+inline u32 to_tf32(f32 v) {
+  const u32 bits = std::bit_cast<u32>(v);
+  if (v != v) return 0x7fffffffu;
+  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
+  return (bits + 0x1000u) & ~0x1fffu;
+}
+
+// ---- integers ----
+
+// To an integer as a floating-point number.
+template <class T>
+T rni(T v) {
+  return std::nearbyint(v);
+}
+template <class T>
+T rzi(T v) {
+  return std::trunc(v);
+}
+template <class T>
+T rmi(T v) {
+  return std::floor(v);
+}
+template <class T>
+T rpi(T v) {
+  return std::ceil(v);
+}
+// Of such a number. What does not fit becomes the nearest that does; NaN becomes 0.
+template <class To, class From>
+To to_integer(From v) {
+  using Limits = std::numeric_limits<To>;
+  if (v != v) return 0;
+  if (v <= static_cast<From>(Limits::min())) return Limits::min();
+  if (v >= static_cast<From>(Limits::max())) return Limits::max();
+  return static_cast<To>(v);
+}
+template <class To, class From>
+To resized(From v) {
+  return static_cast<To>(v);
+}
+template <class To, class From>
+To resized_sat(From v) {
+  using Limits = std::numeric_limits<To>;
+  if (std::cmp_less(v, Limits::min())) return Limits::min();
+  return std::cmp_greater(v, Limits::max()) ? Limits::max() : static_cast<To>(v);
+}
+
+// ---- approximate functions ----
+//
+// A device computes them to a documented error, but which one is its own affair. Here the result is
+// off by as much as is allowed, drawn from a seed, the function and the operand: the same operand
+// always gives the same result, as on a device. The seed's remainder by four is the kind of error.
+
+enum Kind { kUniform, kUpward, kDownward, kExtreme };
+
+inline f64 deviation(u64 function, u64 operand) {
+  u64 x = simt::options.approximations * 0x9e3779b97f4a7c15u + function * 0xd1342543de82ef95u;
+  x ^= operand;
+  for (int i = 0; i < 3; ++i) x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
+  const f64 unit = static_cast<f64>(x >> 11) * 0x1p-52 - 1;
+  switch (simt::options.approximations % 4) {
+    case kUpward:
+      return 1;
+    case kDownward:
+      return -1;
+    case kExtreme:
+      return unit < 0 ? -1 : 1;
+    default:
+      return unit;
+  }
+}
+
+// A float no further from `exact` than `bound`, which leaves room for one. What is not finite, or
+// zero, is itself.
+inline f32 perturbed(f64 exact, f64 bound, u64 function, u64 operand) {
+  if (!(std::fabs(exact) <= std::numeric_limits<f32>::max()) || exact == 0) {
+    return canonical(static_cast<f32>(exact));
+  }
+  f32 result = static_cast<f32>(exact + bound * deviation(function, operand));
+  while (std::fabs(f64{result} - exact) > bound) {
+    const f32 nearer = std::nextafter(result, static_cast<f32>(exact));
+    if (nearer == result) break;
+    result = nearer;
+  }
+  return result;
+}
+inline u64 bits_of(f32 v) { return std::bit_cast<u32>(v); }
+
+// One unit in the last place of an f32 near v.
+inline f64 ulp(f64 v) {
+  int exponent = 0;
+  std::frexp(v, &exponent);
+  return std::ldexp(1.0, std::max(exponent - 24, -149));
+}
+
+// The bounds are those of the PTX manual; tests/test_ptx.py has them again.
+//
+// Of 2^a there is one thing that the manual does not say and CUDA's own functions rely on, such as
+// erf(double): that powers of two are exact.
+inline f32 approx_ex2(f32 a) {
+  const f64 exact = std::exp2(f64{a});
+  if (a == std::trunc(a)) return static_cast<f32>(exact);
+  const f64 least = exact < 0x1p-149 ? 0 : ulp(exact);  // and 0 is no number below it
+  return perturbed(exact, std::max(std::ldexp(exact, -22), least), 1, bits_of(a));
+}
+inline f32 approx_lg2(f32 a) {
+  const f64 exact = std::log2(f64{a});
+  const bool near_one = a > 0.5f && a < 2;
+  return perturbed(exact, near_one ? 0x1p-22 : std::fabs(exact) * 0x1p-22, 2, bits_of(a));
+}
+inline f32 approx_rcp(f32 a) {
+  const f64 exact = 1 / f64{a};
+  return perturbed(exact, ulp(exact), 3, bits_of(a));
+}
+inline f32 approx_sqrt(f32 a) {
+  const f64 exact = std::sqrt(f64{a});
+  return perturbed(exact, std::ldexp(exact, -23), 4, bits_of(a));
+}
+inline f32 approx_rsqrt(f32 a) {
+  const f64 exact = 1 / std::sqrt(f64{a});
+  return perturbed(exact, exact * 0x1.125fbee250664p-23, 5, bits_of(a));  // 2^-22.9
+}
+inline f32 approx_sin(f32 a) {
+  return perturbed(std::sin(f64{a}), 0x1.6a09e667f3bcdp-21, 6, bits_of(a));  // 2^-20.5
+}
+inline f32 approx_cos(f32 a) {
+  return perturbed(std::cos(f64{a}), 0x1.6a09e667f3bcdp-21, 7, bits_of(a));
+}
+inline f32 approx_tanh(f32 a) {
+  const f64 exact = std::tanh(f64{a});
+  return std::clamp(perturbed(exact, std::fabs(exact) * 0x1p-11, 8, bits_of(a)), -1.0f, 1.0f);
+}
+// A quotient by way of the reciprocal: nothing where that would be subnormal.
+inline f32 approx_div(f32 a, f32 b) {
+  const f32 size = std::fabs(b);
+  if (size > 0x1p126f && size < INFINITY) return canonical(a * std::copysign(0.0f, b));
+  const f64 exact = f64{a} / f64{b};
+  return perturbed(exact, 2 * ulp(exact), 9, bits_of(a) << 32 | bits_of(b));
+}
+inline f32 full_div(f32 a, f32 b) {
+  const f64 exact = f64{a} / f64{b};
+  return perturbed(exact, 2 * ulp(exact), 10, bits_of(a) << 32 | bits_of(b));
+}
+// Of double precision the upper 20 bits of the mantissa; the lower word is zero.
+inline f64 approx_rcp(f64 a) {
+  if (std::fabs(a) < 0x1p-1022) return std::copysign(INFINITY, a);
+  const u64 bits = std::bit_cast<u64>(1 / a) & ~u64{0xffffffff};
+  const f64 result = std::bit_cast<f64>(bits);
+  return std::fabs(result) < 0x1p-1022 ? std::copysign(0.0, a) : result;
+}
+
+}  // namespace ptx
