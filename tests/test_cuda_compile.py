@@ -2,7 +2,7 @@
 
 Proves that they compile, fit the registers that the launch plan counts on, do not spill, move
 16 bytes at a time on the aligned path, and are what docs/cuda-kernels.md says. Of their results
-``test_cuda_on_cpu.py`` says something.
+``test_cuda_on_cpu.py`` and ``test_ptx_kernels.py`` say something.
 
 ``python tests/test_cuda_compile.py > docs/cuda-kernels.md`` writes that page.
 """
@@ -10,18 +10,17 @@ Proves that they compile, fit the registers that the launch plan counts on, do n
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from ptx.compiling import find_nvcc
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = _ROOT / "csrc" / "cuda"
@@ -38,17 +37,6 @@ _FEW: dict[str, dict[str, Sequence[str]]] = {
     "forward": {"forward": _KINDS},
 }
 _KERNEL = re.compile(r"(forward|backward|gradients)_kernelI(?:Li(\d)ELb([01])ELi(n?\d+)E|([fd]))")
-
-
-def find_nvcc() -> str | None:
-    """As setup.py finds it."""
-    home = os.environ.get("CUDA_HOME")
-    if home:
-        return shutil.which(f"{home}/bin/nvcc")
-    wheels = find_spec("nvidia")
-    folders = list(wheels.submodule_search_locations or ()) if wheels else []
-    found = sorted(str(path) for folder in folders for path in Path(folder).glob("cu*/bin/nvcc"))
-    return shutil.which("nvcc") or next(iter(found), None)
 
 
 def _version() -> str:
@@ -238,6 +226,11 @@ def _head(version: str) -> list[str]:
         "slices of images that stay there, and of vectors over channels; of them the test asks",
         "nothing. Shared memory is what the plan of a call asks for (`explain` prints it); none is",
         "static.", "",
+        "The PTX of these kernels is executed on a CPU, see [tests/ptx](../tests/ptx/README.md):",
+        "results are right in any order of threads, and with approximate functions as coarse as",
+        "their definition allows. That says nothing of what ptxas makes of the PTX, of the order",
+        "of memory accesses, which is sequential there, of the bits of approximate functions, or",
+        "of time.", "",
         f"| {' | '.join(heads)} |", "|---" * len(heads) + "|",
     ]  # fmt: skip
 

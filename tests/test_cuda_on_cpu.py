@@ -162,7 +162,7 @@ def _is_refused(problem: Problem) -> None:
         problem.run(squeeze_excite, backend="native")
 
 
-def _computes_right(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> None:
+def computes_right(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> None:
     simulation.take_launches()
     check(build(spec), squeeze_excite, backend="native")
     launches = simulation.take_launches()
@@ -174,7 +174,7 @@ def _computes_right(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation)
 def test_policies(policy: str, device: int, spec: Spec, force: Any) -> None:
     force(policy)
     with cuda_on_cpu.plugged_in(spec.seed, device) as simulation:
-        _computes_right(policy, spec, simulation)
+        computes_right(policy, spec, simulation)
 
 
 def _pairs(row: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
@@ -225,7 +225,7 @@ def _hold_to(policy: str, spec: Spec, simulation: cuda_on_cpu.Simulation) -> boo
         _is_refused(build(spec))
         return False
     try:
-        _computes_right(policy, spec, simulation)
+        computes_right(policy, spec, simulation)
     except RuntimeError as error:
         if "the weights do not fit" in str(error) and _may_not_fit(policy, spec):
             return False

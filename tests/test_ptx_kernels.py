@@ -1,0 +1,189 @@
+"""The CUDA kernels as nvcc compiles them, to PTX, executed on a CPU: see ``tests/ptx``.
+
+The gate runs every policy on sm_90a and some on sm_80; all that the simulation runs is run by the
+slow tests, in processes of their own in which the simulation executes PTX.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cuda_on_cpu
+from policies import A100, H100, PLAN, POLICIES, SMALL_80, SMALL_90
+from problems import Spec, build, check
+from ptx import compiling
+from ptx.translate import Module
+from senet_kernels import squeeze_excite
+from test_cuda_on_cpu import computes_right
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_empty"),
+    pytest.mark.skipif(bool(compiling.why_not()), reason=str(compiling.why_not())),
+    # Its processes run the other tests.
+    pytest.mark.skipif(cuda_on_cpu.EXECUTE_PTX in os.environ, reason="is such a process itself"),
+]
+
+_BLOCKS: tuple[dict[str, Any], ...] = (
+    {"residual": "contiguous", "after": "relu"}, {"shift": True, "weighted": True},
+    {"activation": "silu", "gate": "hardsigmoid"}, {"bias": False, "after": "gelu"},
+)  # fmt: skip
+_ON_SM_80 = [policy for policy, devices in POLICIES.items() if {A100, SMALL_80} & {*devices}][::3]
+
+
+def _runs(policy: str, device: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call in half precision and its gradients: right results, and PTX that made them."""
+    layout = "channels_last" if "axis=space" in policy else "contiguous"
+    block = _BLOCKS[seed % len(_BLOCKS)]
+    if "residual" in block:
+        block |= {"residual": layout}
+    dtype = (torch.bfloat16, torch.float16)[seed % 2]
+    spec = Spec((5, 136, 6, 8), 12, dtype, layout, seed=seed, **block)
+    monkeypatch.setenv(PLAN, policy)
+    with cuda_on_cpu.plugged_in(seed, device, ptx=seed) as simulation:
+        computes_right(policy, spec, simulation)
+        capability = 80 if device in (A100, SMALL_80) else 90
+        used = {compiling.instance(kernel)[0] for kernel, c in simulation.finder.found
+                if c == capability}  # fmt: skip
+    assert used == {"forward.cuh", "backward.cuh", "gradients.cuh"}
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy or "automatic")
+def test_every_policy_on_sm_90(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = list(POLICIES).index(policy)
+    device = SMALL_90 if SMALL_90 in POLICIES[policy] else H100
+    _runs(policy, device, seed, monkeypatch)
+
+
+@pytest.mark.parametrize("policy", _ON_SM_80, ids=lambda policy: policy or "automatic")
+def test_policies_on_sm_80(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = A100 if A100 in POLICIES[policy] else SMALL_80
+    _runs(policy, device, list(POLICIES).index(policy), monkeypatch)
+
+
+def test_same_bits_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of approximate functions are those of their operands, not of the order."""
+    monkeypatch.setenv(PLAN, "exchange=cluster,blocks=2,resident=0")
+    problem = build(Spec((3, 136, 6, 8), 12, torch.bfloat16, activation="silu"))
+    found = set()
+    for seed in range(6):
+        with cuda_on_cpu.plugged_in(seed, H100, ptx=3):
+            y = problem.call(squeeze_excite, backend="native")
+        found.add(bytes(y.detach().view(torch.uint8).flatten().tolist()))
+    with cuda_on_cpu.plugged_in(0, H100, ptx=4):
+        problem.call(squeeze_excite, backend="native")
+    assert len(found) == 1
+
+
+def test_missing_barriers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the forward kernel has, taken out of its PTX."""
+    monkeypatch.setenv(PLAN, "exchange=none,resident=0")
+    problem = build(Spec((2, 136, 6, 8), 12, torch.bfloat16))
+    original = compiling.ptx_of
+
+    def without(kernel: str, target: str) -> str:
+        text = original(kernel, target)
+        if "forward" not in kernel:
+            return text
+        assert text.count("bar.sync") > 5
+        return text.replace("bar.sync", "//")
+
+    monkeypatch.setattr(compiling, "ptx_of", without)
+    noticed = 0
+    for seed in range(4):
+        with cuda_on_cpu.plugged_in(seed, A100, ptx=0) as simulation:
+            monkeypatch.setattr(simulation.finder, "found", {})
+            try:
+                check(problem, squeeze_excite, backend="native")
+            except (AssertionError, RuntimeError):
+                noticed += 1
+    assert noticed == 4
+
+
+def test_kernels_that_cannot_be_translated_fail_at_their_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def with_a_surprise(kernel: str, target: str) -> str:
+        return f".version 9.0\n.entry {kernel}()\n{{\nsurprise.s32 %r1;\n}}"
+
+    monkeypatch.setattr(compiling, "ptx_of", with_a_surprise)
+    with cuda_on_cpu.plugged_in(0, H100, ptx=0) as simulation:
+        monkeypatch.setattr(simulation.finder, "found", {})
+        with pytest.raises(RuntimeError, match=r"ptx:4: unknown opcode surprise.s32"):
+            build(Spec()).run(squeeze_excite, backend="native")
+
+
+def test_what_has_not_changed_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "OUT", tmp_path)
+    commands: list[list[str]] = []
+    run = compiling.build._run
+    monkeypatch.setattr(compiling.build, "_run", lambda command: (commands.append(command),
+                                                                  run(command)))  # fmt: skip
+    text = ".version 9.0\n.entry k()\n{\nret;\n}\n"
+    first = compiling.compiled(text, "k")
+    assert (compiling.compiled(text, "k"), len(commands)) == (first, 1)
+    # Another text that says the same is translated, and that is all.
+    assert compiling.compiled(f"{text}// a comment\n", "k") == first
+    assert len(commands) == 1
+    changed = compiling.compiled(text.replace("ret", "trap"), "k")
+    assert (changed != first, len(commands)) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "declared"),
+    [
+        ("_ZN5senet3gpu14forward_kernelILi2ELb1ELin1EEEvNS0_13ForwardLaunchE",
+         "forward_kernel<2, true, -1>(const __grid_constant__ ForwardLaunch)"),
+        ("_ZN5senet3gpu15backward_kernelILi8ELb0ELi3EEEvNS0_14BackwardLaunchE",
+         "backward_kernel<8, false, 3>(const __grid_constant__ BackwardLaunch)"),
+        ("_ZN5senet3gpu16gradients_kernelIdEEvNS0_15GradientsLaunchE",
+         "gradients_kernel<double>(const __grid_constant__ GradientsLaunch)"),
+    ],
+)  # fmt: skip
+def test_instances_by_their_names(kernel: str, declared: str) -> None:
+    header, text = compiling.instance(kernel)
+    assert (header, text) == (f"{declared.split('_')[0]}.cuh",
+                              f"template __global__ void {declared};")  # fmt: skip
+    with pytest.raises(ValueError, match="is no kernel of csrc/cuda"):
+        compiling.instance("_Z3foov")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["75", "80", "90a", "100", "120"])
+@pytest.mark.parametrize("source", ["forward", "backward"])
+def test_every_kernel_is_translated(source: str, target: str, tmp_path: Path) -> None:
+    """All that the library has, as one module."""
+    product = tmp_path / f"{source}.ptx"
+    command = [compiling.find_nvcc(), *compiling._NVCC_FLAGS, f"-arch=compute_{target}", "-o"]
+    subprocess.run([*map(str, command), str(product), str(compiling.SOURCES / f"{source}.cu")],
+                   check=True, timeout=600)  # fmt: skip
+    assert len(Module(product.read_text(), product.name).entries) >= 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("approximations", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("test_cuda_on_cpu.py", "not sanit and not pretended and not everything"),
+        ("test_cuda_on_cpu_devices.py", "device"),
+        *((f"test_{name}.py", "simulated") for name in (
+            "accuracy", "budgets", "gradcheck", "layouts", "pointwise", "special_values")),
+    ],
+)  # fmt: skip
+def test_what_the_simulation_runs(file: str, chosen: str, approximations: int) -> None:
+    """With PTX in place of the sources, and four kinds of errors of approximate functions."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", f"tests/{file}", "-k", chosen]
+    environment = os.environ | {cuda_on_cpu.EXECUTE_PTX: str(approximations)}
+    done = subprocess.run([*command, "-m", "not slow"], env=environment, cwd=compiling.build.ROOT,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    assert " passed" in done.stdout
