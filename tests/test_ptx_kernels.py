@@ -22,6 +22,7 @@ from ptx import compiling
 from ptx.translate import Module
 from senet_kernels import squeeze_excite
 from test_cuda_on_cpu import computes_right
+from tools import mutate_ptx
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
@@ -34,10 +35,17 @@ _BLOCKS: tuple[dict[str, Any], ...] = (
     {"residual": "contiguous", "after": "relu"}, {"shift": True, "weighted": True},
     {"activation": "silu", "gate": "hardsigmoid"}, {"bias": False, "after": "gelu"},
 )  # fmt: skip
-_ON_SM_80 = [policy for policy, devices in POLICIES.items() if {A100, SMALL_80} & {*devices}][::3]
 
 
-def _runs(policy: str, device: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def device_of(policy: str, target: str) -> int | None:
+    """A simulated device of compute capability 8.0 or 9.0 that runs the policy."""
+    of_80 = [device for device in POLICIES[policy] if device in (A100, SMALL_80)]
+    if target == "80":
+        return of_80[0] if of_80 else None
+    return SMALL_90 if SMALL_90 in POLICIES[policy] else H100
+
+
+def runs(policy: str, device: int, seed: int) -> None:
     """One call in half precision and its gradients: right results, and PTX that made them."""
     layout = "channels_last" if "axis=space" in policy else "contiguous"
     block = _BLOCKS[seed % len(_BLOCKS)]
@@ -45,8 +53,11 @@ def _runs(policy: str, device: int, seed: int, monkeypatch: pytest.MonkeyPatch) 
         block |= {"residual": layout}
     dtype = (torch.bfloat16, torch.float16)[seed % 2]
     spec = Spec((5, 136, 6, 8), 12, dtype, layout, seed=seed, **block)
-    monkeypatch.setenv(PLAN, policy)
-    with cuda_on_cpu.plugged_in(seed, device, ptx=seed) as simulation:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cuda_on_cpu.plugged_in(seed, device, ptx=seed) as simulation,
+    ):
+        patch.setenv(PLAN, policy)
         computes_right(policy, spec, simulation)
         capability = 80 if device in (A100, SMALL_80) else 90
         used = {compiling.instance(kernel)[0] for kernel, c in simulation.finder.found
@@ -55,16 +66,20 @@ def _runs(policy: str, device: int, seed: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy or "automatic")
-def test_every_policy_on_sm_90(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = list(POLICIES).index(policy)
-    device = SMALL_90 if SMALL_90 in POLICIES[policy] else H100
-    _runs(policy, device, seed, monkeypatch)
+def test_every_policy_on_sm_90(policy: str) -> None:
+    device = device_of(policy, "90a")
+    assert device is not None
+    runs(policy, device, list(POLICIES).index(policy))
 
 
-@pytest.mark.parametrize("policy", _ON_SM_80, ids=lambda policy: policy or "automatic")
-def test_policies_on_sm_80(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = A100 if A100 in POLICIES[policy] else SMALL_80
-    _runs(policy, device, list(POLICIES).index(policy), monkeypatch)
+@pytest.mark.parametrize(
+    "policy", [policy for policy in POLICIES if device_of(policy, "80") is not None][::3],
+    ids=lambda policy: policy or "automatic",
+)  # fmt: skip
+def test_policies_on_sm_80(policy: str) -> None:
+    device = device_of(policy, "80")
+    assert device is not None
+    runs(policy, device, list(POLICIES).index(policy))
 
 
 def test_same_bits_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +134,19 @@ def test_kernels_that_cannot_be_translated_fail_at_their_launch(
             build(Spec()).run(squeeze_excite, backend="native")
 
 
+def test_sources_are_never_taken_for_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after an interrupt either: without a result of the callback the launch fails."""
+
+    def interrupted(kernel: str, target: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiling, "ptx_of", interrupted)
+    with cuda_on_cpu.plugged_in(0, H100, ptx=0) as simulation:
+        monkeypatch.setattr(simulation.finder, "found", {})
+        with pytest.raises(RuntimeError, match=r"forward_kernel.*: KeyboardInterrupt"):
+            build(Spec()).run(squeeze_excite, backend="native")
+
+
 def test_what_has_not_changed_is_not_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +184,24 @@ def test_instances_by_their_names(kernel: str, declared: str) -> None:
         compiling.instance("_Z3foov")
 
 
+def test_steps_that_can_be_left_out() -> None:
+    """Every kind is in the kernels; without one the text is PTX, and another; a sample has all
+    kinds that it has room for."""
+    texts = {name: compiling.ptx_of(kernel, "90a") for name, kernel in mutate_ptx.KERNELS.items()}
+    every = list(mutate_ptx.mutants(texts))
+    kinds = {m.name.split("-", 1)[1].rpartition("-")[0] for m in every}
+    assert kinds == set(mutate_ptx.STEPS)
+    assert len({m.name for m in every}) == len(every)
+    assert mutate_ptx.drawn(every, 1000, 1) != every
+    assert sorted(mutate_ptx.drawn(every, 1000, 1)) == sorted(every)
+    sample = mutate_ptx.drawn(every, 30, 1)
+    assert {m.name.split("-", 1)[1].rpartition("-")[0] for m in sample} == kinds
+    for mutant in {m.name.rpartition("-")[0]: m for m in every if m.kernel == "forward"}.values():
+        text, (begin, end) = texts[mutant.kernel], mutant.at
+        changed = text[:begin] + mutant.text + text[end:]
+        assert Module(changed).cpp() != Module(text).cpp()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["75", "80", "90a", "100", "120"])
 @pytest.mark.parametrize("source", ["forward", "backward"])
@@ -169,7 +215,7 @@ def test_every_kernel_is_translated(source: str, target: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("approximations", [0, 1, 2, 3])
+@pytest.mark.parametrize("approximations", [0, 3])
 @pytest.mark.parametrize(
     ("file", "chosen"),
     [
@@ -180,7 +226,7 @@ def test_every_kernel_is_translated(source: str, target: str, tmp_path: Path) ->
     ],
 )  # fmt: skip
 def test_what_the_simulation_runs(file: str, chosen: str, approximations: int) -> None:
-    """With PTX in place of the sources, and four kinds of errors of approximate functions."""
+    """With PTX in place of the sources, and with two kinds of errors of approximate functions."""
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", f"tests/{file}", "-k", chosen]
     environment = os.environ | {cuda_on_cpu.EXECUTE_PTX: str(approximations)}
     done = subprocess.run([*command, "-m", "not slow"], env=environment, cwd=compiling.build.ROOT,

@@ -188,8 +188,9 @@ class Finder:
             if key not in self.found:
                 self.found[key] = self._load(*key)
             found[0] = self.found[key]
-        except Exception as error:  # the launch fails, and says so
-            self._error = ctypes.create_string_buffer(f"{key[0]}: {error}".encode())
+        except BaseException as error:  # whatever it is: the launch fails, and says so
+            text = f"{key[0]}: {type(error).__name__}: {error}"
+            self._error = ctypes.create_string_buffer(text.encode())
             return ctypes.addressof(self._error)
         return None
 
