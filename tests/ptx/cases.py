@@ -93,9 +93,10 @@ class Case(NamedTuple):
             near = [masked(draw.randrange(-100, 100), kind) for _ in range(MANY)]
         drawn = [draw.choice((draw.choice(edges), draw.getrandbits(n), draw.choice(near)))
                  for _ in range(MANY)]  # fmt: skip
-        # Each edge of the first operand with one of the second.
-        return [edges[(i + i // len(edges) * place) % len(edges)] if i < MANY // 2 else x
-                for i, x in enumerate(drawn)]  # fmt: skip
+        # Each edge of the first operand with the same one of the second, and with both neighbours.
+        near_by = (0, 1, -1, 2, -2, 3, -3)
+        return [edges[(i + near_by[i // len(edges) % 7] * place) % len(edges)]
+                if i < MANY * 5 // 8 else x for i, x in enumerate(drawn)]  # fmt: skip
 
 
 def _on_integers(opcode: str, kinds: tuple[str, ...], result: str, f: Callable[..., int]) -> Case:
