@@ -225,13 +225,13 @@ def _call_reason(
     x = args[0]
     if not isinstance(x, Tensor):  # torch.fx traces the original
         return f"x is a {type(x).__name__}"
-    # What the function asks, for the usual case and without a call.
-    usual = x.is_cpu and backend is None and native.UNAVAILABLE is None
-    if not usual and not dispatch.may_run_kernels("cpu" if x.is_cpu else x.device.type, backend):
+    compiling = torch.compiler.is_compiling()
+    # What the function asks, for the usual case and without a call. Dynamo would record is_cpu.
+    usual = backend is None and native.UNAVAILABLE is None and not compiling and x.is_cpu
+    if not usual and not dispatch.may_run_kernels(x.device.type, backend):
         return "nothing fused runs by default on its device"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
-    compiling = torch.compiler.is_compiling()
     if not compiling:
         if torch._C._get_tracing_state() is not None:
             return resolve.why_no_kernel()

@@ -87,7 +87,7 @@ def _scale(
         scale = beta * scale
     if alpha is not None:
         scale = alpha + scale
-    if scale.dtype != p.dtype and scale is not g:
+    if scale.dtype != p.dtype and g.dtype == p.dtype:
         scale = scale.type_as(p)
     scale = per_channel(scale, p.dim())
     if shift is None:

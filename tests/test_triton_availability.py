@@ -96,7 +96,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_a_compiler_the_reason_says_so(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = backend._why_unavailable()
+    reason = backend._why_no_compiler()
     assert reason == (
         "Triton needs a C compiler at run time, and CC is not set, and neither gcc nor clang is on "
         "PATH: install gcc, or set CC to a C compiler, before the process starts"
