@@ -250,7 +250,8 @@ rule link
 def write_codes() -> None:
     """The table of pointwise functions as C++ knows it: its names and codes."""
     table = (ROOT / "senet_kernels" / "pointwise.py").read_text()
-    rows = re.findall(r'^    "(\w+)": Pointwise\((\d+),', table, re.MULTILINE)
+    row = r'^    "(\w+)": Pointwise\((\d+), (True|False), (True|False),'
+    rows = re.findall(row, table, re.MULTILINE)
     lines = [
         "// Written by setup.py from the table in senet_kernels/pointwise.py.",
         "#pragma once",
@@ -258,9 +259,18 @@ def write_codes() -> None:
         "namespace senet {",
         "",
         "enum class Fn : int {",
-        *(f"  {name} = {code}," for name, code in rows),
+        *(f"  {name} = {code}," for name, code, *_ in rows),
         "};",
         f"constexpr Fn kLastFn = Fn::{max(rows, key=lambda row: int(row[1]))[0]};",
+        "",
+        "struct FnName {",
+        "  const char* name;",
+        "  Fn fn;",
+        "  bool is_activation, is_gate;",
+        "};",
+        "constexpr FnName kFnNames[] = {",
+        *(f'    {{"{n}", Fn::{n}, {a.lower()}, {g.lower()}}},' for n, _, a, g in rows),
+        "};",
         "",
         "}  // namespace senet",
         "",

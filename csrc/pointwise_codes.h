@@ -20,4 +20,25 @@ enum class Fn : int {
 };
 constexpr Fn kLastFn = Fn::tanh;
 
+struct FnName {
+  const char* name;
+  Fn fn;
+  bool is_activation, is_gate;
+};
+constexpr FnName kFnNames[] = {
+    {"identity", Fn::identity, true, true},
+    {"relu", Fn::relu, true, true},
+    {"relu6", Fn::relu6, true, false},
+    {"silu", Fn::silu, true, false},
+    {"gelu", Fn::gelu, true, false},
+    {"gelu_tanh", Fn::gelu_tanh, true, false},
+    {"hardswish", Fn::hardswish, true, false},
+    {"leaky_relu", Fn::leaky_relu, true, false},
+    {"mish", Fn::mish, true, false},
+    {"sigmoid", Fn::sigmoid, false, true},
+    {"hardsigmoid", Fn::hardsigmoid, false, true},
+    {"hardsigmoid_02", Fn::hardsigmoid_02, false, true},
+    {"tanh", Fn::tanh, false, true},
+};
+
 }  // namespace senet

@@ -1,7 +1,7 @@
 // The ops: checks, memory, layouts; then the kernels, which know no torch. The same functions
 // serve the CPU and CUDA; what differs is in cpu/host.cpp and cuda/host.cpp.
 //
-// Schemas and fakes are in senet_kernels/ops.py.
+// Schemas and fakes of the private ops are in senet_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -272,6 +272,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_scale
           daffine_shift.finish(c.at, x)};
 }
 
+// ---- the public ops: options by name, y alone ----
+//
+// Their schemas are in senet_kernels/public_ops.py too, which defines what is missing.
+
+Fn fn_of(const char* argument, const std::string& name, bool FnName::* legal) {
+  for (const FnName& row : kFnNames)
+    if (row.*legal && name == row.name) return row.fn;
+  std::string known;
+  for (const FnName& row : kFnNames)
+    if (row.*legal) known += (known.empty() ? "" : ", ") + std::string(row.name);
+  STD_TORCH_CHECK(false, argument, ": expected one of ", known, ", got '", name, "'");
+  return Fn::identity;
+}
+
+int64_t pack_options(const std::string& activation, const std::string& gate,
+                     const std::string& before, const std::string& after) {
+  const Fn chosen[] = {fn_of("activation", activation, &FnName::is_activation),
+                       fn_of("gate", gate, &FnName::is_gate),
+                       fn_of("before", before, &FnName::is_activation),
+                       fn_of("after", after, &FnName::is_activation)};
+  int64_t code = 0;
+  for (int i = 0; i < 4; ++i) code |= static_cast<int64_t>(chosen[i]) << (4 * i);
+  return code;
+}
+
+void refuse_reserved(const OptionalTensor& mask, const std::string& pool) {
+  STD_TORCH_CHECK(!mask, "mask: expected None, as it is reserved for a later version");
+  STD_TORCH_CHECK(pool == "mean", "pool: expected 'mean', as others are reserved for a later "
+                  "version, got '", pool, "'");
+}
+
+constexpr const char* kSqueezeExciteSchema =
+    "squeeze_excite(Tensor x, Tensor? w1, Tensor? b1, Tensor w2, Tensor? b2, *, "
+    "str activation=\"relu\", str gate=\"sigmoid\", str before=\"identity\", "
+    "Tensor? affine_scale=None, Tensor? affine_shift=None, str after=\"identity\", "
+    "Tensor? residual=None, Tensor? alpha=None, Tensor? beta=None, Tensor? lengths=None, "
+    "Tensor? mask=None, str pool=\"mean\") -> Tensor";
+Tensor public_squeeze_excite(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2,
+                             OptionalTensor b2, std::string activation, std::string gate,
+                             std::string before, OptionalTensor affine_scale,
+                             OptionalTensor affine_shift, std::string after,
+                             OptionalTensor residual, OptionalTensor alpha, OptionalTensor beta,
+                             OptionalTensor lengths, OptionalTensor mask, std::string pool) {
+  refuse_reserved(mask, pool);
+  return std::get<0>(forward(x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift,
+                             lengths, pack_options(activation, gate, before, after), false));
+}
+
+constexpr const char* kSqueezeSchema =
+    "squeeze(Tensor x, *, str before=\"identity\", Tensor? affine_scale=None, "
+    "Tensor? affine_shift=None, Tensor? lengths=None, Tensor? mask=None, str pool=\"mean\") "
+    "-> Tensor";
+Tensor public_squeeze(Tensor x, std::string before, OptionalTensor affine_scale,
+                      OptionalTensor affine_shift, OptionalTensor lengths, OptionalTensor mask,
+                      std::string pool) {
+  refuse_reserved(mask, pool);
+  return squeeze(x, affine_scale, affine_shift, lengths,
+                 pack_options("identity", "identity", before, "identity"));
+}
+
+constexpr const char* kChannelScaleSchema =
+    "channel_scale(Tensor x, Tensor u, *, str gate=\"identity\", str before=\"identity\", "
+    "Tensor? affine_scale=None, Tensor? affine_shift=None, str after=\"identity\", "
+    "Tensor? residual=None, Tensor? alpha=None, Tensor? beta=None) -> Tensor";
+Tensor public_channel_scale(Tensor x, Tensor u, std::string gate, std::string before,
+                            OptionalTensor affine_scale, OptionalTensor affine_shift,
+                            std::string after, OptionalTensor residual, OptionalTensor alpha,
+                            OptionalTensor beta) {
+  return std::get<0>(channel_scale(x, u, residual, alpha, beta, affine_scale, affine_shift,
+                                   pack_options("identity", gate, before, after), false));
+}
+
 }  // namespace
 
 const Host& host_of(const Tensor& x) {
@@ -299,15 +371,41 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("native_channel_scale_backward", TORCH_BOX(&channel_scale_backward));
 }
 
+// What a process without Python calls; with Python, senet_kernels/public_kernels.py comes first.
+[[maybe_unused]] void register_public_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("squeeze_excite", TORCH_BOX(&public_squeeze_excite));
+  m.impl("squeeze", TORCH_BOX(&public_squeeze));
+  m.impl("channel_scale", TORCH_BOX(&public_channel_scale));
+}
+
+// Where Python, or another copy of this library, has defined an op already, its definition stays:
+// STABLE_TORCH_LIBRARY_FRAGMENT would end the process instead.
+[[maybe_unused]] bool define_public_ops() {
+  static TorchLibraryHandle library = nullptr;  // definitions live as long as it does
+  if (aoti_torch_library_init_fragment("senet_kernels", __FILE__, __LINE__, &library)) return false;
+  for (const char* schema : {kSqueezeExciteSchema, kSqueezeSchema, kChannelScaleSchema})
+    (void)aoti_torch_library_def(library, schema);
+  return true;
+}
+
 }  // namespace
 }  // namespace senet
 
 #if defined(SENET_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(senet_simt, CPU, m) { senet::register_ops(m); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CPU, m) { senet::register_ops(m); }
+namespace {
+[[maybe_unused]] const bool defined = senet::define_public_ops();
+}
+STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CPU, m) {
+  senet::register_ops(m);
+  senet::register_public_ops(m);
+}
 #if SENET_CUDA
-STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CUDA, m) { senet::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CUDA, m) {
+  senet::register_ops(m);
+  senet::register_public_ops(m);
+}
 #endif
 STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CompositeExplicitAutograd, m) {
   m.impl("native_isa", TORCH_BOX(&senet::cpu_isa));

@@ -16,6 +16,7 @@ from .layers import TimmSE, TorchvisionSE
 from .models import add_se_blocks
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
+from .public_kernels import register as _register_public_ops
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,4 +44,5 @@ __all__ = [
     "use_backend",
 ]
 
+_register_public_ops()
 after_import("torch.utils.flop_counter", lambda: import_module(f"{__name__}.flops"))

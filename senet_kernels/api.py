@@ -9,7 +9,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from . import autograd, dispatch, fallback, features, reference, resolve, validation
+from . import autograd, dispatch, fallback, features, public_ops, reference, resolve, validation
 from .pointwise import Options, check_name, pack
 from .tensors import is_proxy, untraced
 
@@ -197,15 +197,18 @@ def squeeze(
     tracing = not resolve.is_compiling() and resolve.tracing_state() is not None
     if tracing:
         with untraced():
-            resolved, cast_to = _resolve_squeeze(x, before, before_affine, lengths, backend)
+            resolved, cast_to = resolve_squeeze(x, before, before_affine, lengths, backend)
     else:
-        resolved, cast_to = _resolve_squeeze(x, before, before_affine, lengths, backend)
-    if _is_plain(resolved, tracing):
+        resolved, cast_to = resolve_squeeze(x, before, before_affine, lengths, backend)
+    captured = resolve.is_recorded(resolved, backend)
+    if not captured and _is_plain(resolved, tracing):
         return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
     affine_scale = affine_shift = None
     if before_affine is not None:
         affine_scale, affine_shift = resolve.cast(cast_to, *before_affine)
     arguments = (x, affine_scale, affine_shift, lengths)
+    if captured:
+        return public_ops.squeeze(resolved.options, *arguments)
     chosen = resolved.choice.backend
     if chosen == "reference":
         return reference.squeeze_flat(resolved.options, *arguments)
@@ -216,14 +219,19 @@ def squeeze(
     return z
 
 
-def _resolve_squeeze(
+def resolve_squeeze(
     x: Tensor,
     before: str | None,
     before_affine: tuple[Tensor, Tensor] | None,
     lengths: Tensor | None,
     backend: str | None,
+    *,
+    mixed: bool = False,
 ) -> tuple[resolve.ResolvedCall, torch.dtype | None]:
-    """Check everything, choose a backend; and what the parameters are cast to for it."""
+    """Check everything, choose a backend; and what the parameters are cast to for it.
+
+    ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
+    """
     validation.check_input(x)
     affine_scale = affine_shift = None
     parameters: dict[str, Tensor | None] = {}
@@ -235,7 +243,7 @@ def _resolve_squeeze(
         if reference.autocast_is_on(x.device.type) and x.dtype != torch.float64:
             cast_to = resolve.parameter_dtype(x.dtype, parameters)
         else:
-            validation.check_same_dtype(x, parameters)
+            validation.check_same_dtype(x, parameters, mixed=mixed)
         affine_scale, affine_shift = before_affine
     if lengths is not None:
         validation.check_lengths(x, lengths)
@@ -298,14 +306,15 @@ def channel_scale(
     names = (None, gate, before, after)
     if tracing:
         with untraced():
-            resolved, dtype, cast_to = _resolve_channel_scale(
+            resolved, dtype, cast_to = resolve_channel_scale(
                 x, u, names, before_affine, residual, alpha, beta, backend
             )
     else:
-        resolved, dtype, cast_to = _resolve_channel_scale(
+        resolved, dtype, cast_to = resolve_channel_scale(
             x, u, names, before_affine, residual, alpha, beta, backend
         )
-    if _is_plain(resolved, tracing):
+    captured = resolve.is_recorded(resolved, backend)
+    if not captured and _is_plain(resolved, tracing):
         return fallback.channel_scale(
             x, u, gate=gate, before=before, before_affine=before_affine, after=after,
             residual=residual, alpha=alpha, beta=beta,
@@ -318,6 +327,8 @@ def channel_scale(
     rest: tuple[Tensor | None, ...] = (alpha, beta, affine_scale, affine_shift)
     if cast_to is not None:
         u, rest = u.to(cast_to), resolve.cast(cast_to, *rest)
+    if captured:
+        return public_ops.channel_scale(resolved.options, x, u, residual, *rest)
     operands = (x, u, residual, *rest)
     chosen = resolved.choice.backend
     if chosen == "reference":
@@ -331,7 +342,7 @@ def channel_scale(
     return y
 
 
-def _resolve_channel_scale(
+def resolve_channel_scale(
     x: Tensor,
     u: Tensor,
     names: resolve.Names,
@@ -340,8 +351,13 @@ def _resolve_channel_scale(
     alpha: Tensor | None,
     beta: Tensor | None,
     backend: str | None,
+    *,
+    mixed: bool = False,
 ) -> tuple[resolve.ResolvedCall, torch.dtype, torch.dtype | None]:
-    """Check everything, choose a backend; and what x and the parameters are cast to for it."""
+    """Check everything, choose a backend; and what x and the parameters are cast to for it.
+
+    ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
+    """
     validation.check_input(x)
     validation.check_tensor("u", u)
     batch, channels = x.shape[:2]
@@ -372,7 +388,8 @@ def _resolve_channel_scale(
     if reference.autocast_is_on(x.device.type):
         dtype, cast_to = resolve.promoted_dtypes(x, parameters, residual, u)
     else:
-        validation.check_same_dtype(x, {**parameters, "residual": residual})
+        validation.check_same_dtype(x, parameters, mixed=mixed)
+        validation.check_same_dtype(x, {"residual": residual})
     wide = not x.is_cpu and features.is_wide(x, 0, u.shape[1], before_affine is not None)
     resolved = resolve.resolve(
         "channel_scale alone", (x, u, residual, alpha, beta, affine_scale, affine_shift),

@@ -266,7 +266,7 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     return (bits.transpose(1, 2) if last else bits).reshape(x.shape)
 
 
-_NAMESPACE = "senet_kernels"
+NAMESPACE = "senet_kernels"
 
 
 class _Owner(NamedTuple):
@@ -285,11 +285,11 @@ def _claim() -> tuple[torch.library.Library, bool]:
         ImportError: that copy is of another version, whose ops may mean something else.
     """
     # Kept where the ops are, for as long as they are: modules come and go.
-    shared = vars(getattr(torch.ops, _NAMESPACE))
+    shared = vars(getattr(torch.ops, NAMESPACE))
     owner = shared.get("_owner")
     path = str(Path(__file__).resolve().parent)
     if owner is None:
-        library = torch.library.Library(_NAMESPACE, "DEF")
+        library = torch.library.Library(NAMESPACE, "DEF")
         shared["_owner"] = _Owner(__version__, path, library)
         return library, False
     if owner.version != __version__:
@@ -302,7 +302,7 @@ def _claim() -> tuple[torch.library.Library, bool]:
 
 library, SHARED = _claim()
 # flexible_layout: kernels read every layout themselves; without the tag Inductor inserts copies.
-_TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "forward": (FORWARD_SCHEMA, _forward_fake),
     "forward_": (INPLACE_SCHEMA, _inplace_fake),
@@ -336,8 +336,8 @@ def _define() -> None:
     for backend in BACKENDS_WITH_OPS:
         for name, (schema, fake) in _OPS.items():
             op = f"{backend}_{name}"
-            library.define(f"{op}{schema}", tags=_TAGS)
-            torch.library.register_fake(f"{_NAMESPACE}::{op}", fake, lib=library)
+            library.define(f"{op}{schema}", tags=TAGS)
+            torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=library)
         op = f"{backend}_forward_"
         library.impl(op, _overwriting(op), "ADInplaceOrView", with_keyset=True)
 

@@ -16,10 +16,10 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from . import autograd, dispatch, features, reference, validation
+from . import autograd, dispatch, features, public_ops, reference, validation
 from .dispatch import BackendChoice
 from .pointwise import Options, check_name, pack
-from .tensors import PLAIN_TYPES, is_proxy, untraced, wrapper_class
+from .tensors import PLAIN_TYPES, is_captured, is_proxy, untraced, wrapper_class
 
 #: activation, gate, before, after, as they were given.
 Names = tuple[str | None, str | None, str | None, str | None]
@@ -167,6 +167,8 @@ def why_no_kernel() -> str | None:
         levels = torch._C._functorch.get_interpreter_stack() or ()
         if any(level.key() == _FUNCTIONALIZE for level in levels):
             return "torch.func.functionalize knows PyTorch's own operators alone"
+        if is_captured():
+            return "a torch.func transform is being captured"
     return None
 
 
@@ -177,6 +179,17 @@ def runs_plain(resolved: ResolvedCall) -> bool:
     """Whether the caller's own way computes a call: so chosen, or because of what is going on."""
     chosen = resolved.choice.backend
     return chosen == "fallback" or (chosen != "reference" and why_no_kernel() is not None)
+
+
+def is_recorded(resolved: ResolvedCall, backend: str | None) -> bool:
+    """Whether a call becomes a public op in a graph, for which the machine that runs the graph
+    chooses the backend: not where PyTorch's own operators were asked for, or must compute it."""
+    return (
+        is_captured()
+        and dispatch.requested_backend(backend) in ("auto", *dispatch.KERNELS)
+        and resolved.call.subclass is None
+        and why_no_kernel() is None
+    )
 
 
 def promoted_dtypes(
@@ -242,8 +255,12 @@ def prepare(
     lengths: Tensor | None,
     inplace: bool,
     backend: str | None,
+    *,
+    mixed: bool = False,
 ) -> tuple[ResolvedCall, tuple[Any, ...]]:
     """Check everything, choose a backend, promote under autocast for it.
+
+    ``mixed``: outside autocast too, parameters may be in float32, as kernels take them.
 
     Returns what the call resolves to and the arguments of a Function's ``apply``.
     """
@@ -254,6 +271,7 @@ def prepare(
         and before_affine is None
         and lengths is None
         and not inplace
+        and not is_captured()  # extents may be symbols, which comparisons would bind
         and validation.is_ordinary(x, w1, b1, w2, b2)
         and PLAIN_TYPES.issuperset((type(x), type(w1), type(b1), type(w2), type(b2)))
     ):
@@ -290,7 +308,7 @@ def prepare(
         of_mlp = torch.get_autocast_dtype(x.device.type)
         dtype, cast_to = promoted_dtypes(x, parameters, residual, of_mlp)
     else:
-        validation.check_same_dtype(x, parameters)
+        validation.check_same_dtype(x, parameters, mixed=mixed)
         if residual is not None:
             validation.check_same_dtype(x, {"residual": residual})
     if inplace:
@@ -315,7 +333,7 @@ def prepare(
         form, tensors, (dtype, cast_to or w2.dtype), outputs != x.shape[1], names, residual, alpha,
         beta, before_affine, lengths, inplace, wide, backend,
     )  # fmt: skip
-    if not runs_plain(resolved):
+    if is_recorded(resolved, backend) or not runs_plain(resolved):
         if x.dtype != dtype:
             x = x.to(dtype)
         if residual is not None and residual.dtype != dtype:
@@ -411,9 +429,12 @@ def run(
         if dispatch.requested_backend(backend) != "reference":
             return NotImplemented
     resolved, operands = prepare(*arguments)
+    x = operands[0]
+    if is_recorded(resolved, backend):
+        y = public_ops.squeeze_excite(resolved.options, *operands[:5], *operands[6:])
+        return x.copy_(y) if inplace else y
     if runs_plain(resolved):
         return NotImplemented
-    x = operands[0]
     chosen = resolved.choice.backend
     if chosen == "reference":
         y = reference.squeeze_excite_flat(resolved.options, *operands[:5], *operands[6:])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -42,6 +43,14 @@ def foreign_class(weight: Any) -> str | None:
 def is_proxy(x: Any) -> bool:
     """Whether x is no tensor and records what is done to it, as torch.fx's Proxy."""
     return type(x) is not Tensor and not isinstance(x, Tensor) and has_torch_function((x,))
+
+
+def is_captured() -> bool:
+    """Whether calls are recorded in a graph that is run, and perhaps trained, elsewhere: by
+    ``torch.export``, ``make_fx``. Not under torch.compile, whose graphs stay in this process."""
+    if torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 
 def evaluate_annotations(forward: Callable[..., Any]) -> None:

@@ -181,8 +181,13 @@ def check_lengths(x: Tensor, lengths: Any) -> None:
             )
 
 
-def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
-    """Outside autocast every tensor must have the dtype of ``x``, as in eager PyTorch."""
+def check_same_dtype(x: Tensor, others: dict[str, Tensor | None], *, mixed: bool = False) -> None:
+    """Outside autocast every tensor must have the dtype of ``x``, as in eager PyTorch; or, if
+    ``mixed``, all of them may be in float32 beside a narrower x."""
+    if mixed and x.dtype != torch.float64:
+        given = {t.dtype for t in others.values() if t is not None}
+        if given == {torch.float32}:
+            return
     for name, t in others.items():
         if t is not None and t.dtype != x.dtype:
             raise TypeError(
