@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function
 
 from . import autograd, dispatch, fallback, features, public_ops, reference, resolve, validation
 from .pointwise import Options, check_name, pack
-from .tensors import is_proxy, untraced
+from .tensors import is_captured, is_proxy, untraced
 
 
 class Explanation(NamedTuple):
@@ -194,13 +194,16 @@ def squeeze(
             backend=backend,
         )  # fmt: skip
         return recorded
-    tracing = not resolve.is_compiling() and resolve.tracing_state() is not None
+    compiling, captured = resolve.is_compiling(), is_captured()
+    tracing = not compiling and resolve.tracing_state() is not None
     if tracing:
         with untraced():
-            resolved, cast_to = resolve_squeeze(x, before, before_affine, lengths, backend)
+            resolved, cast_to = resolve_squeeze(
+                x, before, before_affine, lengths, backend, captured
+            )
     else:
-        resolved, cast_to = resolve_squeeze(x, before, before_affine, lengths, backend)
-    captured = resolve.is_recorded(resolved, backend)
+        resolved, cast_to = resolve_squeeze(x, before, before_affine, lengths, backend, captured)
+    captured = resolve.is_recorded(captured, resolved, backend)
     if not captured and _is_plain(resolved, tracing):
         return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
     affine_scale = affine_shift = None
@@ -213,6 +216,8 @@ def squeeze(
     if chosen == "reference":
         return reference.squeeze_flat(resolved.options, *arguments)
     if torch.is_grad_enabled() and resolve.requires_grad(*arguments[:3]):
+        if compiling:
+            arguments = autograd.distinct(*arguments)
         differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, resolved.code, chosen)
         return differentiable
     z: Tensor = autograd.squeeze_op(chosen)(*arguments, resolved.code)
@@ -225,12 +230,13 @@ def resolve_squeeze(
     before_affine: tuple[Tensor, Tensor] | None,
     lengths: Tensor | None,
     backend: str | None,
+    captured: bool,
     *,
     mixed: bool = False,
 ) -> tuple[resolve.ResolvedCall, torch.dtype | None]:
     """Check everything, choose a backend; and what the parameters are cast to for it.
 
-    ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
+    ``captured`` and ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
     """
     validation.check_input(x)
     affine_scale = affine_shift = None
@@ -249,11 +255,15 @@ def resolve_squeeze(
         validation.check_lengths(x, lengths)
     given = x.dtype if affine_scale is None else affine_scale.dtype
     # Of no concern to a CPU, where a small call should not pay for the question.
-    wide = not x.is_cpu and features.is_wide(x, 0, x.shape[1], before_affine is not None)
+    wide = (
+        not captured
+        and not x.is_cpu
+        and features.is_wide(x, 0, x.shape[1], before_affine is not None)
+    )
     resolved = resolve.resolve(
         "squeeze alone", (x, affine_scale, affine_shift, lengths), (x.dtype, cast_to or given),
         False, (None, None, before, None), None, None, None, before_affine, lengths, False, wide,
-        backend,
+        backend, captured,
     )  # fmt: skip
     return resolved, cast_to
 
@@ -302,18 +312,19 @@ def channel_scale(
             after=after, residual=residual, alpha=alpha, beta=beta, backend=backend,
         )  # fmt: skip
         return recorded
-    tracing = not resolve.is_compiling() and resolve.tracing_state() is not None
+    compiling, captured = resolve.is_compiling(), is_captured()
+    tracing = not compiling and resolve.tracing_state() is not None
     names = (None, gate, before, after)
     if tracing:
         with untraced():
             resolved, dtype, cast_to = resolve_channel_scale(
-                x, u, names, before_affine, residual, alpha, beta, backend
+                x, u, names, before_affine, residual, alpha, beta, backend, captured
             )
     else:
         resolved, dtype, cast_to = resolve_channel_scale(
-            x, u, names, before_affine, residual, alpha, beta, backend
+            x, u, names, before_affine, residual, alpha, beta, backend, captured
         )
-    captured = resolve.is_recorded(resolved, backend)
+    captured = resolve.is_recorded(captured, resolved, backend)
     if not captured and _is_plain(resolved, tracing):
         return fallback.channel_scale(
             x, u, gate=gate, before=before, before_affine=before_affine, after=after,
@@ -334,6 +345,8 @@ def channel_scale(
     if chosen == "reference":
         return reference.channel_scale_flat(resolved.options, x, u, residual, *rest)
     if torch.is_grad_enabled() and resolve.requires_grad(*operands):
+        if compiling:
+            operands = autograd.distinct(*operands)
         differentiable: Tensor = autograd.ChannelScaleFunction.apply(
             *operands, resolved.code, chosen
         )
@@ -351,12 +364,13 @@ def resolve_channel_scale(
     alpha: Tensor | None,
     beta: Tensor | None,
     backend: str | None,
+    captured: bool,
     *,
     mixed: bool = False,
 ) -> tuple[resolve.ResolvedCall, torch.dtype, torch.dtype | None]:
     """Check everything, choose a backend; and what x and the parameters are cast to for it.
 
-    ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
+    ``captured`` and ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
     """
     validation.check_input(x)
     validation.check_tensor("u", u)
@@ -390,11 +404,15 @@ def resolve_channel_scale(
     else:
         validation.check_same_dtype(x, parameters, mixed=mixed)
         validation.check_same_dtype(x, {"residual": residual})
-    wide = not x.is_cpu and features.is_wide(x, 0, u.shape[1], before_affine is not None)
+    wide = (
+        not captured
+        and not x.is_cpu
+        and features.is_wide(x, 0, u.shape[1], before_affine is not None)
+    )
     resolved = resolve.resolve(
         "channel_scale alone", (x, u, residual, alpha, beta, affine_scale, affine_shift),
         (dtype, cast_to or u.dtype), u.shape[1] != channels, names, residual,
-        alpha, beta, before_affine, None, False, wide, backend,
+        alpha, beta, before_affine, None, False, wide, backend, captured,
     )  # fmt: skip
     return resolved, dtype, cast_to
 

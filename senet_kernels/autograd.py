@@ -501,12 +501,24 @@ def _mapped_reference(options: int, args: tuple[Any, ...], dims: tuple[Any, ...]
     return mapped
 
 
+def distinct(*args: Any) -> tuple[Any, ...]:
+    """Each tensor once, views standing in: Dynamo refuses a Function that is given one twice, as
+    where x is its own residual."""
+    result: list[Any] = []
+    for t in args:
+        twice = isinstance(t, Tensor) and any(t is other for other in result)
+        result.append(t.view_as(t) if twice else t)
+    return tuple(result)
+
+
 def apply(backend: str, *args: Any) -> Tensor:
     """One differentiable call on ``backend``; arguments as ``NativeSEFunction.apply`` takes them,
     all twelve."""
     if torch._C._are_functorch_transforms_active():
         result: Tensor = _TransformableSE.apply(backend, *args)[0]
         return result
+    if torch.compiler.is_compiling():
+        args = distinct(*args)
     plain: Tensor = _FUNCTIONS[backend].apply(*args)
     return plain
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .backends import triton
 from .pointwise import ACTIVATIONS, GATES, Options
-from .tensors import is_captured
 
 FUSED = "fused"
 FALLS_BACK = "falls back"  # auto: to the fallback; asked for by name: raises, saying why
@@ -77,8 +76,6 @@ def is_wide(x: Tensor, inner: int, outputs: int, affine: bool) -> bool:
 
     ``inner`` is R, C for a single layer, 0 for a half of the operation; ``outputs`` is C or 2C.
     """
-    if is_captured():  # the machine that runs the graph asks
-        return False
     channels, size = x.shape[1], 8 if x.dtype == torch.float64 else 4
     if outputs != channels:
         inner *= 2
@@ -90,8 +87,6 @@ def is_wide(x: Tensor, inner: int, outputs: int, affine: bool) -> bool:
 
 def is_huge(x: Tensor) -> bool:
     """Whether an image of x is beyond what the kernels for a GPU count in."""
-    if is_captured():
-        return False
     # Not by x.numel(): torch.export would bind a dynamic batch to it.
     channels, elements = x.shape[1], 1
     for extent in x.shape[1:]:

@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import api, autograd, fallback, ops, public_ops, reference, resolve
 from .pointwise import Options, check_name
-from .tensors import PLAIN_TYPES, wrapper_class
+from .tensors import PLAIN_TYPES, is_captured, wrapper_class
 
 _Tensors = tuple[Tensor | None, ...]
 
@@ -152,7 +152,9 @@ def _resolve_squeeze(options: Options, tensors: _Tensors) -> _Call:
     x, affine_scale, affine_shift, lengths = tensors
     assert x is not None
     affine = _pair(affine_scale, affine_shift)
-    resolved, _ = api.resolve_squeeze(x, options.before, affine, lengths, None, mixed=True)
+    resolved, _ = api.resolve_squeeze(
+        x, options.before, affine, lengths, None, is_captured(), mixed=True
+    )
     plain = resolve.runs_plain(resolved)
     return _Call(plain, resolved.choice.backend, resolved.code, tensors)
 
@@ -162,7 +164,16 @@ def _resolve_channel_scale(options: Options, tensors: _Tensors) -> _Call:
     assert x is not None
     assert u is not None
     resolved, _, _ = api.resolve_channel_scale(
-        x, u, options, _pair(affine_scale, affine_shift), residual, alpha, beta, None, mixed=True
+        x,
+        u,
+        options,
+        _pair(affine_scale, affine_shift),
+        residual,
+        alpha,
+        beta,
+        None,
+        is_captured(),
+        mixed=True,
     )
     plain = resolve.runs_plain(resolved)
     return _Call(plain, resolved.choice.backend, resolved.code, tensors)

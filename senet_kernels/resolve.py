@@ -110,10 +110,12 @@ def resolve(
     inplace: bool,
     wide: bool,
     backend: str | None,
+    captured: bool,
 ) -> ResolvedCall:
     """What a call with these tensors, x first, resolves to: its kind, looked up.
 
-    ``dtypes`` are those of x and of the parameters, as a kernel would be given them.
+    ``dtypes`` are those of x and of the parameters, as a kernel would be given them. Of extents
+    that are captured nothing is asked, they may be symbols that an answer would bind.
     """
     x = tensors[0]
     assert x is not None
@@ -129,7 +131,7 @@ def resolve(
             lengths is not None,
             residual is not None,
             inplace,
-            features.is_huge(x),
+            not captured and features.is_huge(x),
             wide,
             _subclass(tensors),
         ),
@@ -181,11 +183,11 @@ def runs_plain(resolved: ResolvedCall) -> bool:
     return chosen == "fallback" or (chosen != "reference" and why_no_kernel() is not None)
 
 
-def is_recorded(resolved: ResolvedCall, backend: str | None) -> bool:
+def is_recorded(captured: bool, resolved: ResolvedCall, backend: str | None) -> bool:
     """Whether a call becomes a public op in a graph, for which the machine that runs the graph
     chooses the backend: not where PyTorch's own operators were asked for, or must compute it."""
     return (
-        is_captured()
+        captured
         and dispatch.requested_backend(backend) in ("auto", *dispatch.KERNELS)
         and resolved.call.subclass is None
         and why_no_kernel() is None
@@ -256,14 +258,18 @@ def prepare(
     inplace: bool,
     backend: str | None,
     *,
+    captured: bool | None = None,
     mixed: bool = False,
 ) -> tuple[ResolvedCall, tuple[Any, ...]]:
     """Check everything, choose a backend, promote under autocast for it.
 
-    ``mixed``: outside autocast too, parameters may be in float32, as kernels take them.
+    ``captured``: whether :func:`senet_kernels.tensors.is_captured`, where that is known. ``mixed``:
+    outside autocast too, parameters may be in float32, as kernels take them.
 
     Returns what the call resolves to and the arguments of a Function's ``apply``.
     """
+    if captured is None:
+        captured = is_captured()
     if (
         residual is None
         and alpha is None
@@ -271,7 +277,7 @@ def prepare(
         and before_affine is None
         and lengths is None
         and not inplace
-        and not is_captured()  # extents may be symbols, which comparisons would bind
+        and not captured
         and validation.is_ordinary(x, w1, b1, w2, b2)
         and PLAIN_TYPES.issuperset((type(x), type(w1), type(b1), type(w2), type(b2)))
     ):
@@ -328,12 +334,12 @@ def prepare(
     form = "two layers" if w1 is not None else "single layer (w1=None)"
     tensors = (x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths)
     outputs = w2.shape[0]
-    wide = features.is_wide(x, w2.shape[1], outputs, before_affine is not None)
+    wide = not captured and features.is_wide(x, w2.shape[1], outputs, before_affine is not None)
     resolved = resolve(
         form, tensors, (dtype, cast_to or w2.dtype), outputs != x.shape[1], names, residual, alpha,
-        beta, before_affine, lengths, inplace, wide, backend,
+        beta, before_affine, lengths, inplace, wide, backend, captured,
     )  # fmt: skip
-    if is_recorded(resolved, backend) or not runs_plain(resolved):
+    if is_recorded(captured, resolved, backend) or not runs_plain(resolved):
         if x.dtype != dtype:
             x = x.to(dtype)
         if residual is not None and residual.dtype != dtype:
@@ -428,9 +434,10 @@ def run(
             prepare(*arguments)  # for its checks
         if dispatch.requested_backend(backend) != "reference":
             return NotImplemented
-    resolved, operands = prepare(*arguments)
+    captured = is_captured()
+    resolved, operands = prepare(*arguments, captured=captured)
     x = operands[0]
-    if is_recorded(resolved, backend):
+    if is_recorded(captured, resolved, backend):
         y = public_ops.squeeze_excite(resolved.options, *operands[:5], *operands[6:])
         return x.copy_(y) if inplace else y
     if runs_plain(resolved):

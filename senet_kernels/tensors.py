@@ -48,9 +48,17 @@ def is_proxy(x: Any) -> bool:
 def is_captured() -> bool:
     """Whether calls are recorded in a graph that is run, and perhaps trained, elsewhere: by
     ``torch.export``, ``make_fx``. Not under torch.compile, whose graphs stay in this process."""
-    if torch.compiler.is_exporting():
-        return True
-    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
+    if _is_compiling():
+        return torch.compiler.is_exporting()
+    # make_fx has a mode of one kind or the other.
+    modes = _dispatch_modes() or _function_modes()
+    return bool(modes) and get_proxy_mode() is not None
+
+
+# Looked up once: asked before many a call.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 
 
 def evaluate_annotations(forward: Callable[..., Any]) -> None:
