@@ -50,7 +50,10 @@ def _backward(
 
 def _register() -> None:
     ops = torch.ops.senet_kernels
-    formulas: dict[str, Callable[..., int]] = {"native_forward_": _forward}
+    formulas: dict[str, Callable[..., int]] = {
+        "squeeze_excite": _forward,
+        "native_forward_": _forward,
+    }
     for backend in BACKENDS_WITH_OPS:
         formulas |= {f"{backend}_forward": _forward, f"{backend}_backward": _backward}
     for name, formula in formulas.items():

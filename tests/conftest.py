@@ -39,7 +39,7 @@ TRITON_TESTS = (
 KERNEL_TESTS = (
     "test_accuracy.py", "test_addressing.py", "test_autocast.py", "test_budgets.py", "test_gpu.py",
     "test_gradcheck.py", "test_guard_pages.py", "test_layouts.py", "test_memory.py", "test_ops.py",
-    "test_pointwise.py", "test_properties.py", "test_special_values.py",
+    "test_pointwise.py", "test_properties.py", "test_public_op.py", "test_special_values.py",
 )  # fmt: skip
 # Cases of a test function that the gate runs under Triton's interpreter, evenly spread.
 INTERPRETED_CASES = {
