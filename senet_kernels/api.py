@@ -95,7 +95,9 @@ def squeeze_excite(
             accuracy; ``"reference"`` computes in float32 (float64 for float64). Under
             forward-mode AD (``jvp``), ``torch.jit.trace`` and compiled ``torch.func`` transforms
             the fallback stands in for the kernels, whatever was chosen: they carry no tangents
-            and cannot be saved.
+            and cannot be saved. While ``torch.export`` or ``make_fx`` records, a call that kernels
+            may run becomes the op ``torch.ops.senet_kernels.squeeze_excite``, which chooses when
+            it runs.
 
     Returns:
         y, with the shape, dtype and strides eager PyTorch gives: those of x. Under autocast its

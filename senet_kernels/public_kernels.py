@@ -2,9 +2,9 @@
 
 The kernels of an op, in the order in which PyTorch's dispatcher comes to them:
 
-* under ``torch.vmap`` and for what no kernel takes part in (other ``torch.func`` transforms,
-  forward-mode AD, tensor subclasses): the decomposition into PyTorch's operators;
+* under ``torch.func`` transforms and forward-mode AD: the decomposition into PyTorch's operators;
 * under autocast: the promotions of :func:`senet_kernels.squeeze_excite`;
+* for tensor subclasses made of other tensors (DTensor): the plain composition;
 * where a gradient is needed: the autograd Function of the chosen backend;
 * otherwise the chosen backend's private op, or the plain composition where no kernel takes the
   call.
@@ -343,10 +343,8 @@ def _is_recorded_here(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or get_proxy_mode() is not None
 
 
-def _takes_no_part(tensors: _Tensors) -> bool:
-    """Whether no kernel takes part in what is going on."""
-    if fwAD._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return True
+def _has_wrapper(tensors: _Tensors) -> bool:
+    """Whether a tensor is made of others, to which PyTorch's operators mean what it says."""
     return any(type(t) not in PLAIN_TYPES and wrapper_class(t) is not None for t in tensors)
 
 
@@ -363,8 +361,10 @@ def _decompose(name: str, *args: Any, **kwargs: Any) -> Tensor:
 def _differentiate(name: str, keys: Any, *args: Any, **kwargs: Any) -> Tensor:
     operation = _OPERATIONS[name]
     options, tensors = operation.arguments(*args, **kwargs)
-    if _takes_no_part(tensors):
+    if fwAD._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return operation.reference(options, *tensors)
+    if _has_wrapper(tensors):
+        return operation.plain(options, *tensors)
     if not resolve.requires_grad(*tensors):
         y: Tensor = public_ops.OPS[name].redispatch(keys & _AFTER_AUTOGRAD, *args, **kwargs)
         return y

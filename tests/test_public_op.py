@@ -106,6 +106,16 @@ def test_both_texts_of_the_schemas_agree() -> None:
         assert str(parsed) == str(torch._C.parse_schema(in_cpp[name]))
 
 
+@pytest.mark.skipif(not (_PACKAGE.parent / "docs").exists(), reason="not a source tree")
+def test_the_documented_schemas_are_these() -> None:
+    text = (_PACKAGE.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = (
+        text.partition("```text\n")[2].partition("```")[0].split("torch.ops.senet_kernels.")
+    )
+    right = [f"{name}{schema}" for name, schema in public_ops.SCHEMAS.items()]
+    assert [" ".join(schema.split()) for schema in documented if schema] == right
+
+
 @pytest.mark.parametrize("name", public_ops.SCHEMAS)
 def test_schemas_are_functional_and_readable(name: str) -> None:
     op = getattr(_OPS, name).default
