@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function
 
 from . import autograd, dispatch, fallback, features, public_ops, reference, resolve, validation
 from .pointwise import Options, check_name, pack
-from .tensors import is_captured, is_proxy, untraced
+from .tensors import dispatch_modes, function_modes, is_captured, is_proxy, untraced
 
 
 class Explanation(NamedTuple):
@@ -196,7 +196,8 @@ def squeeze(
             backend=backend,
         )  # fmt: skip
         return recorded
-    compiling, captured = resolve.is_compiling(), is_captured()
+    compiling = resolve.is_compiling()
+    captured = bool(compiling or dispatch_modes() or function_modes()) and is_captured()
     tracing = not compiling and resolve.tracing_state() is not None
     if tracing:
         with untraced():
@@ -205,7 +206,7 @@ def squeeze(
             )
     else:
         resolved, cast_to = resolve_squeeze(x, before, before_affine, lengths, backend, captured)
-    captured = resolve.is_recorded(captured, resolved, backend)
+    captured = captured and resolve.is_recorded(resolved, backend)
     if not captured and _is_plain(resolved, tracing):
         return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
     affine_scale = affine_shift = None
@@ -314,7 +315,8 @@ def channel_scale(
             after=after, residual=residual, alpha=alpha, beta=beta, backend=backend,
         )  # fmt: skip
         return recorded
-    compiling, captured = resolve.is_compiling(), is_captured()
+    compiling = resolve.is_compiling()
+    captured = bool(compiling or dispatch_modes() or function_modes()) and is_captured()
     tracing = not compiling and resolve.tracing_state() is not None
     names = (None, gate, before, after)
     if tracing:
@@ -326,7 +328,7 @@ def channel_scale(
         resolved, dtype, cast_to = resolve_channel_scale(
             x, u, names, before_affine, residual, alpha, beta, backend, captured
         )
-    captured = resolve.is_recorded(captured, resolved, backend)
+    captured = captured and resolve.is_recorded(resolved, backend)
     if not captured and _is_plain(resolved, tracing):
         return fallback.channel_scale(
             x, u, gate=gate, before=before, before_affine=before_affine, after=after,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .pointwise import POINTWISE, Pointwise
 from .reference import masked_mean, matrix, per_channel
-from .tensors import is_captured, untraced
+from .tensors import dispatch_modes, function_modes, is_captured, untraced
 
 #: Functions whose gradient is a function of their result: in place, autograd keeps nothing more.
 _KEEP_RESULT = frozenset(("relu", "leaky_relu"))
@@ -131,7 +131,8 @@ def _may_overwrite(y: Tensor, added: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and fwAD._current_level < 0
-        and not is_captured()  # what is captured may be trained
+        # What is captured may be trained.
+        and not ((dispatch_modes() or function_modes()) and is_captured())
     )
 
 

@@ -19,7 +19,15 @@ from torch import Tensor
 from . import autograd, dispatch, features, public_ops, reference, validation
 from .dispatch import BackendChoice
 from .pointwise import Options, check_name, pack
-from .tensors import PLAIN_TYPES, is_captured, is_proxy, untraced, wrapper_class
+from .tensors import (
+    PLAIN_TYPES,
+    dispatch_modes,
+    function_modes,
+    is_captured,
+    is_proxy,
+    untraced,
+    wrapper_class,
+)
 
 #: activation, gate, before, after, as they were given.
 Names = tuple[str | None, str | None, str | None, str | None]
@@ -75,8 +83,6 @@ def _note_short_way(kind: tuple[Any, ...], resolved: ResolvedCall) -> None:
 is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
 tracing_state = torch._C._get_tracing_state
 
 _NATIVE_FORWARD = autograd.forward_op("native")
@@ -183,12 +189,11 @@ def runs_plain(resolved: ResolvedCall) -> bool:
     return chosen == "fallback" or (chosen != "reference" and why_no_kernel() is not None)
 
 
-def is_recorded(captured: bool, resolved: ResolvedCall, backend: str | None) -> bool:
-    """Whether a call becomes a public op in a graph, for which the machine that runs the graph
+def is_recorded(resolved: ResolvedCall, backend: str | None) -> bool:
+    """Whether a captured call becomes a public op, for which the machine that runs the graph
     chooses the backend: not where PyTorch's own operators were asked for, or must compute it."""
     return (
-        captured
-        and dispatch.requested_backend(backend) in ("auto", *dispatch.KERNELS)
+        dispatch.requested_backend(backend) in ("auto", *dispatch.KERNELS)
         and resolved.call.subclass is None
         and why_no_kernel() is None
     )
@@ -339,7 +344,7 @@ def prepare(
         form, tensors, (dtype, cast_to or w2.dtype), outputs != x.shape[1], names, residual, alpha,
         beta, before_affine, lengths, inplace, wide, backend, captured,
     )  # fmt: skip
-    if is_recorded(captured, resolved, backend) or not runs_plain(resolved):
+    if (captured and is_recorded(resolved, backend)) or not runs_plain(resolved):
         if x.dtype != dtype:
             x = x.to(dtype)
         if residual is not None and residual.dtype != dtype:
@@ -376,8 +381,9 @@ def run(
     # The short way, for usual calls on the CPU: what checking costs counts there, above all after
     # layers that have flushed the caches Python runs from (docs/performance.md). The op checks
     # shapes, devices and dtypes itself; where it fails, the long way may know a better message.
+    compiling = is_compiling()
     if (
-        not is_compiling()
+        not compiling
         and before_affine is None
         and alpha is None
         and beta is None
@@ -386,8 +392,8 @@ def run(
         and not _is_autocast_enabled("cpu")
         and fwAD._current_level < 0
         and not _transforms_active()
-        and not _dispatch_modes()
-        and not _function_modes()
+        and not dispatch_modes()
+        and not function_modes()
         and tracing_state() is None  # a trace and its check go the same way
     ):
         short: ResolvedCall | None = None
@@ -429,15 +435,15 @@ def run(
     arguments = (
         x, w1, b1, w2, b2, names, before_affine, residual, alpha, beta, lengths, inplace, backend,
     )  # fmt: skip
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if not compiling and tracing_state() is not None:
         with untraced():
             prepare(*arguments)  # for its checks
         if dispatch.requested_backend(backend) != "reference":
             return NotImplemented
-    captured = is_captured()
+    captured = bool(compiling or dispatch_modes() or function_modes()) and is_captured()
     resolved, operands = prepare(*arguments, captured=captured)
     x = operands[0]
-    if is_recorded(captured, resolved, backend):
+    if captured and is_recorded(resolved, backend):
         y = public_ops.squeeze_excite(resolved.options, *operands[:5], *operands[6:])
         return x.copy_(y) if inplace else y
     if runs_plain(resolved):

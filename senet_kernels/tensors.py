@@ -51,14 +51,15 @@ def is_captured() -> bool:
     if _is_compiling():
         return torch.compiler.is_exporting()
     # make_fx has a mode of one kind or the other.
-    modes = _dispatch_modes() or _function_modes()
+    modes = dispatch_modes() or function_modes()
     return bool(modes) and get_proxy_mode() is not None
 
 
-# Looked up once: asked before many a call.
+# Looked up once: asked before many a call. No call is captured where torch is not compiling and
+# both of these are 0.
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
+dispatch_modes = torch._C._len_torch_dispatch_stack
+function_modes = torch._C._len_torch_function_stack
 
 
 def evaluate_annotations(forward: Callable[..., Any]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from backend_cases import FUSED_BACKENDS, BackendCase
-from problems import HALVES, LAYOUTS, TENSORS, Problem, Spec, build
+import oracle
+from backend_cases import FUSED_BACKENDS, BackendCase, require
+from problems import HALVES, LAYOUTS, TENSORS, Problem, Spec, build, magnitudes
 from senet_kernels import ops, pack_options, squeeze_excite
 from senet_kernels.autograd import inplace_op
 
@@ -228,6 +229,47 @@ def test_mask_has_a_bit_per_element(backend: BackendCase, layout: str) -> None:
         batch, channels = shape[:2]
         assert saved.numel() == batch * (2 * channels + 4)
         assert mask.numel() <= batch * channels * (y[0, 0].numel() + 7) // 8 * 8 + 64 * batch
+
+
+def _others(backend: BackendCase) -> list[BackendCase]:
+    """The backends that are here beside one, for tensors on its device."""
+    found = []
+    for other in FUSED_BACKENDS:
+        if other.device == backend.device and other != backend:
+            try:
+                require(other)
+            except pytest.skip.Exception:
+                continue
+            found.append(other)
+    return found
+
+
+@pytest.mark.parametrize(
+    "backend", [b for b in FUSED_BACKENDS if not b.simulated], indirect=True, ids=str
+)
+@pytest.mark.parametrize("after", ["relu", "silu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_of_another_backends_forward(
+    backend: BackendCase, layout: str, after: str
+) -> None:
+    """What forward keeps is laid out the same by all of them, the mask's bits too."""
+    others = _others(backend)
+    if not others:
+        pytest.skip("no other backend for this device is here")
+    for shape in ((2, 9, 3, 5), (2, 8, 7), (3, 17, 1), (1, 3, 4, 4)):
+        spec = Spec(shape, 3, layout=layout, residual="contiguous", after=after, weighted=True,
+                    device=backend.device)  # fmt: skip
+        problem = build(spec)
+        right, scale = problem.expected(), magnitudes(problem)
+        for other in others:
+            for first, second in ((backend, other), (other, backend)):
+                with first.running():
+                    args = _backward_args(problem, _ops(first.name)[0], _needs(problem))
+                with second.running():
+                    gradients = _ops(second.name)[1](*args)
+                results = {f"d{n}": gradients[TENSORS.index(n)] for n in problem.given}
+                expected = {n: right[n] for n in results}
+                oracle.assert_like_oracle(results, expected, scale, problem.dtype)
 
 
 @pytest.mark.parametrize("name", ops.BACKENDS_WITH_OPS)
