@@ -197,15 +197,19 @@ def squeeze(
         )  # fmt: skip
         return recorded
     compiling = resolve.is_compiling()
-    captured = bool(compiling or dispatch_modes() or function_modes()) and is_captured()
+    captured = False
+    if compiling or dispatch_modes() or function_modes():
+        captured = is_captured()
     tracing = not compiling and resolve.tracing_state() is not None
     if tracing:
         with untraced():
             resolved, cast_to = resolve_squeeze(
-                x, before, before_affine, lengths, backend, captured
+                x, before, before_affine, lengths, backend, compiling, captured
             )
     else:
-        resolved, cast_to = resolve_squeeze(x, before, before_affine, lengths, backend, captured)
+        resolved, cast_to = resolve_squeeze(
+            x, before, before_affine, lengths, backend, compiling, captured
+        )
     captured = captured and resolve.is_recorded(resolved, backend)
     if not captured and _is_plain(resolved, tracing):
         return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
@@ -233,13 +237,14 @@ def resolve_squeeze(
     before_affine: tuple[Tensor, Tensor] | None,
     lengths: Tensor | None,
     backend: str | None,
+    compiling: bool,
     captured: bool,
     *,
     mixed: bool = False,
 ) -> tuple[resolve.ResolvedCall, torch.dtype | None]:
     """Check everything, choose a backend; and what the parameters are cast to for it.
 
-    ``captured`` and ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
+    ``compiling``, ``captured`` and ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
     """
     validation.check_input(x)
     affine_scale = affine_shift = None
@@ -266,7 +271,7 @@ def resolve_squeeze(
     resolved = resolve.resolve(
         "squeeze alone", (x, affine_scale, affine_shift, lengths), (x.dtype, cast_to or given),
         False, (None, None, before, None), None, None, None, before_affine, lengths, False, wide,
-        backend, captured,
+        backend, compiling, captured,
     )  # fmt: skip
     return resolved, cast_to
 
@@ -316,17 +321,19 @@ def channel_scale(
         )  # fmt: skip
         return recorded
     compiling = resolve.is_compiling()
-    captured = bool(compiling or dispatch_modes() or function_modes()) and is_captured()
+    captured = False
+    if compiling or dispatch_modes() or function_modes():
+        captured = is_captured()
     tracing = not compiling and resolve.tracing_state() is not None
     names = (None, gate, before, after)
     if tracing:
         with untraced():
             resolved, dtype, cast_to = resolve_channel_scale(
-                x, u, names, before_affine, residual, alpha, beta, backend, captured
+                x, u, names, before_affine, residual, alpha, beta, backend, compiling, captured
             )
     else:
         resolved, dtype, cast_to = resolve_channel_scale(
-            x, u, names, before_affine, residual, alpha, beta, backend, captured
+            x, u, names, before_affine, residual, alpha, beta, backend, compiling, captured
         )
     captured = captured and resolve.is_recorded(resolved, backend)
     if not captured and _is_plain(resolved, tracing):
@@ -368,13 +375,14 @@ def resolve_channel_scale(
     alpha: Tensor | None,
     beta: Tensor | None,
     backend: str | None,
+    compiling: bool,
     captured: bool,
     *,
     mixed: bool = False,
 ) -> tuple[resolve.ResolvedCall, torch.dtype, torch.dtype | None]:
     """Check everything, choose a backend; and what x and the parameters are cast to for it.
 
-    ``captured`` and ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
+    ``compiling``, ``captured`` and ``mixed`` as in :func:`senet_kernels.resolve.prepare`.
     """
     validation.check_input(x)
     validation.check_tensor("u", u)
@@ -416,7 +424,8 @@ def resolve_channel_scale(
     resolved = resolve.resolve(
         "channel_scale alone", (x, u, residual, alpha, beta, affine_scale, affine_shift),
         (dtype, cast_to or u.dtype), u.shape[1] != channels, names, residual,
-        alpha, beta, before_affine, None, False, wide, backend, captured,
+        alpha, beta, before_affine, None, False, wide, backend, compiling,
+        captured,
     )  # fmt: skip
     return resolved, dtype, cast_to
 

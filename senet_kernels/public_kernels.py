@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import api, autograd, fallback, ops, public_ops, reference, resolve
 from .pointwise import Options, check_name
-from .tensors import PLAIN_TYPES, is_captured, wrapper_class
+from .tensors import PLAIN_TYPES, dispatch_modes, is_captured, wrapper_class
 
 _Tensors = tuple[Tensor | None, ...]
 
@@ -42,6 +42,7 @@ class _Arguments(NamedTuple):
     tensors: _Tensors
 
 
+@functools.cache
 def _options(
     activation: str = "identity",
     gate: str = "identity",
@@ -152,8 +153,9 @@ def _resolve_squeeze(options: Options, tensors: _Tensors) -> _Call:
     x, affine_scale, affine_shift, lengths = tensors
     assert x is not None
     affine = _pair(affine_scale, affine_shift)
+    compiling = resolve.is_compiling()
     resolved, _ = api.resolve_squeeze(
-        x, options.before, affine, lengths, None, is_captured(), mixed=True
+        x, options.before, affine, lengths, None, compiling, is_captured(), mixed=True
     )
     plain = resolve.runs_plain(resolved)
     return _Call(plain, resolved.choice.backend, resolved.code, tensors)
@@ -163,17 +165,10 @@ def _resolve_channel_scale(options: Options, tensors: _Tensors) -> _Call:
     x, u, residual, alpha, beta, affine_scale, affine_shift = tensors
     assert x is not None
     assert u is not None
+    affine = _pair(affine_scale, affine_shift)
+    compiling = resolve.is_compiling()
     resolved, _, _ = api.resolve_channel_scale(
-        x,
-        u,
-        options,
-        _pair(affine_scale, affine_shift),
-        residual,
-        alpha,
-        beta,
-        None,
-        is_captured(),
-        mixed=True,
+        x, u, options, affine, residual, alpha, beta, None, compiling, is_captured(), mixed=True
     )
     plain = resolve.runs_plain(resolved)
     return _Call(plain, resolved.choice.backend, resolved.code, tensors)
@@ -343,11 +338,6 @@ def _is_recorded_here(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or get_proxy_mode() is not None
 
 
-def _has_wrapper(tensors: _Tensors) -> bool:
-    """Whether a tensor is made of others, to which PyTorch's operators mean what it says."""
-    return any(type(t) not in PLAIN_TYPES and wrapper_class(t) is not None for t in tensors)
-
-
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _AFTER_SELECTION = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
@@ -363,15 +353,20 @@ def _differentiate(name: str, keys: Any, *args: Any, **kwargs: Any) -> Tensor:
     options, tensors = operation.arguments(*args, **kwargs)
     if fwAD._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return operation.reference(options, *tensors)
-    if _has_wrapper(tensors):
+    differentiated = resolve.requires_grad(*tensors)
+    x = args[0]
+    if PLAIN_TYPES.issuperset(map(type, tensors)):
+        if not dispatch_modes() and not x.is_meta:
+            return _run(operation, options, tensors, differentiated)
+    elif any(wrapper_class(t) is not None for t in tensors):
         return operation.plain(options, *tensors)
-    if not resolve.requires_grad(*tensors):
+    if not differentiated:
         y: Tensor = public_ops.OPS[name].redispatch(keys & _AFTER_AUTOGRAD, *args, **kwargs)
         return y
-    if _is_recorded_here(args[0]):
+    if _is_recorded_here(x):
         recorded: Tensor = _Recorded.apply(name, options, *tensors)
         return recorded
-    return _run(operation, options, tensors, operation.differentiable)
+    return _run(operation, options, tensors, differentiated)
 
 
 def _select(name: str, keys: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -380,19 +375,35 @@ def _select(name: str, keys: Any, *args: Any, **kwargs: Any) -> Tensor:
         return y
     operation = _OPERATIONS[name]
     options, tensors = operation.arguments(*args, **kwargs)
-    return _run(operation, options, tensors, operation.fused)
+    return _run(operation, options, tensors, False)
 
 
 def _run(
-    operation: _Operation, options: Options, tensors: _Tensors, fused: Callable[..., Tensor]
+    operation: _Operation, options: Options, tensors: _Tensors, differentiated: bool
 ) -> Tensor:
     """The op on the backend that is chosen now."""
+    if operation is _OPERATIONS["squeeze_excite"] and not resolve.is_compiling():
+        y = _run_shortly(options, *tensors)
+        if y is not NotImplemented:
+            return y  # type: ignore[no-any-return]
     call = operation.resolve(options, tensors)
     if call.backend == "reference" or (call.plain and _is_mixed(tensors)):
         return operation.reference(options, *tensors)
     if call.plain:
         return operation.plain(options, *tensors)
-    return fused(call.backend, call.code, *call.tensors)
+    compute = operation.differentiable if differentiated else operation.fused
+    return compute(call.backend, call.code, *call.tensors)
+
+
+def _run_shortly(options: Options, *tensors: Any) -> Any:
+    """What the public function runs for usual calls; NotImplemented for others."""
+    x, w1, b1, w2, b2, residual, alpha, beta, affine_scale, affine_shift, lengths = tensors
+    if w2.dtype is not x.dtype or dispatch_modes():
+        return NotImplemented
+    return resolve.run(
+        x, w1, b1, w2, b2, options, _pair(affine_scale, affine_shift), residual, alpha, beta,
+        lengths, False, None,
+    )  # fmt: skip
 
 
 def _promote(name: str, device: str, *args: Any, **kwargs: Any) -> Tensor:

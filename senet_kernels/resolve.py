@@ -116,6 +116,7 @@ def resolve(
     inplace: bool,
     wide: bool,
     backend: str | None,
+    compiling: bool,
     captured: bool,
 ) -> ResolvedCall:
     """What a call with these tensors, x first, resolves to: its kind, looked up.
@@ -143,12 +144,12 @@ def resolve(
         ),
         dispatch.requested_backend(backend),
     )
-    return _look_up(kind)
+    return _look_up(kind, compiling)
 
 
-def _look_up(kind: tuple[Any, ...]) -> ResolvedCall:
+def _look_up(kind: tuple[Any, ...], compiling: bool) -> ResolvedCall:
     """What a kind of call resolves to, from the cache when it was seen before."""
-    if is_compiling():  # a guard on a growing dict would recompile
+    if compiling:  # a guard on a growing dict would recompile
         return _make(*kind)
     try:
         resolved = _RESOLVED.get(kind)
@@ -263,18 +264,20 @@ def prepare(
     inplace: bool,
     backend: str | None,
     *,
-    captured: bool | None = None,
+    compiling: bool | None = None,
+    captured: bool = False,
     mixed: bool = False,
 ) -> tuple[ResolvedCall, tuple[Any, ...]]:
     """Check everything, choose a backend, promote under autocast for it.
 
-    ``captured``: whether :func:`senet_kernels.tensors.is_captured`, where that is known. ``mixed``:
-    outside autocast too, parameters may be in float32, as kernels take them.
+    ``compiling``, ``captured``: whether torch is, and whether the call is
+    (:func:`senet_kernels.tensors.is_captured`), where that is known. ``mixed``: outside autocast
+    too, parameters may be in float32, as kernels take them.
 
     Returns what the call resolves to and the arguments of a Function's ``apply``.
     """
-    if captured is None:
-        captured = is_captured()
+    if compiling is None:
+        compiling, captured = is_compiling(), is_captured()
     if (
         residual is None
         and alpha is None
@@ -289,7 +292,8 @@ def prepare(
         device, dtype = x.device.type, x.dtype
         if not reference.autocast_is_on(device):
             requested = dispatch.requested_backend(backend)
-            resolved = _look_up((device, dtype, dtype, names, _PLAIN_FACTS, requested))
+            kind = (device, dtype, dtype, names, _PLAIN_FACTS, requested)
+            resolved = _look_up(kind, compiling)
             return resolved, (x, w1, b1, w2, b2, resolved.code, None, None, None, None, None, None)
 
     validation.check_input(x)
@@ -342,7 +346,7 @@ def prepare(
     wide = not captured and features.is_wide(x, w2.shape[1], outputs, before_affine is not None)
     resolved = resolve(
         form, tensors, (dtype, cast_to or w2.dtype), outputs != x.shape[1], names, residual, alpha,
-        beta, before_affine, lengths, inplace, wide, backend, captured,
+        beta, before_affine, lengths, inplace, wide, backend, compiling, captured,
     )  # fmt: skip
     if (captured and is_recorded(resolved, backend)) or not runs_plain(resolved):
         if x.dtype != dtype:
@@ -440,8 +444,10 @@ def run(
             prepare(*arguments)  # for its checks
         if dispatch.requested_backend(backend) != "reference":
             return NotImplemented
-    captured = bool(compiling or dispatch_modes() or function_modes()) and is_captured()
-    resolved, operands = prepare(*arguments, captured=captured)
+    captured = False
+    if compiling or dispatch_modes() or function_modes():
+        captured = is_captured()
+    resolved, operands = prepare(*arguments, compiling=compiling, captured=captured)
     x = operands[0]
     if captured and is_recorded(resolved, backend):
         y = public_ops.squeeze_excite(resolved.options, *operands[:5], *operands[6:])
