@@ -14,9 +14,9 @@ must be loaded before anything else: ``make sanitize`` builds and runs such a li
 ``CXX``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS`` are as for every PyTorch extension.
 
 All goes into one library, ``senet_kernels/_native.abi3.so``. It is no Python module: the package
-loads it with ``torch.ops.load_library``. Only ``csrc/registration.cpp`` and the two ``host.cpp``
-include torch headers, and of these the stable ABI alone, so one build serves torch 2.11 and later
-and every Python.
+loads it with ``torch.ops.load_library``. Only ``csrc/registration.cpp``, ``csrc/c_shims.cpp`` and
+the two ``host.cpp`` include torch headers, and of these the stable ABI alone, so one build serves
+torch 2.11 and later and every Python.
 ``senet_kernels/_build.json`` beside it records what was built, and why the rest was not.
 """
 
@@ -208,6 +208,7 @@ def write_ninja_file(cxx: list[str], nvcc: str | None) -> Path:
     # standard header that several objects contain is taken from the first of them: it must be the
     # one compiled for the least instruction set, or a plain CPU would meet AVX-512 instructions.
     units = [("cxx", Path("csrc/registration.cpp"), "registration", torch_flags)]
+    units.append(("cxx", Path("csrc/c_shims.cpp"), "c_shims", torch_flags))
     units.append(("cxx", Path("csrc/cpu/host.cpp"), "cpu_host", torch_flags))
     for isa, flags in ISA_FLAGS.items():
         units.append(("cxx", Path("csrc/cpu/kernels.cpp"), f"cpu_{isa}", flags))

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu/host.h"
+#include "public_ops.h"
 #include "tensors.h"
 
 namespace senet {
@@ -309,6 +310,17 @@ constexpr const char* kSqueezeExciteSchema =
     "Tensor? affine_scale=None, Tensor? affine_shift=None, str after=\"identity\", "
     "Tensor? residual=None, Tensor? alpha=None, Tensor? beta=None, Tensor? lengths=None, "
     "Tensor? mask=None, str pool=\"mean\") -> Tensor";
+constexpr const char* kSqueezeSchema =
+    "squeeze(Tensor x, *, str before=\"identity\", Tensor? affine_scale=None, "
+    "Tensor? affine_shift=None, Tensor? lengths=None, Tensor? mask=None, str pool=\"mean\") "
+    "-> Tensor";
+constexpr const char* kChannelScaleSchema =
+    "channel_scale(Tensor x, Tensor u, *, str gate=\"identity\", str before=\"identity\", "
+    "Tensor? affine_scale=None, Tensor? affine_shift=None, str after=\"identity\", "
+    "Tensor? residual=None, Tensor? alpha=None, Tensor? beta=None) -> Tensor";
+
+}  // namespace
+
 Tensor public_squeeze_excite(Tensor x, OptionalTensor w1, OptionalTensor b1, Tensor w2,
                              OptionalTensor b2, std::string activation, std::string gate,
                              std::string before, OptionalTensor affine_scale,
@@ -320,10 +332,6 @@ Tensor public_squeeze_excite(Tensor x, OptionalTensor w1, OptionalTensor b1, Ten
                              lengths, pack_options(activation, gate, before, after), false));
 }
 
-constexpr const char* kSqueezeSchema =
-    "squeeze(Tensor x, *, str before=\"identity\", Tensor? affine_scale=None, "
-    "Tensor? affine_shift=None, Tensor? lengths=None, Tensor? mask=None, str pool=\"mean\") "
-    "-> Tensor";
 Tensor public_squeeze(Tensor x, std::string before, OptionalTensor affine_scale,
                       OptionalTensor affine_shift, OptionalTensor lengths, OptionalTensor mask,
                       std::string pool) {
@@ -332,10 +340,6 @@ Tensor public_squeeze(Tensor x, std::string before, OptionalTensor affine_scale,
                  pack_options("identity", "identity", before, "identity"));
 }
 
-constexpr const char* kChannelScaleSchema =
-    "channel_scale(Tensor x, Tensor u, *, str gate=\"identity\", str before=\"identity\", "
-    "Tensor? affine_scale=None, Tensor? affine_shift=None, str after=\"identity\", "
-    "Tensor? residual=None, Tensor? alpha=None, Tensor? beta=None) -> Tensor";
 Tensor public_channel_scale(Tensor x, Tensor u, std::string gate, std::string before,
                             OptionalTensor affine_scale, OptionalTensor affine_shift,
                             std::string after, OptionalTensor residual, OptionalTensor alpha,
@@ -343,8 +347,6 @@ Tensor public_channel_scale(Tensor x, Tensor u, std::string gate, std::string be
   return std::get<0>(channel_scale(x, u, residual, alpha, beta, affine_scale, affine_shift,
                                    pack_options("identity", gate, before, after), false));
 }
-
-}  // namespace
 
 const Host& host_of(const Tensor& x) {
 #if defined(SENET_SIMT)  // tests/simt: the CUDA kernels, run on the CPU

@@ -13,6 +13,12 @@ from . import autograd, dispatch, fallback, features, public_ops, reference, res
 from .pointwise import Options, check_name, pack
 from .tensors import dispatch_modes, function_modes, is_captured, is_proxy, untraced
 
+# Looked up once, as in resolve.
+_is_grad_enabled, _transforms_active = (
+    torch.is_grad_enabled,
+    torch._C._are_functorch_transforms_active,
+)
+
 
 class Explanation(NamedTuple):
     """Which backend a call runs on, why not the others, and what that backend says about it. Print
@@ -222,7 +228,7 @@ def squeeze(
     chosen = resolved.choice.backend
     if chosen == "reference":
         return reference.squeeze_flat(resolved.options, *arguments)
-    if torch.is_grad_enabled() and resolve.requires_grad(*arguments[:3]):
+    if _is_grad_enabled() and resolve.requires_grad(*arguments[:3]):
         if compiling:
             arguments = autograd.distinct(*arguments)
         differentiable: Tensor = autograd.SqueezeFunction.apply(*arguments, resolved.code, chosen)
@@ -283,7 +289,7 @@ def _is_plain(resolved: resolve.ResolvedCall, tracing: bool) -> bool:
     chosen = resolved.choice.backend
     if chosen in ("fallback", "reference"):
         return chosen == "fallback"
-    return tracing or fwAD._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return tracing or fwAD._current_level >= 0 or _transforms_active()
 
 
 def channel_scale(
@@ -355,7 +361,7 @@ def channel_scale(
     chosen = resolved.choice.backend
     if chosen == "reference":
         return reference.channel_scale_flat(resolved.options, x, u, residual, *rest)
-    if torch.is_grad_enabled() and resolve.requires_grad(*operands):
+    if _is_grad_enabled() and resolve.requires_grad(*operands):
         if compiling:
             operands = autograd.distinct(*operands)
         differentiable: Tensor = autograd.ChannelScaleFunction.apply(

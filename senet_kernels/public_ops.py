@@ -113,6 +113,36 @@ _DEFAULTS: dict[str, dict[str, str]] = {
 }
 
 
+_IN_C = {
+    "Tensor": "AtenTensorHandle",
+    "Optional[Tensor]": "AtenTensorHandle*",
+    "str": "const char*",
+}
+
+
+def c_shims(device: str = "cpu") -> dict[Any, list[str]]:
+    """What makes AOTInductor call the compiled library's C functions rather than the dispatcher:
+    the value of its option ``aot_inductor.custom_ops_to_c_shims`` for the public ops.
+
+    A package compiled so loads only into a process that has loaded the library with
+    ``RTLD_GLOBAL``, and calls its native kernels whatever backend is asked for.
+
+    Args:
+        device: ``"cpu"``, or ``"cuda"`` where the library has CUDA kernels.
+
+    Raises:
+        ValueError: another device.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    shims = {}
+    for name, op in OPS.items():
+        arguments = [f"{_IN_C[str(a.type)]} {a.name}" for a in op._schema.arguments]
+        declared = ", ".join([*arguments, "AtenTensorHandle* result"])
+        shims[op] = [f"AOTITorchError aoti_torch_{device}_{name}({declared})"]
+    return shims
+
+
 def _call(
     name: str,
     operands: tuple[Tensor | None, ...],

@@ -3,11 +3,13 @@ graphs hold. Workflows of capture are in test_capture.py."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -689,3 +691,33 @@ def test_programs_run_elsewhere(saved_by: str, pure_python: Path, tmp_path: Path
     _script(save, paths[0], folder=tmp_path)
     out = _script(load, paths[1], folder=tmp_path)
     assert out.split()[-1] == str(saved_by == "python")
+
+
+@needs_library
+@pytest.mark.slow
+def test_ahead_of_time_by_the_c_shims(tmp_path: Path) -> None:
+    """AOTInductor's code calls the library's C functions, with every argument of the ops."""
+    net, x = _Net().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        options = {"aot_inductor.custom_ops_to_c_shims": public_ops.c_shims()}
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "net.pt2"), inductor_configs=options
+        )
+        with zipfile.ZipFile(package) as files:
+            sources = [
+                files.read(n).decode() for n in files.namelist() if n.endswith("wrapper.cpp")
+            ]
+        for name in _NAMES.values():
+            assert any(f"CHECK(aoti_torch_cpu_{name}(" in source for source in sources)
+        ctypes.CDLL(str(next(_PACKAGE.glob("_native*.so"))), mode=ctypes.RTLD_GLOBAL)
+        loaded = torch._inductor.aoti_load_package(package)
+        for batch in (2, 5):
+            images = torch.randn(batch, 3, 8, 8)
+            torch.testing.assert_close(loaded(images), net(images), rtol=1e-5, atol=1e-6)
+
+
+def test_shims_are_for_devices_with_kernels() -> None:
+    assert [len(public_ops.c_shims(device)) for device in ("cpu", "cuda")] == [3, 3]
+    with pytest.raises(ValueError, match="device: expected 'cpu' or 'cuda', got 'xpu'"):
+        public_ops.c_shims("xpu")
