@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,35 @@ def test_export(backend: BackendCase, strict: bool, dynamic: bool) -> None:
     for batch in (2, 5) if dynamic else (2,):
         images = torch.randn(batch, 3, 6, 6, device=backend.device)
         torch.testing.assert_close(loaded(images), net(images), rtol=1e-5, atol=1e-6)
+
+
+_TWICE: dict[str, Callable[..., Tensor]] = {
+    "residual": lambda x, w, a, u, **b: squeeze_excite(x, w, None, w, None, residual=x, **b),
+    "vectors": lambda x, w, a, u, **b: squeeze_excite(
+        x, w, a, w, a, alpha=a, beta=a, before_affine=(a, a), **b
+    ),
+    "squeeze": lambda x, w, a, u, **b: squeeze(x, before_affine=(a, a), **b),
+    "channel_scale": lambda x, w, a, u, **b: channel_scale(
+        x, u, residual=x, alpha=a, beta=a, after="silu", **b
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _TWICE)
+@each_backend
+def test_one_tensor_as_two_arguments(backend: BackendCase, name: str) -> None:
+    """Dynamo refuses a Function that is given one tensor twice."""
+    shapes = ((2, 8, 3, 5), (8, 8), (8,), (2, 8))
+    leaves = [torch.randn(s, dtype=torch.float64, device=backend.device) for s in shapes]
+    call = partial(_TWICE[name], backend=backend.name)
+
+    def gradients(fn: Callable[..., Tensor]) -> list[Tensor | None]:
+        fresh = [t.clone().requires_grad_() for t in leaves]
+        fn(*fresh).sin().sum().backward()
+        return [t.grad for t in fresh]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled), gradients(call))
 
 
 @each_backend

@@ -201,7 +201,7 @@ def test_usual_calls_are_not_checked_twice(
 
     expected = call()
 
-    def checked(*args: Any) -> None:
+    def checked(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("checked")
 
     monkeypatch.setattr(resolve, "prepare", checked)

@@ -407,6 +407,23 @@ def test_fakes_and_meta_tensors(part: str) -> None:
     check(_op(part)(*(t if t is None else t.to("meta") for t in args), **kwargs), "meta")
 
 
+def test_multiply_adds_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = FusedSEBlock(8, hidden=4)
+    x = torch.randn(2, 8, 3, 5)
+    module = torch.export.export(net, (x,)).module()
+    for grad in (False, True):
+        counts = []
+        for model in (net, module):
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
+                y = model(x)
+                if grad:
+                    y.sum().backward()
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
+
+
 # ---- bad calls ----
 
 
