@@ -1,5 +1,5 @@
-// The public ops as functions of C, which AOTInductor's generated code can call without a dispatcher:
-// aoti_torch_<device>_<op>, declared to it by `c_shims` in senet_kernels/public_ops.py.
+// The public ops as functions of C, which AOTInductor's generated code can call without a
+// dispatcher: aoti_torch_<device>_<op>, declared to it by `c_shims` in senet_kernels/public_ops.py.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdio>
@@ -40,30 +40,30 @@ using Handle = AtenTensorHandle;
 
 }  // namespace
 
-#define SENET_SHIMS(device)                                                                        \
-  extern "C" __attribute__((visibility("default"))) AOTITorchError                                 \
-      aoti_torch_##device##_squeeze_excite(                                                        \
-          Handle x, Handle* w1, Handle* b1, Handle w2, Handle* b2, const char* activation,         \
-          const char* gate, const char* before, Handle* affine_scale, Handle* affine_shift,        \
-          const char* after, Handle* residual, Handle* alpha, Handle* beta, Handle* lengths,       \
-          Handle* mask, const char* pool, Handle* result) {                                        \
-    return call("squeeze_excite", senet::public_squeeze_excite, result, x, w1, b1, w2, b2,         \
-                activation, gate, before, affine_scale, affine_shift, after, residual, alpha,      \
-                beta, lengths, mask, pool);                                                        \
-  }                                                                                                \
-  extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_##device##_squeeze(  \
-      Handle x, const char* before, Handle* affine_scale, Handle* affine_shift, Handle* lengths,   \
-      Handle* mask, const char* pool, Handle* result) {                                            \
-    return call("squeeze", senet::public_squeeze, result, x, before, affine_scale, affine_shift,   \
-                lengths, mask, pool);                                                              \
-  }                                                                                                \
-  extern "C" __attribute__((visibility("default"))) AOTITorchError                                 \
-      aoti_torch_##device##_channel_scale(                                                         \
-          Handle x, Handle u, const char* gate, const char* before, Handle* affine_scale,          \
-          Handle* affine_shift, const char* after, Handle* residual, Handle* alpha, Handle* beta,  \
-          Handle* result) {                                                                        \
-    return call("channel_scale", senet::public_channel_scale, result, x, u, gate, before,          \
-                affine_scale, affine_shift, after, residual, alpha, beta);                         \
+#define SENET_SHIMS(device)                                                                       \
+  extern "C" __attribute__((visibility("default"))) AOTITorchError                                \
+  aoti_torch_##device##_squeeze_excite(                                                           \
+      Handle x, Handle* w1, Handle* b1, Handle w2, Handle* b2, const char* activation,            \
+      const char* gate, const char* before, Handle* affine_scale, Handle* affine_shift,           \
+      const char* after, Handle* residual, Handle* alpha, Handle* beta, Handle* lengths,          \
+      Handle* mask, const char* pool, Handle* result) {                                           \
+    return call("squeeze_excite", senet::public_squeeze_excite, result, x, w1, b1, w2, b2,        \
+                activation, gate, before, affine_scale, affine_shift, after, residual, alpha,     \
+                beta, lengths, mask, pool);                                                       \
+  }                                                                                               \
+  extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_##device##_squeeze( \
+      Handle x, const char* before, Handle* affine_scale, Handle* affine_shift, Handle* lengths,  \
+      Handle* mask, const char* pool, Handle* result) {                                           \
+    return call("squeeze", senet::public_squeeze, result, x, before, affine_scale, affine_shift,  \
+                lengths, mask, pool);                                                             \
+  }                                                                                               \
+  extern "C" __attribute__((visibility("default"))) AOTITorchError                                \
+  aoti_torch_##device##_channel_scale(Handle x, Handle u, const char* gate, const char* before,   \
+                                      Handle* affine_scale, Handle* affine_shift,                 \
+                                      const char* after, Handle* residual, Handle* alpha,         \
+                                      Handle* beta, Handle* result) {                             \
+    return call("channel_scale", senet::public_channel_scale, result, x, u, gate, before,         \
+                affine_scale, affine_shift, after, residual, alpha, beta);                        \
   }
 
 SENET_SHIMS(cpu)

@@ -25,11 +25,13 @@ torch::stable::Tensor public_squeeze(torch::stable::Tensor x, std::string before
                                      std::optional<torch::stable::Tensor> lengths,
                                      std::optional<torch::stable::Tensor> mask, std::string pool);
 
-torch::stable::Tensor public_channel_scale(
-    torch::stable::Tensor x, torch::stable::Tensor u, std::string gate, std::string before,
-    std::optional<torch::stable::Tensor> affine_scale,
-    std::optional<torch::stable::Tensor> affine_shift, std::string after,
-    std::optional<torch::stable::Tensor> residual, std::optional<torch::stable::Tensor> alpha,
-    std::optional<torch::stable::Tensor> beta);
+torch::stable::Tensor public_channel_scale(torch::stable::Tensor x, torch::stable::Tensor u,
+                                           std::string gate, std::string before,
+                                           std::optional<torch::stable::Tensor> affine_scale,
+                                           std::optional<torch::stable::Tensor> affine_shift,
+                                           std::string after,
+                                           std::optional<torch::stable::Tensor> residual,
+                                           std::optional<torch::stable::Tensor> alpha,
+                                           std::optional<torch::stable::Tensor> beta);
 
 }  // namespace senet

@@ -300,8 +300,10 @@ int64_t pack_options(const std::string& activation, const std::string& gate,
 
 void refuse_reserved(const OptionalTensor& mask, const std::string& pool) {
   STD_TORCH_CHECK(!mask, "mask: expected None, as it is reserved for a later version");
-  STD_TORCH_CHECK(pool == "mean", "pool: expected 'mean', as others are reserved for a later "
-                  "version, got '", pool, "'");
+  STD_TORCH_CHECK(pool == "mean",
+                  "pool: expected 'mean', as others are reserved for a later "
+                  "version, got '",
+                  pool, "'");
 }
 
 constexpr const char* kSqueezeExciteSchema =
