@@ -279,7 +279,7 @@ def backend_to_ask_for(device: torch.device) -> str:
     if requested == "auto":
         for name in FUSED:
             if unavailable(name, device) is None:
-                return name if (name, device.type) in dispatch.ONLY_BY_NAME else requested
+                return name if dispatch.only_by_name(name, device.type) else requested
     return requested
 
 

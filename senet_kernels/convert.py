@@ -20,7 +20,6 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import api, dispatch, resolve
-from .backends import native
 from .forms import (
     Form,
     Functions,
@@ -84,15 +83,18 @@ class _Fused(nn.Module):
     def _senet_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The ``forward`` of every such class, under its original's signature."""
         form, backend = self._senet_form, self._senet_backend
-        if form is None:
+        x: Any = args[0] if args else None
+        compiling = resolve.is_compiling()
+        if form is None or (
+            isinstance(x, Tensor) and not dispatch.may_run_kernels(x, backend, compiling)
+        ):
             return self._original.forward(self, *args, **kwargs)
         plain, more, lengths = args, kwargs, None
         if isinstance(form, Mlp) and form.lengths is not None:
             plain, more, lengths = _take_lengths(args, kwargs)
-        reason = _call_reason(form, self, plain, more, backend)
+        reason = _call_reason(form, self, plain, more, compiling)
         y: Any = NotImplemented
         if reason is None:
-            x = args[0]
             if isinstance(form, Block):
                 y = self._run_block(form, x)
             elif isinstance(form, Mlp):
@@ -109,13 +111,13 @@ class _Fused(nn.Module):
         except KeyError:  # taken out
             return NotImplemented
         form = se._senet_form if isinstance(se, _Fused) else None
+        compiling = resolve.is_compiling()
         if (
             not isinstance(form, Mlp)
             or hook_reason(se)
-            or stale_reason(se, form.parts, torch.compiler.is_compiling())
+            or stale_reason(se, form.parts, compiling)
+            or not dispatch.may_run_kernels(x, se._senet_backend, compiling)
         ):
-            return NotImplemented
-        if not dispatch.may_run_kernels(x.device.type, se._senet_backend):
             return NotImplemented
         return block.run(block, self, x, partial(_excite_within, se, form))
 
@@ -216,20 +218,15 @@ def _take_lengths(args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
 
 
 def _call_reason(
-    form: Form | Block, module: Any, args: Any, kwargs: Any, backend: str | None
+    form: Form | Block, module: Any, args: Any, kwargs: Any, compiling: bool
 ) -> str | None:
     """Why the original forward runs: what is unlike the calls, or the module, that the form was
-    recognised for, or that nothing fused runs here."""
+    recognised for."""
     if len(args) != 1 or kwargs:
         return "it was called with other arguments than x"
     x = args[0]
     if not isinstance(x, Tensor):  # torch.fx traces the original
         return f"x is a {type(x).__name__}"
-    compiling = torch.compiler.is_compiling()
-    # What the function asks, for the usual case and without a call. Dynamo would record is_cpu.
-    usual = backend is None and native.UNAVAILABLE is None and not compiling and x.is_cpu
-    if not usual and not dispatch.may_run_kernels(x.device.type, backend):
-        return "nothing fused runs by default on its device"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
     if not compiling:

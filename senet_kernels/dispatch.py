@@ -1,9 +1,10 @@
 """Which backend runs a call, and why.
 
 Argument, then :func:`use_backend`, then the environment variable ``SENET_KERNELS_BACKEND``, then
-automatic: the first backend in ``ORDER`` that takes the call, passing over those in
-``ONLY_BY_NAME``. A backend chosen explicitly never falls back: it runs or raises. (What no kernel
-can take part in, forward-mode AD say, is the fallback's all the same: ``resolve.why_no_kernel``.)
+automatic: the first backend in ``ORDER`` that takes the call, passing over those that are not in
+``BY_DEFAULT`` for its device. A backend chosen explicitly never falls back: it runs or raises.
+(What no kernel can take part in, forward-mode AD say, is the fallback's all the same:
+``resolve.why_no_kernel``.)
 
 ``fallback`` is PyTorch's own operators, and takes every legal call. So does ``reference``, the
 oracle, which runs only when asked for by name.
@@ -30,16 +31,8 @@ KERNELS: tuple[str, ...] = ("native", "triton")
 ORDER: tuple[str, ...] = (*KERNELS, "fallback")
 #: All that can be asked for by name.
 NAMES: tuple[str, ...] = (*ORDER, "reference")
-#: Backends that run on a device type only when asked for by name, and why.
-ONLY_BY_NAME: dict[tuple[str, str], str] = {
-    (backend, device): f"its kernels have not yet run on a GPU; backend={backend!r} tries them"
-    for backend, device in features.COLUMNS
-    if (backend, device) != ("native", "cpu")
-}
-_WITH_KERNELS_FOR = {
-    device: tuple(name for name, other in features.COLUMNS if other == device)
-    for _, device in features.COLUMNS
-}
+#: Backends with kernels, and the device types on which each runs without being asked for by name.
+BY_DEFAULT: tuple[tuple[str, str], ...] = (("native", "cpu"),)
 _MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 
 ENVIRONMENT_VARIABLE = "SENET_KERNELS_BACKEND"
@@ -108,27 +101,36 @@ def choose(call: Call, requested: str) -> BackendChoice:
     passed_over: tuple[tuple[str, str], ...] = ()
     for backend in ORDER:
         # In this order: why_not may import what a backend needs.
-        reason = ONLY_BY_NAME.get((backend, call.device)) or why_not(backend, call)
+        reason = only_by_name(backend, call.device) or why_not(backend, call)
         if reason is None:
             return BackendChoice(backend, passed_over)
         passed_over = (*passed_over, (backend, reason))
     raise AssertionError("the fallback takes every call")
 
 
-def may_run_kernels(device: str, backend: str | None) -> bool:
-    """Whether a call on a device type, with this backend asked for, may be other than PyTorch's own
-    operators: a quick no for machines and devices where nothing is fused."""
+def only_by_name(backend: str, device: str) -> str | None:
+    """Why a backend that has kernels for a device type runs there only when it is asked for by
+    name; None where it runs by default, or never."""
+    if (backend, device) in BY_DEFAULT or (backend, device) not in features.COLUMNS:
+        return None
+    return f"its kernels have not yet run on a GPU; backend={backend!r} tries them"
+
+
+def may_run_kernels(x: Tensor, backend: str | None, compiling: bool) -> bool:
+    """Whether a call on the device of x, with this backend asked for, may be other than PyTorch's
+    own operators: a quick no for machines and devices where nothing is fused."""
     requested = _forced if backend is None else backend
     if requested is not None and requested != "auto":
         return requested != "fallback"
-    for name in _WITH_KERNELS_FOR.get(device, ()):
-        if name in ORDER and (name, device) not in ONLY_BY_NAME:
-            module = _MODULES[name]
-            # A library may have been built without kernels for a GPU, never without the CPU's.
-            if module.UNAVAILABLE is None and (
-                device == "cpu" or _unavailable(name, device) is None
-            ):
-                return True
+    for name, device in BY_DEFAULT:
+        # What is known to be missing needs no look at x; the rest may have to be imported.
+        if _MODULES[name].__dict__.get("UNAVAILABLE") is not None:
+            continue
+        # is_cpu takes half the instructions, and Dynamo would record it.
+        on_it = x.is_cpu if device == "cpu" and not compiling else x.device.type == device
+        # A library may have been built without kernels for a GPU, never without the CPU's.
+        if on_it and (device == "cpu" or _unavailable(name, device) is None):
+            return True
     return False
 
 

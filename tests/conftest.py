@@ -160,7 +160,7 @@ def automatic(backend: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that name no backend run on this one, which others may be preferred to, or which runs
     only when asked for by name."""
     monkeypatch.setattr(dispatch, "ORDER", (backend.name, "fallback"))
-    monkeypatch.delitem(dispatch.ONLY_BY_NAME, (backend.name, backend.device), raising=False)
+    monkeypatch.setattr(dispatch, "BY_DEFAULT", ((backend.name, backend.device),))
     monkeypatch.setattr(resolve, "_RESOLVED", {})
 
 

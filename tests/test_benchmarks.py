@@ -350,7 +350,7 @@ def test_calls_that_name_no_backend(
     if not backends()["native"]:
         pytest.skip("the native backend is not available")
     assert providers.backend_to_ask_for(CPU) == "auto"
-    monkeypatch.setitem(dispatch.ONLY_BY_NAME, ("native", "cpu"), "in this test")
+    monkeypatch.setattr(dispatch, "BY_DEFAULT", ())
     monkeypatch.setattr(resolve, "_RESOLVED", {})
     code, record = run(*MODEL)
     assert (code, record["environment"]["backend"]) == (0, "native")

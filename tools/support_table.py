@@ -113,7 +113,7 @@ def table(language: str) -> str:
     # Triton on the CPU is its interpreter, for tests.
     columns = [c for c in features.COLUMNS if c != ("triton", "cpu")]
     heads = [f"`{backend}`, {device.upper()}" for backend, device in columns]
-    when = [words["by name" if c in dispatch.ONLY_BY_NAME else "by default"] for c in columns]
+    when = [words["by default" if c in dispatch.BY_DEFAULT else "by name"] for c in columns]
     lines = [["", *heads, f"`fallback`, {words['any']}"], [words["runs"], *when, words["last"]]]
     for name, patterns in ROWS:
         rows = _covered(patterns)
