@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
@@ -39,7 +40,11 @@ class _Once(MetaPathFinder):
 
             def load_and_do(module: ModuleType) -> None:
                 load(module)
-                self.do()
+                try:
+                    self.do()
+                except Exception as error:  # not the business of whoever imports it
+                    warnings.warn(f"senet_kernels, after {name} was imported: {error!r}",
+                                  RuntimeWarning, stacklevel=2)  # fmt: skip
 
             spec.loader.exec_module = load_and_do  # type: ignore[method-assign]
         return spec

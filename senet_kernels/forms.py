@@ -183,9 +183,20 @@ def _kept(value: Any) -> Any:
     return set(value) if type(value) is set else value
 
 
+#: The forward of each class of children, when the first of it was recognised or called: whoever
+#: patches ``nn.Conv2d.forward`` later means the layers of fused modules too.
+_FORWARDS: dict[type[nn.Module], Any] = {}
+
+
 def part_of(module: nn.Module, path: Path) -> Part:
-    """The child at ``path`` as it is now."""
+    """The child at ``path`` as it is now.
+
+    Raises:
+        Refusal: its class has been patched since another of it was recognised.
+    """
     child = find(module, path)
+    if path and not _is_as_known(type(child)):
+        raise Refusal(f"its child {'.'.join(path)} is of a class whose forward was changed")
     ignored = _OF_ANY_MODULE
     if path:
         ignored |= {"inplace"}
@@ -199,6 +210,11 @@ def part_of(module: nn.Module, path: Path) -> Part:
     read = _reader(names)
     known = frozenset(vars(child)) | (frozenset() if path else {"_senet_form", "_senet_backend"})
     return Part(path, type(child), len(child._modules), names, read, tuple(facts.values()), known)
+
+
+def _is_as_known(kind: type[nn.Module]) -> bool:
+    forward = kind.forward
+    return _FORWARDS.setdefault(kind, forward) is forward
 
 
 def _reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
@@ -224,6 +240,7 @@ def stale_reason(module: nn.Module, parts: tuple[Part, ...], compiling: bool = F
                 (_same_one_by_one(child, part) if compiling else read(facts) == values)
                 and len(facts["_modules"]) == children
                 and (not path or type(child) is kind)
+                and (not path or kind.forward is _FORWARDS.get(kind) or _is_as_known(kind))
                 and (compiling or len(facts) == len(known) or not _hidden(child, part))
                 and (not path or "forward" not in facts)
             )
@@ -260,6 +277,8 @@ def _what_is_new(module: nn.Module, part: Part) -> str:
     if part.path:
         if type(child) is not part.kind:
             return f"{its} is a {type(child).__name__}"
+        if not _is_as_known(part.kind):
+            return f"the class of {its} has another forward than when it was fused"
         reason = hook_reason(child)
         if reason is not None:
             return f"{its} {reason}"

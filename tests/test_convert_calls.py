@@ -404,6 +404,24 @@ def test_a_class_that_is_patched_after_fusing(monkeypatch: pytest.MonkeyPatch) -
     _same(plain, fused, torch.randn(2, 16, 5, 5))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.LeakyReLU, nn.AdaptiveAvgPool2d])
+def test_a_class_of_a_child_that_is_patched_after_fusing(
+    kind: Any, copied: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, fused = _pair()
+    original = kind.forward
+    if copied:
+        fused = pickle.loads(pickle.dumps(fused))
+    monkeypatch.setattr(kind, "forward", lambda self, x: 1.5 * original(self, x))
+    if compiled:
+        torch._dynamo.reset()
+        plain, fused = (torch.compile(m, backend="aot_eager") for m in (plain, fused))
+    _same(plain, fused, torch.randn(2, 16, 5, 5))
+    assert not fuse_se_blocks(SE()).replaced
+
+
 @pytest.mark.parametrize("where", ["instance", "class"])
 def test_a_known_class_that_is_patched_before_fusing(
     where: str, monkeypatch: pytest.MonkeyPatch

@@ -471,3 +471,16 @@ def test_importing_leaves_the_counter_alone() -> None:
     code = "import sys, senet_kernels; print('torch.utils.flop_counter' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["False"], done.stderr
+
+
+def test_formulas_that_fail_leave_the_counter_usable() -> None:
+    """Another torch may have moved what they are registered with."""
+    code = """
+import sys, senet_kernels
+sys.modules["senet_kernels.flops"] = None
+from torch.utils.flop_counter import FlopCounterMode
+print("imported")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["imported"], done.stderr
+    assert "torch.utils.flop_counter was imported" in done.stderr
