@@ -9,10 +9,11 @@ replaced since, the module's original forward runs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from .forms import (
     Halves,
     Mlp,
     Refusal,
+    code_of,
     find,
     functions_of,
+    guard,
     hook_reason,
     is_patched,
     one_line,
@@ -72,13 +75,34 @@ class FusionReport(NamedTuple):
         return report(replaced=self.replaced, refused=self.refused)
 
 
+def _stale_reason(module: Any) -> str | None:
+    """What is not as it was when the module was fused: of itself, of its class, of its children."""
+    if is_patched(module._functions):
+        return "its class has been changed"
+    return stale_reason(module, module._senet_form.parts)
+
+
+def _stale_reason_at_trace_time(module: Any) -> str | None:
+    return _stale_reason(module)
+
+
+# Dynamo runs it, and keeps the answer: torch.compiler.assume_constant_result, which would import
+# Dynamo.
+_stale_reason_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class _Fused(nn.Module):
     """Put before a recognised class by :func:`_fused_class`."""
 
-    _original: type[nn.Module]
-    _functions: Functions  # of the original, when it was recognised
-    _senet_form: Form | Block | None = None  # None: made by slicing a Sequential, say
-    _senet_backend: str | None = None
+    if TYPE_CHECKING:  # torch.jit.script evaluates annotations
+        _original: type[nn.Module]
+        _functions: Functions  # of the original, when it was recognised
+        _forward: tuple[Any]
+        _code: str
+        _senet_form: Form | Block | None
+        _senet_backend: str | None
+    _senet_form = None  # also where it was made by slicing a Sequential, say
+    _senet_backend = None
 
     def _senet_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The ``forward`` of every such class, under its original's signature."""
@@ -115,7 +139,7 @@ class _Fused(nn.Module):
         if (
             not isinstance(form, Mlp)
             or hook_reason(se)
-            or stale_reason(se, form.parts, compiling)
+            or (_changed_as_compiled(se, form) if compiling else _stale_reason(se))
             or not dispatch.may_run_kernels(x, se._senet_backend, compiling)
         ):
             return NotImplemented
@@ -124,7 +148,7 @@ class _Fused(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, where pickle and copy cannot find it by name.
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_new_fused, (self._original,), *reduced[2:])
+        return (_new_fused, (self._original, self._code), *reduced[2:])
 
 
 def _excite(
@@ -146,9 +170,10 @@ def _excite(
     if reason is not None:
         _refuse_kernels(module, reason)
         return NotImplemented
+    more = form.residual is not None or (form.lengths is not None and lengths is not None)
+    if more and resolve.why_no_kernel() is not None:  # the original computes them
+        return NotImplemented
     if form.residual is not None:
-        if resolve.why_no_kernel() is not None:  # the original computes it
-            return NotImplemented
         residual = form.residual(module, x)
     if form.lengths is not None and lengths is not None:
         lengths = form.lengths(x, lengths)
@@ -217,6 +242,16 @@ def _take_lengths(args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
     return args, kwargs, None
 
 
+def _changed_as_compiled(module: Any, form: Form | Block) -> str | None:
+    """What of the module is unlike the one that was fused, as Dynamo can trace and guard it."""
+    reason = _stale_reason_at_trace_time(module)
+    if reason is None and not (
+        module._original.forward is module._forward[0] and guard(module, form.parts)
+    ):
+        reason = "it has changed since it was compiled"
+    return reason
+
+
 def _call_reason(
     form: Form | Block, module: Any, args: Any, kwargs: Any, compiling: bool
 ) -> str | None:
@@ -229,14 +264,11 @@ def _call_reason(
         return f"x is a {type(x).__name__}"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
-    if not compiling:
-        if torch._C._get_tracing_state() is not None:
-            return resolve.why_no_kernel()
-        if is_patched(module._functions):
-            return "its class has been changed"
+    if not compiling and torch._C._get_tracing_state() is not None:
+        return resolve.why_no_kernel()
     if _has_any_global_hook():
         return "a global module hook is registered"
-    reason = stale_reason(module, form.parts, compiling)
+    reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
         reason = _no_kernel_reason(x)
     return reason
@@ -277,12 +309,16 @@ def _fused_class(original: type[nn.Module]) -> type[_Fused]:
     if known is None or is_patched(known._functions):
         if issubclass(original, GraphModule):
             raise Refusal("it is a traced graph, of a class of its own: fuse before tracing")
+        for name in ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"):
+            if getattr(original, name, None) is not getattr(nn.Module, name, None):
+                raise Refusal(f"its class is copied and pickled in its own way, by {name}")
 
         # A function of its own for each class, which has the original's signature.
-        code, defined = _Fused._senet_forward.__code__, _Fused._senet_forward.__globals__
-        forward = wraps(original.forward)(FunctionType(code, defined))
+        ours = _Fused._senet_forward
+        forward = wraps(original.forward)(FunctionType(ours.__code__, ours.__globals__))
         contents = {
-            "_original": original, "_functions": functions_of(original), "forward": forward,
+            "_original": original, "_functions": functions_of(original),
+            "_forward": (original.forward,), "_code": code_of(original), "forward": forward,
             "__module__": __name__, "__doc__": original.__doc__,
         }  # fmt: skip
         name = f"Fused{original.__name__}"
@@ -293,9 +329,17 @@ def _fused_class(original: type[nn.Module]) -> type[_Fused]:
     return _CLASSES[original]
 
 
-def _new_fused(original: type[nn.Module]) -> nn.Module:
+def _new_fused(original: type[nn.Module], code: str | None = None) -> nn.Module:
+    """An instance for ``copy`` and ``pickle``; ``code``: the class's when its form was found."""
     cls = _fused_class(original)
-    return cls.__new__(cls)
+    if code in (None, cls._code):
+        return cls.__new__(cls)
+    warnings.warn(
+        f"{original.__module__}.{original.__qualname__} is not the class that was fused (other "
+        "code, or another Python): its own forward runs; call fuse_se_blocks again",
+        RuntimeWarning, stacklevel=2,
+    )  # fmt: skip
+    return original.__new__(original)
 
 
 def _describe(form: Form) -> str:
@@ -468,11 +512,19 @@ def unfuse_se_blocks(model: nn.Module) -> int:
         How many modules were restored.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or something has given one of them another class on top
+            (FSDP2, a parametrization): undo that first. Nothing is restored then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     fused = [module for module in model.modules() if isinstance(module, _Fused)]
+    for module in fused:
+        if "_original" not in vars(type(module)):
+            raise TypeError(
+                f"model: expected modules with the classes that fuse_se_blocks gave them, got one "
+                f"of {type(module).__name__}, made of {_kind(module)}: undo first what was done to "
+                "it since"
+            )
     for module in fused:
         module.__dict__.pop("_senet_form", None)
         module.__dict__.pop("_senet_backend", None)

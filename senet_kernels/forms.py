@@ -6,11 +6,13 @@ does, to be checked for changes before each call.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
 from operator import itemgetter
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,16 +34,19 @@ class Part(NamedTuple):
 
     ``names`` are the attributes that decide what it computes, read at once by ``read``: one call
     and one comparison before each call of the module. ``known`` are all its attributes then: a new
-    one may hide one of its class.
+    one may hide one of its class, or be one that its functions ask for. ``lookups`` are what those
+    find elsewhere, in its class or not at all, on which compiled code guards.
     """
 
     path: Path  # (): the module itself, which may have become a subclass
     kind: type[nn.Module]
     children: int
+    own: int  # parameters and buffers, of a module that is not a child
     names: tuple[str, ...]
     read: Callable[[dict[str, Any]], tuple[Any, ...]]
     values: tuple[Any, ...]
     known: frozenset[str]
+    lookups: tuple[tuple[str, Any], ...]
 
 
 class Mlp(NamedTuple):
@@ -207,14 +212,70 @@ def part_of(module: nn.Module, path: Path) -> Part:
     hooks: dict[str, Any] = {name: {} for name in (_HOOKS if path else ())}
     facts = {**settings, **hooks}
     names = tuple(facts)
-    read = _reader(names)
     known = frozenset(vars(child)) | (frozenset() if path else {"_senet_form", "_senet_backend"})
-    return Part(path, type(child), len(child._modules), names, read, tuple(facts.values()), known)
+    return Part(
+        path, type(child), len(child._modules), _own(vars(child)), names, _reader(names),
+        tuple(facts.values()), known, _lookups(type(child), known),
+    )  # fmt: skip
+
+
+def _lookups(kind: type[nn.Module], known: frozenset[str]) -> tuple[tuple[str, Any], ...]:
+    """What ``forward`` and what it calls may look up on a module and that the instance has no
+    attribute for: functions and settings of its class, and names that need not be there."""
+    of_class: dict[str, Any] = {}
+    for cls in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+        of_class |= vars(cls)
+    names, strings = _asked_by_forward(of_class)
+    found = []
+    for name in sorted(names | strings):
+        if name in known or name.startswith("__") or not name.isidentifier():
+            continue
+        if name in of_class:
+            value = of_class[name]
+            if isinstance(value, (staticmethod, classmethod, FunctionType)):
+                # Not the function, which pickle finds by its name, patched by then perhaps.
+                found.append((name, _METHOD if isinstance(value, FunctionType) else _STATIC))
+            elif _is_setting(value):
+                found.append((name, value))
+        elif name in strings and not hasattr(kind, name):
+            found.append((name, _ABSENT))
+    return tuple(found)
+
+
+def _asked_by_forward(of_class: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """Attribute names in the code of ``forward`` and of the functions that it names, and strings
+    there, which ``getattr`` may be given."""
+    names: set[str] = set()
+    strings: set[str] = set()
+    waiting, seen = ["forward"], set()
+    while waiting:
+        value = of_class.get(waiting.pop())
+        code = getattr(getattr(value, "__func__", value), "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        new = set(code.co_names) - names
+        names |= new
+        strings |= {c for c in code.co_consts if isinstance(c, str)}
+        waiting += new
+    return frozenset(names), frozenset(strings)
+
+
+# What a lookup finds, where that is no setting.
+_ABSENT, _METHOD, _STATIC = "nothing of this name", "a method of the class", "another function"
 
 
 def _is_as_known(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class is what it was when first asked; of torch's own, its own."""
     forward = kind.forward
-    return _FORWARDS.setdefault(kind, forward) is forward
+    if kind in _FORWARDS:
+        return forward is _FORWARDS[kind]
+    if kind.__module__.startswith("torch.nn.") and forward.__module__ != kind.__module__:
+        defined = next(cls for cls in kind.__mro__ if "forward" in vars(cls))
+        if forward.__module__ != defined.__module__:
+            return False
+    _FORWARDS[kind] = forward
+    return True
 
 
 def _reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
@@ -227,22 +288,32 @@ def _read_few(names: tuple[str, ...], facts: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(facts[name] for name in names)
 
 
-def stale_reason(module: nn.Module, parts: tuple[Part, ...], compiling: bool = False) -> str | None:
+def _own(facts: Any) -> int:
+    return len(facts["_parameters"]) + len(facts["_buffers"])
+
+
+def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
     for part in parts:
-        path, kind, children, _, read, values, known = part
+        path, kind, children, own, _, read, values, known, _ = part
         child: Foreign = module
         try:
             for name in path:
                 child = child.__dict__["_modules"][name]
             facts = child.__dict__
             as_it_was = (
-                (_same_one_by_one(child, part) if compiling else read(facts) == values)
+                read(facts) == values
                 and len(facts["_modules"]) == children
-                and (not path or type(child) is kind)
-                and (not path or kind.forward is _FORWARDS.get(kind) or _is_as_known(kind))
-                and (compiling or len(facts) == len(known) or not _hidden(child, part))
-                and (not path or "forward" not in facts)
+                and (len(facts) == len(known) or not _hidden(child, part))
+                and (
+                    (
+                        type(child) is kind
+                        and (kind.forward is _FORWARDS.get(kind) or _is_as_known(kind))
+                        and "forward" not in facts
+                    )
+                    if path
+                    else _own(facts) == own
+                )
             )
         # None in a child's place; and numbers of other tensors are not compared.
         except (AttributeError, KeyError, RuntimeError, ValueError):
@@ -252,18 +323,53 @@ def stale_reason(module: nn.Module, parts: tuple[Part, ...], compiling: bool = F
     return None
 
 
-def _hidden(child: nn.Module, part: Part) -> str | None:
-    """An attribute that is new and hides one of the child's class: a flag, a function."""
-    new = vars(child).keys() - part.known
-    return next((name for name in sorted(new) if hasattr(type(child), name)), None)
-
-
-def _same_one_by_one(child: Foreign, part: Part) -> bool:
-    """The comparison of settings as Dynamo can trace and guard it."""
-    for name, value in zip(part.names, part.values, strict=True):
-        if name not in _HOOKS and _is_setting(value) and getattr(child, name) != value:
+def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
+    """Read, while Dynamo traces, what may be changed later, so that it is guarded: whether all of
+    it is as it was. What Dynamo cannot guard on, :func:`stale_reason` has seen at trace time."""
+    for part in parts:
+        child: Foreign = module
+        try:
+            for name in part.path:
+                child = child._modules[name]
+            if type(child) is not part.kind and part.path:
+                return False
+            for name, value in part.lookups:
+                if not _finds(child, name, value):
+                    return False
+            for name, value in zip(part.names, part.values, strict=True):
+                if name not in _HOOKS and _is_guarded(value) and getattr(child, name) != value:
+                    return False
+            if part.path and not _finds(child, "forward", _METHOD):
+                return False
+            if part.path and hook_reason(child) is not None:
+                return False
+        except (AttributeError, KeyError):
             return False
-    return not part.path or hook_reason(child) is None
+    return True
+
+
+def _finds(child: Foreign, name: str, value: Any) -> bool:
+    if value is _ABSENT:
+        return not hasattr(child, name)
+    found = getattr(child, name)
+    if value is _METHOD:
+        return bool(found.__func__ is getattr(type(child), name))
+    if value is _STATIC:
+        return bool(found == getattr(type(child), name))
+    return bool(found == value)
+
+
+def _is_guarded(value: Any) -> bool:
+    if type(value) is dict:
+        return all(map(_is_guarded, value.values()))
+    return all(map(_is_guarded, value)) if type(value) in (list, set) else _is_setting(value)
+
+
+def _hidden(child: nn.Module, part: Part) -> str | None:
+    """An attribute that is new and hides one of its class, or that its class asks for."""
+    new = vars(child).keys() - part.known
+    asked = {name for name, _ in part.lookups}
+    return next((n for n in sorted(new) if n in asked or hasattr(type(child), n)), None)
 
 
 def _what_is_new(module: nn.Module, part: Part) -> str:
@@ -272,8 +378,6 @@ def _what_is_new(module: nn.Module, part: Part) -> str:
         child = find(module, part.path)
     except KeyError:
         return f"{its} is gone"
-    if len(child._modules) != part.children:
-        return f"{its} has other children"
     if part.path:
         if type(child) is not part.kind:
             return f"{its} is a {type(child).__name__}"
@@ -283,6 +387,10 @@ def _what_is_new(module: nn.Module, part: Part) -> str:
         if reason is not None:
             return f"{its} {reason}"
     facts = vars(child)
+    if len(child._modules) != part.children:
+        return f"{its} has other children"
+    if not part.path and _own(facts) != part.own:
+        return f"{its} has other parameters or buffers"
     for name, value in zip(part.names, part.values, strict=True):
         if name not in facts:
             return f"{its} has no attribute {name!r} any more"
@@ -315,9 +423,37 @@ def is_patched(functions: Functions) -> bool:
         for cls, read, values in functions:
             if read(cls.__dict__) != values:
                 return True
-    except KeyError:
+    # Gone; or a tensor, which is not compared.
+    except (KeyError, RuntimeError, ValueError):
         return True
     return False
+
+
+def code_of(kind: type[nn.Module]) -> str:
+    """A digest of what :func:`functions_of` a class compute, the same in every process of this
+    Python."""
+    digest = hashlib.sha256(repr(sys.version_info[:2]).encode())
+    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, value in sorted(vars(cls).items()):
+            if not name.startswith("__"):
+                digest.update(repr((name, _digested(value))).encode())
+    return digest.hexdigest()
+
+
+def _digested(value: Any) -> Any:
+    value = getattr(value, "__func__", getattr(value, "fget", value))
+    value = getattr(value, "__code__", value)
+    if isinstance(value, CodeType):
+        return (value.co_code, value.co_names, tuple(map(_digested, value.co_consts)))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_digested, value))
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    return (
+        value
+        if isinstance(value, (int, float, complex, str, bytes, type(None)))
+        else type(value).__qualname__
+    )
 
 
 def own_parameter(layer: Foreign, name: str) -> Any:

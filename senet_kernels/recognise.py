@@ -117,7 +117,7 @@ def _eca(module: Foreign) -> Form:
 
 def _excite_by_convolution(module: Foreign, z: Tensor) -> Tensor:
     u: Tensor = module.conv(z[:, None])
-    return u[:, 0]
+    return u.flatten(1)  # of more than one row, channels do not agree
 
 
 def _monai(module: Foreign) -> Form:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
 
 from models import library
@@ -115,14 +116,22 @@ def test_changes_after_fusing(name: str, when: str) -> None:
     _same(plain, fused, torch.randn(2, 16, 5, 5))
 
 
-@pytest.mark.parametrize("name", ["padding", "slope", "gate", "flag of its own", "pool's size"])
+_COMPILED_CHANGES: dict[str, Callable[[Any], Any]] = {
+    **{n: _CHANGES[n] for n in ("padding", "slope", "gate", "flag of its own", "pool's size")},
+    "forward of a child": lambda m: setattr(m.act, "forward", torch.tanh),
+    "forward of a layer": lambda m: setattr(m.fc1, "forward", lambda z: 2 * z[:, :4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _COMPILED_CHANGES)
 def test_a_change_is_seen_by_compiled_code(name: str) -> None:
     plain, fused = _pair()
+    torch._dynamo.reset()
     compiled = torch.compile(fused, backend="eager")
     x = torch.randn(2, 16, 5, 5)
     torch.testing.assert_close(compiled(x), plain(x))
     for module in (plain, fused):
-        _CHANGES[name](module)
+        _COMPILED_CHANGES[name](module)
     torch.testing.assert_close(compiled(x), plain(x))
 
 
@@ -368,6 +377,7 @@ class Flagged(SE):
         g = self.squash(self.fc2(self.act(self.fc1(z))))
         y = self.scaled(x, g ** self.table["power"] if self.table["power"] != 1 else g)
         y = y / 2 if self._half else y
+        y = y * getattr(self, "temperature", 1.0)
         return y + x if self.residual else y
 
 
@@ -383,25 +393,64 @@ _HIDDEN: dict[str, Callable[[Any], Any]] = {
     "list": lambda m: m.sizes.__setitem__(0, 2),
     "other list": lambda m: setattr(m, "sizes", [2, 2]),
     "method": lambda m: setattr(m, "scaled", _other_scale.__get__(m)),
+    "what need not be there": lambda m: setattr(m, "temperature", 3.0),
+    "parameter that need not be there": lambda m: setattr(
+        m, "temperature", nn.Parameter(torch.ones(()) * 2)
+    ),
+    "convolution of a layer": lambda m: setattr(
+        m.fc1, "_conv_forward", lambda z, w, b: F.conv2d(z, w * 2, b)
+    ),
     "tensor in the place of a number": lambda m: setattr(m, "_half", torch.ones(())),
     "two rows for a channel": lambda m: setattr(m, "fc2", nn.Conv2d(4, 32, 1)),
 }
 
 
-@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("when", ["eager", "copied", "compiled", "compiled before", "exported"])
 @pytest.mark.parametrize("name", _HIDDEN)
-def test_attributes_that_hide_or_change(name: str, copied: bool) -> None:
+def test_attributes_that_hide_or_change(name: str, when: str) -> None:
     plain, fused = _pair(Flagged)
+    x = torch.randn(2, 16, 5, 5)
+    modules: list[Any] = [plain, fused]
+    if when.startswith("compiled"):
+        if name == "two rows for a channel":
+            pytest.skip("an error, in other words")
+        torch._dynamo.reset()
+        modules = [torch.compile(m, backend="eager") for m in modules]
+    if when == "compiled before":
+        _same(*modules, x)
     for module in (plain, fused):
         torch.manual_seed(1)
         _HIDDEN[name](module)
-    _same(plain, copy.deepcopy(fused) if copied else fused, torch.randn(2, 16, 5, 5))
+    if when == "copied":
+        modules[1] = copy.deepcopy(fused)
+    if when == "exported":
+        if name in ("two rows for a channel", "tensor in the place of a number"):
+            pytest.skip("an error")
+        modules = [torch.export.export(m, (x,), strict=True).module() for m in modules]
+        torch.testing.assert_close(modules[1](x), modules[0](x), rtol=1e-4, atol=1e-5)
+    else:
+        _same(*modules, x)
 
 
-def test_a_class_that_is_patched_after_fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*is not the class that was fused")
+@pytest.mark.parametrize("name", ["scaled", "forward", "residual"])
+def test_a_class_that_is_patched_after_fusing(
+    name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, fused = _pair(Flagged)
-    monkeypatch.setattr(Flagged, "scaled", _other_scale)
-    _same(plain, fused, torch.randn(2, 16, 5, 5))
+    new = {
+        "scaled": _other_scale,
+        "forward": lambda self, x: sum(p.sum() for p in self.parameters()) * x,
+        "residual": True,
+    }
+    monkeypatch.setattr(Flagged, name, new[name])
+    for module in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        modules: list[Any] = [plain, module]
+        if compiled:
+            torch._dynamo.reset()
+            modules = [torch.compile(m, backend="eager") for m in modules]
+        _same(*modules, torch.randn(2, 16, 5, 5))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -494,3 +543,66 @@ def test_what_is_without_kernels_is_so_for_every_choice(what: str, backend: str 
             with fwAD.dual_level():
                 tangent = fwAD.unpack_dual(module(fwAD.make_dual(x, x))).tangent
             assert tangent is not None
+
+
+# ---- what others do to classes ----
+
+
+def test_scripting_a_fused_module() -> None:
+    plain, fused = _pair()
+    x = torch.randn(2, 16, 5, 5)
+    for parent in (fused, nn.Sequential(fused)):
+        torch.testing.assert_close(torch.jit.script(parent)(x), plain(x))
+
+
+class _OwnCopies(SE):
+    def __reduce__(self) -> Any:
+        return (_OwnCopies, (), self.__dict__)
+
+
+def test_a_class_that_is_copied_in_its_own_way_is_refused() -> None:
+    report = fuse_se_blocks(_OwnCopies())
+    assert not report.replaced
+    assert "__reduce__" in report.refused[0].note
+
+
+def test_unfusing_keeps_what_others_made_of_a_class() -> None:
+    _, fused = _pair()
+    fused.register_parameter("scale", nn.Parameter(torch.ones(3)))
+    nn.utils.parametrize.register_parametrization(fused, "scale", nn.Identity())
+    with pytest.raises(TypeError, match="undo first"):
+        unfuse_se_blocks(fused)
+    nn.utils.parametrize.remove_parametrizations(fused, "scale")
+    assert unfuse_se_blocks(fused) == 1
+    assert type(fused) is SE
+
+
+def test_a_class_attribute_that_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SE, "table", torch.ones(2), raising=False)
+    plain, fused = _pair()
+    monkeypatch.setattr(SE, "table", torch.ones(2))
+    _same(plain, fused, torch.randn(2, 16, 5, 5))
+
+
+def test_an_eca_convolution_of_more_outputs() -> None:
+    plain, fused = _pair(lambda: library("timm.layers").EcaModule(16))
+    for module in (plain, fused):
+        module.conv = nn.Conv1d(1, 2, 3, padding=1, bias=False)
+        with pytest.raises(RuntimeError):
+            module(torch.randn(2, 16, 5, 5))
+
+
+def test_fusing_another_model_does_not_recompile() -> None:
+    _, fused = _pair()
+    compiled = torch.compile(fused, backend="eager")
+    x = torch.randn(2, 16, 5, 5)
+    compiled(x)
+
+    class OtherActivation(nn.LeakyReLU):
+        pass
+
+    other = SE()
+    other.act = OtherActivation(0.01)
+    assert fuse_se_blocks(other).replaced
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(x)
