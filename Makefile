@@ -7,10 +7,12 @@ TORCH ?= torch==2.13.0
 # The CPU build of torch comes without Triton, whose interpreter the tests use; this one pairs with
 # the torch above.
 TRITON ?= triton==3.7.1
-# Libraries whose models the tests convert. Those in the second line go in without their dependencies,
-# which are not needed and some of which would replace torch.
+# Libraries whose models the tests convert, and torchao, which prepares captured ones for quantisation.
+# Those in the second line go in without their dependencies, which are not needed and some of which
+# would replace torch.
 MODELS ?= timm==1.0.31 transformers==5.23.0
-MODELS_ALONE ?= torchvision==0.28.0 monai==1.6.1 segmentation-models-pytorch==0.6.0
+MODELS_ALONE ?= torchvision==0.28.0 monai==1.6.1 segmentation-models-pytorch==0.6.0 \
+	torchao==0.18.0
 # A CUDA compiler from PyPI, where `make test` finds none: the kernels are compiled, and run on the
 # CPU, on machines without a GPU too. Beside a torch with CUDA libraries it has to be of their release.
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
@@ -184,8 +186,8 @@ $(STAMPS)/nvcc: | $(STAMPS)/torch
 	    set -f; $(PY) $(PIP) $$wheels || echo '    not installed'; fi; touch $@; }
 
 $(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(STAMPS)/nvcc
-	@echo '==> senet_kernels[test,lint,train,docs], native: $(SENET_KERNELS_BUILD)'; time { \
-	  $(PY) $(PIP) --no-build-isolation -e '.[test,lint,train,docs]' "$(TRITON); sys_platform == 'linux'"; \
+	@echo '==> senet_kernels[test,onnx,lint,train,docs], native: $(SENET_KERNELS_BUILD)'; time { \
+	  $(PY) $(PIP) --no-build-isolation -e '.[test,onnx,lint,train,docs]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }
 
 given-python:

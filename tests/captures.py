@@ -345,7 +345,7 @@ def operators(graph: torch.fx.GraphModule) -> set[str]:
         node.target.name().split("::")[1]
         for module in graph.modules() if isinstance(module, torch.fx.GraphModule)
         for node in module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "senet_kernels"
+        if getattr(node.target, "namespace", None) == "senet_kernels"
     }  # fmt: skip
 
 

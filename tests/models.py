@@ -61,7 +61,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _timm(name: str, blocks: int, size: int = 64, **kwargs: Any) -> RealModel:
+def timm_model(name: str, blocks: int, size: int = 64, **kwargs: Any) -> RealModel:
     return RealModel(
         f"timm-{name}", "timm", lambda timm: timm.create_model(name, **kwargs),
         (2, 3, size, size), blocks,
@@ -88,22 +88,22 @@ _NETS = "monai.networks.nets"
 _BLOCKS = "monai.networks.blocks"
 
 REAL_MODELS = (
-    _timm("seresnet18", 8),
-    _timm("seresnext26d_32x4d", 8),
-    _timm("legacy_seresnet18", 8),
-    _timm("efficientnet_b0", 16),
-    _timm("semnasnet_075", 8),
-    _timm("mobilenetv3_small_100", 9),
-    _timm("fbnetv3_b", 18),
-    _timm("ghostnet_100", 7),
-    _timm("lcnet_050", 2),
-    _timm("regnety_002", 13),
-    _timm("rexnet_100", 13),  # a BatchNorm inside the excitation
-    _timm("ese_vovnet19b_dw", 4),  # a single layer
-    _timm("hgnet_tiny", 5),
-    _timm("sedarknet21", 7),
-    _timm("nf_regnet_b0", 10),
-    _timm("ecaresnet26t", 8),  # a convolution over channels
+    timm_model("seresnet18", 8),
+    timm_model("seresnext26d_32x4d", 8),
+    timm_model("legacy_seresnet18", 8),
+    timm_model("efficientnet_b0", 16),
+    timm_model("semnasnet_075", 8),
+    timm_model("mobilenetv3_small_100", 9),
+    timm_model("fbnetv3_b", 18),
+    timm_model("ghostnet_100", 7),
+    timm_model("lcnet_050", 2),
+    timm_model("regnety_002", 13),
+    timm_model("rexnet_100", 13),  # a BatchNorm inside the excitation
+    timm_model("ese_vovnet19b_dw", 4),  # a single layer
+    timm_model("hgnet_tiny", 5),
+    timm_model("sedarknet21", 7),
+    timm_model("nf_regnet_b0", 10),
+    timm_model("ecaresnet26t", 8),  # a convolution over channels
     _torchvision("efficientnet_b0", 16),
     _torchvision("mobilenet_v3_small", 9),
     _torchvision("regnet_y_400mf", 16),

@@ -3,6 +3,7 @@ network with fused blocks is that of the network written out."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -146,12 +147,11 @@ def _named(name: str, where: str, case: Case) -> torch.export.ExportedProgram:
 def test_a_backend_named_at_capture(name: str, where: str) -> None:
     """It trains whatever was named, and runs anywhere; or the error says why not."""
     case = next(case for case in CASES if case.name == "FusedSEBlock-plain")
-    try:
-        program = _named(name, where, case)
-    except (BackendUnavailableError, ValueError) as error:
-        assert name in str(error)
-        assert name == "triton"
+    if name == "triton":  # not on a CPU
+        with pytest.raises(BackendUnavailableError, match="triton"):
+            _named(name, where, case)
         return
+    program = _named(name, where, case)
     assert captures.operators(program.graph_module) <= PUBLIC
     _trains(case, own(program.module()), second=True)
 
@@ -231,12 +231,16 @@ def test_transforms_of_a_captured_network(name: str) -> None:
 
 
 def _equal_or_error(run: Callable[[], dict[str, Tensor | None]], right: dict[str, Any]) -> None:
-    try:
-        got = run()
-    except RuntimeError as error:
-        assert "double backward" in str(error)
-        return
-    assert_same(got, right)
+    got = None
+    with contextlib.suppress(RuntimeError):  # nothing but torch's own refusal
+        try:
+            got = run()
+        except RuntimeError as error:
+            if "double backward" not in str(error):
+                raise AssertionError from error
+            raise
+    if got is not None:
+        assert_same(got, right)
 
 
 @each_of_few

@@ -25,7 +25,7 @@ fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """A process group of this process: it runs every stage, and hands tensors on without sending."""
+    """A process group of one: this process runs every stage and sends nothing."""
     dist.init_process_group("fake", rank=0, world_size=1, store=fake_pg.FakeStore())
     yield
     dist.destroy_process_group()

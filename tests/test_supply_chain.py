@@ -291,7 +291,7 @@ def test_what_ci_installs_is_pinned() -> None:
     assert all(re.search(r"==\d", requirement) for requirement in extras["lint"])
     pins = _pins()
     wanted = [*project["build-system"]["requires"]]
-    wanted += [r for extra in ("bench", "train", "test") for r in extras[extra]]
+    wanted += [r for extra in ("bench", "onnx", "train", "test") for r in extras[extra]]
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
     assert [r for r in wanted if _name(r) not in pins] == []
     for variable in ("TORCH", "TRITON", "MODELS", "MODELS_ALONE", "NVCC"):
@@ -319,7 +319,9 @@ def test_what_packages_bring_with_them_is_pinned() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [r for extra in ("bench", "docs", "lint", "test", "train") for r in extras[extra]]
+    wanted = [
+        r for extra in ("bench", "docs", "lint", "onnx", "test", "train") for r in extras[extra]
+    ]
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
     exact = {_name(r) for r in wanted if re.search(r"==\d", r)}
     exact |= set(re.findall(r"([\w-]+)==\d", makefile))
