@@ -311,6 +311,7 @@ def by_make_fx(case: Case, **how: Any) -> Captured:
         return result
 
     graph = make_fx(forward, **how)(values, *case.inputs())
+    assert operators(graph) <= PUBLIC
     parameters = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
     return (lambda *inputs: graph(tuple(parameters.values()), *inputs)), parameters
 

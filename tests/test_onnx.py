@@ -20,9 +20,8 @@ _WANTED = (
     "call-shape=5x8x12,after=gelu_tanh,lengths=True,shift=True",
     "call-shape=5x8x6x7x2,before=leaky_relu,residual=contiguous,weighted=True",
     "call-shape=5x8x6x7,before=hardswish,weighted=True,affine=True,lengths=True",
-    "FusedSEBlock-steps", "FusedSEBlock-shift", "FusedSEBlock-single", "FusedSEBlock-tied",
-    "FusedSEBlock-constant", "converted-hand-written", "converted-halves",
-    "converted-neighbours", "halves-shift", "halves-lengths",
+    "FusedSEBlock-steps", "FusedSEBlock-single", "FusedSEBlock-tied", "FusedSEBlock-constant",
+    "converted-halves", "converted-neighbours", "halves-lengths",
 )  # fmt: skip
 _CASES = [case for case in CASES if case.name in _WANTED]
 each_case = pytest.mark.parametrize("case", _CASES, ids=str)
