@@ -24,6 +24,7 @@ from torch import Tensor
 from . import features
 from .backends import native, triton
 from .features import Call
+from .tensors import is_captured
 
 #: Backends with kernels.
 KERNELS: tuple[str, ...] = ("native", "triton")
@@ -118,18 +119,20 @@ def only_by_name(backend: str, device: str) -> str | None:
 
 def may_run_kernels(x: Tensor, backend: str | None, compiling: bool) -> bool:
     """Whether a call on the device of x, with this backend asked for, may be other than PyTorch's
-    own operators: a quick no for machines and devices where nothing is fused."""
+    own operators: a quick no for machines and devices where nothing is fused. What is captured may
+    run on another machine, which has the compiled library."""
     requested = _forced if backend is None else backend
     if requested is not None and requested != "auto":
         return requested != "fallback"
     for name, device in BY_DEFAULT:
         # What is known to be missing needs no look at x; the rest may have to be imported.
-        if _MODULES[name].__dict__.get("UNAVAILABLE") is not None:
+        missing = _MODULES[name].__dict__.get("UNAVAILABLE") is not None
+        if missing and not is_captured():
             continue
         # is_cpu takes half the instructions, and Dynamo would record it.
         on_it = x.is_cpu if device == "cpu" and not compiling else x.device.type == device
         # A library may have been built without kernels for a GPU, never without the CPU's.
-        if on_it and (device == "cpu" or _unavailable(name, device) is None):
+        if on_it and (missing or device == "cpu" or _unavailable(name, device) is None):
             return True
     return False
 
