@@ -505,8 +505,8 @@ def fuse_se_blocks(
 def unfuse_se_blocks(model: nn.Module) -> int:
     """Give every module that :func:`fuse_se_blocks` converted its original class back.
 
-    Do so before pickling a whole model for others, scripting, quantising or exporting to a runtime
-    without these kernels.
+    Do so before pickling a whole model for others, scripting, or quantising layers by their class.
+    Exports need it not: docs/deploy.md.
 
     Returns:
         How many modules were restored.

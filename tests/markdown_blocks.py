@@ -32,7 +32,10 @@ ROOT = Path(__file__).parent.parent
 #: Blocks that are no code: what a program prints, or a figure.
 PLAIN = ("", "text", "json")
 #: Libraries that a block may need and a reader need not have.
-OPTIONAL = ("timm", "torchvision", "transformers", "matplotlib", "sklearn", "triton", "onnx")
+OPTIONAL = (
+    "timm", "torchvision", "transformers", "matplotlib", "sklearn", "triton", "onnxruntime",
+    "onnxscript",
+)  # fmt: skip
 
 
 class Block(NamedTuple):
@@ -269,7 +272,8 @@ def check_command(line: str) -> None:
     elif program == "pytest":
         _check_pytest(rest)
     else:
-        assert program in ("git", "cd", "nvcc", "compute-sanitizer"), f"unknown command: {line}"
+        known = ("git", "cd", "cmake", "nvcc", "compute-sanitizer", "run_package")
+        assert Path(program).name in known, f"unknown command: {line}"
 
 
 def commands(block: Block) -> Iterator[str]:

@@ -50,7 +50,8 @@ def test_excerpts_are_of_the_sources(path: Path) -> None:
     """What is shown of C++ and CUDA stands so in the tree. Diffs are applied in
     ``test_worked_example.py``; there is no other kind of block."""
     known = {"python", "pycon", "sh", "cpp", "diff", *markdown.PLAIN}
-    files = [*ROOT.glob("csrc/**/*"), *ROOT.glob("examples/*.cu")]
+    files = [path for glob in ("csrc/**/*", "examples/*.cu", "examples/**/*.cpp")
+             for path in ROOT.glob(glob)]  # fmt: skip
     sources = [_folded(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
     for block in markdown.blocks(path):
         assert block.language in known or block.language.startswith("{"), block
