@@ -300,9 +300,10 @@ def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.Expo
     return torch.export.load(file)
 
 
-def by_make_fx(case: Case, **how: Any) -> Captured:
-    """The forward as a graph of operators, the parameters being arguments."""
-    net = case.net()
+def by_make_fx(case: Case, net: nn.Module | None = None, **how: Any) -> Captured:
+    """The forward of the case's fused network, or of ``net``, as a graph of operators, the
+    parameters being arguments."""
+    net = case.net() if net is None else net
     names, values = zip(*net.named_parameters(), strict=True)
 
     def forward(parameters: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:

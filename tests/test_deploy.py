@@ -47,7 +47,7 @@ for case in CASES:
         torch.save(gradients(own(here.module()), case.inputs(4)), f"{case.name}.pt")
         torch.export.save(export(case, dynamic=True), f"{case.name}-there.pt2")
 """
-_NAMES = ("FusedSEBlock-plain", "FusedSEBlock-shift", "halves-lengths", "converted-hand-written")
+_NAMES = ("FusedSEBlock-shift", "halves-lengths", "converted-hand-written")
 
 
 @pytest.fixture(scope="module")
