@@ -100,12 +100,13 @@ def test_small_networks(case: Case, dynamo: bool, tmp_path: Path) -> None:
     _assert_same(model, path, [inputs(5, 0), inputs(1, 0), inputs(9, 3)])
 
 
+@each_exporter
 @pytest.mark.parametrize("name", ["native", "fallback"])
-def test_a_backend_named_while_exporting(name: str, tmp_path: Path) -> None:
+def test_a_backend_named_while_exporting(name: str, dynamo: bool, tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == "FusedSEBlock-steps")
     model, (x,) = case.net().float().eval(), case.inputs()
     with use_backend(name):
-        _export(model, (x.float(),), tmp_path / "model.onnx", dynamo=True, shapes=({0: "batch"},))
+        _export(model, (x.float(),), tmp_path / "model.onnx", dynamo=dynamo, shapes=({0: "batch"},))
     _assert_standard(tmp_path / "model.onnx")
     _assert_same(model, tmp_path / "model.onnx", [(x.float(),)])
 
