@@ -130,16 +130,18 @@ class _Net(nn.Module):
         return self.halves(x)
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[False, True], ids=["", "c_shims"])
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that make_package.py writes, for a small network."""
     folder = tmp_path_factory.mktemp("package")
     torch.manual_seed(0)
-    runpy.run_path(str(DEPLOY / "make_package.py"))["write"](_Net(), folder)
+    write = runpy.run_path(str(DEPLOY / "make_package.py"))["write"]
+    write(_Net(), folder, c_shims=request.param)
     with zipfile.ZipFile(folder / "model.pt2") as files:
         contents = b"".join(files.read(name) for name in files.namelist())
+    prefix = "aoti_torch_cpu_" if request.param else "senet_kernels::"
     for name in ("squeeze_excite", "squeeze", "channel_scale"):
-        assert f"senet_kernels::{name}".encode() in contents
+        assert f"{prefix}{name}".encode() in contents
     return folder
 
 
