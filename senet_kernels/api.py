@@ -219,12 +219,12 @@ def squeeze(
     captured = captured and resolve.is_recorded(resolved, backend)
     if not captured and _is_plain(resolved, tracing):
         return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
-    affine_scale = affine_shift = None
-    if before_affine is not None:
-        affine_scale, affine_shift = resolve.cast(cast_to, *before_affine)
+    affine_scale, affine_shift = before_affine or (None, None)
+    if captured:  # as given: the op promotes by the autocast it runs under
+        return public_ops.squeeze(resolved.options, x, affine_scale, affine_shift, lengths)
+    if affine_scale is not None:
+        affine_scale, affine_shift = resolve.cast(cast_to, affine_scale, affine_shift)
     arguments = (x, affine_scale, affine_shift, lengths)
-    if captured:
-        return public_ops.squeeze(resolved.options, *arguments)
     chosen = resolved.choice.backend
     if chosen == "reference":
         return reference.squeeze_flat(resolved.options, *arguments)
@@ -347,16 +347,16 @@ def channel_scale(
             x, u, gate=gate, before=before, before_affine=before_affine, after=after,
             residual=residual, alpha=alpha, beta=beta,
         )  # fmt: skip
+    affine_scale, affine_shift = before_affine or (None, None)
+    rest: tuple[Tensor | None, ...] = (alpha, beta, affine_scale, affine_shift)
+    if captured:  # likewise
+        return public_ops.channel_scale(resolved.options, x, u, residual, *rest)
     if x.dtype != dtype:
         x = x.to(dtype)
     if residual is not None and residual.dtype != dtype:
         residual = residual.to(dtype)
-    affine_scale, affine_shift = before_affine or (None, None)
-    rest: tuple[Tensor | None, ...] = (alpha, beta, affine_scale, affine_shift)
     if cast_to is not None:
         u, rest = u.to(cast_to), resolve.cast(cast_to, *rest)
-    if captured:
-        return public_ops.channel_scale(resolved.options, x, u, residual, *rest)
     operands = (x, u, residual, *rest)
     chosen = resolved.choice.backend
     if chosen == "reference":

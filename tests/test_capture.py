@@ -261,16 +261,31 @@ class _Autocast(nn.Module):
         return result
 
 
-@each_of_few
-def test_autocast(case: Case) -> None:
-    """Captured with the network, and around the captured network."""
+_CONSTANT = next(case for case in CASES if case.name == "FusedSEBlock-constant")
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("case", [*FEW, _CONSTANT], ids=str)
+def test_autocast_inside(case: Case, strict: bool) -> None:
+    """Captured with the network."""
     inputs = tuple(t.float() for t in case.inputs())
     right = gradients(own(_Autocast(case.net().float())), inputs)
-    program = torch.export.export(_Autocast(case.net().float()), inputs)
+    program = torch.export.export(_Autocast(case.net().float()), inputs, strict=strict)
     assert captures.operators(program.graph_module) <= PUBLIC
     _assert_near(gradients(own(program.module()), inputs), right)
-    around = _Autocast(torch.export.export(case.net().float(), inputs).module())
-    _assert_near(gradients(own(around), inputs), right)
+
+
+@pytest.mark.parametrize("case", [*FEW, _CONSTANT], ids=str)
+def test_autocast_outside(case: Case) -> None:
+    """Where the captured network runs; that around torch.export itself is not captured."""
+    inputs = tuple(t.float() for t in case.inputs())
+    network = case.net().float()
+    without, right = gradients(own(network), inputs), gradients(own(_Autocast(network)), inputs)
+    module = torch.export.export(network, inputs).module()
+    _assert_near(gradients(own(_Autocast(module)), inputs), right)
+    with torch.autocast("cpu", torch.bfloat16):
+        module = torch.export.export(case.net().float(), inputs).module()
+    _assert_near(gradients(own(module), inputs), without)
 
 
 # ---- compiled ----
