@@ -262,10 +262,11 @@ class _Autocast(nn.Module):
 
 
 _CONSTANT = next(case for case in CASES if case.name == "FusedSEBlock-constant")
+each_kind = pytest.mark.parametrize("case", [FEW[1], FEW[4], _CONSTANT], ids=str)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-@pytest.mark.parametrize("case", [*FEW, _CONSTANT], ids=str)
+@each_kind
 def test_autocast_inside(case: Case, strict: bool) -> None:
     """Captured with the network."""
     inputs = tuple(t.float() for t in case.inputs())
@@ -275,7 +276,7 @@ def test_autocast_inside(case: Case, strict: bool) -> None:
     _assert_near(gradients(own(program.module()), inputs), right)
 
 
-@pytest.mark.parametrize("case", [*FEW, _CONSTANT], ids=str)
+@each_kind
 def test_autocast_outside(case: Case) -> None:
     """Where the captured network runs; that around torch.export itself is not captured."""
     inputs = tuple(t.float() for t in case.inputs())
@@ -304,7 +305,7 @@ def _equal_or_error(run: Callable[[], dict[str, Tensor | None]], right: dict[str
         assert_same(got, right)
 
 
-@each_of_few
+@each_of_three
 def test_compiled(case: Case) -> None:
     """A captured network and the network itself, by torch.compile."""
     inputs = case.inputs()
