@@ -105,20 +105,21 @@ def instance(kernel: str) -> tuple[str, str]:
 
 
 @functools.cache
-def ptx_of(kernel: str, target: str) -> str:
-    """PTX of one kernel of csrc/cuda, by its mangled name, for ``compute_<target>``."""
+def ptx_of(kernel: str, target: str, *flags: str) -> str:
+    """PTX of one kernel of csrc/cuda, by its mangled name, for ``compute_<target>``; ``flags`` of
+    nvcc are such as leave the instructions as they are (``-lineinfo``)."""
     header, declared = instance(kernel)
     text = f'#include "{header}"\nnamespace senet::gpu {{\n{declared}\n}}\n'
     nvcc = find_nvcc()
     assert nvcc is not None
     headers = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cuh", ".h"))
     names = [path.name for path in headers]
-    key = _key(text, target, _NVCC_FLAGS, _version(nvcc), names, *headers)
+    key = _key(text, target, [*_NVCC_FLAGS, *flags], _version(nvcc), names, *headers)
     source = OUT / f"{header.removesuffix('.cuh')}-{target}-{key}.cu"
     product = source.with_suffix(".ptx")
     if not product.exists():
         _write(source, text)
-        build.make(product, [nvcc, *_NVCC_FLAGS, f"-arch=compute_{target}", str(source)])
+        build.make(product, [nvcc, *_NVCC_FLAGS, *flags, f"-arch=compute_{target}", str(source)])
     return product.read_text()
 
 
@@ -129,16 +130,16 @@ def _write(path: Path, text: str) -> None:
     os.replace(own, path)
 
 
-def compiled(text: str, name: str) -> Path:
-    """An object file of translated PTX.
+def compiled(text: str, name: str, *, counts: bool = False) -> Path:
+    """An object file of translated PTX, which counts basic blocks where asked, see :class:`Module`.
 
     Raises:
         Untranslatable: see :class:`Module`.
         RuntimeError: the compiler's messages.
     """
-    source = OUT / f"{name}-{_key(text, _translator())}.cpp"
+    source = OUT / f"{name}-{_key(text, _translator(), *(['counts'] if counts else []))}.cpp"
     if not source.exists():
-        _write(source, Module(text, f"{name}.ptx").cpp())
+        _write(source, Module(text, f"{name}.ptx", counts=counts).cpp())
     # What another translator translates alike is not compiled again.
     target = OUT / f"{name}-{_key(source, _compiler())}.o"
     build.make(target, [*build.compiler(), *FLAGS, "-c", str(source)])
@@ -152,13 +153,22 @@ class _Entry(ctypes.Structure):
     )  # fmt: skip
 
 
-def entries(text: str, name: str, simulation: Path) -> dict[str, _Entry]:
-    """The kernels of a module, loaded beside the library of the simulation that they run on."""
-    target = compiled(text, name)
+def linked(text: str, name: str, simulation: Path, *, counts: bool = False) -> ctypes.CDLL:
+    """A module, loaded beside the library of the simulation that it runs on."""
+    target = compiled(text, name, counts=counts)
     library = target.with_name(f"{target.stem}-{_key(simulation.name)}.so")
     link = [*build.compiler(), "-shared", str(target), str(simulation), "-Wl,-z,defs"]
     build.make(library, link)
-    table = ctypes.cast(ctypes.CDLL(str(library)).ptx_entries, ctypes.POINTER(_Entry))
+    return ctypes.CDLL(str(library))
+
+
+def entries(text: str, name: str, simulation: Path) -> dict[str, _Entry]:
+    """The kernels of a module."""
+    return entries_of(linked(text, name, simulation), text)
+
+
+def entries_of(library: ctypes.CDLL, text: str) -> dict[str, _Entry]:
+    table = ctypes.cast(library.ptx_entries, ctypes.POINTER(_Entry))
     found = {}
     for i in range(len(text)):
         if table[i].name is None:

@@ -38,7 +38,7 @@ _SPECIAL |= {
 
 # Directives that end with their line, and change nothing here.
 _LINES = re.compile(
-    r"^\s*\.(version|target|address_size|file|loc|maxntid|minnctapersm|reqntid|maxnreg|"
+    r"^[ \t]*\.(version|target|address_size|file|loc|maxntid|minnctapersm|reqntid|maxnreg|"
     r"explicitcluster|reqnctapercluster|maxclusterrank)\b.*$",
     re.M,
 )
@@ -53,6 +53,8 @@ _FUNCTION = re.compile(
     r"(?:\.(?:visible|extern|weak)\s+)*\.(?P<kind>entry|func)\s*(?:\.noreturn\s*)?"
     r"(?:\((?P<results>[^)]*)\)\s*)?(?P<name>[\w$]+)\s*(?:\((?P<parameters>[^)]*)\))?\s*(?P<body>\{)?",
 )
+#: Instructions after which a basic block begins.
+_ENDS_BLOCK = re.compile(r"(?:@!?\s*[%\w$]+\s+)?(?:bra|brx|ret|exit|trap)\b")
 _CALL = re.compile(r"(?:\(([^)]*)\)\s*,)?\s*([\w$]+)\s*(?:,\s*\(([^)]*)\))?")
 
 
@@ -89,7 +91,7 @@ def _without_comments(text: str) -> str:
 
     for pattern in (r"/\*.*?\*/", r"//[^\n]*"):
         text = re.sub(pattern, blank, text, flags=re.S)
-    text = re.sub(r"^\s*\.section\b.*?^\s*\}", blank, text, flags=re.S | re.M)
+    text = re.sub(r"^[ \t]*\.section\b.*?^[ \t]*\}", blank, text, flags=re.S | re.M)
     return _LINES.sub("", text)
 
 
@@ -321,14 +323,18 @@ class _Function:
 
 
 class Module:
-    """A translated module.
+    """A translated module. With ``counts`` every thread counts how often it begins each basic
+    block; ``leaders`` are the lines at which these begin, in the order of the counters.
 
     Raises:
         Untranslatable: with what is not known, the name given and the line.
     """
 
-    def __init__(self, text: str, name: str = "module.ptx") -> None:
+    def __init__(self, text: str, name: str = "module.ptx", *, counts: bool = False) -> None:
         self.name = name
+        self.counts = counts
+        self.leaders: list[int] = []
+        self._leads = True  # the next instruction begins a basic block
         self.symbols: dict[str, str] = {}
         self.functions: set[str] = set()
         self.entries: dict[str, int] = {}
@@ -345,11 +351,23 @@ class Module:
         try:
             if function is None:
                 return self._at_module_level(statement)
+            if self.counts:
+                self._count(statement)
             self._emit(statement.line, function.statement(statement.text))
         except Untranslatable as error:
             where = f"{self.name}:{statement.line}"
             raise Untranslatable(f"{where}: {error}, in `{statement.text}`") from None
         return function if function.depth else None
+
+    def _count(self, statement: Statement) -> None:
+        text = statement.text
+        if text.endswith(":"):
+            self._leads = True
+        elif text not in "{}" and not text.startswith("."):
+            if self._leads:
+                self._emit(statement.line, f"count({len(self.leaders)});")
+                self.leaders.append(statement.line)
+            self._leads = bool(_ENDS_BLOCK.match(text))
 
     def _emit(self, line: int, code: str) -> None:
         self._lines.setdefault(line, []).append(code)
@@ -406,6 +424,7 @@ class Module:
         if not found["body"]:
             return None
         self._emit(line, f"{head} {{")
+        self._leads = True
         function = _Function(self)
         for i, v in enumerate(parameters):
             function.symbols[v.name] = f"reinterpret_cast<u64>(P_{_identifier(v.name)})"
@@ -419,9 +438,11 @@ class Module:
         last = max(self._lines, default=0)
         entries = [f'{{"{name}", ptx::E_{_identifier(name)}, {count}, {dynamic}}},'
                    for name, count in self.entries.items()]  # fmt: skip
+        counter = f"inline void count(u32 i) {{ count<{len(self.leaders)}>(i); }}"
+        counting = ['#include "counts.h"', counter] if self.counts else []
         exported = 'extern "C" [[gnu::visibility("default")]]'
         lines = [
-            '#include "ptx.h"', "namespace ptx {",
+            '#include "ptx.h"', *counting[:1], "namespace ptx {", *counting[1:],
             f"[[maybe_unused]] constexpr u64 kDynamicShared = {dynamic};",
             *self._before, f'#line 1 "{self.name}"',
             *(" ".join(self._lines.get(i, ())) for i in range(1, last + 1)),

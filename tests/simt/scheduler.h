@@ -79,6 +79,7 @@ struct Fiber {
 
   uint64_t block_barriers = 0;  // __syncthreads executed
   bool proxy_fence = false;     // executed since the last of them
+  uint32_t* counts = nullptr;   // of basic blocks, where translated PTX counts them
   bool arrived_at_cluster = false;
   uint64_t cluster_phase = 0;
 

@@ -1,0 +1,143 @@
+"""From PTX to machine code whose every instruction names its line of PTX.
+
+Products lie in ``build/cost``, named by a hash of what they are made of.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .sass import Program
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OUT = ROOT / "build" / "cost"
+_INSTRUCTION = re.compile(r"[ \t]*(?:@!?%\w+[ \t]+)?[a-z][\w.:]*[ \t;]")
+_LOCATIONS = re.compile(r"^[ \t]*\.(?:loc|file)\b.*$", re.M)
+_SECTION = re.compile(r"^[ \t]*\.section\b.*?^[ \t]*\}", re.S | re.M)
+
+
+def for_tests() -> Any:
+    """``ptx.compiling`` of the tests, which has nvcc, PTX and what executes it."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tests"))
+    from ptx import compiling
+
+    return compiling
+
+
+@functools.cache
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: beside nvcc, on PATH, or in Triton's or NVIDIA's wheels."""
+    nvcc = for_tests().find_nvcc()
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
+        found = find_spec(package)
+        folders += (
+            [Path(at) / inside for at in found.submodule_search_locations or ()] if found else []
+        )
+    for folder in folders[:1]:
+        if (folder / name).exists():
+            return str(folder / name)
+    if on_path := shutil.which(name):
+        return on_path
+    return next((str(f / name) for f in folders if (f / name).exists()), None)
+
+
+def why_not() -> str | None:
+    """Why machine code cannot be made and read here; None when it can."""
+    missing = [name for name in ("ptxas", "nvdisasm") if tool(name) is None]
+    if find_spec("scipy") is None:
+        missing.append("scipy")
+    reason = for_tests().why_not()
+    return reason or (f"no {' and no '.join(missing)}" if missing else None)
+
+
+class Resources(NamedTuple):
+    registers: int
+    stack: int  # bytes: what is spilled is there
+    spills: int  # bytes stored and loaded
+
+
+class MachineCode(NamedTuple):
+    program: Program
+    resources: Resources
+
+
+def located(ptx: str) -> str:
+    """The PTX with a ``.loc`` before every instruction, which names the line that it has."""
+
+    def blank(found: re.Match[str]) -> str:
+        return "\n" * found[0].count("\n")
+
+    lines = []
+    for number, line in enumerate(_LOCATIONS.sub("", _SECTION.sub(blank, ptx)).split("\n"), 1):
+        if _INSTRUCTION.match(line):
+            lines.append(f".loc 1 {number} 0")
+        lines.append(line)
+    return "\n".join([*lines, '.file 1 "kernel.ptx"', ""])
+
+
+@functools.cache
+def _version(program: str) -> str:
+    return subprocess.check_output([program, "--version"], text=True)
+
+
+@functools.cache
+def compiled(ptx: str, target: str, entry: str, assembler: str | None = None) -> MachineCode:
+    """What ptxas (``assembler``, where it is another one) makes of a kernel's PTX for
+    ``sm_<target>``.
+
+    Raises:
+        RuntimeError: the messages of ptxas or nvdisasm.
+    """
+    assembler = assembler or tool("ptxas")
+    disassembler = tool("nvdisasm")
+    assert assembler
+    assert disassembler
+    parts = [ptx, target, _version(assembler), _version(disassembler), Path(__file__).read_text()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    product = OUT / f"{target}-{key}.json"
+    if not product.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+            source.write_text(located(ptx))
+            said = _run([assembler, f"-arch=sm_{target}", "-lineinfo", "-v", str(source), "-o",
+                         str(cubin)])  # fmt: skip
+            text = _run([disassembler, "-c", "-g", str(cubin)])
+        write(product, json.dumps({"said": said, "text": text}))
+    made = json.loads(product.read_text())
+    return MachineCode(Program(made["text"], entry), _resources(made["said"], entry))
+
+
+def _resources(said: str, entry: str) -> Resources:
+    of_entry = said[said.index(f"'{entry}'") :]
+    registers = re.search(r"Used (\d+) registers", of_entry)
+    stack = [int(n) for n in re.findall(r"(\d+) bytes stack frame", said)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
+    assert registers
+    return Resources(int(registers[1]), max(stack, default=0), sum(spills))
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+    return done.stdout + done.stderr
+
+
+def write(path: Path, text: str) -> None:
+    """In one step, so that no other process reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    Path(file.name).replace(path)
