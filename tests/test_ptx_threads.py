@@ -279,6 +279,21 @@ def test_loads_of_matrices(count: int, transposed: bool) -> None:
         assert out[lane, i] == high << 16 | low
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stores_of_matrices(count: int, transposed: bool) -> None:
+    matrices = _drawn(4, 8, 8, dtype=np.uint16)
+    given = _zeros(32, count)
+    for lane, i in np.ndindex(32, count):
+        matrix = matrices[i].T if transposed else matrices[i]
+        low, high = (int(x) for x in matrix[lane // 4, 2 * (lane % 4) :][:2])
+        given[lane, i] = high << 16 | low
+    out = _aligned(_zeros(4, 8, 4))
+    suffix = "_trans" if transposed else ""
+    kernels().run(f"stmatrix_{count}{suffix}", given, out, shared=48 * 32)
+    assert (out.view(np.uint16)[:count] == matrices[:count]).all()
+
+
 def _halves(values: Array, kind: str) -> Array:
     """16-bit patterns, or 32-bit ones of tf32; of small integers, which all have."""
     single = values.astype(np.float32)

@@ -5,10 +5,11 @@
 
 #include "ptx.h"
 
-// What went wrong, or an empty text.
+// What went wrong, or an empty text. `only` are the clusters that run, if it is not null.
 extern "C" const char* ptx_run(const ptx::Entry* entry, unsigned grid, unsigned block,
                                unsigned cluster, unsigned shared, int cooperative,
-                               const void* const* parameters, uint64_t seed) {
+                               const void* const* parameters, uint64_t seed,
+                               const uint32_t* only, unsigned count) {
   static std::string error;
   simt::Launch launch;
   launch.grid = {grid, 1, 1};
@@ -17,6 +18,7 @@ extern "C" const char* ptx_run(const ptx::Entry* entry, unsigned grid, unsigned 
   launch.shared_bytes = shared + static_cast<unsigned>(entry->shared_bytes);
   launch.cooperative = cooperative != 0;
   launch.kernel = entry->name;
+  if (only) launch.only.assign(only, only + count);
   simt::options.seed = seed;
   error = simt::run(launch, [&] { entry->run(parameters); });
   return error.c_str();

@@ -33,6 +33,22 @@ std::array<u32, kCount> ldmatrix(u32 address, Where where = Where::current()) {
   return result;
 }
 
+// The reverse: a lane stores what ldmatrix would give it.
+template <size_t kCount, bool kTransposed>
+void stmatrix(u32 address, const std::array<u32, kCount>& values, Where where = Where::current()) {
+  const u32 lane = simt::current->lane, across = lane / 4, along = 2 * (lane % 4);
+  for (u32 i = 0; i < kCount; ++i) {
+    for (u32 k = 0; k < 2; ++k) {
+      const u32 row = kTransposed ? along + k : across, column = kTransposed ? across : along + k;
+      char* const at = at_shared(from_lane(address, 8 * i + row, "stmatrix", where), 16, where);
+      check_alignment(at, 16, where);
+      const u16 value = static_cast<u16>(values[i] >> (16 * k));
+      std::memcpy(at + 2 * column, &value, 2);
+    }
+  }
+  warp_sync(~0u, where);
+}
+
 // The elements of a 32-bit register.
 struct tf32 {};
 inline f64 element(f16, u32 bits, u32 i) { return widened(f16{static_cast<u16>(bits >> 16 * i)}); }

@@ -240,6 +240,8 @@ OPCODES = tuple(
         ("vote.sync.ballot.b32", "d a:pred m:u32", "vote_ballot({a}, {m})"),
         ("ldmatrix.sync.aligned.m8n8.x<N:1|2|4>[.<X:trans>].shared[::cta].b16", "d [a]",
          "ldmatrix<{N}, {X}>(static_cast<u32>({a}))"),
+        ("stmatrix.sync.aligned.m8n8.x<N:1|2|4>[.<X:trans>].shared[::cta].b16", "[a] v:u32s",
+         "stmatrix<{N}, {X}>(static_cast<u32>({a}), {v})"),
         ("mma.sync.aligned.(m16n8k8|m16n8k16).row.col.f32.<T:f16|bf16>.(f16|bf16).f32",
          "d a:u32s b:u32s c:f32s", "mma<{T}>({a}, {b}, {c})"),
         ("mma.sync.aligned.(m16n8k4|m16n8k8).row.col.f32.<T:tf32>.tf32.f32",

@@ -59,7 +59,7 @@ class Kernels:
         self._library.simt_set_approximations(approximations)
         error = self._library.ptx_run(
             ctypes.byref(entry), grid, block, cluster, shared, int(cooperative), pointers,
-            ctypes.c_uint64(seed),
+            ctypes.c_uint64(seed), None, 0,
         )  # fmt: skip
         if error:
             raise RuntimeError(error.decode())

@@ -105,6 +105,23 @@ def _ldmatrix() -> str:
     return "".join(texts)
 
 
+def _stmatrix() -> str:
+    texts = []
+    for count, trans in itertools.product((1, 2, 4), ("", ".trans")):
+        of = ", ".join(f"%r{10 + i}" for i in range(count))
+        loads = "\n".join(f"ld.global.u32 %r{10 + i}, [%rd11+{4 * i}];" for i in range(count))
+        texts.append(_entry(f"stmatrix_{count}{trans.replace('.', '_')}", 2, f"""
+            mad.wide.u32 %rd11, %r0, {4 * count}, %rd0;
+            {loads}
+            mul.lo.s32 %r4, %r1, 48;
+            stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r4], {{{of}}};
+            bar.warp.sync 0xffffffff;
+            ld.shared.v4.u32 {{%r5, %r6, %r7, %r8}}, [%r4];
+            mad.wide.u32 %rd10, %r0, 16, %rd1;
+            st.global.v4.u32 [%rd10], {{%r5, %r6, %r7, %r8}};"""))  # fmt: skip
+    return "".join(texts)
+
+
 _MBARRIER = """
 setp.ne.u32 %p1, %r1, 0;
 @%p1 bra $ready_{name};
@@ -313,6 +330,7 @@ _TEXTS = (
         mad.wide.u32 %rd10, %r0, 16, %rd1;
         st.global.v4.u32 [%rd10], {%r7, %r8, %r9, %r6};"""),
     _ldmatrix(),
+    _stmatrix(),
     _mma(),
     # Addresses that the driver gives for barriers of the grid.
     _entry("workspace", 1, """

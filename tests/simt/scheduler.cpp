@@ -182,7 +182,7 @@ void Scheduler::clear(Cluster& cluster) {
 std::string Scheduler::run() {
   const uint64_t blocks = uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2];
   const unsigned threads = launch.block[0] * launch.block[1] * launch.block[2];
-  const uint64_t clusters = blocks / launch.cluster;
+  const uint64_t clusters = launch.only.empty() ? blocks / launch.cluster : launch.only.size();
   // How many are resident at a time. Without a cooperative launch nothing promises more than one.
   uint64_t window = clusters;
   if (!launch.cooperative) {
@@ -190,7 +190,9 @@ std::string Scheduler::run() {
     window = 1 + below(std::min<uint64_t>(most, 6));
   }
   std::vector<uint32_t> order(clusters);
-  for (uint64_t i = 0; i < clusters; ++i) order[i] = static_cast<uint32_t>(i);
+  for (uint64_t i = 0; i < clusters; ++i) {
+    order[i] = launch.only.empty() ? static_cast<uint32_t>(i) : launch.only[i];
+  }
   if (style_ != 1) std::shuffle(order.begin(), order.end(), random_);
 
   uint64_t started = 0, rechecked_at = 0;

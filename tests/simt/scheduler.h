@@ -37,6 +37,7 @@ struct Launch {
   size_t shared_bytes = 0;
   bool cooperative = false;
   std::string kernel;
+  std::vector<uint32_t> only;  // clusters that run, by their numbers; empty: all
 };
 
 struct Options {

@@ -91,7 +91,7 @@ def _launch(
     assumed: Assumed,
 ) -> Work:  # fmt: skip
     profile, start = profiles(of)
-    name = of.kernel.split("3gpu")[1].lstrip("0123456789").partition("I")[0]
+    name = _short(of.kernel)
     resources = profile.code.resources
     common = {
         "kernel": name, "registers": resources.registers, "spills": resources.spills,
@@ -114,36 +114,40 @@ def _launch(
             **common, uses=uses, once=start.per_image(card.capability), groups=1, blocks=tiles,
             threads=256, shared=4096, moves={"parameters": weights / batch},
             l2={"parameters": saved * tiles / max(1, -(-outputs // 32))},
-            latency={"parameters": steps / batch * assumed.l2}, in_flight={}, stages=0,
+            latency={"parameters": steps / batch * assumed.l2}, in_flight={}, l2_in_flight={}, stages=0,
         )  # type: ignore[arg-type]  # fmt: skip
     backward = direction == "backward"
     moves = {"write": image}
     l2 = {"mlp": 0.0 if "weights kept" in plan.words else weights}
-    in_flight: dict[str, float] = {}
-    loads = {x.name: x.loads for x in reversed(profile.loops())}
-    streamed = 16.0 * plan.threads
+    streams: list[str] = []  # phases that read x or dy from memory as they go
     if plan.resident:
         moves["load"] = image
     else:
         moves["sum"] = image
-        in_flight["sum"] = streamed * max(1, loads.get("sum", 1)) * plan.blocks
+        streams += ["sum", "write"]
         # The second reading finds in L2 what the images in progress have left there.
         held = plan.groups * image * (2 if backward else 1) <= 0.8 * card.l2_bytes
         if held:
             l2["write"] = image
         else:
             moves["write"] += image
-        in_flight["write"] = streamed * max(1, loads.get("write", 1)) * plan.blocks
     if backward:
         moves["sum"] = moves.get("sum", 0.0) + image  # x, beside dy
-        in_flight["sum"] = streamed * max(1, loads.get("sum", 1)) * plan.blocks
+        streams.append("sum")
+    loads = {x.name: x.loads for x in reversed(profile.loops())}
+    asked = {name: 16.0 * plan.threads * max(1, loads.get(name, 1)) for name in streams}
+    in_flight, l2_in_flight = asked, asked
+    if profile.prefetches:  # memory is asked ahead, and the loop reads from L2
+        in_flight = {}
+        for name in asked:
+            l2[name] = moves[name] - (image if name == "write" else 0.0) or l2.get(name, 0.0)
     meets = 0
     latency = {"load": assumed.memory, "mlp": 2 * assumed.l2}
     if "cluster of" in plan.words or "global memory" in plan.words:
         meets = 1
         one = assumed.cluster_barrier if "cluster of" in plan.words else assumed.grid_exchange
         latency["exchange"] = meets * one
-    if "sum" in in_flight:
+    if "sum" in asked:
         latency["sum"] = assumed.memory
     uses = _uses(profile, card.capability)
     if meets:
@@ -151,6 +155,20 @@ def _launch(
     return Work(
         **common, uses=uses, once=start.per_image(card.capability), groups=plan.groups,
         blocks=plan.blocks, threads=plan.threads, shared=plan.shared, moves=moves, l2=l2,
-        latency=latency, in_flight={name: n / plan.blocks for name, n in in_flight.items()},
-        stages=plan.slots,
+        latency=latency, in_flight=in_flight, l2_in_flight=l2_in_flight, stages=plan.slots,
     )  # type: ignore[arg-type]  # fmt: skip
+
+
+def profiles_of(
+    layer: Layer, last: bool, card: Card, batch: int = BATCH
+) -> Iterator[tuple[str, str, Profile]]:
+    """Direction, kernel, and what it does for an image."""
+    for direction, found in zip(
+        _DIRECTIONS, counts(layer, last, plans(layer, last, card, batch), card.target), strict=True
+    ):
+        for of in found:
+            yield direction, _short(of.kernel), profiles(of)[0]
+
+
+def _short(kernel: str) -> str:
+    return kernel.split("3gpu")[1].lstrip("0123456789").partition("I")[0]

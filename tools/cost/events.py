@@ -37,7 +37,8 @@ class Phase(NamedTuple):
 
     ``cycles`` of the multiprocessor's busiest pipe, as if the block were alone there; ``bytes`` of
     memory; ``l2_bytes`` that come from L2; ``latency`` seconds in which it does nothing. The first
-    three overlap. ``in_flight`` bytes are asked for at most at a time; 0: as many as there are.
+    three overlap. ``in_flight`` and ``l2_in_flight`` bytes are asked of memory and of L2 at most at a
+    time; 0: as many as there are.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Phase(NamedTuple):
     l2_bytes: float = 0.0
     latency: float = 0.0
     in_flight: float = 0.0
+    l2_in_flight: float = 0.0
 
 
 class Multiprocessor(NamedTuple):
@@ -84,13 +86,14 @@ def _rates(
 
     cycles = shared(of.clock, [t.most_cycles if t.left[0] > 0 else 0.0 for t in tasks])
 
-    def asked(task: _Task, place: int, latency: float) -> float:
-        if task.left[place] <= 0:
+    def asked(left: float, in_flight: float, latency: float) -> float:
+        if left <= 0:
             return 0.0
-        return task.phase.in_flight / latency if task.phase.in_flight else float("inf")
+        return in_flight / latency if in_flight else float("inf")
 
-    memory = shared(of.bandwidth, [asked(t, 1, assumed.memory) for t in tasks])
-    l2 = shared(of.l2_bandwidth, [asked(t, 2, assumed.l2) for t in tasks])
+    asked_memory = [asked(t.left[1], t.phase.in_flight, assumed.memory) for t in tasks]
+    asked_l2 = [asked(t.left[2], t.phase.l2_in_flight, assumed.l2) for t in tasks]
+    memory, l2 = shared(of.bandwidth, asked_memory), shared(of.l2_bandwidth, asked_l2)
     return list(zip(cycles, memory, l2, strict=True))
 
 

@@ -34,7 +34,8 @@ class Work(NamedTuple):
     moves: dict[str, float]
     l2: dict[str, float]
     latency: dict[str, float]  # seconds in a phase in which a block does nothing
-    in_flight: dict[str, float]  # bytes that a block asks for at a time
+    in_flight: dict[str, float]  # bytes that a block asks memory for at a time
+    l2_in_flight: dict[str, float]  # ... and L2
     stages: int
     loops: list[LoopCount]
     narrow: float
@@ -99,6 +100,7 @@ def price(work: Work, card: Card, assumed: Assumed = DEFAULT) -> Price:
             work.l2.get(name, 0.0) / work.blocks,
             work.latency.get(name, 0.0),
             work.in_flight.get(name, 0.0),
+            work.l2_in_flight.get(name, 0.0),
         )
         for name in PHASES
         if name == "load" or name in work.uses

@@ -156,6 +156,12 @@ class Profile:
             found[t.frame.file, t.frame.line, t.phase] += t.times
         return [(*at, n) for at, n in sorted(found.items(), key=lambda item: -item[1])]
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether it asks L2 for what it reads, before it does."""
+        return any(".PF" in t.instruction.opcode or t.instruction.name == "UBLKPF"
+                   for t in self.timed)  # fmt: skip
+
     def narrow(self, phases: Sequence[str] = ("sum", "write")) -> float:
         """Accesses to global memory of less than 16 bytes among all in phases that stream."""
         wide = narrow = 0.0

@@ -1,0 +1,79 @@
+"""The record of prices: a line per layer, layout, direction and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records
+from benchmarks.workloads import Layer, load_networks
+
+from . import cuda
+from .cards import CARDS, Card
+from .events import DEFAULT
+from .price import BATCH, row
+
+HEAD = "computed from machine code, not measured"
+LAYOUTS = ("NCHW", "NHWC")
+BACKENDS = ("native", "triton")
+_PASSES = {"forward": 2, "backward": 3}
+
+
+def layers(networks: Iterable[str] = ()) -> list[Layer]:
+    """The distinct layers of networks without what is around them; of all networks unless given.
+
+    Raises:
+        KeyError: an unknown network.
+    """
+    every = load_networks()
+    chosen = [every[name] for name in networks] or list(every.values())
+    return list(dict.fromkeys(layer for network in chosen for layer, _ in network.layers))
+
+
+def rows(
+    backend: str, layer: Layer, layout: str, card: Card, batch: int = BATCH
+) -> Iterator[dict[str, Any]]:
+    """Lines of the record: of the forward and the backward pass, in bfloat16."""
+    last = layout == "NHWC"
+    if backend == "native":
+        work = cuda.work(layer, last, card, batch)
+    else:
+        from . import triton
+
+        work = triton.work(layer, last, card, batch)
+    image = 2.0 * layer.channels * layer.positions
+    for direction, plan, launches in work:
+        yield {
+            "backend": backend, "card": card.name, "layer": layer.name, "shape": layer.shape,
+            "layout": layout, "direction": direction, "plan": plan,
+            **row(launches, card, _PASSES[direction], image),
+        }  # fmt: skip
+
+
+def merged(path: Path, new: list[dict[str, Any]]) -> dict[str, Any]:
+    """A record with lines that replace those of the same layer, layout, direction, backend and
+    card in the file, where there is one."""
+
+    def key(line: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(line[k] for k in ("backend", "card", "layer", "layout", "direction"))
+
+    import json
+
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    lines = {key(line): line for line in [*old, *new]}
+    return {
+        "what": HEAD,
+        "dtype": "bfloat16",
+        "batch": BATCH,
+        "assumed": DEFAULT._asdict(),
+        "cards": {
+            name: card._asdict() for name, card in CARDS.items()
+            if any(line["card"] == name for line in lines.values())
+        },
+        "rows": list(lines.values()),
+    }  # fmt: skip
+
+
+def write(path: Path, new: list[dict[str, Any]]) -> None:
+    records.write(merged(path, new), path)
