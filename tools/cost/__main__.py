@@ -6,8 +6,8 @@
 For each layer, layout and direction, in bfloat16 at batch 256: instructions per 16-byte vector of x
 by phase, the resource that binds, the ceiling that it sets as a share of the speed of a copy, and
 what a model of events expects, phases that wait for each other included. Nothing runs on a GPU: the
-PTX is executed on the CPU (``tests/ptx``), which counts how often its basic blocks run; machine code
-of nvcc, ptxas and Triton says which instructions these became.
+PTX is executed on the CPU (``tests/ptx``), which counts how often its basic blocks run; the machine
+code of nvcc, ptxas and Triton says which instructions these became.
 
 ``--lines`` prints instead where the instructions of each kernel go, by line of source; ``--record``
 adds the lines to a record, see :mod:`tools.cost.page`.
@@ -22,6 +22,7 @@ from typing import Any
 
 from .cards import CARDS
 from .machine_code import why_not
+from .price import BATCH
 from .record import BACKENDS, HEAD, LAYOUTS, layers, rows, write
 
 
@@ -44,6 +45,7 @@ def _print_lines(backend: str, shape: Any, layout: str, card: Any, count: int) -
     else:
         from .triton import profiles_of
     vectors = shape.channels * shape.positions / 8 / 32
+    vectors *= BATCH if backend == "triton" else 1  # all programs, or what one image takes
     for direction, kernel, profile in profiles_of(shape, layout == "NHWC", card):
         print(f"{backend} {shape.name} {layout} {direction}, {kernel}: "
               f"{profile.instructions / vectors:.1f} instructions per vector")  # fmt: skip
@@ -52,8 +54,10 @@ def _print_lines(backend: str, shape: Any, layout: str, card: Any, count: int) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.cost", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.cost", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--card", nargs="+", choices=list(CARDS), default=["H200"])
     parser.add_argument("--network", nargs="+", default=[])

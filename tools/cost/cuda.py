@@ -114,7 +114,8 @@ def _launch(
             **common, uses=uses, once=start.per_image(card.capability), groups=1, blocks=tiles,
             threads=256, shared=4096, moves={"parameters": weights / batch},
             l2={"parameters": saved * tiles / max(1, -(-outputs // 32))},
-            latency={"parameters": steps / batch * assumed.l2}, in_flight={}, l2_in_flight={}, stages=0,
+            latency={"parameters": steps / batch * assumed.l2}, in_flight={}, l2_in_flight={},
+            stages=0,
         )  # type: ignore[arg-type]  # fmt: skip
     backward = direction == "backward"
     moves = {"write": image}

@@ -37,8 +37,8 @@ class Phase(NamedTuple):
 
     ``cycles`` of the multiprocessor's busiest pipe, as if the block were alone there; ``bytes`` of
     memory; ``l2_bytes`` that come from L2; ``latency`` seconds in which it does nothing. The first
-    three overlap. ``in_flight`` and ``l2_in_flight`` bytes are asked of memory and of L2 at most at a
-    time; 0: as many as there are.
+    three overlap. ``in_flight`` and ``l2_in_flight`` bytes are asked of memory and of L2 at most at
+    a time; 0: as many as there are.
     """
 
     name: str

@@ -21,6 +21,7 @@ from .sass import Program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "build" / "cost"
+_PRODUCT = "1"  # of what is made here
 _INSTRUCTION = re.compile(r"[ \t]*(?:@!?%\w+[ \t]+)?[a-z][\w.:]*[ \t;]")
 _LOCATIONS = re.compile(r"^[ \t]*\.(?:loc|file)\b.*$", re.M)
 _SECTION = re.compile(r"^[ \t]*\.section\b.*?^[ \t]*\}", re.S | re.M)
@@ -93,7 +94,9 @@ def _version(program: str) -> str:
 
 
 @functools.cache
-def compiled(ptx: str, target: str, entry: str, assembler: str | None = None) -> MachineCode:
+def compiled(
+    ptx: str, target: str, entry: str, assembler: str | None = None, flags: tuple[str, ...] = ()
+) -> MachineCode:
     """What ptxas (``assembler``, where it is another one) makes of a kernel's PTX for
     ``sm_<target>``.
 
@@ -104,15 +107,15 @@ def compiled(ptx: str, target: str, entry: str, assembler: str | None = None) ->
     disassembler = tool("nvdisasm")
     assert assembler
     assert disassembler
-    parts = [ptx, target, _version(assembler), _version(disassembler), Path(__file__).read_text()]
+    parts = [ptx, target, *flags, _version(assembler), _version(disassembler), _PRODUCT]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     product = OUT / f"{target}-{key}.json"
     if not product.exists():
         with tempfile.TemporaryDirectory() as folder:
             source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
             source.write_text(located(ptx))
-            said = _run([assembler, f"-arch=sm_{target}", "-lineinfo", "-v", str(source), "-o",
-                         str(cubin)])  # fmt: skip
+            command = [assembler, f"-arch=sm_{target}", "-lineinfo", "-v", *flags, str(source)]
+            said = _run([*command, "-o", str(cubin)])
             text = _run([disassembler, "-c", "-g", str(cubin)])
         write(product, json.dumps({"said": said, "text": text}))
     made = json.loads(product.read_text())

@@ -117,19 +117,18 @@ def price(work: Work, card: Card, assumed: Assumed = DEFAULT) -> Price:
     return Price(each, limits(work, card), assumed.launch + once + time)
 
 
-def row(works: list[Work], card: Card, passes: int, image_bytes: float) -> dict[str, Any]:
+def row(works: list[Work], card: Card, passes: int, x_bytes: float) -> dict[str, Any]:
     """A line of the record: launches of one pass over a layer, one after another.
 
     Args:
         passes: how often the bytes of x are moved at least: 2 forward, 3 backward.
-        image_bytes: of x.
+        x_bytes: of x, all images.
     """
     prices = [price(work, card) for work in works]
-    images = works[0].images
-    copy = passes * images * image_bytes / card.copy_speed
+    copy = passes * x_bytes / card.copy_speed
     totals = {name: sum(p.limits[name] for p in prices) for name in prices[0].limits}
     binds = max(totals, key=totals.__getitem__)
-    vectors = image_bytes / 16 / 32 * images  # of a warp
+    vectors = x_bytes / 16 / 32  # of a warp
     per_vector = {
         phase: [round(sum(w.uses.get(phase, Use(0))[i] * w.images for w in works) / vectors, 2)
                 for i in range(len(Use._fields))]

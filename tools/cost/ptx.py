@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import bisect
+import functools
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from .graph import Loop, natural_loops
@@ -15,9 +18,28 @@ _LOC = re.compile(
 )
 _FILE = re.compile(r'[ \t]*\.file\s+(\d+)\s+"([^"]*)"')
 _STRING = re.compile(r"\$(L__info_string\d+):\s*((?:\.b8 [\d,]+\s*)+)")
+_COMMENT = re.compile(r"// ([\w.]+:\d+:\d+(?: @\[ [\w.]+:\d+:\d+)*)")
+_PLACE = re.compile(r"([\w.]+):(\d+):\d+")
 _FUNCTION = re.compile(r"^[ \t]*(?:\.(?:visible|extern|weak)\s+)*\.(?:entry|func)\b[^(\n]*", re.M)
 _BRANCH = re.compile(r"(@!?\s*%\w+\s+)?bra(?:\.uni)?\s+(\$?[\w$]+)")
 _LEAVES = re.compile(r"(@!?\s*%\w+\s+)?(?:ret|exit|trap)\b")
+
+
+@functools.cache
+def _functions(path: str) -> list[tuple[int, int, str]]:
+    """First and last line, and name, of the functions of a Python file; of none, nothing."""
+    if not path.endswith(".py") or not Path(path).is_file():
+        return []
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return [
+        (node.lineno, node.end_lineno or node.lineno, node.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+def _function_at(path: str, line: int) -> str:
+    return next((name for first, last, name in _functions(path) if first <= line <= last), "")
 
 
 class Frame(NamedTuple):
@@ -101,8 +123,10 @@ class Text:
             for name, data in _STRING.findall(self.text)
         }
         files: dict[str, str] = {}
+        paths: dict[str, str] = {}
         for number, path in _FILE.findall(self.text):
             files[number] = path.rpartition("/")[2]
+            paths[files[number]] = path
         # A place that something is inlined at may be named only later in the text.
         inlined: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {}
 
@@ -122,6 +146,9 @@ class Text:
                 here = Frame("", 0, (outer,))
             elif found := located.get(number):
                 names: list[str] = []
+                if commented := _COMMENT.search(line):  # Triton's, from inside to outside
+                    for file, at_line in _PLACE.findall(commented[1]):
+                        names.append(_function_at(paths.get(file, ""), int(at_line)))
                 if found[4]:
                     inlined[found.group(1, 2, 3)] = name_of(found), found.group(6, 7, 8)
                     at = found.group(1, 2, 3)

@@ -42,12 +42,12 @@ def rows(
         from . import triton
 
         work = triton.work(layer, last, card, batch)
-    image = 2.0 * layer.channels * layer.positions
+    x_bytes = 2.0 * batch * layer.channels * layer.positions
     for direction, plan, launches in work:
         yield {
             "backend": backend, "card": card.name, "layer": layer.name, "shape": layer.shape,
             "layout": layout, "direction": direction, "plan": plan,
-            **row(launches, card, _PASSES[direction], image),
+            **row(launches, card, _PASSES[direction], x_bytes),
         }  # fmt: skip
 
 
