@@ -55,7 +55,11 @@ inline u32 peers_shared(u32 address, u32 rank) { return (rank + 1) << 24 | (addr
 
 // ---- loads and stores ----
 
+// Told of every access, where somebody wants to know: see counts.h.
+inline void (*watch)(const char* at, size_t bytes, const Where& where) = nullptr;
+
 inline void check_alignment(const char* at, size_t bytes, const Where& where) {
+  if (watch) watch(at, bytes, where);
   if (reinterpret_cast<u64>(at) % bytes) {
     simt::fail("an access of " + std::to_string(bytes) + " bytes to an address that is no multiple",
                where);

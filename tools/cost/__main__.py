@@ -1,7 +1,7 @@
 """``python -m tools.cost``: what the compiled GPU kernels take of a card.
 
 ``[--backend native triton] [--card H200 ...] [--network NAME ...] [--layer CxHxW ...]
-[--layout NCHW NHWC] [--lines [N]] [--record FILE]``
+[--layout NCHW NHWC] [--lines [N]] [--record FILE] [--budgets FILE]``
 
 For each layer, layout and direction, in bfloat16 at batch 256: instructions per 16-byte vector of x
 by phase, the resource that binds, the ceiling that it sets as a share of the speed of a copy, and
@@ -10,7 +10,8 @@ PTX is executed on the CPU (``tests/ptx``), which counts how often its basic blo
 code of nvcc, ptxas and Triton says which instructions these became.
 
 ``--lines`` prints instead where the instructions of each kernel go, by line of source; ``--record``
-adds the lines to a record, see :mod:`tools.cost.page`.
+adds the lines to a record, see :mod:`tools.cost.page`; ``--budgets`` makes them the budgets that
+``tests/test_cost.py`` holds kernels to.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .budgets import renew
 from .cards import CARDS
 from .machine_code import why_not
 from .price import BATCH
@@ -29,13 +31,15 @@ from .record import BACKENDS, HEAD, LAYOUTS, layers, rows, write
 def _shown(line: dict[str, Any]) -> str:
     phases = ", ".join(f"{name} {use[0]:.0f}" for name, use in line["per_vector"].items())
     each = line["kernels"][0]
+    low, high = line["expected"]
+    slow, fast = line["expected_us"]
     return (
         f"{line['backend']} {line['card']} {line['layer']} {line['layout']} {line['direction']}: "
         f"{line['instructions_per_vector']:.0f} of {line['slots_per_vector']:.0f} instructions per "
         f"vector ({phases}); {each['registers']} registers, "
         f"{each['blocks_per_multiprocessor']} blocks per multiprocessor; {line['binds']} binds, "
-        f"ceiling {line['ceiling']:.0%}, expected {line['expected']:.0%} of a copy "
-        f"({line['expected_us']:.0f} µs)"
+        f"ceiling {line['ceiling']:.0%}, expected {low:.0%} to {high:.0%} of a copy "
+        f"({slow:.0f} to {fast:.0f} µs)"
     )
 
 
@@ -65,6 +69,7 @@ def main() -> int:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--lines", nargs="?", type=int, const=20, metavar="N")
     parser.add_argument("--record", type=Path, metavar="FILE")
+    parser.add_argument("--budgets", type=Path, metavar="FILE")
     given = parser.parse_args()
     if reason := why_not():
         print(f"machine code cannot be priced here: {reason}", file=sys.stderr)
@@ -92,6 +97,8 @@ def main() -> int:
                         found.append(line)
     if given.record and found:
         write(given.record, found)
+    if given.budgets and found:
+        renew(given.budgets, found)
     return 0
 
 

@@ -5,12 +5,14 @@ A ceiling takes the busiest resource and forgets that phases wait for each other
 issues little, and one that sums asks memory for nothing. Here every phase of every block takes its
 share of what its neighbours leave, and the latencies between phases count in full.
 
-Latencies and rates of :class:`Assumed` are of the order that is published for sm_80 and sm_90, not
-measured here.
+Whether one block loads while its neighbour sums depends on how they fall out of step, which nothing
+here knows. So there are two answers: blocks that begin together and share memory evenly stay in
+step for ever; blocks that memory serves in the order in which they ask do not.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -65,6 +67,7 @@ class _Task:
     most_cycles: float  # per second
     left: list[float] = field(default_factory=list)  # cycles, bytes, bytes from L2
     waits: float = 0.0
+    number: int = field(default_factory=itertools.count().__next__)  # in order of beginning
 
     def __post_init__(self) -> None:
         self.left = [self.phase.cycles, self.phase.bytes, self.phase.l2_bytes]
@@ -72,9 +75,10 @@ class _Task:
 
 
 def _rates(
-    tasks: Sequence[_Task], of: Multiprocessor, assumed: Assumed
+    tasks: Sequence[_Task], of: Multiprocessor, assumed: Assumed, in_step: bool
 ) -> list[tuple[float, float, float]]:
-    """Of each task: cycles and bytes per second, when what some cannot use goes to the others."""
+    """Of each task, in the order of their beginning: cycles and bytes per second. What some cannot
+    use goes to the others."""
 
     def shared(capacity: float, wanted: list[float]) -> list[float]:
         found = [0.0] * len(wanted)
@@ -93,7 +97,13 @@ def _rates(
 
     asked_memory = [asked(t.left[1], t.phase.in_flight, assumed.memory) for t in tasks]
     asked_l2 = [asked(t.left[2], t.phase.l2_in_flight, assumed.l2) for t in tasks]
-    memory, l2 = shared(of.bandwidth, asked_memory), shared(of.l2_bandwidth, asked_l2)
+    l2 = shared(of.l2_bandwidth, asked_l2)
+    memory = shared(of.bandwidth, asked_memory)
+    if not in_step:
+        left = of.bandwidth
+        for i, rate in enumerate(asked_memory):
+            memory[i] = min(rate, left)
+            left -= memory[i]
     return list(zip(cycles, memory, l2, strict=True))
 
 
@@ -136,28 +146,18 @@ class _Block:
 
 def _simulated(
     phases: Sequence[Phase], images: int, blocks: int, warps: int, stages: int,
-    of: Multiprocessor, assumed: Assumed,
+    of: Multiprocessor, assumed: Assumed, in_step: bool,
 ) -> float:  # fmt: skip
     most = of.clock * min(1.0, warps * assumed.warp_rate / of.schedulers)
-    # Not all begin at once: their groups do not, and would keep in step for ever if they did.
     team = [_Block(phases, images, stages, most) for _ in range(blocks)]
     time = 0.0
-    offset = [i / max(1, blocks) * 1e-6 for i in range(blocks)]
     while True:
-        running = [
-            (block, task)
-            for block, begins in zip(team, offset, strict=True)
-            if begins <= time
-            for task in block.start()
-        ]
-        waiting = [begins for begins in offset if begins > time]
+        running = [(block, task) for block in team for task in block.start()]
         if not running:
-            if not waiting:
-                return time
-            time = min(waiting)
-            continue
-        rates = _rates([task for _, task in running], of, assumed)
-        steps = [begins - time for begins in waiting]
+            return time
+        running.sort(key=lambda pair: pair[1].number)
+        rates = _rates([task for _, task in running], of, assumed, in_step)
+        steps: list[float] = []
         for (_, task), rate in zip(running, rates, strict=True):
             if task.waits > 0:
                 steps.append(task.waits)
@@ -176,7 +176,7 @@ def _simulated(
 
 def seconds(
     phases: Sequence[Phase], *, images: int, blocks: int, warps: int, stages: int,
-    of: Multiprocessor, assumed: Assumed = DEFAULT,
+    of: Multiprocessor, in_step: bool, assumed: Assumed = DEFAULT,
 ) -> float:  # fmt: skip
     """Until a multiprocessor's blocks have gone through their images.
 
@@ -187,10 +187,11 @@ def seconds(
         warps: of a block.
         stages: slices that fit at a time: the one in progress and those being loaded; 0 where
             nothing is loaded ahead.
+        in_step: whether blocks stay in step with each other, see above.
     """
 
     def run(n: int) -> float:
-        return _simulated(phases, n, blocks, warps, stages, of, assumed)
+        return _simulated(phases, n, blocks, warps, stages, of, assumed, in_step)
 
     few, more = 4, 8
     if images <= more:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,22 @@ def plan_of(words: str, card: Card, batch: int) -> Plan:
     return Plan(words, blocks, threads, kilobytes << 10, each, resident, slots, groups, policy)
 
 
+class Touched(NamedTuple):
+    """What the requests of warps on a line of PTX touch, see ``tests/ptx/counts.h``."""
+
+    line: int
+    shared: bool
+    requests: int
+    bytes: int
+    sectors: int
+    wavefronts: int
+    least: int
+
+
+class _Touched(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in Touched._fields)
+
+
 class Counts(NamedTuple):
     """Of a kernel: executions of each basic block, by warps and by threads, of one group of blocks
     of the grid: once, and for each image."""
@@ -98,6 +114,7 @@ def _finder(simulation: Path) -> Any:
         def __init__(self) -> None:
             super().__init__(simulation)
             self.libraries: dict[tuple[str, str], ctypes.CDLL] = {}
+            self.watches = False
 
         def _load(self, kernel: str, capability: int) -> int:
             target = compiling._TARGETS.get(capability, str(capability))
@@ -105,6 +122,7 @@ def _finder(simulation: Path) -> Any:
             name = f"{compiling.instance(kernel)[0].removesuffix('.cuh')}-{target}"
             library = compiling.linked(text, name, simulation, counts=True)
             self.libraries[kernel, target] = library
+            library.ptx_watch(int(self.watches))
             return int(compiling.entries_of(library, text)[kernel].run)
 
         def take(self) -> dict[tuple[str, str], tuple[list[int], list[int]]]:
@@ -115,6 +133,25 @@ def _finder(simulation: Path) -> Any:
                 library.ptx_take_counts(warps, threads, ctypes.c_uint64(count))
                 if any(threads):
                     found[key] = (list(warps), list(threads))
+            return found
+
+        def watch(self, on: bool) -> None:
+            self.watches = on
+            for library in self.libraries.values():
+                library.ptx_watch(int(on))
+
+        def take_accesses(self) -> dict[tuple[str, str], list[Touched]]:
+            found = {}
+            for key, library in self.libraries.items():
+                most = module_of(*key)[0].count("\n")
+                rows = (_Touched * most)()
+                library.ptx_take_accesses.restype = ctypes.c_uint64
+                count = library.ptx_take_accesses(rows, ctypes.c_uint64(most))
+                if count:
+                    found[key] = [
+                        Touched(*(getattr(row, name) for name in Touched._fields))
+                        for row in rows[:count]
+                    ]
             return found
 
     return CountingFinder()
@@ -145,8 +182,11 @@ def _forced(policy: str) -> Iterator[None]:
             os.environ[PLAN] = before
 
 
-def _run(layer: Layer, last: bool, plans: tuple[Plan, Plan], target: str, batch: int) -> list[Any]:
-    """What the kernels of the forward and of the backward pass count."""
+def _run(
+    layer: Layer, last: bool, plans: tuple[Plan, Plan], target: str, batch: int,
+    take: Callable[[Any], Any],
+) -> list[Any]:  # fmt: skip
+    """What ``take`` takes of the finder after the forward and after the backward pass."""
     from senet_kernels import squeeze_excite
 
     for_tests()
@@ -170,10 +210,10 @@ def _run(layer: Layer, last: bool, plans: tuple[Plan, Plan], target: str, batch:
                     x, *parameters, activation=layer.activation or "relu", gate=layer.gate,
                     backend="native",
                 )  # fmt: skip
-            forward = finder.take()
+            forward = take(finder)
             with _forced(plans[1].policy):
                 y.backward(torch.zeros_like(y))
-            return [forward, finder.take()]
+            return [forward, take(finder)]
     finally:
         simulation.finder = before
 
@@ -197,7 +237,10 @@ def counts(
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     product = OUT / f"counts-{key}.json"
     if not product.exists():
-        one, two = (_run(layer, last, plans, target, batch) for batch in (1, 2))
+        one, two = (
+            _run(layer, last, plans, target, batch, lambda finder: finder.take())
+            for batch in (1, 2)
+        )
         passes = []
         for first, second in zip(one, two, strict=True):
             found = []
@@ -210,3 +253,17 @@ def counts(
         write(product, json.dumps(passes))
     forward, backward = json.loads(product.read_text())
     return [Counts(*row) for row in forward], [Counts(*row) for row in backward]
+
+
+def accesses(
+    layer: Layer, last: bool, plans: tuple[Plan, Plan], target: str
+) -> list[dict[tuple[str, str], list[Touched]]]:
+    """What each kernel, by its name and target, touches of memory for an image: forward, backward.
+    Copies of whole slices are not among it."""
+    finder = _counting()
+    finder.watch(True)
+    try:
+        return _run(layer, last, plans, target, 1, lambda f: f.take_accesses())
+    finally:
+        finder.watch(False)
+        finder.take()

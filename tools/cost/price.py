@@ -57,11 +57,7 @@ class Price(NamedTuple):
 
     occupancy: int  # blocks per multiprocessor
     limits: dict[str, float]  # if nothing but that resource counted
-    expected: float
-
-    @property
-    def binds(self) -> str:
-        return max(self.limits, key=self.limits.__getitem__)
+    expected: tuple[float, float]  # blocks in step, and not: see .events
 
 
 def limits(work: Work, card: Card) -> dict[str, float]:
@@ -109,12 +105,16 @@ def price(work: Work, card: Card, assumed: Assumed = DEFAULT) -> Price:
     if not work.stages:
         phases = [p for p in phases if any(p[1:])]
     images = math.ceil(work.images / work.groups)
-    time = seconds(
-        phases, images=images * waves, blocks=together, warps=math.ceil(work.threads / 32),
-        stages=work.stages, of=of, assumed=assumed,
+    slow, fast = (
+        seconds(
+            phases, images=images * waves, blocks=together, warps=math.ceil(work.threads / 32),
+            stages=work.stages, of=of, in_step=in_step, assumed=assumed,
+        )
+        for in_step in (True, False)
     )  # fmt: skip
     once = cycles(work.once, card.schedulers) / work.blocks * together / card.clock
-    return Price(each, limits(work, card), assumed.launch + once + time)
+    start = assumed.launch + once
+    return Price(each, limits(work, card), (start + slow, start + fast))
 
 
 def row(works: list[Work], card: Card, passes: int, x_bytes: float) -> dict[str, Any]:
@@ -135,6 +135,7 @@ def row(works: list[Work], card: Card, passes: int, x_bytes: float) -> dict[str,
         for phase in PHASES
         if any(phase in w.uses and w.uses[phase].issue for w in works)
     }  # fmt: skip
+    expected = [sum(p.expected[i] for p in prices) for i in (0, 1)]
     issue = sum(w.total.issue for w in works) / vectors
     return {
         "kernels": [
@@ -143,7 +144,7 @@ def row(works: list[Work], card: Card, passes: int, x_bytes: float) -> dict[str,
                 "threads": w.threads, "shared": w.shared, "blocks": w.blocks * w.groups,
                 "blocks_per_multiprocessor": p.occupancy, "narrow_accesses": round(w.narrow, 4),
                 "loads_before_use": {x.name: [x.loads, x.of] for x in reversed(w.loops)},
-                "expected_us": round(p.expected * 1e6, 2),
+                "expected_us": [round(t * 1e6, 2) for t in p.expected],
             }
             for w, p in zip(works, prices, strict=True)
         ],
@@ -156,6 +157,6 @@ def row(works: list[Work], card: Card, passes: int, x_bytes: float) -> dict[str,
         "limits_us": {name: round(t * 1e6, 2) for name, t in totals.items()},
         "binds": binds,
         "ceiling": round(copy / max(totals.values()), 4),
-        "expected_us": round(sum(p.expected for p in prices) * 1e6, 2),
-        "expected": round(copy / sum(p.expected for p in prices), 4),
+        "expected_us": [round(t * 1e6, 2) for t in expected],
+        "expected": [round(copy / t, 4) for t in expected],
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -53,8 +54,14 @@ class LoopCount(NamedTuple):
     of: int
 
 
-def phase_of(frame: Frame, phases: Sequence[tuple[str, str]] = CUDA_PHASES) -> str:
-    for name in frame.functions:
+def phase_of(frame: Frame, phases: tuple[tuple[str, str], ...] = CUDA_PHASES) -> str:
+    """The phase that an instruction from there belongs to; ``other`` if nothing says."""
+    return _phase(frame.functions, phases)
+
+
+@functools.cache
+def _phase(functions: tuple[str, ...], phases: tuple[tuple[str, str], ...]) -> str:
+    for name in functions:
         for phase, pattern in phases:
             if re.search(pattern, name):
                 return phase
@@ -77,7 +84,7 @@ class Profile:
         text: Text,
         warps: Sequence[float],
         threads: Sequence[float],
-        phases: Sequence[tuple[str, str]] = CUDA_PHASES,
+        phases: tuple[tuple[str, str], ...] = CUDA_PHASES,
     ) -> None:
         self.code, self.text = code, text
         self.warps = [max(0.0, w) for w in warps]
@@ -244,7 +251,7 @@ class Profile:
                 len(self.text.instructions[b]) for b in candidate.blocks if self.warps[b] > 0
             )
             score = common / (sum(lines.values()) + size - min(common, size) or 1)
-            if self.warps[candidate.head] > 0 and score > most:
+            if self.warps[candidate.head] > 0 and score >= most:  # inner ones last
                 best, most = candidate, score
         if best is None:
             return 0.0
