@@ -278,6 +278,63 @@ def test_a_kernel_counted_by_hand() -> None:
     assert profile.instructions == pytest.approx(profile.ptx_instructions, rel=0.25)
 
 
+# Each lane stores 4 bytes to shared memory, so many behind the lane before it, and 8 to global one.
+_STRIDES = """.version 9.0
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 smem[];
+.visible .entry strides(
+    .param .u64 strides_param_0
+)
+{
+    .reg .b32 %%r<6>;
+    .reg .b64 %%rd<4>;
+    ld.param.u64 %%rd1, [strides_param_0];
+    mov.u32 %%r1, %%tid.x;
+    mov.u32 %%r2, smem;
+    mad.lo.u32 %%r3, %%r1, %d, %%r2;
+    st.shared.u32 [%%r3], %%r1;
+    mul.wide.u32 %%rd2, %%r1, %d;
+    add.s64 %%rd3, %%rd1, %%rd2;
+    st.global.v2.u32 [%%rd3], {%%r1, %%r1};
+    ret;
+}
+"""
+
+
+@needs_compilers
+@pytest.mark.parametrize(
+    ("shared", "conflicts", "stride", "sectors"),
+    [(4, 1, 8, 8), (8, 2, 16, 16), (32, 8, 32, 32), (128, 32, 0, 1), (0, 1, 64, 32)],
+)
+def test_what_accesses_touch(shared: int, conflicts: int, stride: int, sectors: int) -> None:
+    import numpy as np
+
+    from ptx import compiling, running
+    from tools.cost.executed import Touched, _Touched
+
+    text = _STRIDES % (shared, stride)
+    path, machine = running._machine()
+    library = compiling.linked(text, "strides", path, counts=True)
+    entry = compiling.entries_of(library, text)["strides"]
+    data = np.zeros(32 * 8 + 32, np.uint64)
+    word = ctypes.c_uint64(-(-data.ctypes.data // 32) * 32)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(word))
+    library.ptx_watch(1)
+    assert not machine.ptx_run(
+        ctypes.byref(entry), 1, 32, 1, 4096, 0, pointers, ctypes.c_uint64(0), None, 0
+    )
+    library.ptx_watch(0)
+    rows = (_Touched * 8)()
+    assert library.ptx_take_accesses(rows, ctypes.c_uint64(8)) == 3  # one of the parameter
+    found = {text.split("\n")[row.line - 1].split()[0]: row for row in rows[:3]}
+    of = Touched(*(getattr(found["st.shared.u32"], name) for name in Touched._fields))
+    assert (of.shared, of.requests, of.bytes) == (1, 1, 128)
+    assert (of.wavefronts, of.least) == (conflicts, 1)
+    of = Touched(*(getattr(found["st.global.v2.u32"], name) for name in Touched._fields))
+    assert (of.shared, of.requests, of.bytes, of.sectors) == (0, 1, 256, sectors)
+
+
 def _layer(shape: str) -> Any:
     from tools.cost.record import layers
 

@@ -1,7 +1,7 @@
 """``python -m tools.cost``: what the compiled GPU kernels take of a card.
 
 ``[--backend native triton] [--card H200 ...] [--network NAME ...] [--layer CxHxW ...]
-[--layout NCHW NHWC] [--lines [N]] [--record FILE] [--budgets FILE]``
+[--layout NCHW NHWC] [--lines [N]] [--accesses] [--record FILE] [--budgets FILE]``
 
 For each layer, layout and direction, in bfloat16 at batch 256: instructions per 16-byte vector of x
 by phase, the resource that binds, the ceiling that it sets as a share of the speed of a copy, and
@@ -9,9 +9,10 @@ what a model of events expects, phases that wait for each other included. Nothin
 PTX is executed on the CPU (``tests/ptx``), which counts how often its basic blocks run; the machine
 code of nvcc, ptxas and Triton says which instructions these became.
 
-``--lines`` prints instead where the instructions of each kernel go, by line of source; ``--record``
-adds the lines to a record, see :mod:`tools.cost.page`; ``--budgets`` makes them the budgets that
-``tests/test_cost.py`` holds kernels to.
+``--accesses``, of the CUDA kernels, adds what accesses touch: sectors of 32 bytes, and conflicts of
+the banks of shared memory. ``--lines`` prints instead where the instructions of each kernel go, by
+line of source. ``--record`` adds the lines to a record, see :mod:`tools.cost.page`; ``--budgets``
+makes them the budgets that ``tests/test_cost.py`` holds kernels to.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main() -> int:
     parser.add_argument("--layer", nargs="+", default=[], metavar="CxHxW")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--lines", nargs="?", type=int, const=20, metavar="N")
+    parser.add_argument("--accesses", action="store_true")
     parser.add_argument("--record", type=Path, metavar="FILE")
     parser.add_argument("--budgets", type=Path, metavar="FILE")
     given = parser.parse_args()
@@ -92,8 +94,11 @@ def main() -> int:
                     if given.lines:
                         _print_lines(backend, layer, layout, card, given.lines)
                         continue
-                    for line in rows(backend, layer, layout, card):
+                    accesses = given.accesses and backend == "native"
+                    for line in rows(backend, layer, layout, card, accesses=accesses):
                         print(_shown(line), flush=True)
+                        for phase, what in line.get("touched", {}).items():
+                            print("   ", phase, *(f"{name} {n:.2f}" for name, n in what.items()))
                         found.append(line)
     if given.record and found:
         write(given.record, found)

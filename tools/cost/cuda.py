@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -11,11 +13,11 @@ from benchmarks.workloads import Layer
 
 from .cards import Card
 from .events import DEFAULT, Assumed
-from .executed import Counts, Plan, counts, module_of, plan_of
+from .executed import Counts, Plan, accesses, counts, module_of, plan_of
 from .machine_code import compiled
 from .pipes import Use
 from .price import BATCH, Work
-from .profile import Profile
+from .profile import Profile, phase_of
 from .ptx import Text
 
 _DIRECTIONS = ("forward", "backward")
@@ -158,6 +160,47 @@ def _launch(
         blocks=plan.blocks, threads=plan.threads, shared=plan.shared, moves=moves, l2=l2,
         latency=latency, in_flight=in_flight, l2_in_flight=l2_in_flight, stages=plan.slots,
     )  # type: ignore[arg-type]  # fmt: skip
+
+
+_ACCESS = re.compile(r"(?:@!?\s*%\w+\s+)?(ld|st|atom|red)\.")
+_NO_MEMORY = re.compile(r"\.(param|local|const)\b")
+
+
+def touched(
+    layer: Layer, last: bool, card: Card, batch: int = BATCH
+) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """Direction, and by phase what accesses touch for an image: ``read`` and ``written``, bytes of
+    the 32-byte sectors of global memory in each request over the bytes asked for; ``shared_read``
+    and ``shared_written``, wavefronts of shared memory over those without bank conflicts."""
+    passes = accesses(layer, last, plans(layer, last, card, batch), card.target)
+    for direction, kernels in zip(_DIRECTIONS, passes, strict=True):
+        sums: dict[str, Counter[str]] = {}
+        for (kernel, target), rows in kernels.items():
+            text = text_of(kernel, target)
+            lines = text.text.split("\n")
+            for row in rows:
+                line = lines[row.line - 1]
+                found = _ACCESS.search(line)
+                if found is None or _NO_MEMORY.search(line):
+                    continue
+                what = ("shared_" if row.shared else "") + (
+                    "read" if found[1] == "ld" else "written"
+                )
+                phase = phase_of(text.frames[row.line])
+                of = sums.setdefault(phase, Counter())
+                of[f"{what} cost"] += row.wavefronts if row.shared else 32 * row.sectors
+                of[f"{what} least"] += row.least if row.shared else row.bytes
+        yield (
+            direction,
+            {
+                phase: {
+                    what: round(of[f"{what} cost"] / of[f"{what} least"], 3)
+                    for what in ("read", "written", "shared_read", "shared_written")
+                    if of[f"{what} least"]
+                }
+                for phase, of in sums.items()
+            },
+        )
 
 
 def profiles_of(

@@ -97,7 +97,37 @@ def table(record: dict[str, Any], backend: str, card: str) -> str:
     text = [what, "", *("| " + " | ".join(row) + " |" for row in [head, *rows]), "",
             f"Of all {pairs} pairs of layer and layout in the record: {summaries}."]  # fmt: skip
     text.insert(3, "|" + "---|" * len(head))
-    return "\n".join(text)
+    return "\n".join([*text, *_touched(lines)])
+
+
+_WHAT = {
+    "read": "global, read", "written": "global, written", "shared_read": "shared, read",
+    "shared_written": "shared, written",
+}  # fmt: skip
+
+
+def _touched(lines: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
+    """A table of what accesses touch, of the lines of the record that say it."""
+    rows = []
+    for (layer, layout, direction), line in lines.items():
+        if "touched" not in line:
+            continue
+        of = {phase: line["touched"].get(phase, {}) for phase in ("sum", "mlp", "write")}
+        cells = [
+            " ".join(f"{phase} {found[what]:.1f}" for phase, found in of.items() if what in found)
+            for what in _WHAT
+        ]
+        rows.append([layer, layout, direction, *(cell or "-" for cell in cells)])
+    if not rows:
+        return []
+    head = ["layer", "layout", "direction", *_WHAT.values()]
+    what = (
+        "What accesses touch, by phase: bytes of the 32-byte sectors in a request of a warp over the "
+        "bytes asked for (below 1 where lanes ask for the same), and wavefronts of shared memory "
+        "over those without bank conflicts; copies of whole slices are not among them."
+    )
+    table = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return ["", what, "", table[0], "|" + "---|" * len(head), *table[1:]]
 
 
 def _summary(lines: dict[tuple[str, str, str], dict[str, Any]], direction: str) -> str:

@@ -32,9 +32,10 @@ def layers(networks: Iterable[str] = ()) -> list[Layer]:
 
 
 def rows(
-    backend: str, layer: Layer, layout: str, card: Card, batch: int = BATCH
+    backend: str, layer: Layer, layout: str, card: Card, batch: int = BATCH, accesses: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Lines of the record: of the forward and the backward pass, in bfloat16."""
+    """Lines of the record: of the forward and the backward pass, in bfloat16. With ``accesses``
+    also what those of the CUDA kernels touch, see :func:`.cuda.touched`."""
     last = layout == "NHWC"
     if backend == "native":
         work = cuda.work(layer, last, card, batch)
@@ -43,11 +44,13 @@ def rows(
 
         work = triton.work(layer, last, card, batch)
     x_bytes = 2.0 * batch * layer.channels * layer.positions
+    touched = dict(cuda.touched(layer, last, card, batch)) if accesses else {}
     for direction, plan, launches in work:
         yield {
             "backend": backend, "card": card.name, "layer": layer.name, "shape": layer.shape,
             "layout": layout, "direction": direction, "plan": plan,
             **row(launches, card, _PASSES[direction], x_bytes),
+            **({"touched": touched[direction]} if accesses else {}),
         }  # fmt: skip
 
 
