@@ -12,7 +12,7 @@ code of nvcc, ptxas and Triton says which instructions these became.
 ``--accesses``, of the CUDA kernels, adds what accesses touch: sectors of 32 bytes, and conflicts of
 the banks of shared memory. ``--lines`` prints instead where the instructions of each kernel go, by
 line of source. ``--record`` adds the lines to a record, see :mod:`tools.cost.page`; ``--budgets``
-makes them the budgets that ``tests/test_cost.py`` holds kernels to.
+makes them the budgets that ``tests/test_cost_kernels.py`` holds kernels to.
 """
 
 from __future__ import annotations

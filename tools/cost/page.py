@@ -122,9 +122,9 @@ def _touched(lines: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
         return []
     head = ["layer", "layout", "direction", *_WHAT.values()]
     what = (
-        "What accesses touch, by phase: bytes of the 32-byte sectors in a request of a warp over the "
-        "bytes asked for (below 1 where lanes ask for the same), and wavefronts of shared memory "
-        "over those without bank conflicts; copies of whole slices are not among them."
+        "What accesses touch, by phase: bytes of the 32-byte sectors in a request of a warp over "
+        "the bytes asked for (below 1 where lanes ask for the same), and wavefronts of shared "
+        "memory over those without bank conflicts; copies of whole slices are not among them."
     )
     table = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     return ["", what, "", table[0], "|" + "---|" * len(head), *table[1:]]

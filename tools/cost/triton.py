@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -50,9 +51,11 @@ class _Process:
 
     def __init__(self, capability: int, multiprocessors: int) -> None:
         command = [sys.executable, "-m", "tools.cost.triton_launches"]
+        # What interprets kernels does not compile them.
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         self.process = subprocess.Popen(
             [*command, str(capability), str(multiprocessors)], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
         )  # fmt: skip
 
     def ask(self, call: dict[str, Any]) -> list[list[dict[str, Any]]]:
