@@ -313,6 +313,10 @@ def _holds(backend: str, card: str, layer: str, layout: str) -> None:
     }
     lines = list(rows(backend, of, layout, CARDS[card]))
     assert {line["direction"] for line in lines} == set(allowed)
+    for line in lines:
+        of_compiler = allowed[line["direction"]]["compiler"]
+        if line["compiler"] != of_compiler:
+            pytest.skip(f"the budgets are of {of_compiler}, this is {line['compiler']}")
     wrong = {line["direction"]: budgets.exceeded(allowed[line["direction"]], line)
              for line in lines}  # fmt: skip
     assert not any(wrong.values()), wrong

@@ -261,3 +261,20 @@ def test_types_are_those_of_the_manual() -> None:
     assert {kind for kind in TYPES if not kind.startswith(("f", "bf", "pred"))} == {
         f"{letter}{bits}" for letter in "bsu" for bits in (8, 16, 32, 64)
     }
+
+
+def test_blank_lines_before_what_is_left_out_are_lines() -> None:
+    text = (
+        ".entry k()\n{\n\n\n.loc 1 2 3\n\nret;\n}\n\n.section .debug_str\n{\n}\n\n.entry l()\n{\n}"
+    )
+    assert [(s.line, s.text) for s in statements(text)] == [
+        (1, ".entry k() {"), (7, "ret"), (8, "}"), (14, ".entry l() {"), (16, "}"),
+    ]  # fmt: skip
+
+
+def test_nothing_is_counted_unless_asked_for() -> None:
+    text = f"{HEADER}.entry k()\n{{\n.reg .pred %p<2>;\nL: @%p1 bra L;\nret;\n}}"
+    assert "count" not in Module(text).cpp()
+    module = Module(text, counts=True)
+    assert module.leaders == [7, 8]
+    assert module.cpp().count("count(") == 3  # its definition, and the two

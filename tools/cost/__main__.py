@@ -32,8 +32,8 @@ from .record import BACKENDS, HEAD, LAYOUTS, layers, rows, write
 def _shown(line: dict[str, Any]) -> str:
     phases = ", ".join(f"{name} {use[0]:.0f}" for name, use in line["per_vector"].items())
     each = line["kernels"][0]
-    low, high = line["expected"]
-    slow, fast = line["expected_us"]
+    low, high = sorted(line["expected"])
+    fast, slow = sorted(line["expected_us"])
     return (
         f"{line['backend']} {line['card']} {line['layer']} {line['layout']} {line['direction']}: "
         f"{line['instructions_per_vector']:.0f} of {line['slots_per_vector']:.0f} instructions per "

@@ -25,7 +25,8 @@ def budget_of(line: dict[str, Any]) -> dict[str, Any]:
         for kernel in line["kernels"]
     }  # fmt: skip
     phases = {phase: cycles[_ISSUE] for phase, cycles in line["per_vector"].items()}
-    return {name: line[name] for name in _KEY} | {"instructions": phases, "kernels": kernels}
+    head = {name: line[name] for name in (*_KEY, "compiler")}
+    return head | {"instructions": phases, "kernels": kernels}
 
 
 def exceeded(budget: dict[str, Any], line: dict[str, Any]) -> list[str]:

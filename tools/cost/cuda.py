@@ -14,7 +14,7 @@ from benchmarks.workloads import Layer
 from .cards import Card
 from .events import DEFAULT, Assumed
 from .executed import Counts, Plan, accesses, counts, module_of, plan_of
-from .machine_code import compiled
+from .machine_code import compiled, release
 from .pipes import Use
 from .price import BATCH, Work
 from .profile import Profile, phase_of
@@ -160,6 +160,10 @@ def _launch(
         blocks=plan.blocks, threads=plan.threads, shared=plan.shared, moves=moves, l2=l2,
         latency=latency, in_flight=in_flight, l2_in_flight=l2_in_flight, stages=plan.slots,
     )  # type: ignore[arg-type]  # fmt: skip
+
+
+def compiler() -> str:
+    return release()
 
 
 _ACCESS = re.compile(r"(?:@!?\s*%\w+\s+)?(ld|st|atom|red)\.")

@@ -63,6 +63,14 @@ def why_not() -> str | None:
     return reason or (f"no {' and no '.join(missing)}" if missing else None)
 
 
+def release(program: str | None = None) -> str:
+    """Of ptxas, whose choices a price depends on."""
+    assembler = program or tool("ptxas")
+    assert assembler
+    found = re.search(r"V([\d.]+)", _version(assembler))
+    return f"ptxas {found[1] if found else 'of an unknown release'}"
+
+
 class Resources(NamedTuple):
     registers: int
     stack: int  # bytes: what is spilled is there

@@ -45,6 +45,11 @@ def _loads(line: dict[str, Any]) -> str:
     return str(min(found)) if found else "-"
 
 
+def _range(shares: Sequence[float]) -> str:
+    low, high = (f"{share:.0%}" for share in sorted(shares))
+    return low if low == high else f"{low.rstrip('%')}-{high}"
+
+
 def _cells(line: dict[str, Any] | None) -> list[str]:
     if line is None:
         return ["n/a"] * 6
@@ -57,7 +62,7 @@ def _cells(line: dict[str, Any] | None) -> list[str]:
         _loads(line),
         _SHORT.get(line["binds"], line["binds"]),
         f"{line['ceiling']:.0%}",
-        "{:.0%}-{:.0%}".format(*line["expected"]),
+        _range(line["expected"]),
     ]
 
 
@@ -84,7 +89,8 @@ def table(record: dict[str, Any], backend: str, card: str) -> str:
     for layer in layers(DEFAULT_NETWORKS):
         for layout in LAYOUTS:
             of = [lines.get((layer.name, layout, direction)) for direction in _DIRECTIONS]
-            rows.append([layer.name, layout, *_cells(of[0]), *_cells(of[1])])
+            if any(of):
+                rows.append([layer.name, layout, *_cells(of[0]), *_cells(of[1])])
     what = (
         f"**{HEAD[0].upper()}{HEAD[1:]}.** `{backend}` on {card} "
         f"({of_card['copy_speed'] / 1e12:.2f} TB/s, {of_card['multiprocessors']} multiprocessors "

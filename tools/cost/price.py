@@ -57,7 +57,7 @@ class Price(NamedTuple):
 
     occupancy: int  # blocks per multiprocessor
     limits: dict[str, float]  # if nothing but that resource counted
-    expected: tuple[float, float]  # blocks in step, and not: see .events
+    expected: tuple[float, float]  # with blocks in step, and not: see .events
 
 
 def limits(work: Work, card: Card) -> dict[str, float]:

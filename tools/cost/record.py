@@ -38,17 +38,17 @@ def rows(
     also what those of the CUDA kernels touch, see :func:`.cuda.touched`."""
     last = layout == "NHWC"
     if backend == "native":
-        work = cuda.work(layer, last, card, batch)
+        work, compiler = cuda.work(layer, last, card, batch), cuda.compiler()
     else:
         from . import triton
 
-        work = triton.work(layer, last, card, batch)
+        work, compiler = triton.work(layer, last, card, batch), triton.compiler()
     x_bytes = 2.0 * batch * layer.channels * layer.positions
     touched = dict(cuda.touched(layer, last, card, batch)) if accesses else {}
     for direction, plan, launches in work:
         yield {
             "backend": backend, "card": card.name, "layer": layer.name, "shape": layer.shape,
-            "layout": layout, "direction": direction, "plan": plan,
+            "layout": layout, "direction": direction, "compiler": compiler, "plan": plan,
             **row(launches, card, _PASSES[direction], x_bytes),
             **({"touched": touched[direction]} if accesses else {}),
         }  # fmt: skip

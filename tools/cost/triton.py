@@ -17,7 +17,7 @@ from benchmarks.workloads import Layer
 
 from .cards import Card
 from .events import DEFAULT, Assumed
-from .machine_code import OUT, ROOT, compiled, for_tests, write
+from .machine_code import OUT, ROOT, compiled, for_tests, release, write
 from .pipes import Use
 from .price import BATCH, Work
 from .profile import Profile
@@ -44,6 +44,12 @@ def _assembler() -> str:
     assert found
     assert found.origin
     return str(Path(found.origin).parent / "backends" / "nvidia" / "bin" / "ptxas")
+
+
+def compiler() -> str:
+    from importlib.metadata import version
+
+    return f"triton {version('triton')}, {release(_assembler())}"
 
 
 class _Process:
