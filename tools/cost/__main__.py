@@ -86,7 +86,6 @@ def main() -> int:
             parser.error(f"--layer: no layer of the networks is {', '.join(sorted(unknown))}")
         chosen = [layer for layer in chosen if layer.shape in given.layer]
     print(HEAD)
-    found = []
     for backend in given.backend:
         for card in (CARDS[name] for name in given.card):
             for layer in chosen:
@@ -95,15 +94,17 @@ def main() -> int:
                         _print_lines(backend, layer, layout, card, given.lines)
                         continue
                     accesses = given.accesses and backend == "native"
-                    for line in rows(backend, layer, layout, card, accesses=accesses):
-                        print(_shown(line), flush=True)
+                    lines = list(rows(backend, layer, layout, card, accesses=accesses))
+                    for line in lines:
+                        print(_shown(line))
                         for phase, what in line.get("touched", {}).items():
                             print("   ", phase, *(f"{name} {n:.2f}" for name, n in what.items()))
-                        found.append(line)
-    if given.record and found:
-        write(given.record, found)
-    if given.budgets and found:
-        renew(given.budgets, found)
+                    sys.stdout.flush()
+                    # At once: all layers take an hour, and what is done need not be lost.
+                    if given.record:
+                        write(given.record, lines)
+                    if given.budgets:
+                        renew(given.budgets, lines)
     return 0
 
 

@@ -118,7 +118,7 @@ def _launch(
             l2={"parameters": saved * tiles / max(1, -(-outputs // 32))},
             latency={"parameters": steps / batch * assumed.l2}, in_flight={}, l2_in_flight={},
             stages=0,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
     backward = direction == "backward"
     moves = {"write": image}
     l2 = {"mlp": 0.0 if "weights kept" in plan.words else weights}
@@ -159,7 +159,7 @@ def _launch(
         **common, uses=uses, once=start.per_image(card.capability), groups=plan.groups,
         blocks=plan.blocks, threads=plan.threads, shared=plan.shared, moves=moves, l2=l2,
         latency=latency, in_flight=in_flight, l2_in_flight=l2_in_flight, stages=plan.slots,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def compiler() -> str:

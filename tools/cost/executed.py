@@ -43,10 +43,6 @@ class Plan(NamedTuple):
     groups: int
     policy: str  # which forces it
 
-    @property
-    def grid_blocks(self) -> int:
-        return self.blocks * self.groups
-
 
 def plan_of(words: str, card: Card, batch: int) -> Plan:
     """Raises ValueError where the words are those of no plan."""
