@@ -350,7 +350,7 @@ def test_record_has_every_layer() -> None:
     """Of the CUDA kernels on the card that docs speak of."""
     from tools.cost.record import layers
 
-    record = json.loads((ROOT / "benchmarks/results/computed-cost.json").read_text())
+    record = json.loads((ROOT / "benchmarks/results/computed/cost.json").read_text())
     found = {(line["layer"], line["layout"], line["direction"]) for line in record["rows"]
              if (line["backend"], line["card"]) == ("native", "H200")}  # fmt: skip
     wanted = itertools.product((x.name for x in layers()), ("NCHW", "NHWC"),

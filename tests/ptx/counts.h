@@ -51,7 +51,7 @@ inline void record_access(const char* at, size_t bytes, const Where& where) {
 // same time.
 struct Touched {
   u64 line, shared, requests, bytes;
-  u64 sectors;           // of 32 bytes, in each request
+  u64 sectors;            // of 32 bytes, in each request
   u64 wavefronts, least;  // of shared memory: 32 banks of 4 bytes; and without conflicts
 };
 

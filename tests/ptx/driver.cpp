@@ -8,8 +8,8 @@
 // What went wrong, or an empty text. `only` are the clusters that run, if it is not null.
 extern "C" const char* ptx_run(const ptx::Entry* entry, unsigned grid, unsigned block,
                                unsigned cluster, unsigned shared, int cooperative,
-                               const void* const* parameters, uint64_t seed,
-                               const uint32_t* only, unsigned count) {
+                               const void* const* parameters, uint64_t seed, const uint32_t* only,
+                               unsigned count) {
   static std::string error;
   simt::Launch launch;
   launch.grid = {grid, 1, 1};
