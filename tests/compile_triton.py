@@ -32,6 +32,12 @@ from senet_kernels import ops, pack_options
 from senet_kernels.backends.triton import halves, launch, operands, tuning
 from senet_kernels.backends.triton.plan import Choice, Device, candidates
 
+# What a program could tell another one by, or order its accesses with for others to see.
+BETWEEN_PROGRAMS = re.compile(
+    r"^\s*(?:@!?%p\d+\s+)?((?:atom|red|fence|membar|multimem|griddepcontrol|barrier\.cluster|"
+    r"(?:ld|st)\.(?:[\w:]+\.)*(?:acquire|release|relaxed|volatile|mmio))\b[\w.:]*)",
+    re.M,
+)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -88,6 +94,7 @@ def _report(kernel: Any, compiled: Any, arguments: dict[str, Any]) -> dict[str, 
         "warps": metadata.num_warps,
         "vectors": vectors,
         "loads_16": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
+        "between_programs": sorted(set(BETWEEN_PROGRAMS.findall(ptx))),
         "stores_16": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
         **_resources(compiled.asm["cubin"]),
     }

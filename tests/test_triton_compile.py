@@ -204,6 +204,8 @@ def _faults(
         name, what = kernel["kernel"], f"{options}: {kernel}"
         if kernel["STACK"] and name not in may_spill:
             yield f"spills: {what}"
+        if kernel["between_programs"]:
+            yield f"programs synchronize, which no litmus test is about: {what}"
         if kernel["shared"] > DEVICES[capability][0]:
             yield f"shared memory: {what}"
         if wide and name not in _WITHOUT_IMAGES:
@@ -347,6 +349,18 @@ def _hand_picked(capability: int) -> list[tuple[dict[str, Any], bool]]:
 def _layers(capability: int) -> list[tuple[dict[str, Any], bool]]:
     real = _with_width(capability, _real_layers(capability))
     return [*_hand_picked(capability), *_MORE.get(capability, ()), *real]
+
+
+def test_synchronization_of_programs_is_seen() -> None:
+    """In PTX, whose other instructions are not taken for it."""
+    from compile_triton import BETWEEN_PROGRAMS
+
+    seen = ["atom.global.gpu.acq_rel.add.u32", "red.release.gpu.global.add.u32", "membar.gl",
+            "fence.acq_rel.gpu", "ld.global.acquire.gpu.b32", "st.relaxed.gpu.global.u32",
+            "barrier.cluster.arrive.aligned", "ld.volatile.global.u32"]  # fmt: skip
+    others = ["bar.sync", "redux.sync.add.s32", "ld.global.v4.b32", "st.shared.b32", "ld.param.b64"]
+    text = "".join(f"\t@%p1 {opcode} %r1, %r2;\n\t{opcode} \t%r3;\n" for opcode in seen + others)
+    assert BETWEEN_PROGRAMS.findall(text) == [opcode for opcode in seen for _ in range(2)]
 
 
 @pytest.mark.parametrize("capability", _TARGETS)

@@ -343,7 +343,7 @@ _CUDA_SANITIZED = "tests/test_cuda_on_cpu.py::test_clean_under_sanitizers"
 def page() -> str:
     """The whole of docs/reliability.md."""
     parts = [
-        *(_HEAD, *hazards(), _RUNS, *runs(), _FUZZ, *fuzz()),
+        *(_HEAD, *hazards(), _RUNS, *runs(), _FUZZ, *fuzz(), _ORDERING.rstrip("\n")),
         *(_SANITIZERS, *sanitizers(), _MUTANTS, *mutants(), ""),
     ]
     return "\n".join(parts)
@@ -364,7 +364,8 @@ of their text (`tools/mutation_sites.py` lists the files): it fails no test, but
 
 - **CPU**: any machine; the C++ kernels, the reference, and everything around them.
 - **simulated CUDA**: the CUDA sources, compiled by a C++ compiler and executed thread by thread
-  (`tests/simt`). It has no memory ordering, no bank conflicts, no real asynchrony.
+  (`tests/simt`). It has no memory ordering, no bank conflicts, no real asynchrony. Of the first
+  there is a section below.
 - **Triton interpreter**: `TRITON_INTERPRET=1`. It proves what a kernel computes, not that it
   compiles, nor anything about registers, races or launching.
 - **GPU**: marked `gpu`. No kernel of this package has yet run on a GPU, and until one has, what
@@ -387,6 +388,24 @@ _FUZZ = """
 options, gradients asked for, special values, threads, plans), compares outputs and gradients with a
 float64 oracle, prints a command that reproduces what is wrong, and keeps it in `tests/corpus/`,
 which the gate replays. Triton runs in the interpreter, CUDA on the simulation. Recorded runs:"""
+_ORDERING = """
+## Memory ordering
+
+What one block writes another one sees late, and in another order, unless both ask for it. The
+exchanges of the CUDA kernels (through global memory, in a cluster's shared memory, and the rings
+of asynchronous copies) are therefore checked against the PTX memory model (`tests/memory_model`):
+a checker that enumerates every execution that the axioms of the PTX manual allow, of programs of
+two or three blocks. As written all of them read what they should, without a data-race; with a
+barrier, fence, order or scope weakened, one at a time, some do not, or it is said why the step is
+spare. The PTX that nvcc emits is compared with these programs, instruction by instruction, on
+every path of a thread; of the machine code it is asserted that a release is a `MEMBAR` before, an
+acquire empties L1 behind, and barriers stand where the protocol has them. Programs of the Triton
+kernels do not speak to each other, and their PTX has nothing by which they could. This proves
+that the kernels ask for the order they need. It does not prove addresses and counts (executing
+the PTX, `tests/ptx`, shows those), larger numbers of blocks than were enumerated, accesses within
+a block outside of the exchanges, nor that a GPU does what its manual says: nothing of this is a
+run on a GPU.
+"""
 _SANITIZERS = """
 ## Sanitizers
 

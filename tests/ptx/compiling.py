@@ -108,19 +108,38 @@ def instance(kernel: str) -> tuple[str, str]:
 def ptx_of(kernel: str, target: str, *flags: str) -> str:
     """PTX of one kernel of csrc/cuda, by its mangled name, for ``compute_<target>``; ``flags`` of
     nvcc are such as leave the instructions as they are (``-lineinfo``)."""
+    return _ptx_file(kernel, target, *flags).read_text()
+
+
+def _ptx_file(kernel: str, target: str, *flags: str) -> Path:
     header, declared = instance(kernel)
     text = f'#include "{header}"\nnamespace senet::gpu {{\n{declared}\n}}\n'
+    return ptx_file_of(text, header.removesuffix(".cuh"), target, *flags)
+
+
+def ptx_file_of(text: str, name: str, target: str, *flags: str) -> Path:
+    """PTX of C++ that includes headers of csrc/cuda."""
     nvcc = find_nvcc()
     assert nvcc is not None
     headers = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cuh", ".h"))
     names = [path.name for path in headers]
     key = _key(text, target, [*_NVCC_FLAGS, *flags], _version(nvcc), names, *headers)
-    source = OUT / f"{header.removesuffix('.cuh')}-{target}-{key}.cu"
+    source = OUT / f"{name}-{target}-{key}.cu"
     product = source.with_suffix(".ptx")
     if not product.exists():
         _write(source, text)
         build.make(product, [nvcc, *_NVCC_FLAGS, *flags, f"-arch=compute_{target}", str(source)])
-    return product.read_text()
+    return product
+
+
+def cubin_of(kernel: str, target: str) -> Path:
+    """Machine code of one kernel of csrc/cuda for ``sm_<target>``, made of its PTX as nvcc does."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    ptx = _ptx_file(kernel, target)
+    product = ptx.with_suffix(".cubin")  # whose name has the hash of all that the PTX is made of
+    build.make(product, [nvcc, "-cubin", f"-arch=sm_{target}", str(ptx)])
+    return product
 
 
 def _write(path: Path, text: str) -> None:

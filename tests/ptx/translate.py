@@ -49,7 +49,7 @@ _VARIABLE = re.compile(
     r"(?P<name>[\w$]+)(?:\[(?P<count>\d*)\])?(?:\s*=\s*(?P<values>.*))?",
     re.S,
 )
-_FUNCTION = re.compile(
+FUNCTION = re.compile(
     r"(?:\.(?:visible|extern|weak)\s+)*\.(?P<kind>entry|func)\s*(?:\.noreturn\s*)?"
     r"(?:\((?P<results>[^)]*)\)\s*)?(?P<name>[\w$]+)\s*(?:\((?P<parameters>[^)]*)\))?\s*(?P<body>\{)?",
 )
@@ -106,7 +106,7 @@ def statements(text: str) -> Iterator[Statement]:
         so_far = " ".join(held.split())
         if part in ("{", "}") and not so_far:
             yield Statement(part, line)
-        elif part == "{" and _FUNCTION.fullmatch(so_far):
+        elif part == "{" and FUNCTION.fullmatch(so_far):
             yield Statement(f"{so_far} {{", first)
         elif part == ":" and re.fullmatch(r"[\w$]+", so_far):
             yield Statement(f"{so_far}:", first)
@@ -382,7 +382,7 @@ class Module:
 
     def _at_module_level(self, statement: Statement) -> _Function | None:
         text, line = statement
-        if found := _FUNCTION.match(text):
+        if found := FUNCTION.match(text):
             return self._begin(found, line)
         if text.startswith(".pragma"):
             return None

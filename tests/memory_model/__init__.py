@@ -1,0 +1,1 @@
+"""The PTX memory model over the kernels' exchange protocols: see README.md."""
