@@ -4,45 +4,26 @@ A module is converted by giving it a new class: a subclass of its own whose ``fo
 ``squeeze_excite`` with the module's own parameters. Nothing else changes, so that parameters,
 names, state_dict keys, hooks, flags and copies stay what they were, and giving the old class back
 undoes it. Where a call is not what the module was recognised for, or a child has been hooked or
-replaced since, the module's original forward runs.
+replaced since, the module's original forward runs (:mod:`senet_kernels.converted`).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import partial, wraps
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.nn.modules.module import _has_any_global_hook
+from torch import nn
 
-from . import api, dispatch, resolve
+from . import dispatch
+from .converted import Fused, fused_class
 from .forms import (
     Form,
-    Functions,
-    Halves,
     Mlp,
     Refusal,
-    code_of,
-    find,
-    functions_of,
-    guard,
-    hook_reason,
-    is_patched,
     one_line,
-    stale_reason,
-    weight_and_bias,
 )
 from .neighbours import Block, recognise_block
-from .pointwise import POINTWISE
 from .recognise import recognise
-from .reference import autocast_is_on
-from .tensors import PLAIN_TYPES, foreign_class, wrapper_class
-from .validation import DTYPES
 
 
 class Entry(NamedTuple):
@@ -73,273 +54,6 @@ class FusionReport(NamedTuple):
 
     def __str__(self) -> str:
         return report(replaced=self.replaced, refused=self.refused)
-
-
-def _stale_reason(module: Any) -> str | None:
-    """What is not as it was when the module was fused: of itself, of its class, of its children."""
-    if is_patched(module._functions):
-        return "its class has been changed"
-    return stale_reason(module, module._senet_form.parts)
-
-
-def _stale_reason_at_trace_time(module: Any) -> str | None:
-    return _stale_reason(module)
-
-
-# Dynamo runs it, and keeps the answer: torch.compiler.assume_constant_result, which would import
-# Dynamo.
-_stale_reason_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-class _Fused(nn.Module):
-    """Put before a recognised class by :func:`_fused_class`."""
-
-    if TYPE_CHECKING:  # torch.jit.script evaluates annotations
-        _original: type[nn.Module]
-        _functions: Functions  # of the original, when it was recognised
-        _forward: tuple[Any]
-        _code: str
-        _senet_form: Form | Block | None
-        _senet_backend: str | None
-    _senet_form = None  # also where it was made by slicing a Sequential, say
-    _senet_backend = None
-
-    def _senet_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The ``forward`` of every such class, under its original's signature."""
-        form, backend = self._senet_form, self._senet_backend
-        x: Any = args[0] if args else None
-        compiling = resolve.is_compiling()
-        if form is None or (
-            isinstance(x, Tensor) and not dispatch.may_run_kernels(x, backend, compiling)
-        ):
-            return self._original.forward(self, *args, **kwargs)
-        plain, more, lengths = args, kwargs, None
-        if isinstance(form, Mlp) and form.lengths is not None:
-            plain, more, lengths = _take_lengths(args, kwargs)
-        reason = _call_reason(form, self, plain, more, compiling)
-        y: Any = NotImplemented
-        if reason is None:
-            if isinstance(form, Block):
-                y = self._run_block(form, x)
-            elif isinstance(form, Mlp):
-                y = _excite(self, form, x, lengths=lengths)
-            else:
-                y = _run_halves(self, form, x)
-        elif (backend is not None or dispatch._forced is not None) and not isinstance(form, Block):
-            _refuse_kernels(self, reason)  # a block's squeeze-and-excitation has its own say
-        return self._original.forward(self, *args, **kwargs) if y is NotImplemented else y
-
-    def _run_block(self, block: Block, x: Tensor) -> Any:
-        try:
-            se = find(self, block.se)
-        except KeyError:  # taken out
-            return NotImplemented
-        form = se._senet_form if isinstance(se, _Fused) else None
-        compiling = resolve.is_compiling()
-        if (
-            not isinstance(form, Mlp)
-            or hook_reason(se)
-            or (_changed_as_compiled(se, form) if compiling else _stale_reason(se))
-            or not dispatch.may_run_kernels(x, se._senet_backend, compiling)
-        ):
-            return NotImplemented
-        return block.run(block, self, x, partial(_excite_within, se, form))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, where pickle and copy cannot find it by name.
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (_new_fused, (self._original, self._code), *reduced[2:])
-
-
-def _excite(
-    module: Any,
-    form: Mlp,
-    x: Tensor,
-    *,
-    before: str | None = None,
-    after: str | None = None,
-    residual: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Any:
-    """A module's operation, with the steps around it that its block adds; NotImplemented where
-    nothing fused computes it."""
-    w1, b1 = (None, None) if form.fc1 is None else weight_and_bias(find(module, form.fc1))
-    w2, b2 = weight_and_bias(find(module, form.fc2))
-    backend = module.__dict__["_senet_backend"]
-    reason = _mlp_reason(form, x, w1, w2)
-    if reason is not None:
-        _refuse_kernels(module, reason)
-        return NotImplemented
-    more = form.residual is not None or (form.lengths is not None and lengths is not None)
-    if more and resolve.why_no_kernel() is not None:  # the original computes them
-        return NotImplemented
-    if form.residual is not None:
-        residual = form.residual(module, x)
-    if form.lengths is not None and lengths is not None:
-        lengths = form.lengths(x, lengths)
-    names = (form.activation, form.gate, before, after)
-    try:
-        return resolve.run(
-            x, w1, b1, w2, b2, names, None, residual, None, None, lengths, False, backend
-        )
-    except (TypeError, ValueError) as error:
-        if dispatch.requested_backend(backend) != "auto":
-            raise
-        try:
-            resolve.prepare(
-                x, w1, b1, w2, b2, names, None, residual, None, None, lengths, False, backend
-            )
-        except (TypeError, ValueError):
-            return NotImplemented  # not a call the operation takes: the original's business
-        raise error from None  # of a hook, say
-
-
-def _refuse_kernels(module: Any, reason: str) -> None:
-    """Refuse a kernel backend asked for by name, unless what is going on is without kernels."""
-    backend = module._senet_backend
-    if dispatch.requested_backend(backend) in dispatch.KERNELS and not resolve.why_no_kernel():
-        dispatch.refuse_kernels(f"this {module._original.__name__}: {reason}", backend)
-
-
-def _run_halves(module: Any, form: Halves, x: Tensor) -> Tensor:
-    """A module whose excitation runs between the kernels for the halves."""
-    backend = module._senet_backend
-    u = form.excite(module, api.squeeze(x, backend=backend))
-    if u.shape == x.shape[:2] and (u.dtype == x.dtype or autocast_is_on(x.device.type)):
-        return api.channel_scale(x, u, gate=form.gate, backend=backend)
-    # A layer in its place has another dtype, or is as wide as broadcasting allows.
-    row = POINTWISE[form.gate]
-    return x * (row.eager or row.fn)(u[:, :, None, None])
-
-
-def _excite_within(
-    module: Any,
-    form: Mlp,
-    x: Tensor,
-    *,
-    before: str | None = None,
-    after: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The same inside a block that is half computed already: step by step where nothing fused
-    computes it."""
-    y: Any = NotImplemented
-    if x.dim() in form.ranks:  # unless a Sequential reshapes on the way
-        y = _excite(module, form, x, before=before, after=after, residual=residual)
-    if y is NotImplemented:
-        y = module(POINTWISE[before or "identity"].fn(x))
-        y = POINTWISE[after or "identity"].fn(y if residual is None else y + residual)
-    result: Tensor = y
-    return result
-
-
-def _take_lengths(args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
-    """Positional and named arguments without ``lengths``, and that."""
-    if len(args) == 2 and not kwargs:
-        return args[:1], kwargs, args[1]
-    if len(args) == 1 and kwargs.keys() == {"lengths"}:
-        return args, {}, kwargs["lengths"]
-    return args, kwargs, None
-
-
-def _changed_as_compiled(module: Any, form: Form | Block) -> str | None:
-    """What of the module is unlike the one that was fused, as Dynamo can trace and guard it."""
-    reason = _stale_reason_at_trace_time(module)
-    if reason is None and not (
-        module._original.forward is module._forward[0] and guard(module, form.parts)
-    ):
-        reason = "it has changed since it was compiled"
-    return reason
-
-
-def _call_reason(
-    form: Form | Block, module: Any, args: Any, kwargs: Any, compiling: bool
-) -> str | None:
-    """Why the original forward runs: what is unlike the calls, or the module, that the form was
-    recognised for."""
-    if len(args) != 1 or kwargs:
-        return "it was called with other arguments than x"
-    x = args[0]
-    if not isinstance(x, Tensor):  # torch.fx traces the original
-        return f"x is a {type(x).__name__}"
-    if x.dim() not in form.ranks:
-        return f"x has {x.dim()} dimensions"
-    if not compiling and torch._C._get_tracing_state() is not None:
-        return resolve.why_no_kernel()
-    if _has_any_global_hook():
-        return "a global module hook is registered"
-    reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module)
-    if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
-        reason = _no_kernel_reason(x)
-    return reason
-
-
-def _no_kernel_reason(x: Tensor) -> str | None:
-    """Why no kernel takes part, whatever is computed of x; asked before a part of it is."""
-    if x.dtype not in DTYPES or x.is_nested or x.layout != torch.strided:
-        return f"x is a {x.dtype} tensor of layout {x.layout}"
-    kind = wrapper_class(x)
-    return resolve.why_no_kernel() if kind is None else f"x is a {kind}"
-
-
-def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
-    """What of x or of the layers is not as the operation takes it."""
-    if type(w2) not in PLAIN_TYPES or type(w1) not in PLAIN_TYPES:
-        kind = foreign_class(w2) or foreign_class(w1)
-        if kind is not None:
-            return f"its layers have weights of class {kind}"
-    channels = (w2 if w1 is None else w1).size(1)
-    if x.is_nested or x.size(1) != channels:
-        return f"x has {x.size(1)} channels, its layers have {channels}"
-    if w2.size(0) != channels:  # twice as many would be taken for scale and shift
-        return f"its last layer has {w2.size(0)} outputs for {channels} channels"
-    if form.autocast and x.dtype is w2.dtype:
-        return None
-    if autocast_is_on(x.device.type):
-        return None if form.autocast else "it does not compute as autocast would have it"
-    # Outside autocast the original casts, or raises what its user knows.
-    return None if x.dtype is w2.dtype else f"x is {x.dtype}, its parameters are {w2.dtype}"
-
-
-_CLASSES: dict[type[nn.Module], type[_Fused]] = {}
-
-
-def _fused_class(original: type[nn.Module]) -> type[_Fused]:
-    known = _CLASSES.get(original)
-    if known is None or is_patched(known._functions):
-        if issubclass(original, GraphModule):
-            raise Refusal("it is a traced graph, of a class of its own: fuse before tracing")
-        for name in ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"):
-            if getattr(original, name, None) is not getattr(nn.Module, name, None):
-                raise Refusal(f"its class is copied and pickled in its own way, by {name}")
-
-        # A function of its own for each class, which has the original's signature.
-        ours = _Fused._senet_forward
-        forward = wraps(original.forward)(FunctionType(ours.__code__, ours.__globals__))
-        contents = {
-            "_original": original, "_functions": functions_of(original),
-            "_forward": (original.forward,), "_code": code_of(original), "forward": forward,
-            "__module__": __name__, "__doc__": original.__doc__,
-        }  # fmt: skip
-        name = f"Fused{original.__name__}"
-        try:
-            _CLASSES[original] = type(name, (_Fused, original), contents)
-        except Exception as error:  # __init_subclass__ and metaclasses may do as they like
-            raise Refusal(f"its class cannot be subclassed: {one_line(error)}") from error
-    return _CLASSES[original]
-
-
-def _new_fused(original: type[nn.Module], code: str | None = None) -> nn.Module:
-    """An instance for ``copy`` and ``pickle``; ``code``: the class's when its form was found."""
-    cls = _fused_class(original)
-    if code in (None, cls._code):
-        return cls.__new__(cls)
-    warnings.warn(
-        f"{original.__module__}.{original.__qualname__} is not the class that was fused (other "
-        "code, or another Python): its own forward runs; call fuse_se_blocks again",
-        RuntimeWarning, stacklevel=2,
-    )  # fmt: skip
-    return original.__new__(original)
 
 
 def _describe(form: Form) -> str:
@@ -373,8 +87,8 @@ class _Plan:
                 continue
             try:
                 form = _form_of(module) or recognise(module)
-                if form is not None and not isinstance(module, _Fused):
-                    _fused_class(type(module))
+                if form is not None and not isinstance(module, Fused):
+                    fused_class(type(module))
             except Refusal as refusal:
                 self.refused.append(Entry(name, _kind(module), str(refusal)))
             else:
@@ -392,8 +106,8 @@ class _Plan:
                 continue
             try:
                 block = _form_of(module) or recognise_block(module, self._is_found)
-                if not isinstance(module, _Fused):
-                    _fused_class(type(module))
+                if not isinstance(module, Fused):
+                    fused_class(type(module))
             except Refusal as refusal:
                 self.refused.append(Entry(name, _kind(module), f"neighbours: {refusal}"))
             else:
@@ -416,8 +130,8 @@ class _Plan:
             before = {n: v for n, v in vars(module).items() if n.startswith("_senet_")}
             done.append((module, type(module), before))
             try:
-                if not isinstance(module, _Fused):
-                    module.__class__ = _fused_class(type(module))
+                if not isinstance(module, Fused):
+                    module.__class__ = fused_class(type(module))
                 module._senet_form = form  # type: ignore[assignment]
                 module._senet_backend = backend  # type: ignore[assignment]
             except Exception as error:  # __setattr__ may do as it likes
@@ -433,11 +147,11 @@ class _Plan:
 
 
 def _form_of(module: nn.Module) -> Form | Block | None:
-    return module._senet_form if isinstance(module, _Fused) else None
+    return module._senet_form if isinstance(module, Fused) else None
 
 
 def _kind(module: nn.Module) -> str:
-    cls = module._original if isinstance(module, _Fused) else type(module)
+    cls = module._original if isinstance(module, Fused) else type(module)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -505,7 +219,7 @@ def fuse_se_blocks(
 def unfuse_se_blocks(model: nn.Module) -> int:
     """Give every module that :func:`fuse_se_blocks` converted its original class back.
 
-    Do so before pickling a whole model for others, scripting, or quantising layers by their class.
+    Do so before pickling a whole model for others, or quantising layers by their class.
     Exports need it not: docs/deploy.md.
 
     Returns:
@@ -517,7 +231,7 @@ def unfuse_se_blocks(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    fused = [module for module in model.modules() if isinstance(module, _Fused)]
+    fused = [module for module in model.modules() if isinstance(module, Fused)]
     for module in fused:
         if "_original" not in vars(type(module)):
             raise TypeError(

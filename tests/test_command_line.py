@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import senet_kernels.__main__
-from senet_kernels import __version__, backends, convert, parity, selftest, use_backend
+from senet_kernels import __version__, backends, converted, parity, selftest, use_backend
 from senet_kernels.__main__ import main
 from senet_kernels.pointwise import POINTWISE
 from training import needs_images
@@ -219,9 +219,9 @@ def test_fuse(
     assert main(["fuse", "my_models:without", *options]) == 1
     capsys.readouterr()
     # A block that is off by a hundredth shows, whatever stands behind it.
-    excite = convert._excite
+    excite = converted._excite
     for factor, shown in ((1.01, "1.0e-02"), (math.nan, "nan")):
-        monkeypatch.setattr(convert, "_excite", lambda *a, f=factor, **k: f * excite(*a, **k))
+        monkeypatch.setattr(converted, "_excite", lambda *a, f=factor, **k: f * excite(*a, **k))
         assert main(["fuse", "my_models:hidden", *options]) == 1
         out = capsys.readouterr().out
         assert f"output: largest difference {shown}" in out

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from models import library, randomise
 from operations import CountOperations
 from senet_kernels import BackendUnavailableError, fuse_se_blocks, unfuse_se_blocks
-from senet_kernels.convert import _Fused
+from senet_kernels.converted import Fused
 
 
 class SELayer(nn.Module):
@@ -347,7 +347,7 @@ def test_strict_changes_nothing() -> None:
     model = nn.ModuleList([SELayer(), SEOddity(_ODD["twice"])])
     with pytest.raises(ValueError, match=r"strict: expected .* got 1 \(.*SEOddity\)"):
         fuse_se_blocks(model, strict=True)
-    assert not any(isinstance(m, _Fused) for m in model.modules())
+    assert not any(isinstance(m, Fused) for m in model.modules())
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
         fuse_se_blocks(_mean)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend: expected one of"):

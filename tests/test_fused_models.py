@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 from backend_cases import FUSED_BACKENDS, BackendCase
 from models import library, randomise
 from senet_kernels import backends, fuse_se_blocks, use_backend
-from senet_kernels.convert import _Fused
+from senet_kernels.converted import Fused
 
 
 class HomeMade(nn.Module):
@@ -323,7 +323,7 @@ def test_moving_average() -> None:
     average = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=False
     )
-    assert sum(isinstance(m, _Fused) for m in average.modules()) == 2
+    assert sum(isinstance(m, Fused) for m in average.modules()) == 2
     average.update_parameters(net)
     start = net[2].fc1.weight.detach().clone()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models import REAL_MODELS, RealModel, library, output
 from operations import CountOperations
 from senet_kernels import backends, fuse_se_blocks, unfuse_se_blocks
-from senet_kernels.convert import _Fused
+from senet_kernels.converted import Fused
 
 TOLERANCE = 1e-6
 each_model = pytest.mark.parametrize("real", REAL_MODELS, ids=str)
@@ -69,7 +69,7 @@ def test_same_output_and_gradients(real: RealModel) -> None:
     assert _largest_difference(_step(model, x), expected) < TOLERANCE
 
     # The comparison can fail: one block's output off by a thousandth is far outside.
-    block = next(m for m in model.modules() if isinstance(m, _Fused))
+    block = next(m for m in model.modules() if isinstance(m, Fused))
     handle = block.register_forward_hook(lambda module, args, y: y * 1.001)
     assert _largest_difference(_step(model, x), expected) > 10 * TOLERANCE
     handle.remove()

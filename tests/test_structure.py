@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # senet_kernels/__init__.py
     ("models",),
     ("convert", "layers", "modules"),
+    ("converted",),
     ("recognise", "proof", "neighbours", "forms"),
     ("public_kernels",),
     ("api",),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import library
-from senet_kernels import convert, parity, trial
+from senet_kernels import converted, parity, trial
 from senet_kernels.__main__ import main
 
 OPTIONS = ("--size", "12", "--batch", "2", "--seconds", "0", "--device", "cpu")
@@ -342,14 +342,14 @@ def test_a_right_block_passes_and_a_wrong_one_shows(
     assert code == 0, out
     assert "WRONG" not in out
     assert "inference: " in out
-    monkeypatch.setattr(convert, "_excite", _off_by(1.01))
+    monkeypatch.setattr(converted, "_excite", _off_by(1.01))
     code, out = try_(HIDING[kind])
     assert code == 1, out
     assert "WRONG" in out
     assert "inference" not in out
 
 
-_EXCITE = convert._excite
+_EXCITE = converted._excite
 
 
 def _off_by(factor: float) -> Callable[..., Tensor]:
@@ -426,7 +426,7 @@ def test_kinds_of_wrong_blocks(
         return _seq(nn.Conv2d(5, 8, 3), gate, _zeroed(nn.BatchNorm2d(8)))
 
     assert try_(make)[0] == 0
-    monkeypatch.setattr(convert, "_excite", WRONG[wrong])
+    monkeypatch.setattr(converted, "_excite", WRONG[wrong])
     code, out = try_(make)
     assert code == 1, out
     assert "WRONG" in out
@@ -444,7 +444,7 @@ def test_a_hundredth_in_every_dtype(
         return _seq(conv(3, 64, 3), Gate(64, 16)).to(dtype)
 
     assert try_(make)[0] == 0
-    monkeypatch.setattr(convert, "_excite", _off_by(1.01))
+    monkeypatch.setattr(converted, "_excite", _off_by(1.01))
     assert try_(make)[0] == 1
 
 
@@ -466,9 +466,9 @@ def test_networks_of_timm(
     code, out = try_(make, *options)
     assert code == 0, out
     assert "training step: does not run" not in out
-    monkeypatch.setattr(convert, "_excite", _off_by(1.01))
-    scale = convert.api.channel_scale
-    monkeypatch.setattr(convert.api, "channel_scale", lambda *a, **k: 1.01 * scale(*a, **k))
+    monkeypatch.setattr(converted, "_excite", _off_by(1.01))
+    scale = converted.api.channel_scale
+    monkeypatch.setattr(converted.api, "channel_scale", lambda *a, **k: 1.01 * scale(*a, **k))
     code, out = try_(make, *options)
     assert code == 1, out
 
