@@ -667,8 +667,16 @@ class ShiftedHardSigmoid(Case):
         return x * (F.relu6(u + 2) / 6)
 
 
+class ClampForReLU6(Case):
+    cause = "gradients at its ends"
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.b(F.relu(self.a(x.mean((2, 3), keepdim=True))))
+        return x * ((u + 3).clamp(0, 6) / 6)
+
+
 class OneSidedClamp(Case):
-    cause = "clamp|gate"
+    cause = "clamp"
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.b(F.relu(self.a(x.mean((2, 3), keepdim=True))))

@@ -1,0 +1,201 @@
+"""The neighbours that a squeeze-and-excitation takes in: residual and activation after it, activation
+and BatchNorm (or another affine step per channel) before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+
+from ..pointwise import ACTIVATIONS
+from .find import Match, Mismatch, Reader, is_number, known_equal
+from .flow import Flow, shape_of, tensor_of
+
+
+def grow(flow: Flow, match: Match, norm_in_training: bool) -> None:
+    """Take in what may be taken in, one step after the other.
+
+    ``norm_in_training`` says whether a BatchNorm that computes its statistics is taken in.
+    """
+    for step in (_take_residual, _take_after, _take_before):
+        _attempt(flow, match, step)
+    _attempt(flow, match, _take_training_norm if norm_in_training else _take_norm)
+    if match.norm is None:
+        _attempt(flow, match, _take_affine)
+
+
+def _attempt(flow: Flow, match: Match, step: Callable[[Flow, Match], str | None]) -> None:
+    """One step; undone where it cannot be."""
+    saved = dict(vars(match))
+    saved["inner"], saved["absorbed"] = list(match.inner), list(match.absorbed)
+    try:
+        taken = step(flow, match)
+    except Mismatch:
+        taken = None
+    if taken is None or not _may_stay(flow, match):
+        vars(match).update(saved)
+    else:
+        match.absorbed.append(taken)
+
+
+def _may_stay(flow: Flow, match: Match) -> bool:
+    """Whether a grown match may still be replaced as a whole."""
+    nodes = match.nodes
+    return (
+        all(flow.context[n] == flow.context[match.end] for n in nodes)
+        and all(u in nodes for n in match.inner for u in n.users)
+        and why_not(flow, match) is None
+    )
+
+
+def why_not(flow: Flow, match: Match) -> str | None:
+    """Why the nodes of a match cannot give way to one call in the place of its end."""
+    nodes = match.nodes
+    for node in nodes:
+        reason = flow.why_write_stays(node, nodes)
+        if reason is not None:
+            return reason
+    end = flow.order[match.end]
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source not in nodes and not flow.is_intact(source, flow.order[node], end, nodes):
+                return f"{source} is overwritten after {node} has read it, before the product"
+    return None
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _same_kind(a: Node, b: Node) -> bool:
+    s, t = tensor_of(a), tensor_of(b)
+    return s is not None and t is not None and s.dtype == t.dtype and s.device == t.device
+
+
+def _take_residual(flow: Flow, match: Match) -> str | None:
+    y, total = match.end, _only_user(match.end)
+    op = flow.op(total)
+    if total is None or op is None or op.name != "add" or op.get("alpha", 1) != 1:
+        return None
+    a, b = op.get("input"), op.get("other")
+    other = b if a is y else a
+    if not isinstance(other, Node) or other is y or not known_equal(shape_of(other), shape_of(y)):
+        return None
+    if not _same_kind(other, y) or not _same_kind(total, y) or "out" in total.kwargs:
+        return None
+    if not flow.is_intact(y, flow.order[y], flow.order[total]) or flow.is_opaque(other):
+        return None
+    match.residual, match.end = other, total
+    match.inner.append(y)
+    return "residual"
+
+
+def _take_after(flow: Flow, match: Match) -> str | None:
+    y, end = match.end, _only_user(match.end)
+    if end is None:
+        return None
+    reader = Reader(flow, end)
+    name = reader.function_name(end)
+    op = flow.op(end)
+    if name not in ACTIVATIONS or op is None or op.name == "mul":
+        return None
+    if reader.function_input(end) is not y or "out" in end.kwargs:
+        return None
+    match.after, match.end = name, end
+    match.inner.append(y)
+    return f"after {name}"
+
+
+def _is_mine(match: Match, node: Node) -> bool:
+    """Whether only the squeeze and the product read a node, as the tensor that is scaled."""
+    nodes = match.nodes
+    return node is not match.residual and all(u in nodes for u in node.users)
+
+
+def _take_before(flow: Flow, match: Match) -> str | None:
+    x = match.x
+    reader = Reader(flow, x)
+    name = reader.function_name(x)
+    if name not in ACTIVATIONS or not _is_mine(match, x):
+        return None
+    source = reader.function_input(x)
+    if not known_equal(shape_of(source), shape_of(x)) or not _same_kind(source, x):
+        return None
+    match.before, match.x = name, source
+    match.inner.extend(reader.inner)
+    return f"before {name}"
+
+
+def _take_norm(flow: Flow, match: Match) -> str | None:
+    op = flow.op(match.x)
+    if op is None or op.name != "batch_norm" or op.get("running_mean") is None:
+        return None
+    return _norm(flow, match) if op.get("training", False) is False else None
+
+
+def _take_training_norm(flow: Flow, match: Match) -> str | None:
+    op = flow.op(match.x)
+    if op is None or op.name != "batch_norm" or not isinstance(op.get("training", False), bool):
+        return None
+    if op.get("training", False) and not is_number(op.get("momentum", 0.1)):
+        return None
+    return _norm(flow, match)
+
+
+def _norm(flow: Flow, match: Match) -> str | None:
+    norm = match.x
+    op = flow.op(norm)
+    if op is None or not _is_mine(match, norm) or not is_number(op.get("eps", 1e-5)):
+        return None
+    source = Reader(flow, norm).input_of(norm)
+    if not isinstance(source, Node) or not _same_kind(source, norm):
+        return None
+    tensor = tensor_of(norm)
+    assert tensor is not None
+    parameters = [op.get(k) for k in ("weight", "bias", "running_mean", "running_var")]
+    wide = {torch.float32} if tensor.dtype != torch.float64 else {torch.float64}
+    given = {t.dtype for p in parameters if isinstance(p, Node) and (t := tensor_of(p)) is not None}
+    autocast = flow.context[norm][0]
+    # In half precision without autocast the pair would be rounded, which a BatchNorm is not.
+    if not given <= wide or (tensor.dtype not in wide and not autocast):
+        return None
+    match.norm, match.x = norm, source
+    match.inner.append(norm)
+    return "BatchNorm"
+
+
+def _take_affine(flow: Flow, match: Match) -> str | None:
+    """``x * a + b`` with a and b of one number per channel: a frozen BatchNorm."""
+    total = match.x
+    op = flow.op(total)
+    if op is None or op.name != "add" or op.get("alpha", 1) != 1 or not _is_mine(match, total):
+        return None
+    for product, shift in ((op.get("input"), op.get("other")), (op.get("other"), op.get("input"))):
+        step = flow.op(product)
+        if step is None or step.name != "mul" or set(product.users) != {total}:
+            continue
+        for source, scale in (
+            (step.get("input"), step.get("other")), (step.get("other"), step.get("input")),
+        ):  # fmt: skip
+            if not all(isinstance(n, Node) for n in (source, scale, shift)):
+                continue
+            reader = Reader(flow, total)
+            reader.input_of(total, "input" if product is op.get("input") else "other")
+            if (
+                known_equal(shape_of(source), shape_of(total))
+                and _is_per_channel(scale, total)
+                and _is_per_channel(shift, total)
+                and all(_same_kind(n, total) for n in (source, scale, shift))
+            ):
+                match.affine, match.x = (scale, shift), source
+                match.inner.extend((total, product))
+                return "affine"
+    return None
+
+
+def _is_per_channel(node: Node, like: Node) -> bool:
+    shape, space = shape_of(node), len(shape_of(like)) - 2
+    return known_equal(shape[-space - 1 :], (shape_of(like)[1], *(1,) * space)) and (
+        len(shape) == space + 1 or known_equal(shape[:1], (1,))
+    )
