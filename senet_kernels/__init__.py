@@ -6,12 +6,14 @@ runs here, ``explain(...)`` why a call runs where it does; ``models`` has the SE
 
 from importlib import import_module
 
+from . import fuse
 from ._after_import import after_import
 from ._version import __version__
 from .api import Explanation, channel_scale, explain, pack_options, squeeze, squeeze_excite
 from .autograd import NativeSEFunction, TritonSEFunction
 from .convert import FusionReport, fuse_se_blocks, unfuse_se_blocks
 from .dispatch import Backends, BackendUnavailableError, backends, use_backend
+from .fuse import GraphReport, compile_report, inductor_options
 from .layers import TimmSE, TorchvisionSE
 from .models import add_se_blocks
 from .modules import FusedSEBlock
@@ -26,6 +28,7 @@ __all__ = [
     "Explanation",
     "FusedSEBlock",
     "FusionReport",
+    "GraphReport",
     "NativeSEFunction",
     "TimmSE",
     "TorchvisionSE",
@@ -34,8 +37,10 @@ __all__ = [
     "add_se_blocks",
     "backends",
     "channel_scale",
+    "compile_report",
     "explain",
     "fuse_se_blocks",
+    "inductor_options",
     "models",
     "pack_options",
     "squeeze",
@@ -45,4 +50,5 @@ __all__ = [
 ]
 
 _register_public_ops()
+after_import("torch._dynamo.backends.registry", fuse.register)
 after_import("torch.utils.flop_counter", lambda: import_module(f"{__name__}.flops"))

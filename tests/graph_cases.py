@@ -316,7 +316,7 @@ class ViewOverwritten(Case):
     def forward(self, x: Tensor) -> Tensor:
         r = F.relu(x)
         v = r.view(r.shape)
-        v.mul_(self.gate(r))
+        v.mul_(self.gate(v))
         return r + 0
 
 
@@ -432,6 +432,17 @@ class AutocastOfTheGate(Case):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             g = self.gate(x)
+        return x * g
+
+
+class AutocastOfTheGateAndACast(Case):
+    cause = "cast"
+    dtype = torch.float32
+    tolerance = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            g = self.gate(x)
         return x * g.to(x.dtype)
 
 
@@ -456,7 +467,7 @@ class AutocastOffInside(Case):
 
 
 class SqueezeInAnotherDtype(Case):
-    cause = "float"
+    cause = "cast"
 
     def forward(self, x: Tensor) -> Tensor:
         z = x.float().mean((2, 3), keepdim=True).to(x.dtype)
@@ -464,11 +475,18 @@ class SqueezeInAnotherDtype(Case):
 
 
 class MeanInAnotherDtype(Case):
-    cause = "dtype"
+    cause = "cast"
 
     def forward(self, x: Tensor) -> Tensor:
         z = x.mean((2, 3), keepdim=True, dtype=torch.float32).double()
         return x * torch.sigmoid(self.b(F.relu(self.a(z))))
+
+
+class CastToItsOwnDtype(Case):
+    fused = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).to(x.dtype)
 
 
 class Checkpointed(Case):
@@ -476,6 +494,25 @@ class Checkpointed(Case):
 
     def forward(self, x: Tensor) -> Any:
         return checkpoint(lambda t: t * self.gate(t), x, use_reentrant=False)
+
+
+class CheckpointThatWrites(Case):
+    cause = "overwritten"
+
+    def forward(self, x: Tensor) -> Any:
+        x = x * 1.0
+        g = self.gate(x)
+        y = checkpoint(lambda t: t.data.mul_(0.5).sum() + t.sum(), x, use_reentrant=False)
+        return x * g + y
+
+
+class CheckpointBetween(Case):
+    fused = 1
+
+    def forward(self, x: Tensor) -> Any:
+        g = self.gate(x)
+        y = checkpoint(lambda t: F.relu(t * 2, inplace=True), x, use_reentrant=False)
+        return x * g + y
 
 
 class CustomSqueeze(Case):
@@ -544,7 +581,7 @@ class SqueezesAnother(Case):
 
 
 class GateOfTheFirstImage(Case):
-    cause = "broadcast"
+    cause = "expected"
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x[:1])
@@ -565,21 +602,21 @@ class ChannelsAsBatch(Case):
 
 
 class ScalesTheWidth(Case):
-    cause = "broadcast"
+    cause = "expected"
 
     def forward(self, x: Tensor) -> Tensor:  # width and channels are equal
         return x * self.gate(x).flatten(1)[:, None, None, :]
 
 
 class MeanOfRows(Case):
-    cause = "mean"
+    cause = r"\[3, 8, 5, 1\]"
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.b(F.relu(self.a(x.mean(3, keepdim=True)))))
 
 
 class MeanOverTheBatch(Case):
-    cause = "mean"
+    cause = r"\[1, 8, 1, 1\]"
 
     def forward(self, x: Tensor) -> Tensor:
         z = x.mean((0, 2, 3), keepdim=True)
@@ -595,7 +632,7 @@ class SumOverAnotherCount(Case):
 
 
 class PooledToFour(Case):
-    cause = "pool"
+    cause = "mean"
 
     def forward(self, x: Tensor) -> Tensor:
         z = F.adaptive_avg_pool2d(x, 2)
@@ -716,6 +753,42 @@ class ScaledTwice(Case):
     def forward(self, x: Tensor) -> Tensor:
         g = self.gate(x)
         return x * g * g
+
+
+class ScaleAndShift(Case):
+    fused = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Conv2d(R, 2 * C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.b(F.relu(self.a(x.mean((2, 3), keepdim=True)))).chunk(2, 1)
+        return F.relu(x * scale.sigmoid() + shift + x)
+
+
+class ScaleAndShiftOfSlices(Case):
+    fused = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Conv2d(R, 2 * C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.b(F.relu(self.a(x.mean((2, 3), keepdim=True)))).flatten(1)
+        return x * u[:, :C, None, None].sigmoid() + u[:, C:, None, None]
+
+
+class ShiftBeforeScale(Case):
+    cause = "half"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Conv2d(R, 2 * C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, scale = self.b(F.relu(self.a(x.mean((2, 3), keepdim=True)))).chunk(2, 1)
+        return x * scale.sigmoid() + shift
 
 
 # ---- neighbours ----

@@ -5,7 +5,14 @@ and views, :mod:`.find` reads backwards from each product, :mod:`.grow` takes in
 :mod:`.rewrite` puts one call in the place of each, :mod:`.door` is what users call.
 """
 
-from .door import compile_backend, compile_report, inductor_options
+from .door import compile_backend, compile_report, inductor_options, register
 from .report import Finding, GraphReport
 
-__all__ = ["Finding", "GraphReport", "compile_backend", "compile_report", "inductor_options"]
+__all__ = [
+    "Finding",
+    "GraphReport",
+    "compile_backend",
+    "compile_report",
+    "inductor_options",
+    "register",
+]

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from .. import dispatch
-from .._version import __version__
+from senet_kernels import dispatch
+from senet_kernels._version import __version__
+
 from .report import GraphReport
 
 log = logging.getLogger("senet_kernels.fuse")
@@ -35,9 +36,9 @@ def compile_backend(
     """The backend ``"senet_kernels"`` of ``torch.compile``: Inductor, with the options of
     :func:`inductor_options`.
 
-    ``mode`` and ``options`` are Inductor's. Two options are the backend's own: ``"inductor"``, False
-    for the rewritten graph to run as it is, without a compiler; and ``"report"``, a function that
-    is given the :class:`GraphReport` of each graph that is rewritten (not of one from a cache).
+    ``mode`` and ``options`` are Inductor's. Two options are the backend's own: ``"inductor"``,
+    False for the rewritten graph to run as it is, without a compiler; and ``"report"``, a function
+    that is given the :class:`GraphReport` of each graph (not of one from Inductor's caches).
     """
     options = dict(options or {})
     report = options.pop("report", None)
@@ -53,9 +54,7 @@ def compile_backend(
         forward: Callable[..., Any] = module.forward
         return forward
     patches = inductor_options(report=report, then=options.pop("pre_grad_custom_pass", None))
-    inductor = torch._TorchCompileInductorWrapper(  # type: ignore[no-untyped-call]
-        mode, {**options, **patches}, None
-    )
+    inductor = torch._TorchCompileInductorWrapper(mode, {**options, **patches}, None)
     compiled: Callable[..., Any] = inductor(module, inputs)
     return compiled
 
@@ -109,8 +108,8 @@ def _pass_class() -> type:
         def __eq__(self, other: object) -> bool:
             return (
                 type(other) is type(self)
-                and other.report is self.report  # type: ignore[attr-defined]
-                and other.then is self.then  # type: ignore[attr-defined]
+                and other.report is self.report
+                and other.then is self.then
             )
 
         def __hash__(self) -> int:
@@ -136,15 +135,16 @@ def compile_report(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: 
         The findings of all graphs that Dynamo makes of the call.
     """
     found: list[GraphReport] = []
-    options = {"inductor": False, "report": found.append}
+    options: dict[str, Any] = {"inductor": False, "report": found.append}
     compiled = torch.compile(model, backend=compile_backend, options=options)
     compiled(*args, **kwargs)
     return sum(found, GraphReport())
 
 
 def register() -> None:
-    """Tell Dynamo the backend's name; entry points do so where the package is installed."""
+    """Tell Dynamo the backend's name. Where the package is installed and has not been imported, its
+    entry point does so."""
     from torch._dynamo.backends import registry
 
-    if NAME not in registry.list_backends(exclude_tags=()):
+    if NAME not in registry._COMPILER_FNS:  # an entry point alone has not been loaded
         registry.register_backend(compile_backend, name=NAME)

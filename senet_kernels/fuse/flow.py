@@ -4,7 +4,7 @@ Dynamo's graph is the program in the order it runs, with in-place operators and 
 values of it. In-place operators return the tensor they overwrite, so all later reads of that tensor
 are first redirected to the operator: a node then stands for one version of one tensor. And each node
 knows the storages it lies in, from Dynamo's fake tensors, so that a write through an alias (a view,
-``x.data``) is seen: :meth:`Flow.is_intact` tells whether what a node computed is still there.
+``x.data``) is seen: :meth:`Flow.writer` tells what has overwritten a node since.
 """
 
 from __future__ import annotations
@@ -89,6 +89,13 @@ class Flow:
             if not sure:
                 self._opaque.add(key)
             self._holders[key].append(node)
+        op = self.ops[node]
+        if op is not None and spelling.is_idle_dropout(op):
+            # It returns its input, where the fake tensor has memory of its own.
+            source = op.get("input")
+            for key in self._storages.get(source, ()):
+                keys.append(key)
+                self._holders[key].append(node)
         if not keys and node.op == "get_attr":
             keys = [("attribute", node.target)]
             self._holders[keys[0]].append(node)
@@ -156,15 +163,20 @@ class Flow:
         """Whether it is not known what memory a node lies in."""
         return any(key in self._opaque for key in self._storages[node])
 
-    def is_intact(
-        self, node: Node, start: int, stop: int, exempt: Collection[Node] = frozenset()
-    ) -> bool:
-        """Whether nothing writes to a node's memory strictly between two positions."""
-        return not any(
-            start < position < stop and by not in exempt
-            for key in self._storages[node]
-            for position, by in self._writes.get(key, ())
-        )
+    def writer(
+        self, node: Node, start: Node, stop: Node, exempt: Collection[Node] = frozenset()
+    ) -> Node | None:
+        """What writes to a node's memory between two others; None if nothing does."""
+        first, last = self.order[start], self.order[stop]
+        for key in self._storages[node]:
+            for position, by in self._writes.get(key, ()):
+                if first < position < last and by not in exempt:
+                    return by
+        return None
+
+    def is_intact(self, node: Node, reader: Node) -> bool:
+        """Whether a node holds what it computed when another reads it."""
+        return self.writer(node, node, reader) is None
 
     def why_write_stays(self, node: Node, removed: Collection[Node]) -> str | None:
         """Why an in-place node cannot be removed: who would miss what it writes. None: nobody, or

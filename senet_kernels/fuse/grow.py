@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from ..pointwise import ACTIVATIONS
-from .find import Match, Mismatch, Reader, is_number, known_equal
+from senet_kernels.pointwise import ACTIVATIONS
+
+from .find import Match
 from .flow import Flow, shape_of, tensor_of
+from .reader import Mismatch, Reader, is_number, known_equal, same_kind
 
 
 def grow(flow: Flow, match: Match, norm_in_training: bool) -> None:
@@ -56,21 +58,16 @@ def why_not(flow: Flow, match: Match) -> str | None:
         reason = flow.why_write_stays(node, nodes)
         if reason is not None:
             return reason
-    end = flow.order[match.end]
     for node in nodes:
         for source in node.all_input_nodes:
-            if source not in nodes and not flow.is_intact(source, flow.order[node], end, nodes):
-                return f"{source} is overwritten after {node} has read it, before the product"
+            by = None if source in nodes else flow.writer(source, node, match.end, nodes)
+            if by is not None:
+                return f"{source} is overwritten, by {by}, between {node} and {match.end}"
     return None
 
 
 def _only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _same_kind(a: Node, b: Node) -> bool:
-    s, t = tensor_of(a), tensor_of(b)
-    return s is not None and t is not None and s.dtype == t.dtype and s.device == t.device
 
 
 def _take_residual(flow: Flow, match: Match) -> str | None:
@@ -82,9 +79,9 @@ def _take_residual(flow: Flow, match: Match) -> str | None:
     other = b if a is y else a
     if not isinstance(other, Node) or other is y or not known_equal(shape_of(other), shape_of(y)):
         return None
-    if not _same_kind(other, y) or not _same_kind(total, y) or "out" in total.kwargs:
+    if not same_kind(other, y) or not same_kind(total, y) or "out" in total.kwargs:
         return None
-    if not flow.is_intact(y, flow.order[y], flow.order[total]) or flow.is_opaque(other):
+    if not flow.is_intact(y, total) or flow.is_opaque(other):
         return None
     match.residual, match.end = other, total
     match.inner.append(y)
@@ -120,7 +117,7 @@ def _take_before(flow: Flow, match: Match) -> str | None:
     if name not in ACTIVATIONS or not _is_mine(match, x):
         return None
     source = reader.function_input(x)
-    if not known_equal(shape_of(source), shape_of(x)) or not _same_kind(source, x):
+    if not known_equal(shape_of(source), shape_of(x)) or not same_kind(source, x):
         return None
     match.before, match.x = name, source
     match.inner.extend(reader.inner)
@@ -149,7 +146,7 @@ def _norm(flow: Flow, match: Match) -> str | None:
     if op is None or not _is_mine(match, norm) or not is_number(op.get("eps", 1e-5)):
         return None
     source = Reader(flow, norm).input_of(norm)
-    if not isinstance(source, Node) or not _same_kind(source, norm):
+    if not isinstance(source, Node) or not same_kind(source, norm):
         return None
     tensor = tensor_of(norm)
     assert tensor is not None
@@ -186,7 +183,7 @@ def _take_affine(flow: Flow, match: Match) -> str | None:
                 known_equal(shape_of(source), shape_of(total))
                 and _is_per_channel(scale, total)
                 and _is_per_channel(shift, total)
-                and all(_same_kind(n, total) for n in (source, scale, shift))
+                and all(same_kind(n, total) for n in (source, scale, shift))
             ):
                 match.affine, match.x = (scale, shift), source
                 match.inner.extend((total, product))

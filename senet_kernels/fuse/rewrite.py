@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from .. import api
-from .find import Match, Mismatch, find, is_near
+from senet_kernels import api
+
+from .find import Match, find, is_near
 from .flow import Flow, tensor_of
 from .grow import grow, why_not
+from .reader import Mismatch
 from .report import Finding, GraphReport, place_of
 
 
@@ -77,7 +79,8 @@ def _match(flow: Flow, node: Node, norm_in_training: bool) -> Match:
 
 def _describe(match: Match) -> str:
     layers = "one layer" if match.w1 is None else f"two layers, {match.activation}"
-    return ", ".join([f"squeeze_excite: {layers}, gate {match.gate}", *match.absorbed])
+    shift = ["shift"] if match.shift else []
+    return ", ".join([f"squeeze_excite: {layers}, gate {match.gate}", *shift, *match.absorbed])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 
 #: Operations and the names of their arguments in the order of their positions.
 PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -44,6 +44,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     # Views, whose result has the elements of the input in the same order.
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand",
                      "expand_as", "view_as", "reshape_as"), ("input",)),
+    **dict.fromkeys(("to", "type", "type_as", "float", "double", "half", "bfloat16"), ("input",)),
 }  # fmt: skip
 
 #: What keeps elements in their order, so that a ``[B, C]`` vector stays one.
@@ -51,13 +52,16 @@ VIEWS = frozenset(
     ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
      "view_as", "reshape_as", "contiguous", "clone")
 )  # fmt: skip
+#: Views where they change neither dtype nor device.
+CASTS = frozenset(("to", "type", "type_as", "float", "double", "half", "bfloat16"))
 
 #: Other names of the same operation; of in-place operators without their mark.
 _ALIASES = {
     "clip": "clamp", "multiply": "mul", "divide": "div", "true_divide": "div", "truediv": "div",
     "swish": "silu", "special_expit": "sigmoid", "expit": "sigmoid", "subtract": "sub",
     "split_with_sizes": "split", "_unsafe_view": "view", "hard_sigmoid": "hardsigmoid",
-    "dropout1d": "dropout", "dropout2d": "dropout", "alpha_dropout": "dropout",
+    **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
+                     "feature_alpha_dropout"), "dropout"),
 }  # fmt: skip
 
 #: Where an operation's function lives under its own name.
@@ -124,6 +128,11 @@ def read(node: Node) -> Op | None:
 _ALIASES_OF_ARGUMENTS = {"self": "input", "tensor": "input", "axis": "dim", "keepdims": "keepdim"}
 
 
+def is_idle_dropout(op: Op) -> bool:
+    """Whether an operation is a dropout that drops nothing."""
+    return op.name == "dropout" and (op.get("training", True) is False or op.get("p", 0.5) == 0)
+
+
 def written(node: Node, op: Op | None) -> Iterator[Node]:
     """The arguments whose memory a node writes to: all of them for what is not PyTorch's own."""
     target = node.target
@@ -137,6 +146,8 @@ def written(node: Node, op: Op | None) -> Iterator[Node]:
                 yield from _nodes(given.get(argument.name))
         return
     if op is None:
+        if isinstance(target, torch._ops.HigherOrderOperator) and not _bodies_write(node):
+            return
         if target not in HARMLESS:
             yield from node.all_input_nodes
         return
@@ -150,6 +161,35 @@ def written(node: Node, op: Op | None) -> Iterator[Node]:
             yield from _nodes(op.get(statistic))
     elif not op.known and op.name in ("instance_norm", "embedding", "embedding_bag"):
         yield from node.all_input_nodes
+
+
+def _bodies_write(node: Node) -> bool:
+    """Whether the graphs that a higher-order operator runs write to what they are given; True where
+    they cannot be read."""
+    owner = node.graph.owning_module
+    bodies = [
+        getattr(owner, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"
+    ]
+    graphs = [body.graph for body in bodies if isinstance(body, GraphModule)]
+    return not graphs or any(_writes_to_inputs(graph) for graph in graphs)
+
+
+def _writes_to_inputs(graph: Graph) -> bool:
+    for node in graph.nodes:
+        for target in written(node, read(node)):
+            # Past views and in-place operators, to what made the memory.
+            while target.op in ("call_function", "call_method"):
+                op = read(target)
+                if op is not None and op.known and op.name not in VIEWS | CASTS | {"detach"}:
+                    if not op.inplace and op.name not in ("getitem", "chunk", "split", "dropout"):
+                        break
+                first = next((a for a in target.args if isinstance(a, Node)), None)
+                if first is None:
+                    break
+                target = first
+            else:
+                return True
+    return False
 
 
 def _nodes(value: Any) -> Iterator[Node]:

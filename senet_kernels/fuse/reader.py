@@ -1,0 +1,401 @@
+"""Reading a graph backwards along the dataflow: layers, functions, gates, the squeeze, each in any of
+its spellings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from senet_kernels.pointwise import ACTIVATIONS, GATES
+
+from .flow import Flow, shape_of, tensor_of
+from .spelling import CASTS, VIEWS, Op, is_idle_dropout
+
+
+class Mismatch(Exception):
+    """Why a product is not that of a squeeze-and-excitation; ``depth`` is how far it looked so."""
+
+    depth = 0
+
+
+def known_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether shapes are equal for all extents the graph is for, without a new guard."""
+    return len(a) == len(b) and all(
+        statically_known_true(p == q) for p, q in zip(a, b, strict=True)
+    )
+
+
+def same_kind(a: Any, b: Any) -> bool:
+    """Whether two nodes are tensors of one dtype and device."""
+    s, t = (tensor_of(n) if isinstance(n, Node) else None for n in (a, b))
+    return s is not None and t is not None and s.dtype == t.dtype and s.device == t.device
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def words(node: Any) -> str:
+    """A node as a message names it."""
+    if not isinstance(node, Node):
+        return repr(node)
+    if node.op in ("placeholder", "get_attr"):
+        return f"{node}, an input of the graph,"
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if name in CASTS:
+        return f"{node}, a cast ({name}),"
+    return f"{node}, the result of {name or node.target},"
+
+
+class Reader:
+    """Reads backwards from one product; ``inner`` has the nodes it has read through."""
+
+    def __init__(self, flow: Flow, end: Node) -> None:
+        self.flow, self.end = flow, end
+        self.inner: list[Node] = []
+
+    def take(self, node: Node) -> Op:
+        """Read through a node."""
+        op = self.flow.op(node)
+        assert op is not None
+        self.inner.append(node)
+        return op
+
+    def input_of(self, node: Node, name: str = "input") -> Any:
+        """An argument of a node, which must be what its maker computed."""
+        op = self.flow.op(node)
+        assert op is not None
+        source = op.get(name)
+        if isinstance(source, Node):
+            writer = self.flow.writer(source, source, node)
+            if writer is not None:
+                raise Mismatch(f"{source} is overwritten, by {writer}, before {node} reads it")
+            if self.flow.is_opaque(source):
+                raise Mismatch(f"it is not known what memory {source} lies in")
+        return source
+
+    def through_views(self, node: Any) -> Any:
+        """Past views and identities, which keep the order of elements."""
+        while (op := self.flow.op(node)) is not None:
+            if op.name == "dropout" and not op.inplace:
+                if not is_idle_dropout(op):
+                    break
+            elif op.name == "getitem":
+                index = op.get("index")
+                index = index if isinstance(index, tuple) else (index,)
+                if not all(i is None or i is Ellipsis or i == slice(None) for i in index):
+                    break
+            elif op.name in CASTS:
+                if not same_kind(node, op.get("input")):
+                    break
+            elif op.name not in VIEWS or op.inplace:
+                break
+            source = self.input_of(node)
+            if not isinstance(source, Node) or tensor_of(source) is None:
+                break
+            self.take(node)
+            node = source
+        return node
+
+    # ---- layers ----
+
+    def layer(self, node: Any, outputs: Any, what: str) -> tuple[Node, Node, Node | None]:
+        """``(input, weight, bias)`` of a linear layer or 1x1 convolution of ``[B, ...]`` vectors."""
+        op = self.flow.op(node)
+        batch = shape_of(self.end)[0]
+        if op is None or not (op.name == "linear" or op.name in _CONVOLUTIONS):
+            raise Mismatch(f"{words(node)} stands where {what} is expected")
+        x, weight, bias = self.input_of(node), op.get("weight"), op.get("bias")
+        if not isinstance(weight, Node) or not isinstance(x, Node):
+            raise Mismatch(f"the weight of {node} is no tensor")
+        shape, given = shape_of(weight), shape_of(x)
+        if len(shape) < 2:
+            raise Mismatch(f"the weight of {node} is no matrix")
+        if op.name == "linear":
+            features, rest = given[-1:], given[1:-1]
+        else:
+            features, rest = given[1:2], given[2:]
+            if not all(statically_known_true(k == 1) for k in shape[2:]):
+                raise Mismatch(f"{node} is no 1x1 convolution")
+            if op.get("groups", 1) != 1:
+                raise Mismatch(f"{node} is a convolution with groups={op.get('groups')}")
+            padding = op.get("padding", 0)
+            if padding not in ("same", "valid", 0) and any(p != 0 for p in padding):
+                raise Mismatch(f"{node} is a convolution with padding={padding}")
+        if (
+            not known_equal(given[:1] + features, (batch, shape[1]))
+            or not all(statically_known_true(r == 1) for r in rest)
+            or not statically_known_true(shape[0] == outputs)
+        ):
+            raise Mismatch(f"{node} is no layer of one vector per image")
+        self.take(node)
+        return x, weight, bias if isinstance(bias, Node) else None
+
+    def half(self, node: Any, channels: Any) -> tuple[Node, int, list[Node]] | None:
+        """``(v, i, nodes)`` where a node is half i of the ``[B, 2C]`` vector v."""
+        op = self.flow.op(node)
+        if op is None or op.name != "getitem":
+            return None
+        source, index = self.input_of(node), op.get("index")
+        parts = self.flow.op(source)
+        if parts is not None and parts.name in ("chunk", "split") and index in (0, 1):
+            size = parts.get("chunks" if parts.name == "chunk" else "split_size_or_sections")
+            size = [size] if is_number(size) else list(size)
+            wanted = [2] if parts.name == "chunk" else [channels] * len(size)
+            v = self.input_of(source)
+            if parts.get("dim", 0) == 1 and known_equal(size, wanted) and isinstance(v, Node):
+                return v, index, [node, source]
+        elif isinstance(index, tuple) and len(index) > 1 and index[0] == slice(None):
+            rest = all(i is None or i is Ellipsis or i == slice(None) for i in index[2:])
+            first = index[1] in (slice(None, channels), slice(0, channels))
+            last = index[1] in (slice(channels, None), slice(channels, 2 * channels))
+            if rest and (first or last) and isinstance(source, Node):
+                return source, int(last), [node]
+        return None
+
+    # ---- functions ----
+
+    def function_name(self, node: Any) -> str | None:
+        """The activation or gate that a node computes; None if it computes none."""
+        op = self.flow.op(node)
+        if op is None:
+            return None
+        if op.name == "gelu":
+            return {"none": "gelu", "tanh": "gelu_tanh"}.get(op.get("approximate", "none"))
+        if op.name == "leaky_relu":
+            return "leaky_relu" if op.get("negative_slope", 0.01) == 0.01 else None
+        if op.name == "mul":
+            return None if self._sigmoid_factor(node, op) is None else "silu"
+        if op.name == "hardtanh" and _bounds(op) == (0, 6):
+            return "relu6"
+        return op.name if op.name in ACTIVATIONS or op.name in GATES else None
+
+    def _sigmoid_factor(self, node: Node, op: Op) -> tuple[Node, Node] | None:
+        """``(v, sigmoid(v))`` where a node is their product."""
+        for v, s in ((op.get("input"), op.get("other")), (op.get("other"), op.get("input"))):
+            factor = self.flow.op(s)
+            if factor is None or factor.name != "sigmoid" or factor.inplace:
+                continue
+            if factor.get("input") is v and set(s.users) == {node}:
+                if self.flow.is_intact(v, node):
+                    return v, s
+        return None
+
+    def function_input(self, node: Node) -> Node:
+        """Read through an activation or gate."""
+        op = self.take(node)
+        if op.name == "mul":
+            pair = self._sigmoid_factor(node, op)
+            assert pair is not None
+            v, s = pair
+            self.take(s)
+            self.input_of(s)
+            return v
+        source = self.input_of(node)
+        if not isinstance(source, Node):
+            raise Mismatch(f"{node} has no tensor to read")
+        return source
+
+    def line(self, node: Any) -> tuple[Any, float, float]:
+        """``(v, m, k)`` where a node is ``m v + k`` with numbers m and k, read through as far as
+        that goes."""
+        slope, shift = 1.0, 0.0
+        while (op := self.flow.op(node)) is not None and op.name in ("mul", "add", "sub", "div"):
+            v, n = op.get("input"), op.get("other")
+            if is_number(v) and isinstance(n, Node) and op.name in ("mul", "add"):
+                v, n = n, v
+            if not isinstance(v, Node) or not is_number(n):
+                break
+            if op.get("alpha", 1) != 1 or op.get("rounding_mode") or (op.name == "div" and not n):
+                break
+            m, k = {
+                "mul": (n, 0.0), "add": (1.0, n), "sub": (1.0, -n),
+                "div": (1.0 / n if n else 0.0, 0.0),
+            }[op.name]  # fmt: skip
+            slope, shift = slope * m, slope * k + shift
+            self.input_of(node, "input" if v is op.get("input") else "other")
+            self.take(node)
+            node = v
+        return node, slope, shift
+
+    def read_gate(self, node: Node) -> tuple[str, Node]:
+        """``(gate, u)``; hard sigmoids are read however they are written out."""
+        name = self.function_name(node)
+        if name in GATES:
+            return name, self.function_input(node)
+        mark = len(self.inner)
+        clipped, a, b = self.line(node)
+        op = self.flow.op(clipped)
+        if op is not None and op.name in ("relu6", "clamp", "hardtanh"):
+            low, high = _bounds(op)
+            source = self.input_of(clipped)
+            self.take(clipped)
+            v, m, k = self.line(source)
+            if low is not None and high is not None and isinstance(v, Node):
+                got = (a * m, a * k + b, a * low + b, a * high + b)
+                for gate, (clips, row) in _HARD.items():
+                    if all(abs(p - q) < 1e-6 for p, q in zip(got, row, strict=True)):
+                        if op.name in clips:
+                            return gate, v
+                        raise Mismatch(f"{clipped} has other gradients at its ends than {gate}")
+            raise Mismatch(f"{words(node)} is no gate that the kernels have (a clamp of a line)")
+        del self.inner[mark:]
+        op = self.flow.op(node)
+        if op is not None and op.name == "leaky_relu":
+            raise Mismatch(f"{node} is a leaky_relu, no gate that the kernels have")
+        return "identity", node
+
+    # ---- the squeeze ----
+
+    def squeezed(self, node: Any) -> Node:
+        """The map of which a node is the mean over space."""
+        node = self.through_views(node)
+        op = self.flow.op(node)
+        name = "" if op is None else op.name
+        if op is None or not op.known:
+            raise Mismatch(
+                f"{words(node)} stands where the squeeze (a mean over space) is expected"
+            )
+        if name.startswith("adaptive_avg_pool"):
+            size = op.get("output_size")
+            if any(s != 1 for s in (size if isinstance(size, (tuple, list)) else (size,))):
+                raise Mismatch(f"{node} pools to {size}, not to 1")
+            x = self.input_of(node)
+            self.take(node)
+            return self._whole(node, x)
+        if name.startswith("avg_pool"):
+            return self._average(node, op)
+        count: Any = None
+        if name in ("div", "mul"):
+            total, scale = op.get("input"), op.get("other")
+            inner = self.flow.op(total)
+            if inner is None or inner.name != "sum":
+                raise Mismatch(f"{words(node)} stands where the squeeze is expected")
+            self.input_of(node)
+            self.take(node)
+            extents = [*shape_of(inner.get("input"))[2:]]
+            count = math.prod(extents) if extents else 0
+            scale = _value(scale)
+            right = (
+                statically_known_true(scale == count) if name == "div"
+                else is_number(scale) and isinstance(count, int) and scale == 1 / count
+            )  # fmt: skip
+            if not right:
+                raise Mismatch(f"{total} is a sum that is not divided by the number of positions")
+            node, op = total, inner
+        elif name != "mean":
+            raise Mismatch(
+                f"{words(node)} stands where the squeeze (a mean over space) is expected"
+            )
+        if op.get("dtype") is not None:
+            raise Mismatch(f"{node} is computed in another dtype")
+        x = self.input_of(node)
+        self.take(node)
+        return self._over_space(node, x, op)
+
+    def _over_space(self, node: Node, x: Any, op: Op) -> Node:
+        """What is reduced over all its spatial dimensions, maybe in steps."""
+        rank, dims = len(shape_of(x)), op.get("dim")
+        if not isinstance(x, Node) or dims is None:
+            raise Mismatch(f"{node} is the mean of all elements")
+        dims = sorted(d % rank for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
+        inner = self.flow.op(x)
+        space = list(range(2, rank))
+        if dims == space and rank == 3 and inner is not None and inner.name in _FLATTENING:
+            source = self.input_of(x)  # x.flatten(2).mean(-1)
+            if isinstance(source, Node) and len(shape_of(source)) > 3:
+                if known_equal(shape_of(source)[:2], shape_of(x)[:2]):
+                    self.take(x)
+                    return source
+        if op.name == "mean" and inner is not None and inner.name == "mean":
+            outer, source = inner.get("dim"), inner.get("input")  # x.mean(3).mean(2)
+            keep = bool(inner.get("keepdim", False))
+            outer = [outer] if not isinstance(outer, (tuple, list)) else list(outer)
+            whole = len(shape_of(source))
+            if whole > 3 and None not in outer:
+                outer = sorted(d % whole for d in outer)
+                mine = dims if keep else [_before_reduction(d, outer) for d in dims]
+                if sorted({*outer, *mine}) == list(range(2, whole)):
+                    self.input_of(x)
+                    self.take(x)
+                    return self._whole(node, source)
+        if dims != space or rank < 3:
+            raise Mismatch(f"{node} is a {op.name} over dimensions {dims}, expected {space}")
+        return x
+
+    def _average(self, node: Node, op: Op) -> Node:
+        x, kernel = self.input_of(node), op.get("kernel_size")
+        space = shape_of(x)[2:]
+        kernel = _value(kernel)
+        kernel = tuple(kernel) if isinstance(kernel, (tuple, list)) else (kernel,) * len(space)
+        padding = op.get("padding", 0)
+        padding = padding if isinstance(padding, (tuple, list)) else (padding,)
+        if (
+            not known_equal([_value(k) for k in kernel], space)
+            or any(p != 0 for p in padding)
+            or op.get("divisor_override") is not None
+        ):
+            raise Mismatch(f"{node} is an average over a window, not over all positions")
+        self.take(node)
+        return self._whole(node, x)
+
+    def _whole(self, node: Node, x: Any) -> Node:
+        if not isinstance(x, Node) or len(shape_of(x)) < 3:
+            raise Mismatch(f"{node} does not pool a map")
+        return x
+
+
+_CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
+_FLATTENING = frozenset(("view", "reshape", "flatten"))
+#: What clips, and slope, intercept, lower and upper bound of ``clip(slope u + intercept)``. The
+#: gradient of clamp at its ends is 1, that of relu6 and hardtanh 0.
+_HARD = {
+    "hardsigmoid": (("relu6", "hardtanh"), (1 / 6, 0.5, 0.0, 1.0)),
+    "hardsigmoid_02": (("clamp",), (0.2, 0.5, 0.0, 1.0)),
+}
+
+
+def _bounds(op: Op) -> tuple[Any, Any]:
+    if op.name == "relu6":
+        return 0, 6
+    if op.name == "hardtanh":
+        return op.get("min_val", -1.0), op.get("max_val", 1.0)
+    low, high = op.get("min"), op.get("max")
+    return (low if is_number(low) else None), (high if is_number(high) else None)
+
+
+def _before_reduction(dim: int, reduced: list[int]) -> int:
+    """The dimension that ``dim`` was before these were taken out."""
+    for r in reduced:
+        dim += r <= dim
+    return dim
+
+
+def _value(value: Any) -> Any:
+    """A number of the program, or the symbol that stands for it."""
+    if isinstance(value, Node):
+        return value.meta.get("example_value", value.meta.get("val"))
+    return value
+
+
+def is_vector(node: Node, batch: Any, channels: Any) -> bool:
+    """Whether a tensor is ``[B, C]`` up to extents of 1."""
+
+    def long(extents: Sequence[Any]) -> list[Any]:
+        return [e for e in extents if not statically_known_true(e == 1)]
+
+    return known_equal(long(shape_of(node)), long((batch, channels)))
+
+
+def is_pool(flow: Flow, node: Any) -> bool:
+    op = flow.op(node)
+    if op is None:
+        return False
+    if op.name in ("div", "mul"):
+        inner = flow.op(op.get("input"))
+        return inner is not None and inner.name == "sum"
+    return op.name == "mean" or op.name.startswith(("adaptive_avg_pool", "avg_pool"))
