@@ -53,7 +53,8 @@ _GATES = (
 )  # fmt: skip
 _PRODUCTS = (
     "{y} = {x} * {g}", "{y} = {g} * {x}", "{y} = torch.mul({x}, {g})", "{y} = {x}.mul_({g})",
-    "{y} = {x} * {g}.expand_as({x})", "{x} *= {g}; {y} = {x}", "{y} = {x}.mul({g}.expand({x}.shape))",
+    "{y} = {x} * {g}.expand_as({x})", "{x} *= {g}; {y} = {x}",
+    "{y} = {x}.mul({g}.expand({x}.shape))",
 )  # fmt: skip
 _NOISE = (
     "{m}.add_({q} * 0.5)", "{m} += {q}", "{y} = F.relu({m})", "{y} = F.relu({m}, inplace=True)",
@@ -134,6 +135,9 @@ def source(seed: int) -> str:
     return "def f(p, x, r):\n" + "".join(f"    {line}\n" for line in lines)
 
 
+_STEPS = ("residual", "after", "before", "BatchNorm", "affine", "one layer", "shift")
+
+
 class Program(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -183,7 +187,7 @@ def observe(call: Any, batch: Batch, grad: bool) -> State:
         outputs = list(tensors(call(given)))
     state = {f"output {i}": y for i, y in enumerate(outputs)}
     state |= {f"input {i}": x for i, x in enumerate(given)}
-    if grad:
+    if grad and any(y.requires_grad for y in outputs):
         loss = sum(
             (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
             for y in outputs if y.requires_grad

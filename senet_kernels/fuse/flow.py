@@ -1,10 +1,10 @@
 """A graph of PyTorch calls, before autograd, as values: who writes which memory, and when.
 
-Dynamo's graph is the program in the order it runs, with in-place operators and views. Two things make
-values of it. In-place operators return the tensor they overwrite, so all later reads of that tensor
-are first redirected to the operator: a node then stands for one version of one tensor. And each node
-knows the storages it lies in, from Dynamo's fake tensors, so that a write through an alias (a view,
-``x.data``) is seen: :meth:`Flow.writer` tells what has overwritten a node since.
+Dynamo's graph is the program in the order it runs, with in-place operators and views. Two things
+make values of it. In-place operators return the tensor they overwrite, so all later reads of that
+tensor are first redirected to the operator: a node then stands for one version of one tensor. And
+each node knows the storages it lies in, from Dynamo's fake tensors, so that a write through an
+alias (a view, ``x.data``) is seen: :meth:`Flow.writer` tells what has overwritten a node since.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Flow:
             if name == "_enter_autocast":
                 autocasts[node] = tuple(node.args[:3])
             elif name == "_exit_autocast":
-                autocasts.pop(node.args[0], None)  # type: ignore[arg-type]
+                autocasts.pop(node.args[0], None)
             elif name in ("_set_grad_enabled", "set_grad_enabled"):
                 grad = bool(node.args[0])
             elif self.ops[node] is None and _is_switch(node, name):

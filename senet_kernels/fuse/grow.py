@@ -1,5 +1,5 @@
-"""The neighbours that a squeeze-and-excitation takes in: residual and activation after it, activation
-and BatchNorm (or another affine step per channel) before it."""
+"""The neighbours that a squeeze-and-excitation takes in: residual and activation after it,
+activation and BatchNorm (or another affine step per channel) before it."""
 
 from __future__ import annotations
 

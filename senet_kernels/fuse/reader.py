@@ -1,5 +1,5 @@
-"""Reading a graph backwards along the dataflow: layers, functions, gates, the squeeze, each in any of
-its spellings."""
+"""Reading a graph backwards along the dataflow: layers, functions, gates, the squeeze, each in any
+of its spellings."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Reader:
     # ---- layers ----
 
     def layer(self, node: Any, outputs: Any, what: str) -> tuple[Node, Node, Node | None]:
-        """``(input, weight, bias)`` of a linear layer or 1x1 convolution of ``[B, ...]`` vectors."""
+        """``(input, weight, bias)`` of a linear layer or 1x1 convolution of a vector per image."""
         op = self.flow.op(node)
         batch = shape_of(self.end)[0]
         if op is None or not (op.name == "linear" or op.name in _CONVOLUTIONS):
@@ -180,9 +180,9 @@ class Reader:
             factor = self.flow.op(s)
             if factor is None or factor.name != "sigmoid" or factor.inplace:
                 continue
-            if factor.get("input") is v and set(s.users) == {node}:
-                if self.flow.is_intact(v, node):
-                    return v, s
+            alone = factor.get("input") is v and set(s.users) == {node}
+            if alone and self.flow.is_intact(v, node):
+                return v, s
         return None
 
     def function_input(self, node: Node) -> Node:
@@ -307,10 +307,11 @@ class Reader:
         space = list(range(2, rank))
         if dims == space and rank == 3 and inner is not None and inner.name in _FLATTENING:
             source = self.input_of(x)  # x.flatten(2).mean(-1)
-            if isinstance(source, Node) and len(shape_of(source)) > 3:
-                if known_equal(shape_of(source)[:2], shape_of(x)[:2]):
-                    self.take(x)
-                    return source
+            assert isinstance(source, Node)
+            given = shape_of(source)
+            if len(given) > 2 and known_equal(given[:2], shape_of(x)[:2]):
+                self.take(x)
+                return source
         if op.name == "mean" and inner is not None and inner.name == "mean":
             outer, source = inner.get("dim"), inner.get("input")  # x.mean(3).mean(2)
             keep = bool(inner.get("keepdim", False))

@@ -18,13 +18,13 @@ class Finding(NamedTuple):
 
 
 class GraphReport(NamedTuple):
-    """The squeeze-and-excitations of a graph that run as one call, and the products that nearly were
-    ones, with the reason why they are not. Print it to read it."""
+    """The squeeze-and-excitations of a graph that run as one call, and the products that nearly
+    were ones, with the reason why they are not. Print it to read it."""
 
     fused: tuple[Finding, ...] = ()
     refused: tuple[Finding, ...] = ()
 
-    def __add__(self, other: object) -> GraphReport:  # type: ignore[override]
+    def __add__(self, other: object) -> GraphReport:
         if not isinstance(other, GraphReport):
             return NotImplemented
         return GraphReport(self.fused + other.fused, self.refused + other.refused)

@@ -142,7 +142,7 @@ def norm_affine(
     Arguments are those of ``torch.nn.functional.batch_norm``.
     """
     if training or running_mean is None or running_var is None:
-        F._verify_batch_size(x.size())  # type: ignore[no-untyped-call]
+        F._verify_batch_size(x.size())  # type: ignore[attr-defined]
         wide = x if x.dtype == torch.float64 else x.float()
         var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
         if running_mean is not None and running_var is not None:

@@ -1,7 +1,8 @@
 """The one table of spellings: which operation a node of a graph calls, in whatever words.
 
-``F.relu(x)``, ``torch.relu(x)``, ``x.relu_()``, ``F.relu(x, inplace=True)`` and ``aten.relu`` are one
-operation, ``relu``, with the same named arguments. To teach the matcher another spelling, add it here.
+``F.relu(x)``, ``torch.relu(x)``, ``x.relu_()``, ``F.relu(x, inplace=True)`` and ``aten.relu`` are
+one operation, ``relu``, with the same named arguments. To teach the matcher another spelling, add
+it here.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def read(node: Node) -> Op | None:
             "input" if a.name == "self" else a.name for a in target._schema.arguments
         )
     elif target in _AUGMENTED:
-        name, inplace = _AUGMENTED[target], True  # type: ignore[index]
+        name, inplace = _AUGMENTED[target], True
     else:
         name = getattr(target, "__name__", "")
         if not any(getattr(home, name, None) is target for home in _HOMES):
@@ -180,9 +181,8 @@ def _writes_to_inputs(graph: Graph) -> bool:
             # Past views and in-place operators, to what made the memory.
             while target.op in ("call_function", "call_method"):
                 op = read(target)
-                if op is not None and op.known and op.name not in VIEWS | CASTS | {"detach"}:
-                    if not op.inplace and op.name not in ("getitem", "chunk", "split", "dropout"):
-                        break
+                if op is not None and op.known and not op.inplace and op.name not in _MAY_ALIAS:
+                    break
                 first = next((a for a in target.args if isinstance(a, Node)), None)
                 if first is None:
                     break
@@ -200,10 +200,11 @@ def _nodes(value: Any) -> Iterator[Node]:
             yield from _nodes(item)
 
 
+_MAY_ALIAS = VIEWS | CASTS | {"detach", "getitem", "chunk", "split", "dropout"}
+
 #: Functions that are not in PyTorch's public homes and neither write nor keep what they get.
-HARMLESS = frozenset(
-    f for f in (
-        torch._C._autograd._get_data_attr, getattr, len, torch.sym_max, torch.sym_min, torch.sym_int,
-        torch.sym_float, torch.sym_not, torch.sym_sum, torch._check,
-    ) if f is not None
-)  # fmt: skip
+HARMLESS = frozenset((
+    torch._C._autograd._get_data_attr,  # type: ignore[attr-defined]
+    getattr, len, torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not,
+    torch.sym_sum, torch._check,
+))  # fmt: skip
