@@ -544,6 +544,15 @@ class Dropout(Case):
 # ---- nearly squeeze-and-excitation ----
 
 
+class IdleDropoutIsItsInput(Case):
+    cause = "overwrites"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        m = F.dropout(x, 0.5, False)  # the same tensor, by another name
+        m *= 2
+        return m.mul_(self.gate(m)), x
+
+
 class SlicedWeights(Case):
     fused = 1
 

@@ -53,6 +53,8 @@ class Flow:
         self.origin: dict[Node, Node] = {}
         self.context: dict[Node, Context] = {}
         self._storages: dict[Node, tuple[Any, ...]] = {}
+        #: Names of storages that stand for others.
+        self._same: dict[Any, Any] = {}
         self._holders: dict[Any, list[Node]] = defaultdict(list)
         self._writes: dict[Any, list[tuple[int, Node]]] = defaultdict(list)
         #: Storages that others than this graph's nodes may hold.
@@ -83,19 +85,16 @@ class Flow:
     def _add_storages(self, node: Node) -> None:
         value = node.meta.get("example_value", node.meta.get("val"))
         keys = []
+        source = self._returned(node)
         for tensor in _tensors(value):
             key, sure = _storage(tensor)
+            if source is not None and self._storages[source]:
+                self._same[key] = self._storages[source][0]
+            key = self._same.get(key, key)
             keys.append(key)
             if not sure:
                 self._opaque.add(key)
             self._holders[key].append(node)
-        op = self.ops[node]
-        if op is not None and spelling.is_idle_dropout(op):
-            # It returns its input, where the fake tensor has memory of its own.
-            source = op.get("input")
-            for key in self._storages.get(source, ()):
-                keys.append(key)
-                self._holders[key].append(node)
         if not keys and node.op == "get_attr":
             keys = [("attribute", node.target)]
             self._holders[keys[0]].append(node)
@@ -103,6 +102,12 @@ class Flow:
         unknown = self.ops[node] is None and node.target not in spelling.HARMLESS
         if node.op in ("placeholder", "get_attr") or (node.op != "output" and unknown):
             self._foreign.update(keys)
+
+    def _returned(self, node: Node) -> Node | None:
+        """The input that a node returns, though its fake tensor has memory of its own."""
+        op = self.ops[node]
+        source = op.get("input") if op is not None and spelling.is_idle_dropout(op) else None
+        return source if isinstance(source, Node) else None
 
     def _redirect(self, node: Node) -> None:
         """Let what reads the overwritten tensor from here on read this node."""
