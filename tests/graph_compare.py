@@ -10,12 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from senet_kernels.fuse import GraphReport, compile_backend
+from senet_kernels.fuse.rewrite import rewrite_module
 
 State = dict[str, Tensor]
 
 
-def rewritten(module: nn.Module, reports: list[GraphReport], **how: Any) -> Callable[..., Any]:
-    """The module's graphs, rewritten and run as they are; the reports are added to the list."""
+def rewritten(
+    module: nn.Module, reports: list[GraphReport], *, norm_in_training: bool = False, **how: Any
+) -> Callable[..., Any]:
+    """The module's graphs, rewritten and run as they are; the reports are added to the list.
+
+    With ``norm_in_training`` they are those that Inductor is given.
+    """
+    if norm_in_training:
+
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            reports.append(rewrite_module(graph, norm_in_training=True))
+            return graph.forward
+
+        return torch.compile(module, backend=backend, **how)
     options = {"inductor": False, "report": reports.append}
     return torch.compile(module, backend=compile_backend, options=options, **how)
 

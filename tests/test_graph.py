@@ -31,6 +31,8 @@ def test_adversarial_modules_compute_what_eager_does(
     module = case().to(case.dtype).train(training)
     x = torch.randn(graph_cases.SHAPE, dtype=case.dtype)
     report = compare(module, x, tolerance=case.tolerance)
+    if training and "Norm" in case.__name__:  # and as under Inductor
+        compare(module, x, tolerance=case.tolerance, norm_in_training=True)
     fused = case.fused if isinstance(case.fused, int) else case.fused[not training]
     assert len(report.fused) == fused, report
     if case.cause is not None and not fused:

@@ -38,15 +38,18 @@ def _exact_gates(model: nn.Module) -> nn.Module:
     return model
 
 
-def _compare_network(model: nn.Module, x: Tensor, training: bool) -> GraphReport:
+def _compare_network(
+    model: nn.Module, x: Tensor, training: bool, norm_in_training: bool = False
+) -> GraphReport:
     """As :func:`graph_compare.compare`, with gradients relative to the largest of all."""
     torch._dynamo.reset()
     plain, other = model.train(training), copy.deepcopy(model)
     reports: list[GraphReport] = []
     results = []
-    for module, call in ((plain, plain), (other, rewritten(other, reports))):
+    call = rewritten(other, reports, norm_in_training=norm_in_training)
+    for module, run in ((plain, plain), (other, call)):
         torch.manual_seed(1)
-        y = next(tensors(call(x)))
+        y = next(tensors(run(x)))
         weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
         wanted = [p for p in module.parameters() if p.requires_grad]
         gradients = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
@@ -180,6 +183,17 @@ def test_networks_of_others(name: str, training: bool) -> None:
     report = _compare_network(model, torch.randn(shape, dtype=torch.float64), training)
     assert len(report.fused) == blocks, report
     assert all(step in f.note for f in report.fused), report
+
+
+@pytest.mark.parametrize("name", ["mbconv", "regnet"])
+def test_norms_in_training_join_as_under_inductor(name: str) -> None:
+    build, shape, blocks, _ = _NETWORKS[name]
+    torch.manual_seed(0)
+    model = build().double()
+    randomise(model)
+    x = torch.randn(shape, dtype=torch.float64)
+    report = _compare_network(model, x, True, norm_in_training=True)
+    assert [f.note.endswith("BatchNorm") for f in report.fused] == [True] * blocks, report
 
 
 def test_random_programs() -> None:

@@ -147,10 +147,10 @@ def norm_affine(
         var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
         if running_mean is not None and running_var is not None:
             count = x.numel() // x.shape[1]
-            with torch.no_grad():
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            with torch.no_grad():  # through .data: a BatchNorm makes no new version of them either
+                running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
                 unbiased = var * (count / (count - 1))
-                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+                running_var.data.lerp_(unbiased.to(running_var.dtype), momentum)
     else:
         mean, var = running_mean, running_var
     a = torch.rsqrt(var + eps)
