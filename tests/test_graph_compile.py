@@ -75,8 +75,14 @@ def test_all_neighbours_join(rank: int, training: bool) -> None:
     assert report.fused[0].where.startswith("test_graph_compile.py:")
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("door", ["backend", "options"])
+@pytest.mark.parametrize(
+    ("door", "training"),
+    [
+        ("backend", True), ("options", False),
+        pytest.param("backend", False, marks=pytest.mark.slow),
+        pytest.param("options", True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_under_inductor(door: str, training: bool) -> None:
     torch.manual_seed(0)
     reports: list[GraphReport] = []
