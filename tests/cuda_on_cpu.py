@@ -26,7 +26,6 @@ from senet_kernels import ops
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 
 import build
-
 from ptx import compiling
 
 CUDA = build.ROOT / "csrc" / "cuda"
