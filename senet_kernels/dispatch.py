@@ -24,7 +24,7 @@ from torch import Tensor
 from . import features
 from .backends import native, triton
 from .features import Call
-from .tensors import is_captured
+from .tensors import dispatch_modes, function_modes, is_captured
 
 #: Backends with kernels.
 KERNELS: tuple[str, ...] = ("native", "triton")
@@ -127,7 +127,9 @@ def may_run_kernels(x: Tensor, backend: str | None, compiling: bool) -> bool:
     for name, device in BY_DEFAULT:
         # What is known to be missing needs no look at x; the rest may have to be imported.
         missing = _MODULES[name].__dict__.get("UNAVAILABLE") is not None
-        if missing and not is_captured():
+        if missing and not (
+            (compiling or dispatch_modes() or function_modes()) and is_captured()
+        ):  # fmt: skip
             continue
         # is_cpu takes half the instructions, and Dynamo would record it.
         on_it = x.is_cpu if device == "cpu" and not compiling else x.device.type == device
