@@ -169,7 +169,7 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, str]] 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n.startswith(("monai-e", "efficient")) else n
+    [pytest.param(n, marks=pytest.mark.slow) if n.startswith(("monai", "efficient")) else n
      for n in _NETWORKS],
 )  # fmt: skip
 def test_networks_of_others(name: str, training: bool) -> None:
@@ -209,6 +209,7 @@ def test_random_programs() -> None:
     assert counts["fused"] > 15
 
 
+@pytest.mark.slow
 def test_the_fuzzer_would_see_a_wrong_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from collections import Counter
 

@@ -680,37 +680,6 @@ def test_compiled_programs(grad: bool) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("saved_by", ["library", "python"])
-def test_programs_run_elsewhere(saved_by: str, pure_python: Path, tmp_path: Path) -> None:
-    """Saved with the library and run without it, and the other way round."""
-    save = (
-        "import torch, senet_kernels\n"
-        "torch.manual_seed(0)\n"
-        "net = senet_kernels.FusedSEBlock(8, hidden=4, after='relu')\n"
-        "x = torch.randn(2, 8, 3, 5)\n"
-        "torch.export.save(torch.export.export(net, (x,)), 'net.pt2')\n"
-        "torch.save((x, net(x)), 'pair.pt')\n"
-    )
-    load = (
-        "import torch, senet_kernels\n"
-        "x, y = torch.load('pair.pt')\n"
-        "net = torch.export.load('net.pt2').module()\n"
-        "torch.testing.assert_close(net(x), y)\n"
-        "net(x).sum().backward()\n"
-        "assert all(p.grad is not None for p in net.parameters())\n"
-        "with torch.profiler.profile() as profile, torch.no_grad():\n"
-        "    net(x)\n"
-        "print('senet_kernels::native_forward' in {e.key for e in profile.key_averages()})\n"
-    )
-    paths = [_PACKAGE.parent, pure_python]
-    if saved_by == "python":
-        paths.reverse()
-    _script(save, paths[0], folder=tmp_path)
-    out = _script(load, paths[1], folder=tmp_path)
-    assert out.split()[-1] == str(saved_by == "python")
-
-
-@needs_library
 @pytest.mark.slow
 def test_ahead_of_time_by_the_c_shims(tmp_path: Path) -> None:
     """AOTInductor's code calls the library's C functions, with every argument of the ops."""
