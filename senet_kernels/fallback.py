@@ -75,11 +75,12 @@ def _scale(
     beta: Tensor | None,
     inplace: bool,
 ) -> Tensor:
-    channels, shift = p.shape[1], None
+    shift = None
     with untraced():
         shifted = u.shape[1] != p.shape[1]
     if shifted:
-        u, shift = u[:, :channels], per_channel(u[:, channels:], p.dim())
+        u, shift = u.chunk(2, dim=1)  # whose gradient is one concatenation
+        shift = per_channel(shift, p.dim())
     g = _apply(gate, u)
     scale = g
     # Under autocast they may be wider than the gate, and do not widen the result.

@@ -237,6 +237,35 @@ def test_no_more_operators_and_bytes_than_with_linear_layers(
     assert not [name for name in count(eager.functional).all if "senet_kernels" in name]
 
 
+class _ScaleAndShift(nn.Module):
+    """The block of Leela Chess Zero with linear layers."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, 2 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, shift = self.fc2(F.relu(self.fc1(x.mean((2, 3))))).chunk(2, 1)
+        return x * torch.sigmoid(g)[:, :, None, None] + shift[:, :, None, None]
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_operators_and_bytes_with_scale_and_shift(
+    dtype: torch.dtype, backward: bool
+) -> None:
+    eager = _ScaleAndShift(32, 8).to(dtype)
+    block = FusedSEBlock(32, hidden=8, scale_and_shift=True)
+    block.load_state_dict(eager.state_dict())
+    x = torch.randn(4, 32, 6, 5, dtype=dtype)
+    theirs, ours = (
+        _operators(m, x=x, backward=backward, how=nullcontext) for m in (eager, block.to(dtype))
+    )
+    assert len(ours.computing) <= len(theirs.computing), ours.computing
+    assert ours.bytes <= theirs.bytes
+
+
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("before", [None, F.silu])
 @pytest.mark.parametrize(("after", "added"), [(None, False), (F.relu, True), (F.silu, True)])
