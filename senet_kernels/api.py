@@ -221,7 +221,9 @@ def squeeze(
         return fallback.squeeze(x, before=before, before_affine=before_affine, lengths=lengths)
     affine_scale, affine_shift = before_affine or (None, None)
     if captured:  # as given: the op promotes by the autocast it runs under
-        return public_ops.squeeze(resolved.options, x, affine_scale, affine_shift, lengths)
+        return public_ops.record(
+            "squeeze", resolved.options, x, affine_scale, affine_shift, lengths
+        )
     if affine_scale is not None:
         affine_scale, affine_shift = resolve.cast(cast_to, affine_scale, affine_shift)
     arguments = (x, affine_scale, affine_shift, lengths)
@@ -350,7 +352,7 @@ def channel_scale(
     affine_scale, affine_shift = before_affine or (None, None)
     rest: tuple[Tensor | None, ...] = (alpha, beta, affine_scale, affine_shift)
     if captured:  # likewise
-        return public_ops.channel_scale(resolved.options, x, u, residual, *rest)
+        return public_ops.record("channel_scale", resolved.options, x, u, residual, *rest)
     if x.dtype != dtype:
         x = x.to(dtype)
     if residual is not None and residual.dtype != dtype:

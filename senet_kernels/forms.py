@@ -219,11 +219,16 @@ def part_of(module: nn.Module, path: Path) -> Part:
     )  # fmt: skip
 
 
+def _classes_of(kind: type[nn.Module]) -> tuple[type, ...]:
+    """A class and its bases, up to torch's Module and without it."""
+    return kind.__mro__[: kind.__mro__.index(nn.Module)]
+
+
 def _lookups(kind: type[nn.Module], known: frozenset[str]) -> tuple[tuple[str, Any], ...]:
     """What ``forward`` and what it calls may look up on a module and that the instance has no
     attribute for: functions and settings of its class, and names that need not be there."""
     of_class: dict[str, Any] = {}
-    for cls in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+    for cls in reversed(_classes_of(kind)):
         of_class |= vars(cls)
     names, strings = _asked_by_forward(of_class)
     found = []
@@ -411,7 +416,7 @@ Functions = tuple[tuple[type, Callable[[Any], tuple[Any, ...]], tuple[Any, ...]]
 def functions_of(kind: type[nn.Module]) -> Functions:
     """What a module of a class may call of it, from the class up to torch's Module."""
     found = []
-    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+    for cls in _classes_of(kind):
         names = tuple(n for n, v in vars(cls).items() if not n.startswith("__"))
         found.append((cls, _reader(names), tuple(vars(cls)[n] for n in names)))
     return tuple(found)
@@ -433,7 +438,7 @@ def code_of(kind: type[nn.Module]) -> str:
     """A digest of what :func:`functions_of` a class compute, the same in every process of this
     Python."""
     digest = hashlib.sha256(repr(sys.version_info[:2]).encode())
-    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+    for cls in _classes_of(kind):
         for name, value in sorted(vars(cls).items()):
             if not name.startswith("__"):
                 digest.update(repr((name, _digested(value))).encode())

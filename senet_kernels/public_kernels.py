@@ -262,7 +262,6 @@ class _Operation(NamedTuple):
     or a backend and their code) and its tensors."""
 
     arguments: Callable[..., _Arguments]
-    record: Callable[..., Tensor]  # calls the public op
     reference: Callable[..., Tensor]
     promote: Callable[..., _Tensors]  # called with a device type
     resolve: Callable[[Options, _Tensors], _Call]
@@ -274,7 +273,6 @@ class _Operation(NamedTuple):
 _OPERATIONS: dict[str, _Operation] = {
     "squeeze_excite": _Operation(
         _of_squeeze_excite,
-        public_ops.squeeze_excite,
         reference.squeeze_excite_flat,
         _promoted_squeeze_excite,
         _resolve_squeeze_excite,
@@ -284,7 +282,6 @@ _OPERATIONS: dict[str, _Operation] = {
     ),
     "squeeze": _Operation(
         _of_squeeze,
-        public_ops.squeeze,
         reference.squeeze_flat,
         _promoted_squeeze,
         _resolve_squeeze,
@@ -294,7 +291,6 @@ _OPERATIONS: dict[str, _Operation] = {
     ),
     "channel_scale": _Operation(
         _of_channel_scale,
-        public_ops.channel_scale,
         reference.channel_scale_flat,
         _promoted_channel_scale,
         _resolve_channel_scale,
@@ -313,7 +309,7 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, name: str, options: Options, *tensors: Tensor | None) -> Tensor:
         ctx.name, ctx.options = name, options
         ctx.save_for_backward(*tensors)
-        return _OPERATIONS[name].record(options, *tensors)
+        return public_ops.record(name, options, *tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -412,7 +408,7 @@ def _promote(name: str, device: str, *args: Any, **kwargs: Any) -> Tensor:
     options, tensors = operation.arguments(*args, **kwargs)
     promoted = operation.promote(device, *tensors)
     with torch.autocast(device, enabled=False):
-        return operation.record(options, *promoted)
+        return public_ops.record(name, options, *promoted)
 
 
 # The key of autocast for each device type that has kernels.

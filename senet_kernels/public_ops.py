@@ -105,10 +105,9 @@ if not ops.SHARED:
     for _name, _fake in FAKES.items():
         torch.library.register_fake(f"{ops.NAMESPACE}::{_name}", _fake, lib=ops.library)
 
+# The names of functions that each op takes, and their defaults.
 _DEFAULTS: dict[str, dict[str, str]] = {
-    name: {
-        a.name: a.default_value for a in op._schema.arguments if isinstance(a.default_value, str)
-    }
+    name: {a.name: a.default_value for a in op._schema.arguments if a.name in Options._fields}
     for name, op in OPS.items()
 }
 
@@ -143,75 +142,27 @@ def c_shims(device: str = "cpu") -> dict[Any, list[str]]:
     return shims
 
 
-def _call(
-    name: str,
-    operands: tuple[Tensor | None, ...],
-    functions: dict[str, str],
-    tensors: dict[str, Tensor | None],
-) -> Tensor:
-    """The op with the arguments that differ from their defaults, for graphs to be readable."""
-    defaults = _DEFAULTS[name]
-    given: dict[str, Any] = {n: f for n, f in functions.items() if f != defaults[n]}
-    given |= {n: t for n, t in tensors.items() if t is not None}
-    y: Tensor = OPS[name](*operands, **given)
+# The tensors of each op in the order of the private ops, whose forward takes the same; so many of
+# them by position.
+_POSITIONAL = {"squeeze_excite": 5, "squeeze": 1, "channel_scale": 2}
+_AFFINE = ("affine_scale", "affine_shift")
+_KEYWORDS: dict[str, tuple[str, ...]] = {
+    "squeeze_excite": ("residual", "alpha", "beta", *_AFFINE, "lengths"),
+    "squeeze": (*_AFFINE, "lengths"),
+    "channel_scale": ("residual", "alpha", "beta", *_AFFINE),
+}
+
+
+def record(name: str, options: Options, *tensors: Tensor | None) -> Tensor:
+    """Call a public op: its functions, and its tensors in the order of the private ops. Arguments
+    at their defaults are left out, for graphs to be readable."""
+    count = _POSITIONAL[name]
+    given: dict[str, Any] = {
+        argument: getattr(options, argument)
+        for argument, default in _DEFAULTS[name].items()
+        if getattr(options, argument) != default
+    }
+    by_keyword = zip(_KEYWORDS[name], tensors[count:], strict=True)
+    given |= {argument: t for argument, t in by_keyword if t is not None}
+    y: Tensor = OPS[name](*tensors[:count], **given)
     return y
-
-
-def squeeze_excite(
-    options: Options,
-    x: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    affine_scale: Tensor | None,
-    affine_shift: Tensor | None,
-    lengths: Tensor | None,
-) -> Tensor:
-    """The public op of the whole operation, its tensors in the order of the private ops."""
-    tensors = {
-        "residual": residual,
-        "alpha": alpha,
-        "beta": beta,
-        "affine_scale": affine_scale,
-        "affine_shift": affine_shift,
-        "lengths": lengths,
-    }
-    return _call("squeeze_excite", (x, w1, b1, w2, b2), options._asdict(), tensors)
-
-
-def squeeze(
-    options: Options,
-    x: Tensor,
-    affine_scale: Tensor | None,
-    affine_shift: Tensor | None,
-    lengths: Tensor | None,
-) -> Tensor:
-    """The public op of the squeeze alone, likewise."""
-    tensors = {"affine_scale": affine_scale, "affine_shift": affine_shift, "lengths": lengths}
-    return _call("squeeze", (x,), {"before": options.before}, tensors)
-
-
-def channel_scale(
-    options: Options,
-    x: Tensor,
-    u: Tensor,
-    residual: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    affine_scale: Tensor | None,
-    affine_shift: Tensor | None,
-) -> Tensor:
-    """The public op of the scaling alone, likewise."""
-    functions = {"gate": options.gate, "before": options.before, "after": options.after}
-    tensors = {
-        "residual": residual,
-        "alpha": alpha,
-        "beta": beta,
-        "affine_scale": affine_scale,
-        "affine_shift": affine_shift,
-    }
-    return _call("channel_scale", (x, u), functions, tensors)

@@ -450,7 +450,7 @@ def run(
     resolved, operands = prepare(*arguments, compiling=compiling, captured=captured)
     x = operands[0]
     if captured and is_recorded(resolved, backend):
-        y = public_ops.squeeze_excite(resolved.options, *operands[:5], *operands[6:])
+        y = public_ops.record("squeeze_excite", resolved.options, *operands[:5], *operands[6:])
         return x.copy_(y) if inplace else y
     if runs_plain(resolved):
         return NotImplemented

@@ -12,7 +12,7 @@ import pytest
 
 from memory_model.classics import CLASSICS, Classic
 from memory_model.extraction import SYNCHRONIZES, Kernel
-from memory_model.machine_code import Line, nvdisasm, sass
+from memory_model.machine_code import Line, sass
 from memory_model.model import Instruction, Program, Thread, allows, executions
 from memory_model.protocols import (
     BULK_RING,
@@ -32,7 +32,9 @@ from tools.mutate_ptx import KERNELS
 needs_nvcc = pytest.mark.skipif(
     compiling.find_nvcc() is None, reason="no nvcc; pip install nvidia-cuda-nvcc"
 )
-needs_nvdisasm = pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm, which is Triton's")
+needs_nvdisasm = pytest.mark.skipif(
+    compiling.tool("nvdisasm") is None, reason="no nvdisasm, which comes with CUDA and with Triton"
+)
 
 
 # ---- the model ----

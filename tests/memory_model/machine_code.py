@@ -1,12 +1,10 @@
-"""What ptxas makes of the synchronizing instructions: SASS by nvdisasm, which comes with Triton."""
+"""What ptxas makes of the synchronizing instructions: SASS by nvdisasm."""
 
 from __future__ import annotations
 
 import functools
 import re
 import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 from ptx import compiling
@@ -26,21 +24,15 @@ class Line(NamedTuple):
     text: str
 
 
-def nvdisasm() -> Path | None:
-    """Triton's; None where it is not installed."""
-    spec = find_spec("triton")
-    if not spec or not spec.origin:
-        return None
-    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return path if path.exists() else None
-
-
 @functools.cache
 def sass(kernel: str, target: str) -> list[Line]:
     """Of a kernel's memory accesses, barriers and branches, in the order of the text."""
     cubin = compiling.cubin_of(kernel, target)
-    command = [str(nvdisasm()), "-c", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    disassembler = compiling.tool("nvdisasm")
+    assert disassembler
+    text = subprocess.run(
+        [disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
     found = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)([^;]*);", text, re.M)
     lines = [Line(opcode, operands.strip(), f"{opcode}{operands}") for opcode, operands in found]
     return [line for line in lines if _CONCERNS.match(line.opcode)]

@@ -52,6 +52,24 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or next(iter(found), None)
 
 
+@functools.cache
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: beside nvcc, on PATH, or in Triton's or NVIDIA's wheels."""
+    nvcc = find_nvcc()
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
+        found = find_spec(package)
+        folders += (
+            [Path(at) / inside for at in found.submodule_search_locations or ()] if found else []
+        )
+    for folder in folders[:1]:
+        if (folder / name).exists():
+            return str(folder / name)
+    if on_path := shutil.which(name):
+        return on_path
+    return next((str(f / name) for f in folders if (f / name).exists()), None)
+
+
 def why_not() -> str | None:
     """Why PTX cannot be executed here; None when it can."""
     if not build.compiler():
@@ -69,7 +87,7 @@ def _key(*parts: Any) -> str:
 
 
 @functools.cache
-def _version(command: str) -> str:
+def version(command: str) -> str:
     return subprocess.check_output([command, "--version"], text=True)
 
 
@@ -81,7 +99,7 @@ def _translator() -> str:
 @functools.cache
 def _compiler() -> str:
     headers = [*sorted(HERE.glob("*.h")), *sorted(build.HERE.glob("*.h"))]
-    return _key(*headers, FLAGS, build.compiler(), _version(build.compiler()[0]))
+    return _key(*headers, FLAGS, build.compiler(), version(build.compiler()[0]))
 
 
 def instance(kernel: str) -> tuple[str, str]:
@@ -123,11 +141,11 @@ def ptx_file_of(text: str, name: str, target: str, *flags: str) -> Path:
     assert nvcc is not None
     headers = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cuh", ".h"))
     names = [path.name for path in headers]
-    key = _key(text, target, [*_NVCC_FLAGS, *flags], _version(nvcc), names, *headers)
+    key = _key(text, target, [*_NVCC_FLAGS, *flags], version(nvcc), names, *headers)
     source = OUT / f"{name}-{target}-{key}.cu"
     product = source.with_suffix(".ptx")
     if not product.exists():
-        _write(source, text)
+        write(source, text)
         build.make(product, [nvcc, *_NVCC_FLAGS, *flags, f"-arch=compute_{target}", str(source)])
     return product
 
@@ -142,7 +160,8 @@ def cubin_of(kernel: str, target: str) -> Path:
     return product
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """In one step, so that no other process reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f"{path.name}.{os.getpid()}")
     own.write_text(text)
@@ -158,7 +177,7 @@ def compiled(text: str, name: str, *, counts: bool = False) -> Path:
     """
     source = OUT / f"{name}-{_key(text, _translator(), *(['counts'] if counts else []))}.cpp"
     if not source.exists():
-        _write(source, Module(text, f"{name}.ptx", counts=counts).cpp())
+        write(source, Module(text, f"{name}.ptx", counts=counts).cpp())
     # What another translator translates alike is not compiled again.
     target = OUT / f"{name}-{_key(source, _compiler())}.o"
     build.make(target, [*build.compiler(), *FLAGS, "-c", str(source)])

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,27 +35,9 @@ def for_tests() -> Any:
     return compiling
 
 
-@functools.cache
-def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: beside nvcc, on PATH, or in Triton's or NVIDIA's wheels."""
-    nvcc = for_tests().find_nvcc()
-    folders = [Path(nvcc).resolve().parent] if nvcc else []
-    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
-        found = find_spec(package)
-        folders += (
-            [Path(at) / inside for at in found.submodule_search_locations or ()] if found else []
-        )
-    for folder in folders[:1]:
-        if (folder / name).exists():
-            return str(folder / name)
-    if on_path := shutil.which(name):
-        return on_path
-    return next((str(f / name) for f in folders if (f / name).exists()), None)
-
-
 def why_not() -> str | None:
     """Why machine code cannot be made and read here; None when it can."""
-    missing = [name for name in ("ptxas", "nvdisasm") if tool(name) is None]
+    missing = [name for name in ("ptxas", "nvdisasm") if for_tests().tool(name) is None]
     if find_spec("scipy") is None:
         missing.append("scipy")
     reason = for_tests().why_not()
@@ -65,9 +46,9 @@ def why_not() -> str | None:
 
 def release(program: str | None = None) -> str:
     """Of ptxas, whose choices a price depends on."""
-    assembler = program or tool("ptxas")
+    assembler = program or for_tests().tool("ptxas")
     assert assembler
-    found = re.search(r"V([\d.]+)", _version(assembler))
+    found = re.search(r"V([\d.]+)", for_tests().version(assembler))
     return f"ptxas {found[1] if found else 'of an unknown release'}"
 
 
@@ -97,11 +78,6 @@ def located(ptx: str) -> str:
 
 
 @functools.cache
-def _version(program: str) -> str:
-    return subprocess.check_output([program, "--version"], text=True)
-
-
-@functools.cache
 def compiled(
     ptx: str, target: str, entry: str, assembler: str | None = None, flags: tuple[str, ...] = ()
 ) -> MachineCode:
@@ -111,11 +87,19 @@ def compiled(
     Raises:
         RuntimeError: the messages of ptxas or nvdisasm.
     """
-    assembler = assembler or tool("ptxas")
-    disassembler = tool("nvdisasm")
+    compiling = for_tests()
+    assembler = assembler or compiling.tool("ptxas")
+    disassembler = compiling.tool("nvdisasm")
     assert assembler
     assert disassembler
-    parts = [ptx, target, *flags, _version(assembler), _version(disassembler), _PRODUCT]
+    parts = [
+        ptx,
+        target,
+        *flags,
+        compiling.version(assembler),
+        compiling.version(disassembler),
+        _PRODUCT,
+    ]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     product = OUT / f"{target}-{key}.json"
     if not product.exists():
@@ -125,7 +109,7 @@ def compiled(
             command = [assembler, f"-arch=sm_{target}", "-lineinfo", "-v", *flags, str(source)]
             said = _run([*command, "-o", str(cubin)])
             text = _run([disassembler, "-c", "-g", str(cubin)])
-        write(product, json.dumps({"said": said, "text": text}))
+        compiling.write(product, json.dumps({"said": said, "text": text}))
     made = json.loads(product.read_text())
     return MachineCode(Program(made["text"], entry), _resources(made["said"], entry))
 
@@ -144,11 +128,3 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
     return done.stdout + done.stderr
-
-
-def write(path: Path, text: str) -> None:
-    """In one step, so that no other process reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,6 @@ def merged(path: Path, new: list[dict[str, Any]]) -> dict[str, Any]:
 
     def key(line: dict[str, Any]) -> tuple[str, ...]:
         return tuple(line[k] for k in ("backend", "card", "layer", "layout", "direction"))
-
-    import json
 
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     lines = {key(line): line for line in [*old, *new]}

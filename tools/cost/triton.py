@@ -17,7 +17,7 @@ from benchmarks.workloads import Layer
 
 from .cards import Card
 from .events import DEFAULT, Assumed
-from .machine_code import OUT, ROOT, compiled, for_tests, release, write
+from .machine_code import OUT, ROOT, compiled, for_tests, release
 from .pipes import Use
 from .price import BATCH, Work
 from .profile import Profile
@@ -99,7 +99,7 @@ def launches(layer: Layer, last: bool, card: Card, batch: int) -> list[list[dict
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     product = OUT / f"triton-{key}.json"
     if not product.exists():
-        write(product, json.dumps(_process(capability, card.multiprocessors).ask(call)))
+        for_tests().write(product, json.dumps(_process(capability, card.multiprocessors).ask(call)))
     found: list[list[dict[str, Any]]] = json.loads(product.read_text())
     return found
 
