@@ -11,6 +11,7 @@ from ._after_import import after_import
 from ._version import __version__
 from .api import Explanation, channel_scale, explain, pack_options, squeeze, squeeze_excite
 from .autograd import NativeSEFunction, TritonSEFunction
+from .autotune import autotune_in_inductor
 from .convert import FusionReport, fuse_se_blocks, unfuse_se_blocks
 from .dispatch import Backends, BackendUnavailableError, backends, use_backend
 from .fuse import GraphReport, compile_report, inductor_options
@@ -35,6 +36,7 @@ __all__ = [
     "TritonSEFunction",
     "__version__",
     "add_se_blocks",
+    "autotune_in_inductor",
     "backends",
     "channel_scale",
     "compile_report",

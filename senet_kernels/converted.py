@@ -46,15 +46,6 @@ def _stale_reason(module: Any) -> str | None:
     return stale_reason(module, module._senet_form.parts)
 
 
-def _stale_reason_at_trace_time(module: Any) -> str | None:
-    return _stale_reason(module)
-
-
-# Dynamo runs it, and keeps the answer: torch.compiler.assume_constant_result, which would import
-# Dynamo.
-_stale_reason_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 class Fused(nn.Module):
     """Put before a recognised class by :func:`fused_class`."""
 
@@ -108,6 +99,13 @@ class Fused(nn.Module):
         ):
             return NotImplemented
         return block.run(block, self, x, partial(_excite_within, se, form))
+
+    def _stale_reason_at_trace_time(self) -> str | None:
+        return _stale_reason(self)
+
+    # Dynamo runs it, and keeps the answer: torch.compiler.assume_constant_result, which would
+    # import Dynamo.
+    _stale_reason_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, where pickle and copy cannot find it by name.
@@ -208,7 +206,8 @@ def _take_lengths(args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
 
 def _changed_as_compiled(module: Any, form: Form | Block) -> str | None:
     """What of the module is unlike the one that was fused, as Dynamo can trace and guard it."""
-    reason = _stale_reason_at_trace_time(module)
+    id(module)  # Dynamo guards it, as it must: the next line's answer is of this module
+    reason = module._stale_reason_at_trace_time()
     if reason is None and not (
         module._original.forward is module._forward[0] and guard(module, form.parts)
     ):

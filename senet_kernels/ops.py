@@ -7,8 +7,12 @@ formula: :mod:`senet_kernels.autograd` supplies it.
 
 ``saved`` is what the forward pass keeps for the backward pass besides its inputs: the pooled
 input z ``[B, C]``, the hidden pre-activation ``[B, R]`` and the pre-gate u ``[B, C or 2C]``, one
-after the other in one flat tensor of the accumulation dtype. ``mask`` is a bit per element for
-``after="relu"``. Both are empty unless ``save``. ``needs`` has a bit for each gradient, in the
+after the other in one flat tensor of the accumulation dtype. ``mask``, for ``after="relu"``, has a
+bit per element, set where y > 0: images, in each its rows (the S positions of a channel, or the C
+channels of a position where x is channels last), a row in ``ceil(length / 8)`` bytes, element
+8j + k as bit k of byte j; bytes after the last row have no meaning. Both are empty unless ``save``.
+This layout is a contract: any backend's backward, and :func:`unpack_mask`, takes what another's
+forward kept. ``needs`` has a bit for each gradient, in the
 order they are returned; one that is not asked for comes back as an empty tensor: the number of
 outputs is fixed.
 """

@@ -415,12 +415,19 @@ def _promote(name: str, device: str, *args: Any, **kwargs: Any) -> Tensor:
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def _register(name: str) -> None:
-    op, library = public_ops.OPS[name], ops.library
+def decomposition(name: str) -> Callable[..., Tensor]:
+    """The decomposition of a public op, with its arguments; a plain function, as torch's table
+    wants."""
 
-    def decompose(*args: Any, **kwargs: Any) -> Tensor:  # the table wants a plain function
+    def decompose(*args: Any, **kwargs: Any) -> Tensor:
         return _decompose(name, *args, **kwargs)
 
+    return decompose
+
+
+def _register(name: str) -> None:
+    op, library = public_ops.OPS[name], ops.library
+    decompose = decomposition(name)
     library.impl(name, decompose, "FuncTorchBatched")
     for device, key in _AUTOCAST.items():
         library.impl(name, functools.partial(_promote, name, device), key)

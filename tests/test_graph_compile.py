@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,14 @@ from torch._dynamo.utils import counters
 import senet_kernels
 from checkout import ROOT
 from graph_compare import compare, rewritten
-from senet_kernels import GraphReport, compile_report, dispatch, inductor_options, use_backend
+from senet_kernels import (
+    GraphReport,
+    __version__,
+    compile_report,
+    dispatch,
+    inductor_options,
+    use_backend,
+)
 from senet_kernels.fuse.rewrite import rewrite_module
 
 C = 8
@@ -222,6 +230,15 @@ def test_the_pass_is_the_same_for_the_same_options() -> None:
     assert next(iter(inductor_options(then=print).values())).uuid() is None
 
 
+def test_the_pass_is_pickled_with_what_caches_ask_for() -> None:
+    (one,) = inductor_options(report=print).values()
+    assert pickle.loads(pickle.dumps(one)) == one
+    assert __version__.encode() in pickle.dumps(one)
+    (unnamed,) = inductor_options(then=print).values()
+    with pytest.raises(pickle.PicklingError, match="names no uuid"):
+        pickle.dumps(unnamed)
+
+
 def test_importing_takes_nothing_of_dynamo() -> None:
     listing = "[m for m in sys.modules if m.startswith('torch._dynamo')]"
     code = f"import sys, senet_kernels; print({listing})"
@@ -243,7 +260,7 @@ import torch, test_graph_compile as t
 from torch._dynamo.utils import counters
 torch.manual_seed(0)
 torch.compile(t.Block(), backend="senet_kernels")(torch.ones(2, 8, 5, 4)).sum().backward()
-print(dict(counters["aot_autograd"]).get("autograd_cache_hit", 0))
+print(counters["inductor"]["fxgraph_cache_hit"] > 0)
 """
 
 
@@ -260,7 +277,7 @@ def test_a_second_process_hits_the_caches(tmp_path: Path) -> None:
         ).stdout.split()[-1]
         for _ in range(2)
     ]  # fmt: skip
-    assert hits == ["0", "1"]
+    assert hits == ["False", "True"]
 
 
 def test_a_second_compilation_hits_the_cache(tmp_path: Path) -> None:
@@ -270,4 +287,4 @@ def test_a_second_compilation_hits_the_cache(tmp_path: Path) -> None:
             torch._dynamo.reset()
             with torch.no_grad():
                 torch.compile(Block(), backend="senet_kernels")(torch.ones(2, C, 5, 4))
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1

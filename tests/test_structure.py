@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parity",),
     ("",),  # senet_kernels/__init__.py
     ("models",),
-    ("convert", "fuse", "layers", "modules"),
+    ("autotune", "convert", "fuse", "layers", "modules"),
     ("converted",),
     ("recognise", "proof", "neighbours", "forms"),
     ("public_kernels",),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,12 @@ def _pass_class() -> type:
                     return None
             return (__version__, get_hash_for_files(files), backends, rest)
 
+        def __reduce__(self) -> Any:
+            # What torch 2.11 to 2.12 make the key of their caches from.
+            if (key := self.uuid()) is None:
+                raise pickle.PicklingError("pre_grad_custom_pass: another pass names no uuid")
+            return _restored, (self.report, self.then, key)
+
         def __eq__(self, other: object) -> bool:
             return (
                 type(other) is type(self)
@@ -116,6 +123,10 @@ def _pass_class() -> type:
             return hash((type(self), id(self.report), id(self.then)))
 
     return FuseSqueezeExcite
+
+
+def _restored(report: Callable[[GraphReport], Any] | None, then: Any, _key: Any) -> Any:
+    return _pass_class()(report, then)
 
 
 def _tell(found: GraphReport, report: Callable[[GraphReport], Any] | None) -> None:
