@@ -207,7 +207,7 @@ def _take_lengths(args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
 def _changed_as_compiled(module: Any, form: Form | Block) -> str | None:
     """What of the module is unlike the one that was fused, as Dynamo can trace and guard it."""
     id(module)  # Dynamo guards it, as it must: the next line's answer is of this module
-    reason = module._stale_reason_at_trace_time()
+    reason: str | None = module._stale_reason_at_trace_time()
     if reason is None and not (
         module._original.forward is module._forward[0] and guard(module, form.parts)
     ):
