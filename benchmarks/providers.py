@@ -19,6 +19,7 @@ from senet_kernels import (
     explain,
     squeeze,
     squeeze_excite,
+    trust,
 )
 from senet_kernels._libraries import load
 
@@ -274,12 +275,15 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 def backend_to_ask_for(device: torch.device) -> str:
     """The backend of calls that name none: what was asked for, else the automatic choice; unless
-    that is the fallback, on a device whose backends run only when asked for by name."""
+    that could be the fallback: on a device whose backends run only when asked for by name, or once
+    they have been proven."""
     requested = dispatch.requested_backend(None)
     if requested == "auto":
         for name in FUSED:
             if unavailable(name, device) is None:
-                return name if dispatch.only_by_name(name, device.type) else requested
+                by_name = dispatch.only_by_name(name, device.type) is not None
+                by_name = by_name or trust.is_asked(name, device.type)
+                return name if by_name else requested
     return requested
 
 

@@ -6,7 +6,7 @@ runs here, ``explain(...)`` why a call runs where it does; ``models`` has the SE
 
 from importlib import import_module
 
-from . import fuse
+from . import fuse, trust
 from ._after_import import after_import
 from ._version import __version__
 from .api import Explanation, channel_scale, explain, pack_options, squeeze, squeeze_excite
@@ -20,6 +20,9 @@ from .models import add_se_blocks
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
 from .public_kernels import register as _register_public_ops
+from .settle import KernelMistrustError
+from .trust import KernelMistrustWarning
+from .trust.verify import verify
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +33,8 @@ __all__ = [
     "FusedSEBlock",
     "FusionReport",
     "GraphReport",
+    "KernelMistrustError",
+    "KernelMistrustWarning",
     "NativeSEFunction",
     "TimmSE",
     "TorchvisionSE",
@@ -47,8 +52,10 @@ __all__ = [
     "pack_options",
     "squeeze",
     "squeeze_excite",
+    "trust",
     "unfuse_se_blocks",
     "use_backend",
+    "verify",
 ]
 
 _register_public_ops()

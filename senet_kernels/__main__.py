@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import __version__, _command_line, parity, trial
+from . import __version__, _command_line, parity, trial, trust, workloads
 from ._command_line import command
 from .api import explain
 from .backends.triton.operands import architecture
@@ -156,11 +156,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     fuse.add_argument("--batch", type=count, default=8, help="images (8)")
     fuse.add_argument("--seconds", type=duration, default=10, help="per timing (10)")
     fuse.add_argument("--neighbours", action="store_true", help="the steps around the blocks too")
-    fuse.add_argument(
-        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (cuda where there is one)",
+    verify = commands.add_parser(
+        "verify", help="prove the GPU kernels for the layers of networks on this card"
+    )
+    verify.add_argument("--batch", type=count, default=32, help="images (32)")
+    verify.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16",
+        help="of the images and the parameters (bfloat16)",
     )  # fmt: skip
+    networks = list(dict.fromkeys(layer.network for layer in workloads.LAYERS))
+    verify.add_argument("--network", choices=networks, default=None, help="one alone (all)")
+    verify.add_argument(
+        "--compiled", action="store_true",
+        help="measure beside what torch.compile makes of PyTorch's operators too: seconds for each",
+    )  # fmt: skip
+    verify.add_argument("--forget", action="store_true", help="drop the verdicts on disk first")
+    for command_of_device in (fuse, verify):
+        command_of_device.add_argument(
+            "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
+            help="cpu, cuda or cuda:N (cuda where there is one)",
+        )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.command == "verify":
+        if args.forget:
+            print(f"{trust.forget()} verdicts dropped")
+        dtype = getattr(torch, args.dtype)
+        return workloads.run(args.device, dtype, args.batch, args.compiled, args.network)
     if args.command == "fuse":
         return _fuse(args.model, args.size, args.batch, args.device, args.seconds, args.neighbours)
     return _selftest() if args.command == "selftest" else _report()

@@ -160,7 +160,7 @@ def explain(
     """
     resolved, arguments = resolve.prepare(
         x, w1, b1, w2, b2, (activation, gate, before, after), before_affine, residual, alpha,
-        beta, lengths, inplace, backend,
+        beta, lengths, inplace, backend, may_prove=False,
     )  # fmt: skip
     chosen, passed_over = resolved.choice
     if resolve.runs_plain(resolved) and chosen != "fallback":

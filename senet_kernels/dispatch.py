@@ -2,7 +2,8 @@
 
 Argument, then :func:`use_backend`, then the environment variable ``SENET_KERNELS_BACKEND``, then
 automatic: the first backend in ``ORDER`` that takes the call, passing over those that are not in
-``BY_DEFAULT`` for its device. A backend chosen explicitly never falls back: it runs or raises.
+``AUTOMATIC`` for its device, and those whose kernels have not proven themselves on this card
+(:mod:`senet_kernels.trust`). A backend chosen explicitly never falls back: it runs or raises.
 (What no kernel can take part in, forward-mode AD say, is the fallback's all the same:
 ``resolve.why_no_kernel``.)
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import features
+from . import features, trust
 from .backends import native, triton
 from .features import Call
 from .tensors import dispatch_modes, function_modes, is_captured
@@ -32,8 +33,8 @@ KERNELS: tuple[str, ...] = ("native", "triton")
 ORDER: tuple[str, ...] = (*KERNELS, "fallback")
 #: All that can be asked for by name.
 NAMES: tuple[str, ...] = (*ORDER, "reference")
-#: Backends with kernels, and the device types on which each runs without being asked for by name.
-BY_DEFAULT: tuple[tuple[str, str], ...] = (("native", "cpu"),)
+#: The backends with kernels that run without being asked for by name, by device type.
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("native", "triton")}
 _MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 
 ENVIRONMENT_VARIABLE = "SENET_KERNELS_BACKEND"
@@ -86,8 +87,13 @@ def _unavailable(backend: str, device: str) -> str | None:
     return reason
 
 
-def choose(call: Call, requested: str) -> BackendChoice:
+def choose(call: Call, requested: str, against: tuple[tuple[str, str], ...] = ()) -> BackendChoice:
     """Pick the backend for ``call``.
+
+    Args:
+        call: what is to be computed.
+        requested: a backend's name, or ``"auto"``.
+        against: backends that are passed over in an automatic choice, each with the reason.
 
     Raises:
         BackendUnavailableError: ``requested`` names a backend that cannot run the call.
@@ -101,8 +107,12 @@ def choose(call: Call, requested: str) -> BackendChoice:
         return BackendChoice(requested, ())
     passed_over: tuple[tuple[str, str], ...] = ()
     for backend in ORDER:
+        reason = None
+        for name, why in against:
+            if name == backend:
+                reason = why
         # In this order: why_not may import what a backend needs.
-        reason = only_by_name(backend, call.device) or why_not(backend, call)
+        reason = reason or only_by_name(backend, call.device) or why_not(backend, call)
         if reason is None:
             return BackendChoice(backend, passed_over)
         passed_over = (*passed_over, (backend, reason))
@@ -112,9 +122,11 @@ def choose(call: Call, requested: str) -> BackendChoice:
 def only_by_name(backend: str, device: str) -> str | None:
     """Why a backend that has kernels for a device type runs there only when it is asked for by
     name; None where it runs by default, or never."""
-    if (backend, device) in BY_DEFAULT or (backend, device) not in features.COLUMNS:
+    if (backend, device) not in features.COLUMNS:
         return None
-    return f"its kernels have not yet run on a GPU; backend={backend!r} tries them"
+    if backend not in AUTOMATIC.get(device, ()):
+        return f"its kernels for {device} run by name alone; backend={backend!r} tries them"
+    return trust.why_off(backend, device)
 
 
 def may_run_kernels(x: Tensor, backend: str | None, compiling: bool) -> bool:
@@ -124,19 +136,25 @@ def may_run_kernels(x: Tensor, backend: str | None, compiling: bool) -> bool:
     requested = _forced if backend is None else backend
     if requested is not None and requested != "auto":
         return requested != "fallback"
-    for name, device in BY_DEFAULT:
-        # What is known to be missing needs no look at x; the rest may have to be imported.
-        missing = _MODULES[name].__dict__.get("UNAVAILABLE") is not None
-        if missing and not (
-            (compiling or dispatch_modes() or function_modes()) and is_captured()
-        ):  # fmt: skip
-            continue
-        # is_cpu takes half the instructions, and Dynamo would record it.
-        on_it = x.is_cpu if device == "cpu" and not compiling else x.device.type == device
+    # is_cpu takes half the instructions, and Dynamo would record it.
+    device = "cpu" if not compiling and x.is_cpu else x.device.type
+    for name in AUTOMATIC.get(device, ()):
+        # What is known to be missing may be there where a captured call runs.
+        if _MODULES[name].__dict__.get("UNAVAILABLE") is not None:
+            if (compiling or dispatch_modes() or function_modes()) and is_captured():
+                return True
         # A library may have been built without kernels for a GPU, never without the CPU's.
-        if on_it and (missing or device == "cpu" or _unavailable(name, device) is None):
-            return True
+        elif device == "cpu" or _unavailable(name, device) is None:
+            return (name, device) not in trust.ASKED or _may_be_proven(name, x, compiling)
     return False
+
+
+def _may_be_proven(backend: str, x: Tensor, compiling: bool) -> bool:
+    """Whether kernels that are to be proven may run for x: in compiled code, if they are."""
+    device = x.device.type
+    if not trust.is_asked(backend, device):
+        return trust.why_off(backend, device) is None
+    return not compiling or is_captured() or trust.any_compiled(x.device)
 
 
 def notes(backend: str, call: Call, x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
@@ -217,6 +235,8 @@ class Backends(Mapping[str, bool]):
             for name, available in self.available.items()
         ]
         lines.append(f"chosen by default: {requested_backend(None)}")
+        lines.append(f"{trust.ENVIRONMENT_VARIABLE}: {trust.mode()}")
+        lines += trust.as_lines()
         return "\n".join([*lines, "", features.format_table()])
 
 

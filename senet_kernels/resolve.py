@@ -10,15 +10,16 @@ converted module its original forward.
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from . import autograd, dispatch, features, public_ops, reference, validation
-from .dispatch import BackendChoice
+from . import autograd, dispatch, features, public_ops, reference, trust, validation
 from .pointwise import Options, check_name, pack
+from .settle import ResolvedCall as ResolvedCall
+from .settle import settle
 from .tensors import (
     PLAIN_TYPES,
     dispatch_modes,
@@ -31,15 +32,6 @@ from .tensors import (
 
 #: activation, gate, before, after, as they were given.
 Names = tuple[str | None, str | None, str | None, str | None]
-
-
-class ResolvedCall(NamedTuple):
-    """What one kind of call resolves to; cached per kind, see resolve."""
-
-    options: Options
-    code: int
-    call: features.Call
-    choice: BackendChoice
 
 
 _RESOLVED: dict[tuple[Any, ...], ResolvedCall] = {}
@@ -57,13 +49,15 @@ def _make(
         *(check_name(argument, v) for argument, v in zip(Options._fields, names, strict=True))
     )
     call = features.Call(device, dtype, param_dtype, options, *facts)
-    return ResolvedCall(options, pack(options), call, dispatch.choose(call, requested))
+    choice = dispatch.choose(call, requested)
+    asks = trust.is_asked(choice.backend, device)
+    return ResolvedCall(options, pack(options), call, choice, asks)
 
 
 def _note_short_way(kind: tuple[Any, ...], resolved: ResolvedCall) -> None:
     """Keep what a call on the CPU resolves to for the short way of :func:`run` too, where the
     native kernels take all calls with these names: of any dtype, layers and residual."""
-    if resolved.call.device != "cpu" or resolved.choice.backend != "native":
+    if resolved.call.device != "cpu" or resolved.choice.backend != "native" or resolved.asks:
         return
     names, requested = kind[3], kind[5]
     rest = (False, False, False)
@@ -118,11 +112,13 @@ def resolve(
     backend: str | None,
     compiling: bool,
     captured: bool,
+    may_prove: bool = True,
 ) -> ResolvedCall:
     """What a call with these tensors, x first, resolves to: its kind, looked up.
 
     ``dtypes`` are those of x and of the parameters, as a kernel would be given them. Of extents
-    that are captured nothing is asked, they may be symbols that an answer would bind.
+    that are captured nothing is asked, they may be symbols that an answer would bind. ``may_prove``
+    as in :func:`prepare`.
     """
     x = tensors[0]
     assert x is not None
@@ -144,7 +140,10 @@ def resolve(
         ),
         dispatch.requested_backend(backend),
     )
-    return _look_up(kind, compiling)
+    resolved = _look_up(kind, compiling)
+    if resolved.asks and not captured and why_no_kernel() is None:
+        resolved = settle(resolved, tensors, backend, compiling, may_prove)
+    return resolved
 
 
 def _look_up(kind: tuple[Any, ...], compiling: bool) -> ResolvedCall:
@@ -157,6 +156,8 @@ def _look_up(kind: tuple[Any, ...], compiling: bool) -> ResolvedCall:
         resolved = None
     if resolved is None:
         resolved = _make(*kind)
+        if resolved.asks:
+            resolved = resolved._replace(asks=trust.Question())
         _RESOLVED[kind] = resolved
         _note_short_way(kind, resolved)
     return resolved
@@ -187,7 +188,9 @@ _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 def runs_plain(resolved: ResolvedCall) -> bool:
     """Whether the caller's own way computes a call: so chosen, or because of what is going on."""
     chosen = resolved.choice.backend
-    return chosen == "fallback" or (chosen != "reference" and why_no_kernel() is not None)
+    if chosen == "fallback":
+        return True
+    return chosen != "reference" and why_no_kernel() is not None
 
 
 def is_recorded(resolved: ResolvedCall, backend: str | None) -> bool:
@@ -267,12 +270,14 @@ def prepare(
     compiling: bool | None = None,
     captured: bool = False,
     mixed: bool = False,
+    may_prove: bool = True,
 ) -> tuple[ResolvedCall, tuple[Any, ...]]:
     """Check everything, choose a backend, promote under autocast for it.
 
     ``compiling``, ``captured``: whether torch is, and whether the call is
     (:func:`senet_kernels.tensors.is_captured`), where that is known. ``mixed``: outside autocast
-    too, parameters may be in float32, as kernels take them.
+    too, parameters may be in float32, as kernels take them. ``may_prove``: whether kernels that
+    are to be proven may be tried now.
 
     Returns what the call resolves to and the arguments of a Function's ``apply``.
     """
@@ -294,6 +299,9 @@ def prepare(
             requested = dispatch.requested_backend(backend)
             kind = (device, dtype, dtype, names, _PLAIN_FACTS, requested)
             resolved = _look_up(kind, compiling)
+            if resolved.asks and why_no_kernel() is None:
+                given = (x, w1, b1, w2, b2, None)
+                resolved = settle(resolved, given, backend, compiling, may_prove)
             return resolved, (x, w1, b1, w2, b2, resolved.code, None, None, None, None, None, None)
 
     validation.check_input(x)
@@ -346,7 +354,7 @@ def prepare(
     wide = not captured and features.is_wide(x, w2.shape[1], outputs, before_affine is not None)
     resolved = resolve(
         form, tensors, (dtype, cast_to or w2.dtype), outputs != x.shape[1], names, residual, alpha,
-        beta, before_affine, lengths, inplace, wide, backend, compiling, captured,
+        beta, before_affine, lengths, inplace, wide, backend, compiling, captured, may_prove,
     )  # fmt: skip
     if (captured and is_recorded(resolved, backend)) or not runs_plain(resolved):
         if x.dtype != dtype:

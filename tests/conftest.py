@@ -15,6 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # an element nobody wrote cannot pass for a right one.
 os.environ.setdefault("SENET_KERNELS_POISON", "1")
 
+# Tests are of the kernels themselves: none is tried before it is called, on no card.
+os.environ.setdefault("SENET_KERNELS_GPU", "trust")
+
 # Or cuBLAS refuses matrix products under use_deterministic_algorithms, see `poisoned_empty`.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -160,7 +163,7 @@ def automatic(backend: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that name no backend run on this one, which others may be preferred to, or which runs
     only when asked for by name."""
     monkeypatch.setattr(dispatch, "ORDER", (backend.name, "fallback"))
-    monkeypatch.setattr(dispatch, "BY_DEFAULT", ((backend.name, backend.device),))
+    monkeypatch.setattr(dispatch, "AUTOMATIC", {backend.device: (backend.name,)})
     monkeypatch.setattr(resolve, "_RESOLVED", {})
 
 

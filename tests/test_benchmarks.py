@@ -346,11 +346,11 @@ def test_calls_that_name_no_backend(
     record_ops: Callable[[], set[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where none is chosen by itself, as on a GPU yet, networks are not timed on the reference."""
+    """Where none is chosen by itself, networks are not timed on the reference."""
     if not backends()["native"]:
         pytest.skip("the native backend is not available")
     assert providers.backend_to_ask_for(CPU) == "auto"
-    monkeypatch.setattr(dispatch, "BY_DEFAULT", ())
+    monkeypatch.setattr(dispatch, "AUTOMATIC", {})
     monkeypatch.setattr(resolve, "_RESOLVED", {})
     code, record = run(*MODEL)
     assert (code, record["environment"]["backend"]) == (0, "native")

@@ -190,11 +190,8 @@ def test_a_backend_that_cannot_run_it_raises() -> None:
         compile_report(model, x)
 
 
-@pytest.mark.skipif(
-    dispatch.BY_DEFAULT != (("native", "cpu"),), reason="kernels for a GPU are on by default"
-)
 def test_reasons_come_from_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "BY_DEFAULT", ())
+    monkeypatch.setattr(dispatch, "AUTOMATIC", {})
     report = compile_report(Block(), torch.randn(2, C, 5, 4))
     assert "no kernel takes it here (native: " in report.refused[0].note
 

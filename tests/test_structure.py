@@ -15,7 +15,7 @@ PACKAGE = "senet_kernels"
 
 #: From the user down. A module imports from its own layer and from later ones.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__main__", "selftest", "flops", "train"),
+    ("__main__", "selftest", "flops", "train", "workloads"),
     ("trial",),
     ("parity",),
     ("",),  # senet_kernels/__init__.py
@@ -25,9 +25,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recognise", "proof", "neighbours", "forms"),
     ("public_kernels",),
     ("api",),
-    ("fallback", "resolve"),
+    ("resolve",),
+    ("settle",),
     ("dispatch", "autograd"),
-    ("validation",),
+    ("trust",),
+    ("fallback", "validation"),
     ("features",),
     ("public_ops",),
     ("backends.native", "backends.triton"),

@@ -6,7 +6,7 @@ What lies between
     <!-- support:end -->
 
 is written from the predicates that dispatch asks (``senet_kernels.features``,
-``senet_kernels.dispatch``), in English (``en``) or Chinese (``zh``). ``--check`` changes nothing
+``senet_kernels.trust``), in English (``en``) or Chinese (``zh``). ``--check`` changes nothing
 and only says whether the tables are what the predicates say (exit code 1 if not).
 """
 
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.readme import renew_files
-from senet_kernels import dispatch, features
+from senet_kernels import features, trust
 
 BLOCK = re.compile(
     r"(<!-- support:begin (?P<language>\w+) -->\n).*?(<!-- support:end -->)", re.DOTALL
@@ -41,7 +41,7 @@ WORDS: dict[str, dict[str, str]] = {
     "en": {
         "by default": "by default",
         "last": "where nothing else does: eager PyTorch",
-        "by name": "if asked for by name; **not yet run on a GPU**",
+        "once proven": "once proven right and fast on the card; **not yet run on a GPU**",
         "any": "any device",
         "runs": "runs",
         "layouts": "contiguous and channels-last (other strides: copied first)",
@@ -60,7 +60,7 @@ WORDS: dict[str, dict[str, str]] = {
     "zh": {
         "by default": "默认",
         "last": "别的都不行时：PyTorch 自身的算子",
-        "by name": "指名时；**尚未在 GPU 上运行过**",
+        "once proven": "在该显卡上验证为正确且够快之后；**尚未在 GPU 上运行过**",
         "any": "任何设备",
         "runs": "何时运行",
         "layouts": "连续和 channels-last（其他步幅先复制）",
@@ -113,7 +113,7 @@ def table(language: str) -> str:
     # Triton on the CPU is its interpreter, for tests.
     columns = [c for c in features.COLUMNS if c != ("triton", "cpu")]
     heads = [f"`{backend}`, {device.upper()}" for backend, device in columns]
-    when = [words["by default" if c in dispatch.BY_DEFAULT else "by name"] for c in columns]
+    when = [words["once proven" if c in trust.ASKED else "by default"] for c in columns]
     lines = [["", *heads, f"`fallback`, {words['any']}"], [words["runs"], *when, words["last"]]]
     for name, patterns in ROWS:
         rows = _covered(patterns)

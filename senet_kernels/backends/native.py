@@ -177,3 +177,14 @@ def describe() -> str:
         f"C++ kernels for {isas}; running {torch.ops.senet_kernels.native_isa()}; "
         f"compiler {record.get('compiler', 'unknown')}; {cuda}"
     )
+
+
+def kernel_files() -> list[Path]:
+    """What the kernels are made of, for :mod:`senet_kernels.trust`."""
+    return sorted(_PACKAGE.glob("_native*.so"))
+
+
+def waits(plan: str) -> bool:
+    """Whether blocks of a launch wait for one another, by what :func:`launch_plan` says of it: then
+    a fault can hang the device."""
+    return "cluster" in plan or "exchange" in plan

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from senet_kernels import dispatch
+from senet_kernels import dispatch, trust
 from senet_kernels._version import __version__
 
 from .report import GraphReport
@@ -95,10 +95,12 @@ def _pass_class() -> type:
                 self.then(graph)
 
         def uuid(self) -> Any:
-            """What the result depends on besides the graph: this package, and which backends it
-            has here. None, and with it no caching, for another pass that names nothing."""
+            """What the result depends on besides the graph: this package, which backends it has
+            here, and which kernels were proven. None, and with it no caching, for another pass that
+            names nothing."""
             files = tuple(sorted(str(p) for p in Path(__file__).parents[1].rglob("*.py")))
             backends = (dispatch.requested_backend(None), *sorted(dispatch.Backends().reasons))
+            backends = (*backends, trust.mode(), *trust.compiled_classes())
             rest = None
             if self.then is not None:
                 rest = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None

@@ -93,6 +93,11 @@ def notes(
     )
 
 
+def kernel_files() -> list[Path]:
+    """What the kernels are made of, for :mod:`senet_kernels.trust`."""
+    return sorted(Path(__file__).parent.glob("*.py"))
+
+
 # The interpreter keeps what a program knows of itself in globals.
 _one_at_a_time = threading.Lock() if INTERPRETED else nullcontext()
 

@@ -1,0 +1,356 @@
+"""A call of a kind on synthetic data: its tensors, and how kernels, PyTorch and the oracle
+compute it.
+
+What depends on the form (the whole operation, its halves) is in :data:`_FORMS`; the rest treats
+them alike. Tensors are in the order of the raw ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward as _run_engine
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
+
+from senet_kernels import fallback, reference
+from senet_kernels.pointwise import Options, pack
+
+from .bands import Allocations, Bands
+from .kinds import TRAINING, Kind
+
+Tensors = dict[str, Tensor | None]
+
+#: Bytes of x that a proof takes at most, by taking fewer images.
+MOST_BYTES = 64 << 20
+# Elements of x that the oracle takes at a time.
+_CHUNK = 1 << 22
+
+
+class _Form(NamedTuple):
+    """A form of the operation: its raw ops, and their tensors in order."""
+
+    op: str
+    names: tuple[str, ...]
+    oracle: Callable[..., Tensor]
+    keeps: bool  # forward has an argument `save`, and results besides y
+
+
+_WHOLE = _Form(
+    "forward",
+    ("x", "w1", "b1", "w2", "b2", "residual", "alpha", "beta", "a", "b", "lengths"),
+    reference.squeeze_excite_flat,
+    True,
+)
+_FORMS: dict[str, _Form] = {
+    "squeeze alone": _Form("squeeze", ("x", "a", "b", "lengths"), reference.squeeze_flat, False),
+    "channel_scale alone": _Form(
+        "channel_scale",
+        ("x", "u", "residual", "alpha", "beta", "a", "b"),
+        reference.channel_scale_flat,
+        True,
+    ),
+}
+
+#: Of these the first extent is the batch.
+_OF_IMAGES = frozenset(("x", "u", "residual", "lengths"))
+
+
+class Results(NamedTuple):
+    """What a call computes, by name: ``y``, and gradients as ``d x`` and so on."""
+
+    values: dict[str, Tensor]
+
+    def clone(self) -> Results:
+        """A copy, in memory of its own."""
+        return Results({name: t.clone() for name, t in self.values.items()})
+
+
+class Problem:
+    """Tensors of a kind, on its device."""
+
+    def __init__(
+        self, kind: Kind, batch: int, *, special: bool = False, bands: Bands | None = None
+    ) -> None:
+        """``special``: with NaN and infinities in some images, and without biases."""
+        self.kind, self.batch, self.special = kind, batch, special
+        self.form = _FORMS.get(kind.call.form, _WHOLE)
+        self.bands = Bands() if bands is None else bands
+        self._generator = torch.Generator(kind.device).manual_seed(
+            sum(map(ord, kind.name)) + (1 << 20) * special
+        )
+        self.marked: list[int] = []  # images with special values
+        self.tensors = self._make()
+        call = kind.call
+        self.code = pack(call.options)
+        self.needs = sum(
+            1 << i for i, name in enumerate(self.differentiable) if self._has_gradient(name)
+        )
+        self.dy: Tensor | None = None
+        if kind.direction == TRAINING:
+            x = self.tensors["x"]
+            assert x is not None
+            if self.form.op == "squeeze":
+                self.dy = self._random(x.shape[:2], call.dtype)
+            else:
+                self.dy = self._image(call.dtype)
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The tensors that the backward op has gradients of, in its order."""
+        return tuple(name for name in self.form.names if name != "lengths")
+
+    def _has_gradient(self, name: str) -> bool:
+        # The residual's gradient through identity is dy itself: no kernel computes it.
+        passes_dy = name == "residual" and self.kind.call.options.after == "identity"
+        return self.tensors[name] is not None and not passes_dy
+
+    # -- data
+
+    def _make(self) -> Tensors:
+        kind, call = self.kind, self.kind.call
+        channels, hidden, outputs = kind.shape[1], kind.hidden, kind.outputs
+        wide = call.param_dtype
+        two = call.form == "two layers"
+        inner = hidden if two else channels
+        given: Tensors = dict.fromkeys(self.form.names)
+        given["x"] = self._image(call.dtype)
+        given["residual"] = self._image(call.dtype) if call.residual else None
+        if "w2" in given:
+            given["w2"] = self._random((outputs, inner), wide, 1.5 / max(1, inner) ** 0.5)
+            if two:
+                given["w1"] = self._random((hidden, channels), wide, 2 / max(1, channels) ** 0.5)
+            if not self.special:
+                given["b1"] = self._random((hidden,), wide) if two else None
+                given["b2"] = self._random((outputs,), wide)
+        if "u" in given:
+            given["u"] = self._random((self.batch, outputs), wide)
+        if call.weighted:
+            given["alpha"] = self._random((channels,), wide)
+            given["beta"] = self._random((channels,), wide)
+        if call.affine:
+            given["a"] = self._random((channels,), wide) * 0.3 + 1
+            given["b"] = self._random((channels,), wide)
+        if call.lengths and "lengths" in given:
+            positions = 1
+            for extent in kind.shape[2:]:
+                positions *= extent
+            images = torch.arange(self.batch, device=kind.device)
+            given["lengths"] = positions - (images * 7) % max(1, positions)
+        if self.special:
+            self._mark(given["x"])
+        return given
+
+    def _random(self, shape: Any, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        values = torch.randn(
+            tuple(shape), generator=self._generator, device=self.kind.device, dtype=torch.float32
+        )
+        strides = torch.empty(tuple(shape), device="meta").stride()
+        made = self.bands.tensor(tuple(shape), strides, dtype, self.kind.device)
+        return made.copy_(values.mul_(scale))
+
+    def _image(self, dtype: torch.dtype) -> Tensor:
+        """Random numbers, and a part that says where they are: no two images or channels have the
+        same mean."""
+        kind = self.kind
+        shape = (self.batch, *kind.shape[1:])
+        strides = _strides_for(kind, shape)
+        values = torch.randn(
+            shape, generator=self._generator, device=kind.device, dtype=torch.float32
+        ).mul_(0.7)  # fmt: skip
+        for axis, step in ((0, 1.7), (1, 0.61), (len(shape) - 1, 0.23)):
+            view = [1] * len(shape)
+            view[axis] = -1
+            places = torch.arange(shape[axis], device=kind.device, dtype=torch.float32)
+            values += torch.sin(places * step + 0.3).reshape(view)
+        offset = 0 if kind.aligned else 1
+        made = self.bands.tensor(shape, strides, dtype, kind.device, offset)
+        return made.copy_(values)
+
+    def _mark(self, x: Tensor | None) -> None:
+        """NaN, infinities, a zero with a sign and the smallest number, each in an image of its own
+        as far as there are images; every other image stays as it is."""
+        if x is None or 0 in x.shape:
+            return
+        info = torch.finfo(x.dtype)
+        values = (torch.nan, torch.inf, -torch.inf, -0.0, info.smallest_normal / 4)
+        for i, value in enumerate(values):
+            image = 2 * i
+            if image >= len(x):
+                return
+            corner = x[image]
+            channel = (3 * i + 1) % x.shape[1]
+            corner[channel].select(-1, corner.shape[-1] // 2).fill_(value)
+            if value != value or abs(value) == torch.inf:
+                self.marked.append(image)
+
+    # -- the ways to compute it
+
+    def kernel(self, x: Tensor | None = None) -> Results:
+        """By the backend's raw ops, what they allocate in Python between bands. ``x``: to
+        overwrite, where the call does."""
+        with Allocations(self.bands):
+            return self._kernel(x)
+
+    def kernel_plainly(self) -> Results:
+        """The same without bands, for its time."""
+        return self._kernel(None)
+
+    def _kernel(self, x: Tensor | None) -> Results:
+        form, kind = self.form, self.kind
+        given = [self.tensors[name] for name in form.names]
+        if kind.call.inplace:
+            target = self.tensors["x"] if x is None else x
+            assert target is not None
+            self._op("forward_")(target, *given[1:], self.code)
+            return Results({"y": target})
+        keep = kind.direction == TRAINING
+        more = (keep,) if form.keeps else ()
+        result = self._op(form.op)(*given, self.code, *more)
+        y, *kept = result if form.keeps else (result,)
+        values = {"y": y}
+        if not keep:
+            return Results(values)
+        backward = "backward" if form.op == "forward" else f"{form.op}_backward"
+        if kind.call.residual and not Options(*kind.call.options).after_again:
+            given[form.names.index("residual")] = None
+        gradients = self._op(backward)(self.dy, *given, *kept, self.code, self.needs)
+        for i, name in enumerate(self.differentiable):
+            if self.needs & (1 << i):
+                values[f"d {name}"] = gradients[i]
+        return Results(values)
+
+    def _op(self, name: str) -> Callable[..., Any]:
+        op = getattr(torch.ops.senet_kernels, f"{self.kind.backend}_{name}").default
+        # Past the modes, to the kernel itself; in it they are on.
+        key = "CUDA" if torch.device(self.kind.device).type == "cuda" else "CPU"
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def call(*args: Any) -> Any:
+            return op.redispatch(keys, *args)
+
+        return call
+
+    def eager(self) -> Results:
+        """By PyTorch's own operators in the dtype of x."""
+        return self._differentiated(self.plain_forward, self.tensors, self.dy)
+
+    def plain_forward(self, given: Tensors) -> Tensor:
+        """The forward pass of :meth:`eager`."""
+        x, call = given["x"], self.kind.call
+        assert x is not None
+        given = {
+            name: t if t is None or name == "lengths" else t.to(x.dtype)
+            for name, t in given.items()
+        }
+        options: dict[str, Any] = {"before": call.options.before}
+        if given["a"] is not None:
+            options["before_affine"] = (given["a"], given["b"])
+        if self.form.op == "squeeze":
+            return fallback.squeeze(x, lengths=given["lengths"], **options)
+        options |= {name: given[name] for name in ("residual", "alpha", "beta")}
+        options |= {"gate": call.options.gate, "after": call.options.after}
+        if self.form.op == "channel_scale":
+            u = given["u"]
+            assert u is not None
+            return fallback.channel_scale(x, u, **options)
+        w2 = given["w2"]
+        assert w2 is not None
+        return fallback.squeeze_excite(
+            x, given["w1"], given["b1"], w2, given["b2"],
+            activation=call.options.activation, lengths=given["lengths"], **options,
+        )  # fmt: skip
+
+    def _oracle_forward(self, given: Tensors) -> Tensor:
+        return self.form.oracle(self.kind.call.options, *(given[n] for n in self.form.names))
+
+    def oracle(self) -> Iterator[tuple[slice, Results]]:
+        """The results in float64, some images at a time: their slice of the batch, and what is of
+        them; last, with a slice of nothing, the gradients that are sums over the batch."""
+        totals: dict[str, Tensor] = {}
+        per_image = max(1, torch.Size(self.kind.shape[1:]).numel())
+        step = max(1, _CHUNK // per_image)
+        for start in range(0, self.batch, step):
+            part = slice(start, min(start + step, self.batch))
+            given: Tensors = {
+                name: t if t is None
+                else t[part] if name == "lengths"
+                else (t[part] if name in _OF_IMAGES else t).double()
+                for name, t in self.tensors.items()
+            }  # fmt: skip
+            dy = None if self.dy is None else self.dy[part].double()
+            values = self._differentiated(self._oracle_forward, given, dy).values
+            for name in [n for n in values if n[2:] not in (*_OF_IMAGES, "") and n != "y"]:
+                sums = values.pop(name)
+                totals[name] = totals[name] + sums if name in totals else sums
+            yield part, Results(values)
+        yield slice(0, 0), Results(totals)
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Where the reference, in the dtype that kernels compute in, gives NaN, and infinities."""
+        with torch.no_grad():
+            y = self._oracle_forward(self.tensors)
+        return y.isnan(), y.isinf()
+
+    def _differentiated(
+        self, forward: Callable[[Tensors], Tensor], given: Tensors, dy: Tensor | None
+    ) -> Results:
+        if dy is None:
+            with torch.no_grad():
+                return Results({"y": forward(given)})
+        names = [n for n in self.differentiable if given[n] is not None]
+        leaves = {n: t.detach().requires_grad_() for n in names if (t := given[n]) is not None}
+        with torch.enable_grad():
+            y = forward({**given, **leaves})
+        # What torch.autograd.grad calls; given dy, that would import SymPy first.
+        gradients = _run_engine(
+            (y,), (dy.to(y.dtype),), False, False, tuple(leaves.values()),
+            allow_unreachable=False, accumulate_grad=False,
+        )  # fmt: skip
+        named = {f"d {n}": g for n, g in zip(leaves, gradients, strict=True)}
+        return Results({"y": y.detach(), **named})
+
+
+def _strides_for(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of the kind's x for another batch; dense ones where its elements overlap."""
+    covered = 1
+    for stride, extent in sorted(zip(kind.strides, kind.shape, strict=True)):
+        if extent > 1:
+            if stride < covered:
+                layout = torch.empty(shape, device="meta")
+                if "channels-last" in kind.name and len(shape) == 4:
+                    layout = layout.contiguous(memory_format=torch.channels_last)
+                return tuple(layout.stride())
+            covered = stride * extent
+    return kind.strides
+
+
+def batch_for(kind: Kind) -> int:
+    """How many images a proof takes: those of the call, as far as they are not too many."""
+    image = max(1, torch.Size(kind.shape[1:]).numel() * kind.call.dtype.itemsize)
+    return max(1, min(kind.shape[0], MOST_BYTES // image))
+
+
+@contextmanager
+def undisturbed(device: str) -> Iterator[None]:
+    """Where nothing of the caller's has a part: modes, autocast, hooks, inference mode."""
+    kind = torch.device(device).type
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
+        if kind == "cuda":
+            stack.enter_context(torch.cuda.device(torch.device(device)))
+        yield
+
+
+def accumulates_in(kind: Kind) -> torch.dtype:
+    """The dtype that kernels compute in."""
+    return reference.accumulate_dtype(kind.call.dtype)

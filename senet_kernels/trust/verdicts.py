@@ -1,0 +1,423 @@
+"""Verdicts: what is known of a kernel variant on this card, and how it comes to be known."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import worker
+from .kinds import MODULES, Kind, environment, kernel_hash
+from .proof import LEAST_SPEED, Found, NoVerdictError, Wrong, describe, prove
+from .store import IN_PROCESS, IN_SUBPROCESS, Folder, Mark, Owner, wait_for
+
+log = logging.getLogger("senet_kernels.trust")
+
+#: States of a variant.
+UNPROVEN, TRUSTED, SLOWER, REFUSED = "unproven", "trusted", "slower", "refused"
+
+#: Seconds that a process waits for the verdict that another one is about to reach.
+WAIT_SECONDS = 30.0
+_AGAIN_SECONDS = 10.0  # between looks for it after that
+
+
+class KernelMistrustWarning(RuntimeWarning):
+    """A kernel was found wrong on this machine and is not run; the text is a report of it."""
+
+
+class Verdict(NamedTuple):
+    """What is known of a variant.
+
+    Attributes:
+        state: ``"unproven"``, ``"trusted"``, ``"slower"`` or ``"refused"``.
+        reason: why it does not run, or how it was proven.
+        speed: how many times as fast as eager PyTorch it was; None where that was not measured.
+        compiled_speed: the same beside what ``torch.compile`` makes of PyTorch's operators.
+        key: the variant.
+        name: its class.
+        final: whether asking again in this process gives the same.
+    """
+
+    state: str
+    reason: str
+    speed: float | None = None
+    compiled_speed: float | None = None
+    key: str = ""
+    name: str = ""
+    final: bool = True
+
+    def __str__(self) -> str:
+        speed = "" if self.speed is None else f", {self.speed:.2f}x eager PyTorch"
+        if self.compiled_speed is not None:
+            speed += f", {self.compiled_speed:.2f}x compiled PyTorch"
+        return f"{self.state}{speed}: {self.reason}"
+
+
+class Question:
+    """What stands in a resolved call whose kernels are to be proven: the answers so far."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+        _questions.add(self)
+
+
+_questions: weakref.WeakSet[Question] = weakref.WeakSet()
+
+_lock = threading.RLock()
+_memory: dict[tuple[Any, str], Verdict] = {}
+_later: dict[tuple[Any, str], float] = {}
+_said: set[str] = set()
+_frozen = False
+_forked = False
+
+#: "device class" of calls that are trusted in eager mode; and in compiled code, where they were
+#: measured against it. torch.compile guards on whether a class is in there.
+TRUSTED_CLASSES: dict[str, bool] = {}
+COMPILED_CLASSES: dict[str, bool] = {}
+_devices: dict[Any, set[str]] = {}  # of an environment
+
+
+def _after_fork() -> None:
+    global _forked, _lock
+    _forked, _lock = True, threading.RLock()
+    worker.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def once(text: str) -> None:
+    """Log a line, the first time."""
+    if text not in _said:
+        _said.add(text)
+        log.info(text)
+
+
+# -- remembering
+
+
+def _place(kind: Kind) -> tuple[Any, str]:
+    return environment(kind.device), kind.key
+
+
+def _remember(where: tuple[Any, str], verdict: Verdict) -> Verdict:
+    _memory[where] = verdict
+    _later.pop(where, None)
+    _publish(where[0], verdict.name)
+    return verdict
+
+
+def _publish(facts: Any, name: str) -> None:
+    """Let a class run where all of its variants that have a verdict may."""
+    verdicts = [
+        v for (of, _), v in list(_memory.items())
+        if of == facts and v.name == name and v.state != UNPROVEN
+    ]  # fmt: skip
+    eager = bool(verdicts) and all(v.state == TRUSTED for v in verdicts)
+    compiled = eager and all((v.compiled_speed or 0) >= LEAST_SPEED for v in verdicts)
+    for table, runs in ((TRUSTED_CLASSES, eager), (COMPILED_CLASSES, compiled)):
+        for device in _devices.get(facts, ()):
+            if runs:
+                table.setdefault(f"{device} {name}", True)
+            else:
+                table.pop(f"{device} {name}", None)
+
+
+def _is_on(device: str, facts: Any) -> None:
+    """Publish the verdicts of an environment for a device, at its first call."""
+    devices = _devices.setdefault(facts, set())
+    if device not in devices:
+        devices.add(device)
+        for name in {v.name for (of, _), v in list(_memory.items()) if of == facts}:
+            _publish(facts, name)
+
+
+def _from_record(record: dict[str, Any]) -> Verdict | None:
+    """A verdict out of a file; None where it is no such record."""
+    state, speeds = record.get("state"), (record.get("speed"), record.get("compiled_speed"))
+    names = record.get("reason"), record.get("name")
+    if state not in (TRUSTED, SLOWER, REFUSED) or not all(isinstance(n, str) for n in names):
+        return None
+    if any(s is not None and not isinstance(s, (int, float)) for s in speeds):
+        return None
+    return Verdict(state, names[0], *speeds, record["key"], names[1])  # type: ignore[arg-type]
+
+
+def _keep(folder: Folder, verdict: Verdict, how: str, seconds: float, title: str) -> None:
+    folder.write(
+        verdict.key,
+        {
+            "state": verdict.state, "reason": verdict.reason, "speed": verdict.speed,
+            "compiled_speed": verdict.compiled_speed, "name": verdict.name, "how": how,
+            "seconds": round(seconds, 4), "title": title,
+        },
+    )  # fmt: skip
+
+
+def load(device: str) -> None:
+    """Read the verdicts on a device that are kept on disk, once."""
+    if device in _loaded:
+        return
+    facts = environment(device)
+    with _lock:
+        _loaded.add(device)
+        _is_on(device, facts)
+        for record in [] if _frozen else Folder(facts).records():
+            verdict, where = _from_record(record), (facts, record["key"])
+            backend = record["key"].split(" ")[0]
+            of_this = backend in MODULES and record["key"].endswith(kernel_hash(backend))
+            if verdict is not None and of_this and where not in _memory:
+                _remember(where, verdict)
+
+
+_loaded: set[str] = set()
+
+#: What is told of every verdict that an eager call asks for.
+listeners: list[Callable[[Kind, Verdict], None]] = []
+
+
+# -- deciding
+
+
+def decide(kind: Kind, *, may_prove: bool = True, why_not: str | None = None) -> Verdict:
+    """The verdict on a variant: the one that is remembered, here or on disk, else one that is
+    reached now.
+
+    Args:
+        may_prove: False only looks.
+        why_not: why nothing can be tried at the moment (a stream is being captured).
+    """
+    where = _place(kind)
+    verdict = _memory.get(where)
+    if verdict is not None:
+        return verdict
+    unproven = Verdict(UNPROVEN, "", key=kind.key, name=kind.name, final=False)
+    with _lock:
+        verdict = _memory.get(where)
+        if verdict is not None:
+            return verdict
+        _is_on(kind.device, where[0])
+        if _frozen:
+            return unproven._replace(reason="trust.freeze() pinned the verdicts before this call")
+        folder = Folder(where[0])
+        record = folder.read(kind.key)
+        if record is not None:
+            verdict = _from_record(record)
+            if verdict is not None:
+                log.debug("remembered: %s: %s", kind.key, verdict)
+                return _remember(where, verdict)
+        if not may_prove:
+            return unproven._replace(reason="not proven on this card; its first call does that")
+        if _forked:
+            why_not = why_not or "it is not proven, and a forked child proves nothing"
+        if why_not is not None:
+            once(f"{why_not}: {kind.name} runs on PyTorch's own operators")
+            return unproven._replace(reason=why_not)
+        if time.monotonic() < _later.get(where, 0):
+            return unproven._replace(reason="another process of this host has not decided yet")
+        return _decide_now(kind, where, folder, unproven)
+
+
+def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Verdict:
+    how = IN_SUBPROCESS if kind.waits or not folder.has_any(kind.backend) else IN_PROCESS
+    for _ in range(3):
+        mark = folder.claim(kind.key, how)
+        if not isinstance(mark, Owner):
+            return _prove(kind, where, folder, how, mark, unproven)
+        if mark.is_alive():
+            record = wait_for(folder, kind.key, mark, WAIT_SECONDS)
+            verdict = record and _from_record(record)
+            if verdict:
+                return _remember(where, verdict)
+            if not mark.boot:  # no owner could be read for as long
+                folder.drop_mark(kind.key, mark)
+                continue
+            if mark.is_alive():
+                once(f"another process is still trying {kind.name}: PyTorch's own operators run")
+                _later[where] = time.monotonic() + _AGAIN_SECONDS
+                return unproven._replace(reason="another process of this host has not decided yet")
+        record = folder.read(kind.key)
+        verdict = record and _from_record(record)
+        if verdict:
+            return _remember(where, verdict)
+        if mark.how == IN_PROCESS:
+            found = Found(Wrong("crashes", f"process {mark.pid} ended while it was tried"))
+            verdict = _judged(kind, found)
+            _keep(folder, verdict, IN_PROCESS, 0.0, describe(kind))
+            folder.drop_mark(kind.key, mark)
+            _remember(where, verdict)
+            _warn(kind, found)
+            return verdict
+        folder.drop_mark(kind.key, mark)
+    return unproven._replace(reason="another process of this host has not decided yet")
+
+
+def _prove(
+    kind: Kind, where: Any, folder: Folder, how: str, mark: Mark | None, unproven: Verdict
+) -> Verdict:
+    try:
+        found = _find(kind, how)
+        verdict = _judged(kind, found)
+        _keep(folder, verdict, how, found.seconds, describe(kind))
+        _remember(where, verdict)
+    except NoVerdictError as error:
+        once(f"{kind.name} runs on PyTorch's own operators, it could not be tried: {error}")
+        return _remember(where, unproven._replace(reason=f"it could not be tried: {error}"))
+    finally:
+        if mark is not None:
+            mark.release()
+    log.info("%s (%s, %.0f ms): %s", kind.key, how, 1e3 * found.seconds, verdict)
+    if verdict.state == REFUSED:
+        _warn(kind, found)
+    return verdict
+
+
+def _find(kind: Kind, how: str, *, compiled: bool = False) -> Found:
+    if how == IN_SUBPROCESS:
+        try:
+            return worker.try_kind(kind, compiled=compiled)
+        except NoVerdictError as error:
+            if kind.waits:
+                raise
+            once(f"{error}; {kind.name} is tried in this process")
+    return prove(kind, compiled=compiled)
+
+
+def _judged(kind: Kind, found: Found) -> Verdict:
+    verdict = Verdict(
+        TRUSTED, "right, and fast enough", found.speed, found.compiled_speed, kind.key, kind.name
+    )
+    if found.wrong is not None:
+        return verdict._replace(state=REFUSED, reason=": ".join(found.wrong))
+    if found.speed is None:
+        return verdict._replace(reason="right; there was no memory to measure its time")
+    if found.speed < LEAST_SPEED:
+        return verdict._replace(state=SLOWER, reason="right, but slower than eager PyTorch")
+    return verdict
+
+
+def measure_compiled(kind: Kind) -> Verdict:
+    """Measure a variant that is trusted in eager mode against compiled code too."""
+    verdict = decide(kind)
+    if verdict.state != TRUSTED or verdict.compiled_speed is not None:
+        return verdict
+    with _lock:
+        try:
+            found = _find(kind, IN_SUBPROCESS if kind.waits else IN_PROCESS, compiled=True)
+        except NoVerdictError as error:
+            once(f"{kind.name} could not be measured against compiled code: {error}")
+            return verdict
+        where = _place(kind)
+        verdict = _judged(kind, found)
+        _keep(Folder(where[0]), verdict, "verify", found.seconds, describe(kind))
+        _remember(where, verdict)
+        forget_answers()
+        if verdict.state == REFUSED:
+            _warn(kind, found)
+        return verdict
+
+
+def _warn(kind: Kind, found: Found) -> None:
+    warnings.warn(report(kind, found), KernelMistrustWarning, stacklevel=2)
+
+
+def report(kind: Kind, found: Found) -> str:
+    """A text to report a kernel with."""
+    facts = ", ".join(f"{name} {value}" for name, value in environment(kind.device))
+    wrong = ": ".join(found.wrong or ("nothing is wrong",))
+    return (
+        f"a kernel of senet_kernels is not run on this machine, PyTorch's own operators are: "
+        f"{wrong}. Please report it to the project with this text: [{describe(kind)}; kernels "
+        f"{kernel_hash(kind.backend)}; {facts}]. senet_kernels.trust.forget() has it tried anew."
+    )
+
+
+# -- by hand
+
+
+def forget_answers() -> None:
+    """Have the next call of each kind ask anew."""
+    for question in list(_questions):
+        question.known.clear()
+
+
+def forget() -> int:
+    """Drop every verdict on the cards of this process, in memory and on disk: kernels are proven
+    anew at their next calls. Ends :func:`freeze`.
+
+    Returns:
+        How many there were.
+    """
+    global _frozen
+    with _lock:
+        _frozen = False
+        keys = dict.fromkeys(_memory)
+        for facts in _known_environments():
+            keys |= {(facts, r["key"]): None for r in Folder(facts).records()}
+        for facts, key in keys:
+            Folder(facts).remove(key)
+        for table in (_memory, _later, _devices, TRUSTED_CLASSES, COMPILED_CLASSES):
+            table.clear()
+        _loaded.clear()
+        _said.clear()
+        forget_answers()
+        return len(keys)
+
+
+def freeze() -> None:
+    """Pin the verdicts: from now on nothing is proven or read from disk in this process, and what
+    has no verdict runs on PyTorch's own operators. For runs that are to give the same bits."""
+    global _frozen
+    with _lock:
+        _frozen = True
+        forget_answers()
+
+
+def _known_environments() -> list[Any]:
+    known = {facts: None for facts, _ in _memory}
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            known[environment(f"cuda:{i}")] = None
+    return list(known)
+
+
+class Status(tuple[Verdict, ...]):
+    """Verdicts; print it to read them."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        if not self:
+            return "no kernel has had a verdict yet"
+        return "\n".join(f"{v.name}\n    {v}" for v in self)
+
+    __repr__ = __str__
+
+
+def status() -> Status:
+    """The verdicts on the cards of this process, from memory and disk."""
+    found = dict(_memory)
+    for facts in _known_environments():
+        for record in Folder(facts).records():
+            verdict = _from_record(record)
+            if verdict is not None:
+                found.setdefault((facts, record["key"]), verdict)
+    return Status(found.values())
+
+
+def as_lines() -> list[str]:
+    """For ``backends()``: how many verdicts of each state, and each that is not of trust."""
+    verdicts = status()
+    if not verdicts:
+        return []
+    counts = {s: sum(v.state == s for v in verdicts) for s in (TRUSTED, SLOWER, REFUSED, UNPROVEN)}
+    lines = ["verdicts on this card: " + ", ".join(f"{n} {s}" for s, n in counts.items() if n)]
+    return lines + [f"  {v.name}: {v}" for v in verdicts if v.state == REFUSED]

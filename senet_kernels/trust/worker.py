@@ -1,0 +1,210 @@
+"""Trying a kernel in a process of its own, so that a crash or a hang costs the caller nothing.
+
+The process is started once and takes one kind after another, by lines on its standard input and
+output; it ends after some idle seconds, with its parent, and after a kernel that failed, which may
+have left the device's context unusable.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from contextlib import suppress
+from typing import Any
+
+from .kinds import Kind, from_json
+from .proof import Found, NoVerdictError, Wrong, describe, prove
+
+#: Seconds for a process to start (it imports torch), and for a kernel to be compiled and proven.
+START_SECONDS, JOB_SECONDS = 120.0, 120.0
+_IDLE_SECONDS = 20.0
+_MARK = "senet_kernels.trust: "  # lines with another beginning are not ours
+_MAIN = "from senet_kernels.trust.worker import main; main()"
+
+#: Modules that a worker imports first: those that define backends.
+IMPORTS: list[str] = []
+
+_ENDED = "ended"
+# By the hand of someone else: of these nothing follows.
+_FOREIGN = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+class _Worker:
+    """The parent's side."""
+
+    def __init__(self) -> None:
+        import subprocess
+
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _MAIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
+        )  # fmt: skip
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(_MARK):
+                self._lines.put(line[len(_MARK) :])
+        self._lines.put(_ENDED)
+
+    def send(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+
+    def receive(self, seconds: float) -> dict[str, Any] | None:
+        """The next message; None if the process has ended.
+
+        Raises:
+            queue.Empty: there is none in time.
+        """
+        line = self._lines.get(timeout=seconds)
+        return None if line == _ENDED else json.loads(line)
+
+    def stop(self) -> None:
+        with suppress(OSError):
+            self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(OSError, ValueError):
+                    pipe.close()
+        with suppress(Exception):
+            self.process.wait(5)
+
+
+_worker: _Worker | None = None
+
+
+def try_kind(kind: Kind, *, compiled: bool = False) -> Found:
+    """:func:`senet_kernels.trust.proof.prove` in the other process.
+
+    Raises:
+        NoVerdictError: the process could not be started, or has no memory; nothing is known.
+    """
+    message = {"kind": kind.as_json(), "compiled": compiled, "imports": IMPORTS}
+    try:
+        begun = _begin(message)
+    except (OSError, ValueError, queue.Empty) as error:
+        stop()
+        text = f"{type(error).__name__} {error}".strip()
+        raise NoVerdictError(f"no process for trying kernels could be started: {text}") from error
+    except BaseException:  # Ctrl-C while waiting
+        stop()
+        raise
+    return _outcome(begun)
+
+
+def _begin(message: dict[str, Any]) -> _Worker:
+    """The worker, which has begun with a kind."""
+    global _worker
+    for is_new in (False, True):
+        if is_new or _worker is None or _worker.process.poll() is not None:
+            stop()
+            _worker = _Worker()
+        begun = _worker
+        try:
+            begun.send(message)
+            if begun.receive(START_SECONDS) is not None:
+                return begun
+        except BrokenPipeError:
+            pass
+        stop()  # it had been idle for too long
+    raise NoVerdictError("the process for trying kernels ended before it tried one")
+
+
+def _outcome(worker: _Worker) -> Found:
+    """What becomes of a kind that the worker has begun with."""
+    try:
+        answer = worker.receive(JOB_SECONDS)
+    except queue.Empty:
+        stop()
+        return Found(Wrong("hangs", f"no result within {JOB_SECONDS:g} seconds"))
+    except BaseException:
+        stop()
+        raise
+    if answer is None:
+        code = worker.process.wait(5)
+        stop()
+        if code < 0 and -code not in _FOREIGN:
+            return Found(Wrong("crashes", f"the process died by {signal.Signals(-code).name}"))
+        if code < 0 or code == 0:
+            raise NoVerdictError(f"the process for trying kernels was ended ({code})")
+        return Found(Wrong("crashes", f"the process ended with status {code}"))
+    if "no_verdict" in answer:
+        raise NoVerdictError(answer["no_verdict"])
+    wrong = answer.pop("wrong")
+    found = Found(Wrong(*wrong) if wrong else None, **answer)
+    if found.wrong is not None:
+        stop()
+    return found
+
+
+def stop() -> None:
+    """End the process, if there is one."""
+    global _worker
+    ended, _worker = _worker, None
+    if ended is not None:
+        ended.stop()
+
+
+def after_fork() -> None:
+    """In a forked child: the process is the parent's."""
+    global _worker
+    _worker = None
+
+
+# -- the other process
+
+
+def main() -> None:
+    """Take kinds from standard input until there are no more."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)  # the parent is gone, whatever runs here
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=_IDLE_SECONDS)
+        except queue.Empty:
+            os._exit(0)
+        _answer(json.loads(line))
+
+
+def _say(**message: Any) -> None:
+    sys.stdout.write(f"{_MARK}{json.dumps(message)}\n")
+    sys.stdout.flush()
+
+
+def _answer(message: dict[str, Any]) -> None:
+    try:
+        for name in message["imports"]:
+            importlib.import_module(name)
+        kind = from_json(message["kind"])
+        import torch
+
+        torch.empty(1, device=kind.device)  # the context, before the clock runs
+    except Exception as error:
+        _say(started=False)
+        _say(no_verdict=f"{type(error).__name__}: {error}")
+        return
+    _say(started=describe(kind))
+    try:
+        found = prove(kind, compiled=message["compiled"])
+    except NoVerdictError as error:
+        _say(no_verdict=str(error))
+    except Exception as error:
+        _say(no_verdict=f"{type(error).__name__}: {error}")
+    else:
+        _say(**found._asdict())

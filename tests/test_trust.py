@@ -1,0 +1,706 @@
+"""Kernels that prove themselves: verdicts, where they are kept, and what becomes of wrong kernels.
+
+On a pretended card, see :mod:`pretended`: the CPU, whose kernels are to be proven.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pretended
+import senet_kernels
+from operations import CountOperations
+from senet_kernels import (
+    FusedSEBlock,
+    KernelMistrustError,
+    KernelMistrustWarning,
+    backends,
+    channel_scale,
+    explain,
+    resolve,
+    squeeze,
+    squeeze_excite,
+    trust,
+)
+from senet_kernels.backends import native, triton
+from senet_kernels.trust import kinds, proof, store, verdicts, worker
+
+pytestmark = [
+    pytest.mark.skipif(native.UNAVAILABLE is not None, reason="the C++ kernels are not there"),
+    pytest.mark.skipif(triton.INTERPRETED, reason="its ops are Triton's own there"),
+]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+ROOT = Path(__file__).parent.parent
+
+
+def _clear() -> None:
+    for table in (
+        verdicts._memory, verdicts._later, verdicts._devices, verdicts._loaded, verdicts._said,
+        verdicts.TRUSTED_CLASSES, verdicts.COMPILED_CLASSES, resolve._RESOLVED,
+    ):  # fmt: skip
+        table.clear()
+    verdicts._frozen = verdicts._forked = False
+    kinds.kernel_hash.cache_clear()
+    kinds.environment.cache_clear()
+    store._complained.clear()
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A pretended card that has proven something before; the folder of verdicts."""
+    monkeypatch.setenv("SENET_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.delenv(pretended.FAULT, raising=False)
+    pretended.pretend(monkeypatch.setattr)
+    _clear()
+    monkeypatch.setattr(store.Folder, "has_any", lambda *args: True)
+    monkeypatch.setattr(verdicts, "LEAST_SPEED", 0.0)  # who knows what else runs here
+    yield tmp_path
+    worker.stop()
+    _clear()
+
+
+@pytest.fixture
+def fresh_card(card: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One that has proven nothing yet: the first kernel is tried in a subprocess."""
+    monkeypatch.undo()
+    monkeypatch.setenv("SENET_KERNELS_CACHE", str(card))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    pretended.pretend(monkeypatch.setattr)
+    monkeypatch.setattr(verdicts, "LEAST_SPEED", 0.0)
+    return card
+
+
+def _tensors(batch: int = 2, channels: int = 16) -> tuple[Tensor, Any, Any, Any, Any]:
+    x = torch.randn(batch, channels, 6, 5)
+    w1, w2 = torch.randn(4, channels), torch.randn(channels, 4)
+    return x, w1, torch.randn(4), w2, torch.randn(channels)
+
+
+def _right(arguments: tuple[Any, ...], **options: Any) -> Tensor:
+    return squeeze_excite(*arguments, backend="reference", **options)
+
+
+def _states() -> list[str]:
+    return [v.state for v in trust.status()]
+
+
+def _as_new_process() -> None:
+    """Forget what is in memory."""
+    _clear()
+
+
+def _in_a_child(do: Callable[[], object]) -> int:
+    """Run something in a forked process, as if it had been started anew; its number."""
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which there are
+        pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        assert verdicts._forked
+        verdicts._forked = False
+        do()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+# -- verdicts
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_right_kernel_runs_from_the_first_call_on(card: Path, gradients: bool) -> None:
+    arguments = _tensors()
+    arguments[0].requires_grad_(gradients)
+    before = explain(*arguments)
+    assert before.backend == "fallback"
+    assert dict(before.passed_over)["triton"].startswith("unproven: not proven on this card")
+    y = squeeze_excite(*arguments)
+    torch.testing.assert_close(y, _right(arguments))
+    (verdict,) = trust.status()
+    assert verdict.state == trust.TRUSTED
+    assert verdict.speed is not None
+    assert explain(*arguments).backend == "triton"
+    for question in verdicts._questions:
+        assert len(question.known) <= 1
+    launches = pretended.launches
+    torch.testing.assert_close(squeeze_excite(*arguments), y)
+    assert pretended.launches == launches + 1  # nothing is proven again
+    assert len(list(card.rglob("*.json"))) == 1
+    assert not list(card.rglob("*.pending"))
+    assert "verdicts on this card: 1 trusted" in str(backends())
+
+
+@pytest.mark.parametrize("fault", pretended.FAULTS)
+def test_a_faulty_kernel_is_refused(
+    card: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller gets the right result and one warning; the verdict says what is wrong."""
+    monkeypatch.setenv(pretended.FAULT, fault)
+    arguments = _tensors(batch=3)
+    for t in arguments:
+        t.requires_grad_()
+    with pytest.warns(KernelMistrustWarning, match=pretended.FAULTS[fault]) as seen:
+        y = squeeze_excite(*arguments, residual=arguments[0], after="relu")
+    assert len(seen) == 1
+    text = str(seen[0].message)
+    for part in ("report", "x 3x16x6x5", "torch.float32", f"torch {torch.__version__}", "kernels "):
+        assert part in text
+    torch.testing.assert_close(y, _right(arguments, residual=arguments[0], after="relu"))
+    (verdict,) = trust.status()
+    assert verdict.state == trust.REFUSED
+    assert verdict.reason.startswith(pretended.FAULTS[fault])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        squeeze_excite(*arguments, residual=arguments[0], after="relu")
+        _as_new_process()
+        launches = pretended.launches
+        squeeze_excite(*arguments, residual=arguments[0], after="relu")
+    assert pretended.launches == launches
+    answer = explain(*arguments, residual=arguments[0], after="relu")
+    assert dict(answer.passed_over)["triton"].startswith(f"refused: {pretended.FAULTS[fault]}")
+
+
+@pytest.mark.parametrize("fault", ["wrong", "unwritten", "writes behind", "race"])
+@pytest.mark.parametrize("part", ["squeeze", "channel_scale", "in place"])
+def test_every_form_is_proven(
+    card: Path, fault: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, *_ = _tensors()
+    u = torch.randn(2, 16)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "squeeze": lambda: squeeze(x, before="silu"),
+        "channel_scale": lambda: channel_scale(x, u, gate="sigmoid"),
+        "in place": lambda: squeeze_excite(x.clone(), *arguments[1:], inplace=True),
+    }
+    arguments = _tensors()
+    right = calls[part]()
+    assert _states() == [trust.TRUSTED]
+    trust.forget()
+    monkeypatch.setenv(pretended.FAULT, fault)
+    with pytest.warns(KernelMistrustWarning, match=pretended.FAULTS[fault]):
+        torch.testing.assert_close(calls[part](), right, rtol=1e-4, atol=1e-4)
+    assert _states() == [trust.REFUSED]
+
+
+def test_a_slow_kernel_is_not_run(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(pretended.FAULT, pretended.SLOW)
+    monkeypatch.setattr(verdicts, "LEAST_SPEED", proof.LEAST_SPEED)
+    arguments = _tensors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    (verdict,) = trust.status()
+    assert verdict.state == trust.SLOWER
+    assert verdict.speed is not None
+    assert verdict.speed < 0.95
+    squeeze_excite(*arguments, backend="triton")  # it is right
+
+
+def test_by_name_a_mismatch_raises(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(pretended.FAULT, "wrong")
+    arguments = _tensors()
+    with (
+        pytest.warns(KernelMistrustWarning),
+        pytest.raises(KernelMistrustError, match=r"'triton' was asked for.*wrong: y\["),
+    ):
+        squeeze_excite(*arguments, backend="triton")
+    with pytest.raises(KernelMistrustError, match="found wrong on this machine"):
+        squeeze_excite(*arguments, backend="triton")
+    monkeypatch.setattr(trust, "_mode", "trust")
+    resolve._RESOLVED.clear()
+    squeeze_excite(*arguments, backend="triton")
+
+
+def test_modes(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = _tensors()
+    monkeypatch.setattr(trust, "_mode", "trust")
+    launches = pretended.launches
+    squeeze_excite(*arguments)
+    assert (pretended.launches, _states()) == (launches + 1, [])
+    monkeypatch.setattr(trust, "_mode", "off")
+    resolve._RESOLVED.clear()
+    squeeze_excite(*arguments)
+    assert pretended.launches == launches + 1
+    assert "SENET_KERNELS_GPU is off" in dict(explain(*arguments).passed_over)["triton"]
+    block = FusedSEBlock(16)
+    block(arguments[0])
+    assert _states() == []
+    squeeze_excite(*arguments, backend="triton")
+    assert pretended.launches == launches + 2
+    monkeypatch.setattr(trust, "_mode", "on")
+    resolve._RESOLVED.clear()
+    with pytest.raises(ValueError, match="SENET_KERNELS_GPU: expected one of verify, trust, off"):
+        squeeze_excite(*arguments)
+
+
+def test_a_verdict_is_of_a_variant(card: Path) -> None:
+    """Of a bucket of batches, of dtype, layout, options, memory, and direction."""
+    x, *rest = _tensors(batch=3)
+    base = dict.fromkeys(_states())
+    assert not base
+
+    def count(x: Tensor, **options: Any) -> int:
+        squeeze_excite(x, *rest, **options)
+        return len(trust.status())
+
+    assert count(x) == 1
+    assert count(torch.cat([x, x[:1]])) == 1  # four, as three
+    assert count(torch.cat([x, x])) == 2
+    assert count(x.contiguous(memory_format=torch.channels_last)) == 3
+    assert count(x, gate="tanh") == 4
+    assert count(x.clone().requires_grad_()) == 5
+    misaligned = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    assert count(misaligned) == 6
+    strided = torch.empty(3, 16, 6, 10)[..., ::2].copy_(x)
+    assert count(strided) == 7
+    assert set(_states()) <= {trust.TRUSTED, trust.SLOWER}
+
+
+def test_nothing_of_the_callers_has_a_part(card: Path) -> None:
+    """Modes, hooks, inference mode, random numbers, autocast: a proof is apart from them."""
+    arguments = _tensors()
+    numbers = torch.get_rng_state()
+    with torch.inference_mode(), CountOperations() as counted:
+        squeeze_excite(*arguments)
+    assert counted.calls == {"senet_kernels::triton_forward": 1}
+    for t in arguments:
+        t.requires_grad_()
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        squeeze_excite(*arguments)
+    assert len(packed) <= 10  # of the call: its inputs, and what it keeps
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert _states() == [trust.TRUSTED] * 2
+
+
+# -- files
+
+
+def _file(card: Path) -> Path:
+    (path,) = card.rglob("*.json")
+    return path
+
+
+@pytest.mark.parametrize("what", ["truncated", "empty", "another's", "not text", "a number"])
+def test_a_damaged_file_is_no_verdict(card: Path, what: str) -> None:
+    arguments = _tensors()
+    squeeze_excite(*arguments)
+    path = _file(card)
+    whole = path.read_bytes()
+    damaged = {
+        "truncated": whole[: len(whole) // 2], "empty": b"", "not text": b"\xff\xfe\x00",
+        "another's": whole.replace(b"trusted", b"refused"), "a number": b"3",
+    }  # fmt: skip
+    path.write_bytes(damaged[what])
+    _as_new_process()
+    squeeze_excite(*arguments)
+    assert _states() == [trust.TRUSTED]
+    assert json.loads(path.read_text())["state"] == trust.TRUSTED
+
+
+def test_where_nothing_can_be_written(
+    card: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In memory, and said once. (Permissions do not stop root: the folder is a file.)"""
+    blocked = card / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("SENET_KERNELS_CACHE", str(blocked))
+    arguments = _tensors()
+    with caplog.at_level(logging.WARNING, "senet_kernels.trust"):
+        squeeze_excite(*arguments)
+        squeeze_excite(*_tensors(batch=9))
+    assert _states() == [trust.TRUSTED] * 2
+    assert 1 <= len(caplog.records) <= 2
+    launches = pretended.launches
+    squeeze_excite(*arguments)
+    assert pretended.launches == launches + 1
+
+
+@pytest.mark.parametrize("function", ["replace", "link"])
+def test_a_file_system_that_refuses(
+    card: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(os, function, refuse)
+    arguments = _tensors()
+    torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    assert _states() == [trust.TRUSTED]
+    left = [p for p in card.rglob("*") if p.is_file() and p.suffix != ".json"]
+    assert left == []
+
+
+def test_a_folder_deleted_meanwhile(card: Path) -> None:
+    squeeze_excite(*_tensors())
+    shutil.rmtree(card)
+    squeeze_excite(*_tensors())
+    squeeze_excite(*_tensors(batch=9))
+    assert _states() == [trust.TRUSTED] * 2
+    assert _file(card)
+
+
+def test_another_driver_is_another_card(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = _tensors()
+    squeeze_excite(*arguments)
+    known = kinds.card
+    monkeypatch.setattr(kinds, "card", lambda device: {**known(device), "driver": "999.1"})
+    _as_new_process()
+    launches = pretended.launches
+    squeeze_excite(*arguments)
+    assert pretended.launches > launches + 3
+    assert len({p.parent for p in card.rglob("*.json")}) == 2
+
+
+def test_other_kernels_are_proven_anew(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = _tensors()
+    squeeze_excite(*arguments)
+    monkeypatch.setattr(triton, "kernel_files", lambda: [Path(pytest.__file__)])
+    _as_new_process()
+    launches = pretended.launches
+    squeeze_excite(*arguments)
+    assert pretended.launches > launches + 3
+    assert len(list(card.rglob("*.json"))) == 2
+
+
+def test_forget_and_freeze(card: Path) -> None:
+    arguments = _tensors()
+    squeeze_excite(*arguments)
+    assert "trusted" in str(trust.status())
+    trust.freeze()
+    launches = pretended.launches
+    squeeze_excite(*arguments)
+    assert pretended.launches == launches + 1
+    others = _tensors(batch=9)
+    torch.testing.assert_close(squeeze_excite(*others), _right(others))
+    assert pretended.launches == launches + 1
+    assert trust.forget() == 1
+    assert not list(card.rglob("*.json"))
+    assert not trust.status()
+    squeeze_excite(*others)
+    assert pretended.launches > launches + 3
+
+
+# -- marks and processes
+
+
+def _mark(card: Path, arguments: tuple[Any, ...], owner: store.Owner) -> Path:
+    """Leave the mark of another process for the kind of a call."""
+    squeeze_excite(*arguments)
+    path = _file(card)
+    path.unlink()
+    pending = path.with_name(f"{path.stem}.{store._place()}.pending")
+    pending.write_text(json.dumps(owner._asdict()))
+    _as_new_process()
+    return pending
+
+
+def _dead() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_kernel_that_ended_its_process_is_refused(card: Path) -> None:
+    """Whatever the clock says: a boot, a process and its start are compared."""
+    arguments = _tensors()
+    owner = store.Owner(store._boot(), _dead(), "12", store.IN_PROCESS)
+    pending = _mark(card, arguments, owner)
+    with pytest.warns(KernelMistrustWarning, match=f"process {owner.pid} ended while it was tried"):
+        torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    assert _states() == [trust.REFUSED]
+    assert not pending.exists()
+
+
+@pytest.mark.parametrize("of", ["a subprocess", "another process of that number"])
+def test_a_mark_that_means_nothing(card: Path, of: str) -> None:
+    arguments = _tensors()
+    how = store.IN_SUBPROCESS if of == "a subprocess" else store.IN_PROCESS
+    pid = _dead() if of == "a subprocess" else os.getpid()
+    pending = _mark(card, arguments, store.Owner(store._boot(), pid, "12", how))
+    if of == "a subprocess":  # its process was ended, not by a kernel: that ran in another
+        squeeze_excite(*arguments)
+        assert _states() == [trust.TRUSTED]
+    else:
+        with pytest.warns(KernelMistrustWarning):
+            squeeze_excite(*arguments)
+    assert not pending.exists()
+
+
+def test_waiting_for_another_process(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One decides; the others take its verdict, or PyTorch's operators where it takes long."""
+    monkeypatch.setattr(verdicts, "WAIT_SECONDS", 0.2)
+    arguments = _tensors()
+    boot, pid, start = store._this_process()
+    owner = store.Owner(boot, pid, start, store.IN_PROCESS)
+    pending = _mark(card, arguments, owner)
+    launches = pretended.launches
+    torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    assert (pretended.launches, _states()) == (launches, [])
+    begin = time.perf_counter()
+    squeeze_excite(*arguments)
+    assert time.perf_counter() - begin < 0.1  # it does not wait in every call
+    pending.unlink()
+    verdicts._later.clear()
+    squeeze_excite(*arguments)
+    assert _states() == [trust.TRUSTED]
+
+
+def test_an_unreadable_mark_does_not_stay(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "WAIT_SECONDS", 0.1)
+    arguments = _tensors()
+    pending = _mark(card, arguments, store.Owner("", 0, "", store.IN_PROCESS))
+    pending.write_text('{"boot": "tr')
+    squeeze_excite(*arguments)
+    verdicts._later.clear()
+    squeeze_excite(*arguments)
+    assert _states() == [trust.TRUSTED]
+
+
+def test_threads_that_call_at_once(card: Path) -> None:
+    arguments = _tensors()
+    results: list[Tensor] = []
+    barrier = threading.Barrier(6)
+
+    def call() -> None:
+        barrier.wait()
+        results.append(squeeze_excite(*arguments))
+
+    threads = [threading.Thread(target=call) for _ in range(6)]
+    launches = pretended.launches
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert _states() == [trust.TRUSTED]
+    for y in results:
+        torch.testing.assert_close(y, _right(arguments))
+    squeeze_excite(*arguments)
+    one = pretended.launches - launches
+    trust.forget()
+    launches = pretended.launches
+    squeeze_excite(*arguments)
+    assert one < 2 * (pretended.launches - launches) + 6  # proven once
+
+
+def _loop(seconds: float) -> int:
+    """Forget, decide and read for a while, as processes that start anew; how often."""
+    x, *rest = _tensors()
+    end, count = time.monotonic() + seconds, 0
+    while time.monotonic() < end or count < 3:
+        _as_new_process()
+        given = x[:1].repeat(random.choice([1, 2, 5]), 1, 1, 1)
+        if random.random() < 0.2:
+            trust.forget()
+        y = squeeze_excite(given, *rest)
+        torch.testing.assert_close(y, squeeze_excite(given, *rest, backend="reference"))
+        assert set(_states()) <= {trust.TRUSTED}, trust.status()
+        for path in Path(os.environ["SENET_KERNELS_CACHE"]).rglob("*.json"):
+            with suppress(FileNotFoundError):
+                assert path.read_text().endswith("}")
+        count += 1
+    return count
+
+
+_LOOP = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+torch.set_num_threads(1)
+import pretended
+pretended.pretend()
+import test_trust
+from senet_kernels.trust import store, verdicts
+store.Folder.has_any = lambda *args: True
+verdicts.LEAST_SPEED = 0.0
+print(test_trust._loop(float(sys.argv[3])))
+"""
+
+
+@needs_fork
+def test_processes_that_share_a_cache(card: Path) -> None:
+    """They forget, decide and read at once: no wrong verdict, no torn file."""
+    children = [_in_a_child(lambda: _loop(1.5)) for _ in range(4)]
+    for pid in children:
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.slow
+def test_sixteen_processes_for_a_minute(card: Path) -> None:
+    command = [sys.executable, "-c", _LOOP, str(ROOT), str(ROOT / "tests"), "60"]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(16)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err[-3000:]
+        assert int(out) >= 3
+
+
+def test_the_first_kernel_is_tried_in_a_subprocess(
+    fresh_card: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A crash and a hang there cost this process nothing. (Two processes are started for it, each
+    of which imports torch.)"""
+    arguments = _tensors()
+    right = _right(arguments)
+    with caplog.at_level(logging.INFO, "senet_kernels.trust"):
+        torch.testing.assert_close(squeeze_excite(*arguments), right)
+    assert "(subprocess, " in caplog.text
+    assert _states() == [trust.TRUSTED]
+    assert json.loads(_file(fresh_card).read_text())["how"] == store.IN_SUBPROCESS
+    for fault, text in (
+        ("dies", "crashes: the process died by SIGSEGV"),
+        (pretended.HANGS, r"hangs: no result within 0\.5 seconds"),
+    ):
+        trust.forget()
+        (fresh_card / pretended.FAULT).write_text(fault)
+        monkeypatch.setattr(worker, "JOB_SECONDS", 0.5 if fault == pretended.HANGS else 60.0)
+        with pytest.warns(KernelMistrustWarning, match=text):
+            torch.testing.assert_close(squeeze_excite(*arguments), right)
+        assert _states() == [trust.REFUSED]
+        assert worker._worker is None
+
+
+def test_a_worker_that_someone_else_ended(
+    fresh_card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Says nothing about the kernel, which is then tried here."""
+
+    class Ended:
+        def receive(self, seconds: float) -> None:
+            return None
+
+        class process:
+            @staticmethod
+            def wait(seconds: float) -> int:
+                return -signal.SIGKILL
+
+    monkeypatch.setattr(worker, "_begin", lambda message: Ended())
+    squeeze_excite(*_tensors())
+    (verdict,) = trust.status()
+    assert verdict.state == trust.TRUSTED
+
+
+def test_kernels_that_wait_are_tried_in_a_subprocess_alone(
+    card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "waits", lambda plan: "pretended" in plan, raising=False)
+    monkeypatch.setattr(sys, "executable", str(card / "no-such-python"))
+    arguments = _tensors()
+    launches = pretended.launches
+    torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    assert pretended.launches == launches
+    (verdict,) = trust.status()
+    assert verdict.state == trust.UNPROVEN
+    assert "no process for trying kernels could be started" in verdict.reason
+
+
+def test_plans_of_cuda_that_wait() -> None:
+    assert native.waits("cluster of 16 blocks per image, split by channels")
+    assert native.waits("16 blocks per image, exchange through global memory, two passes")
+    assert not native.waits("1 block per image, 256 threads and 12 KB each, single pass")
+
+
+@needs_fork
+def test_a_process_that_dies_of_a_kernel(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In process: that one is lost, and the next one refuses the kernel."""
+    arguments = _tensors()
+    monkeypatch.setenv(pretended.FAULT, "killed")
+    pid = _in_a_child(lambda: squeeze_excite(*arguments))
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    monkeypatch.delenv(pretended.FAULT)
+    with pytest.warns(KernelMistrustWarning, match=f"process {pid} ended while it was tried"):
+        torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    assert _states() == [trust.REFUSED]
+
+
+@needs_fork
+def test_a_forked_child_proves_nothing(card: Path) -> None:
+    """It runs what is proven."""
+    proven, other = _tensors(), _tensors(batch=9)
+    squeeze_excite(*proven)
+
+    def child() -> None:
+        verdicts._forked = True  # as forking has set it
+        launches = pretended.launches
+        squeeze_excite(*proven)
+        assert pretended.launches == launches + 1
+        torch.testing.assert_close(squeeze_excite(*other), _right(other))
+        assert pretended.launches == launches + 1
+
+    assert os.waitpid(_in_a_child(child), 0)[1] == 0
+    assert _states() == [trust.TRUSTED]
+
+
+# -- a model
+
+
+def test_verify_leaves_a_model_as_it_was(card: Path) -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), FusedSEBlock(16), torch.nn.Dropout()
+    )
+    x = torch.randn(2, 3, 8, 7)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    numbers = torch.get_rng_state()
+    found = senet_kernels.verify(model, x)
+    assert [v.state for v in found] == [trust.TRUSTED] * 2
+    assert torch.equal(torch.get_rng_state(), numbers)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, state[name]), name
+    assert all(p.grad is None for p in model.parameters())
+    assert [v.state for v in senet_kernels.verify(model, x)] == [trust.TRUSTED] * 2
+
+
+def test_no_memory_is_no_verdict(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("senet_kernels.trust.proof.Problem", full)
+    arguments = _tensors()
+    torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    (verdict,) = trust.status()
+    assert verdict.state == trust.UNPROVEN
+    assert "out of memory" in verdict.reason
+    assert not list(card.rglob("*.json"))
+
+
+def test_stream_capture(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is captured nothing is proven, and what was proven runs."""
+    arguments, others = _tensors(), _tensors(batch=9)
+    squeeze_excite(*arguments)
+    monkeypatch.setattr(trust, "_is_capturing", lambda x: True)
+    launches = pretended.launches
+    squeeze_excite(*arguments)
+    assert pretended.launches == launches + 1
+    torch.testing.assert_close(squeeze_excite(*others), _right(others))
+    assert pretended.launches == launches + 1
+    monkeypatch.setattr(trust, "_is_capturing", lambda x: False)
+    squeeze_excite(*others)
+    assert _states() == [trust.TRUSTED] * 2
