@@ -74,7 +74,7 @@ def settle(
     """
     x = tensors[0]
     assert x is not None
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = not compiling and torch._C._are_functorch_transforms_active()
     of = _matrices(resolved.call.form, tensors)
     differentiated = transformed or _is_differentiated(tensors)
     if compiling or transformed or type(x) not in PLAIN_TYPES:

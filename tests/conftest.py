@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,11 +27,13 @@ os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 import torch
 
+import pretended
 import senet_kernels
 from backend_cases import BackendCase, require
 from operations import CountOperations
 from senet_kernels import dispatch, resolve
 from senet_kernels.backends import triton
+from senet_kernels.trust import store, verdicts, worker
 
 THREADS = 2
 
@@ -165,6 +168,27 @@ def automatic(backend: BackendCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "ORDER", (backend.name, "fallback"))
     monkeypatch.setattr(dispatch, "AUTOMATIC", {backend.device: (backend.name,)})
     monkeypatch.setattr(resolve, "_RESOLVED", {})
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A pretended card that has proven something before, see :mod:`pretended`; the folder of its
+    verdicts."""
+    missing = pretended.why_not()
+    if missing is not None:
+        pytest.skip(missing)
+    tests = Path(__file__).parent
+    monkeypatch.setenv("SENET_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests.parent), str(tests)]))
+    monkeypatch.delenv(pretended.FAULT, raising=False)
+    pretended.pretend(monkeypatch.setattr)
+    pretended.as_new_process()
+    monkeypatch.setattr(store.Folder, "has_any", lambda *args: True)
+    monkeypatch.setattr(verdicts, "LEAST_SPEED", 0.0)  # who knows what else runs here
+    yield tmp_path
+    worker.stop()
+    monkeypatch.undo()
+    pretended.as_new_process()
 
 
 @pytest.fixture(autouse=True)

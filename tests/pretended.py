@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from senet_kernels import dispatch, features, ops, trust
-from senet_kernels.backends import triton
-from senet_kernels.trust import kinds, worker
+from senet_kernels import dispatch, features, ops, resolve, trust
+from senet_kernels.backends import native, triton
+from senet_kernels.trust import kinds, store, verdicts, worker
 
 FAULT = "PRETENDED_FAULT"
 
@@ -155,5 +155,25 @@ def pretend(set_to: Callable[[Any, str, Any], None] = setattr) -> None:
     set_to(trust, "_mode", "verify")
     set_to(kinds, "_triton_version", lambda: "pretended")
     set_to(worker, "IMPORTS", ["pretended_worker"])
+    kinds.kernel_hash.cache_clear()
+    kinds.environment.cache_clear()
+
+
+def why_not() -> str | None:
+    """Why there can be no pretended card."""
+    if triton.INTERPRETED:
+        return "the ops are Triton's own under its interpreter"
+    return native.UNAVAILABLE
+
+
+def as_new_process() -> None:
+    """Forget what this process knows of verdicts."""
+    for table in (
+        verdicts._memory, verdicts._later, verdicts._devices, verdicts._loaded, verdicts._said,
+        verdicts.TRUSTED_CLASSES, verdicts.COMPILED_CLASSES, store._complained, resolve._RESOLVED,
+    ):  # fmt: skip
+        table.clear()
+    verdicts._frozen = verdicts._forked = False
+    verdicts.any_trusted = verdicts.any_compiled = False
     kinds.kernel_hash.cache_clear()
     kinds.environment.cache_clear()

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from torch import Tensor
 import pretended
 import senet_kernels
 from operations import CountOperations
+from pretended import as_new_process
 from senet_kernels import (
     FusedSEBlock,
     KernelMistrustError,
@@ -44,39 +45,8 @@ from senet_kernels import (
 from senet_kernels.backends import native, triton
 from senet_kernels.trust import kinds, proof, store, verdicts, worker
 
-pytestmark = [
-    pytest.mark.skipif(native.UNAVAILABLE is not None, reason="the C++ kernels are not there"),
-    pytest.mark.skipif(triton.INTERPRETED, reason="its ops are Triton's own there"),
-]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 ROOT = Path(__file__).parent.parent
-
-
-def _clear() -> None:
-    for table in (
-        verdicts._memory, verdicts._later, verdicts._devices, verdicts._loaded, verdicts._said,
-        verdicts.TRUSTED_CLASSES, verdicts.COMPILED_CLASSES, resolve._RESOLVED,
-    ):  # fmt: skip
-        table.clear()
-    verdicts._frozen = verdicts._forked = False
-    kinds.kernel_hash.cache_clear()
-    kinds.environment.cache_clear()
-    store._complained.clear()
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A pretended card that has proven something before; the folder of verdicts."""
-    monkeypatch.setenv("SENET_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    monkeypatch.delenv(pretended.FAULT, raising=False)
-    pretended.pretend(monkeypatch.setattr)
-    _clear()
-    monkeypatch.setattr(store.Folder, "has_any", lambda *args: True)
-    monkeypatch.setattr(verdicts, "LEAST_SPEED", 0.0)  # who knows what else runs here
-    yield tmp_path
-    worker.stop()
-    _clear()
 
 
 @pytest.fixture
@@ -102,11 +72,6 @@ def _right(arguments: tuple[Any, ...], **options: Any) -> Tensor:
 
 def _states() -> list[str]:
     return [v.state for v in trust.status()]
-
-
-def _as_new_process() -> None:
-    """Forget what is in memory."""
-    _clear()
 
 
 def _in_a_child(do: Callable[[], object]) -> int:
@@ -177,7 +142,7 @@ def test_a_faulty_kernel_is_refused(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         squeeze_excite(*arguments, residual=arguments[0], after="relu")
-        _as_new_process()
+        as_new_process()
         launches = pretended.launches
         squeeze_excite(*arguments, residual=arguments[0], after="relu")
     assert pretended.launches == launches
@@ -317,7 +282,7 @@ def test_a_damaged_file_is_no_verdict(card: Path, what: str) -> None:
         "another's": whole.replace(b"trusted", b"refused"), "a number": b"3",
     }  # fmt: skip
     path.write_bytes(damaged[what])
-    _as_new_process()
+    as_new_process()
     squeeze_excite(*arguments)
     assert _states() == [trust.TRUSTED]
     assert json.loads(path.read_text())["state"] == trust.TRUSTED
@@ -370,7 +335,7 @@ def test_another_driver_is_another_card(card: Path, monkeypatch: pytest.MonkeyPa
     squeeze_excite(*arguments)
     known = kinds.card
     monkeypatch.setattr(kinds, "card", lambda device: {**known(device), "driver": "999.1"})
-    _as_new_process()
+    as_new_process()
     launches = pretended.launches
     squeeze_excite(*arguments)
     assert pretended.launches > launches + 3
@@ -381,7 +346,7 @@ def test_other_kernels_are_proven_anew(card: Path, monkeypatch: pytest.MonkeyPat
     arguments = _tensors()
     squeeze_excite(*arguments)
     monkeypatch.setattr(triton, "kernel_files", lambda: [Path(pytest.__file__)])
-    _as_new_process()
+    as_new_process()
     launches = pretended.launches
     squeeze_excite(*arguments)
     assert pretended.launches > launches + 3
@@ -416,7 +381,7 @@ def _mark(card: Path, arguments: tuple[Any, ...], owner: store.Owner) -> Path:
     path.unlink()
     pending = path.with_name(f"{path.stem}.{store._place()}.pending")
     pending.write_text(json.dumps(owner._asdict()))
-    _as_new_process()
+    as_new_process()
     return pending
 
 
@@ -513,7 +478,7 @@ def _loop(seconds: float) -> int:
     x, *rest = _tensors()
     end, count = time.monotonic() + seconds, 0
     while time.monotonic() < end or count < 3:
-        _as_new_process()
+        as_new_process()
         given = x[:1].repeat(random.choice([1, 2, 5]), 1, 1, 1)
         if random.random() < 0.2:
             trust.forget()

@@ -131,9 +131,10 @@ def runs_where_traced(
     ``compiling``: in compiled code, for which kernels are measured against it."""
     device = f"{x.device.type}:{x.device.index}" if x.device.type != "cpu" else "cpu"
     _load_at_trace_time(device)
-    table = COMPILED_CLASSES if compiling else TRUSTED_CLASSES
-    if not table:  # then nothing is asked of extents, which may be symbols
+    # Where there is none, nothing is asked of extents, which may be symbols.
+    if not (verdicts.any_compiled if compiling else verdicts.any_trusted):
         return False
+    table = COMPILED_CLASSES if compiling else TRUSTED_CLASSES
     direction = TRAINING if differentiated else INFERENCE
     hidden = 0 if w1 is None else w1.shape[0]
     return f"{device} {class_of(backend, call, x, hidden, outputs, direction)}" in table
@@ -142,7 +143,7 @@ def runs_where_traced(
 def any_compiled(device: torch.device) -> bool:
     """Whether any kernel on a device runs in compiled code."""
     _load_at_trace_time(f"{device.type}:{device.index}" if device.type != "cpu" else "cpu")
-    return len(COMPILED_CLASSES) > 0
+    return verdicts.any_compiled
 
 
 def compiled_classes() -> tuple[str, ...]:

@@ -307,9 +307,9 @@ def _ratio(device: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> f
 def describe(kind: Kind) -> str:
     """A kind in words, for reports."""
     call, options = kind.call, kind.call.options
-    shape = "x".join(map(str, kind.shape))
+    shape, strides = "x".join(map(str, kind.shape)), list(kind.strides)
     return (
-        f"{kind.backend} on {kind.device}, {call.form}, x {shape} {call.dtype}, strides "
-        f"{kind.strides}, {kind.hidden} hidden, {', '.join(options)}, {kind.direction}, computed in "
+        f"{kind.backend} on {kind.device}, {call.form}, x {shape} {call.dtype}, strides {strides}, "
+        f"{kind.hidden} hidden, {', '.join(options)}, {kind.direction}, computed in "
         f"{accumulates_in(kind)}; plan: {kind.plan or 'one'}"
     )

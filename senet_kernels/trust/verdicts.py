@@ -81,6 +81,8 @@ _forked = False
 #: measured against it. torch.compile guards on whether a class is in there.
 TRUSTED_CLASSES: dict[str, bool] = {}
 COMPILED_CLASSES: dict[str, bool] = {}
+#: Whether there are any: a guard on this is none on how many.
+any_trusted = any_compiled = False
 _devices: dict[Any, set[str]] = {}  # of an environment
 
 
@@ -122,13 +124,17 @@ def _publish(facts: Any, name: str) -> None:
         if of == facts and v.name == name and v.state != UNPROVEN
     ]  # fmt: skip
     eager = bool(verdicts) and all(v.state == TRUSTED for v in verdicts)
-    compiled = eager and all((v.compiled_speed or 0) >= LEAST_SPEED for v in verdicts)
+    compiled = eager and all(
+        v.compiled_speed is not None and v.compiled_speed >= LEAST_SPEED for v in verdicts
+    )
+    global any_trusted, any_compiled
     for table, runs in ((TRUSTED_CLASSES, eager), (COMPILED_CLASSES, compiled)):
         for device in _devices.get(facts, ()):
             if runs:
                 table.setdefault(f"{device} {name}", True)
             else:
                 table.pop(f"{device} {name}", None)
+    any_trusted, any_compiled = bool(TRUSTED_CLASSES), bool(COMPILED_CLASSES)
 
 
 def _is_on(device: str, facts: Any) -> None:
@@ -356,7 +362,7 @@ def forget() -> int:
     Returns:
         How many there were.
     """
-    global _frozen
+    global _frozen, any_trusted, any_compiled
     with _lock:
         _frozen = False
         keys = dict.fromkeys(_memory)
@@ -366,6 +372,7 @@ def forget() -> int:
             Folder(facts).remove(key)
         for table in (_memory, _later, _devices, TRUSTED_CLASSES, COMPILED_CLASSES):
             table.clear()
+        any_trusted = any_compiled = False
         _loaded.clear()
         _said.clear()
         forget_answers()
