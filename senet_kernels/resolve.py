@@ -151,15 +151,14 @@ def _look_up(kind: tuple[Any, ...], compiling: bool) -> ResolvedCall:
     if compiling:  # a guard on a growing dict would recompile
         return _make(*kind)
     try:
-        resolved = _RESOLVED.get(kind)
-    except TypeError:  # an unhashable name: _make says which
-        resolved = None
-    if resolved is None:
-        resolved = _make(*kind)
-        if resolved.asks:
-            resolved = resolved._replace(asks=trust.Question())
-        _RESOLVED[kind] = resolved
-        _note_short_way(kind, resolved)
+        return _RESOLVED[kind]
+    except (KeyError, TypeError):  # TypeError: an unhashable name, _make says which
+        pass
+    resolved = _make(*kind)
+    if resolved.asks:
+        resolved = resolved._replace(asks=trust.Question())
+    _RESOLVED[kind] = resolved
+    _note_short_way(kind, resolved)
     return resolved
 
 
