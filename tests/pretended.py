@@ -169,8 +169,9 @@ def why_not() -> str | None:
 def as_new_process() -> None:
     """Forget what this process knows of verdicts."""
     for table in (
-        verdicts._memory, verdicts._later, verdicts._devices, verdicts._loaded, verdicts._said,
-        verdicts.TRUSTED_CLASSES, verdicts.COMPILED_CLASSES, store._complained, resolve._RESOLVED,
+        verdicts._memory, verdicts._later, verdicts._devices, verdicts._loaded, verdicts._begun,
+        verdicts._said, verdicts.TRUSTED_CLASSES, verdicts.COMPILED_CLASSES, store._complained,
+        resolve._RESOLVED,
     ):  # fmt: skip
         table.clear()
     verdicts._frozen = verdicts._forked = False

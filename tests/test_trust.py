@@ -657,7 +657,7 @@ def test_no_memory_is_no_verdict(card: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_stream_capture(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one is captured nothing is proven, and what was proven runs."""
+    """What was called before runs; else PyTorch's operators, whatever is known on disk."""
     arguments, others = _tensors(), _tensors(batch=9)
     squeeze_excite(*arguments)
     monkeypatch.setattr(trust, "_is_capturing", lambda x: True)
@@ -666,6 +666,42 @@ def test_stream_capture(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pretended.launches == launches + 1
     torch.testing.assert_close(squeeze_excite(*others), _right(others))
     assert pretended.launches == launches + 1
+    as_new_process()
+    torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    assert pretended.launches == launches + 1
     monkeypatch.setattr(trust, "_is_capturing", lambda x: False)
+    squeeze_excite(*arguments)
+    assert pretended.launches == launches + 2
     squeeze_excite(*others)
     assert _states() == [trust.TRUSTED] * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden"),
+    [((0, 16, 5, 5), 4), ((2, 16, 0), 4), ((2, 16, 5), 0), ((1, 1, 1), 1), ((2, 3, 2, 3, 4), 2)],
+)
+def test_extents_of_any_kind_are_proven(card: Path, shape: tuple[int, ...], hidden: int) -> None:
+    x, w1, w2 = torch.randn(shape), torch.randn(hidden, shape[1]), torch.randn(shape[1], hidden)
+    for gradients in (False, True):
+        x.requires_grad_(gradients)
+        squeeze_excite(x, w1, None, w2, None)
+    assert _states() == [trust.TRUSTED] * 2
+
+
+def test_a_proof_that_fails_is_no_verdict(
+    card: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Never an exception of the caller's: not of a plan, not of the files, not of the oracle."""
+
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError("in a plan")
+
+    arguments = _tensors()
+    for module, name in ((triton, "notes"), (proof, "correct"), (kinds, "card")):
+        as_new_process()
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr(module, name, fail)
+            torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+            assert explain(*arguments).backend == "fallback"
+        assert "a kernel could not be tried: ZeroDivisionError: in a plan" in caplog.text
+    assert not list(card.rglob("*.pending"))

@@ -100,12 +100,20 @@ def verdict_on(
     may_prove: bool,
 ) -> Verdict:
     """The verdict on the kernels of an eager call, see :mod:`.verdicts`."""
-    why_not = None
-    direction = TRAINING if differentiated else INFERENCE
-    kind = kind_of(backend, call, x, w1, w2, outputs, direction)
     if may_prove and _is_capturing(x):
-        why_not = "a CUDA graph is being captured, in which nothing can be proven"
-    verdict = verdicts.decide(kind, may_prove=may_prove, why_not=why_not)
+        # What has not been called before may have to be compiled, or allocate what stays.
+        reason = "a CUDA graph is being captured, and this process has not made such a call before"
+        verdicts.once(f"{reason}: PyTorch's own operators run")
+        return Verdict(UNPROVEN, reason, final=False)
+    try:
+        direction = TRAINING if differentiated else INFERENCE
+        kind = kind_of(backend, call, x, w1, w2, outputs, direction)
+        verdict = verdicts.decide(kind, may_prove=may_prove)
+    except Warning:  # one that the user has made an error
+        raise
+    except Exception as error:  # of a plan, of PyTorch: a call must not fail of being looked after
+        verdicts.complain(f"a kernel could not be tried: {type(error).__name__}: {error}")
+        return Verdict(UNPROVEN, f"it could not be tried: {error}")
     for listen in verdicts.listeners:
         listen(kind, verdict)
     return verdict

@@ -21,7 +21,7 @@ from senet_kernels import fallback, reference
 from senet_kernels.pointwise import Options, pack
 
 from .bands import Allocations, Bands
-from .kinds import TRAINING, Kind
+from .kinds import TRAINING, Kind, digest
 
 Tensors = dict[str, Tensor | None]
 
@@ -73,17 +73,15 @@ class Results(NamedTuple):
 class Problem:
     """Tensors of a kind, on its device."""
 
-    def __init__(
-        self, kind: Kind, batch: int, *, special: bool = False, bands: Bands | None = None
-    ) -> None:
+    def __init__(self, kind: Kind, batch: int, *, special: bool = False, seed: int = 0) -> None:
         """``special``: with NaN and infinities in some images, and without biases."""
         self.kind, self.batch, self.special = kind, batch, special
         self.form = _FORMS.get(kind.call.form, _WHOLE)
-        self.bands = Bands() if bands is None else bands
-        self._generator = torch.Generator(kind.device).manual_seed(
-            sum(map(ord, kind.name)) + (1 << 20) * special
-        )
-        self.marked: list[int] = []  # images with special values
+        self.bands = Bands()
+        of_kind = int(digest(kind.name)[:8], 16)
+        self._generator = torch.Generator(kind.device).manual_seed(of_kind + seed)
+        self.marked: list[int] = []  # images with NaN or infinities
+        self.infinite: list[int] = []  # with infinities
         self.tensors = self._make()
         call = kind.call
         self.code = pack(call.options)
@@ -187,6 +185,8 @@ class Problem:
             corner[channel].select(-1, corner.shape[-1] // 2).fill_(value)
             if value != value or abs(value) == torch.inf:
                 self.marked.append(image)
+                if value == value:
+                    self.infinite.append(image)
 
     # -- the ways to compute it
 

@@ -29,6 +29,8 @@ _RUNS = 3
 _TIMES = 4
 _PROMISED = {torch.float32: (1.25, 2.0, 4.0), None: (1.02, 1.02, 2.0)}
 _FLOAT64 = 1e-12
+_MANY = 256
+_BY_NUMBERS = "wrong"  # the fault of results that are too far from float64
 _SECONDS = 0.004  # of each side of a comparison of times
 
 
@@ -85,6 +87,11 @@ def correct(kind: Kind) -> Wrong | None:
     """
     batch = batch_for(kind)
     wrong = _is_right(Problem(kind, batch))
+    if wrong is not None and wrong.fault == _BY_NUMBERS:
+        # Where sums cancel out, a right kernel may be beyond the limits once in thousands of
+        # problems: a wrong one is so in others too.
+        others = [_is_right(Problem(kind, batch, seed=seed)) for seed in (1, 2)]
+        wrong = others[0] or others[1]
     if wrong is None and 0 not in kind.shape:
         wrong = _keeps_special_values(Problem(kind, batch, special=True))
     return wrong
@@ -135,6 +142,8 @@ def _is_right(problem: Problem) -> Wrong | None:
                 place = _place(first.values[name], value)
                 return Wrong("races", f"{name}: two runs differ {place}")
     assert first is not None
+    if 0 in problem.kind.shape:  # a mean of nothing is NaN, and what follows from it
+        return None
     for name, value in first.values.items():
         unwritten = value.isnan()
         if unwritten.any():
@@ -207,7 +216,7 @@ def _compare(problem: Problem, results: Results) -> Wrong | None:
         ):  # fmt: skip
             if not apart <= limit:
                 return Wrong(
-                    "wrong",
+                    _BY_NUMBERS,
                     f"{name}{found.place}: {what} error {apart:.3g}, expected at most "
                     f"{limit:.3g} (eager PyTorch has {theirs[name].largest:.3g}, "
                     f"{theirs[name].mean:.3g} in the mean)",
@@ -224,7 +233,9 @@ def _limits(
     means = _PROMISED.get(dtype, _PROMISED[None])
     mean, largest = means[0 if of_image else 1], means[2]
     ulp = torch.finfo(stored).eps * size
-    return _TIMES * (largest * eager.largest + ulp), _TIMES * (mean * eager.mean + ulp / 16)
+    # The mean of a few errors may be anything that one of them may be.
+    few = ulp / (16 if eager.count >= _MANY else 1)
+    return _TIMES * (largest * eager.largest + ulp), _TIMES * (mean * eager.mean + few)
 
 
 def _keeps_special_values(problem: Problem) -> Wrong | None:
@@ -233,9 +244,12 @@ def _keeps_special_values(problem: Problem) -> Wrong | None:
         return results
     nan, inf = problem.masks()
     y = results.values["y"]
+    # Of an infinity eager's functions make NaN, as of Inf * 0, where kernels may have the limit.
+    either = torch.zeros_like(nan)
+    either[problem.infinite] = nan[problem.infinite]
     for what, expected, found in (("NaN", nan, y.isnan()), ("infinities", inf, y.isinf())):
-        if not torch.equal(expected, found):
-            places = (expected != found).nonzero()
+        places = ((expected != found) & ~either).nonzero()
+        if len(places):
             verb = "lost" if bool(expected[tuple(places[0])]) else "made"
             return Wrong(
                 "special values",

@@ -103,6 +103,13 @@ def once(text: str) -> None:
         log.info(text)
 
 
+def complain(text: str) -> None:
+    """Log a warning, the first time."""
+    if text not in _said:
+        _said.add(text)
+        log.warning(text)
+
+
 # -- remembering
 
 
@@ -185,6 +192,8 @@ def load(device: str) -> None:
 
 
 _loaded: set[str] = set()
+# Of which a kernel has been tried, by this process.
+_begun: set[tuple[Folder, str]] = set()
 
 #: What is told of every verdict that an eager call asks for.
 listeners: list[Callable[[Kind, Verdict], None]] = []
@@ -193,14 +202,9 @@ listeners: list[Callable[[Kind, Verdict], None]] = []
 # -- deciding
 
 
-def decide(kind: Kind, *, may_prove: bool = True, why_not: str | None = None) -> Verdict:
+def decide(kind: Kind, *, may_prove: bool = True) -> Verdict:
     """The verdict on a variant: the one that is remembered, here or on disk, else one that is
-    reached now.
-
-    Args:
-        may_prove: False only looks.
-        why_not: why nothing can be tried at the moment (a stream is being captured).
-    """
+    reached now, unless ``may_prove`` is False."""
     where = _place(kind)
     verdict = _memory.get(where)
     if verdict is not None:
@@ -223,17 +227,16 @@ def decide(kind: Kind, *, may_prove: bool = True, why_not: str | None = None) ->
         if not may_prove:
             return unproven._replace(reason="not proven on this card; its first call does that")
         if _forked:
-            why_not = why_not or "it is not proven, and a forked child proves nothing"
-        if why_not is not None:
-            once(f"{why_not}: {kind.name} runs on PyTorch's own operators")
-            return unproven._replace(reason=why_not)
+            once(f"a forked child proves nothing: {kind.name} runs on PyTorch's own operators")
+            return unproven._replace(reason="not proven on this card, nor by a forked child")
         if time.monotonic() < _later.get(where, 0):
             return unproven._replace(reason="another process of this host has not decided yet")
         return _decide_now(kind, where, folder, unproven)
 
 
 def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Verdict:
-    how = IN_SUBPROCESS if kind.waits or not folder.has_any(kind.backend) else IN_PROCESS
+    is_first = (folder, kind.backend) not in _begun and not folder.has_any(kind.backend)
+    how = IN_SUBPROCESS if kind.waits or is_first else IN_PROCESS
     for _ in range(3):
         mark = folder.claim(kind.key, how)
         if not isinstance(mark, Owner):
@@ -271,6 +274,7 @@ def _prove(
 ) -> Verdict:
     try:
         found = _find(kind, how)
+        _begun.add((folder, kind.backend))
         verdict = _judged(kind, found)
         _keep(folder, verdict, how, found.seconds, describe(kind))
         _remember(where, verdict)
@@ -373,8 +377,8 @@ def forget() -> int:
         for table in (_memory, _later, _devices, TRUSTED_CLASSES, COMPILED_CLASSES):
             table.clear()
         any_trusted = any_compiled = False
-        _loaded.clear()
-        _said.clear()
+        for names in (_loaded, _said, _begun):
+            names.clear()
         forget_answers()
         return len(keys)
 
