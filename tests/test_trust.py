@@ -41,7 +41,9 @@ from senet_kernels import (
     squeeze,
     squeeze_excite,
     trust,
+    workloads,
 )
+from senet_kernels.__main__ import main
 from senet_kernels.backends import native, triton
 from senet_kernels.trust import kinds, proof, store, verdicts, worker
 
@@ -705,3 +707,31 @@ def test_a_proof_that_fails_is_no_verdict(
             assert explain(*arguments).backend == "fallback"
         assert "a kernel could not be tried: ZeroDivisionError: in a plan" in caplog.text
     assert not list(card.rglob("*.pending"))
+
+
+def test_the_command_line(
+    card: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table, and 1 where a kernel is refused."""
+    layers = [
+        workloads.Layer("a network", 16, 5, 4, {"activation": "silu"}),
+        workloads.Layer("a network", 8, 4, 2, {"after": "relu", "residual": True}),
+        workloads.Layer("another", 8, 4, 2, {}),
+    ]
+    monkeypatch.setattr(workloads, "LAYERS", layers)
+    command = ["verify", "--device", "cpu", "--dtype", "float32", "--batch", "2"]
+    assert main([*command, "--network", "a network"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "SENET_KERNELS_GPU=verify, cpu, float32, batch 2"
+    assert lines[-1].startswith("8 kernels, 0 refused, ")
+    assert len([line for line in lines if line.startswith("trusted ")]) == 8
+    monkeypatch.setenv(pretended.FAULT, "wrong")
+    with pytest.warns(KernelMistrustWarning):
+        assert main([*command, "--forget"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("8 verdicts dropped\n")
+    assert "12 kernels, 12 refused, " in out
+    monkeypatch.setattr(trust, "ASKED", set())
+    resolve._RESOLVED.clear()
+    assert main(command) == 0
+    assert "nothing is to be proven on cpu" in capsys.readouterr().out
