@@ -392,9 +392,9 @@ def freeze() -> None:
         forget_answers()
 
 
-def _known_environments() -> list[Any]:
+def _known_environments(may_start_cuda: bool = True) -> list[Any]:
     known = {facts: None for facts, _ in _memory}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized() or (may_start_cuda and torch.cuda.is_available()):
         for i in range(torch.cuda.device_count()):
             known[environment(f"cuda:{i}")] = None
     return list(known)
@@ -415,8 +415,12 @@ class Status(tuple[Verdict, ...]):
 
 def status() -> Status:
     """The verdicts on the cards of this process, from memory and disk."""
+    return _status()
+
+
+def _status(may_start_cuda: bool = True) -> Status:
     found = dict(_memory)
-    for facts in _known_environments():
+    for facts in _known_environments(may_start_cuda):
         for record in Folder(facts).records():
             verdict = _from_record(record)
             if verdict is not None:
@@ -425,8 +429,9 @@ def status() -> Status:
 
 
 def as_lines() -> list[str]:
-    """For ``backends()``: how many verdicts of each state, and each that is not of trust."""
-    verdicts = status()
+    """For ``backends()``: how many verdicts of each state, and those that refuse a kernel. CUDA is
+    not started for it: after that, no process could be forked."""
+    verdicts = _status(may_start_cuda=False)
     if not verdicts:
         return []
     counts = {s: sum(v.state == s for v in verdicts) for s in (TRUSTED, SLOWER, REFUSED, UNPROVEN)}
