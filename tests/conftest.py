@@ -29,6 +29,7 @@ import torch
 
 import pretended
 import senet_kernels
+import triton_on_cpu
 from backend_cases import BackendCase, require
 from operations import CountOperations
 from senet_kernels import dispatch, resolve
@@ -40,7 +41,7 @@ THREADS = 2
 # What Triton's interpreter runs: of Triton alone, and, as the simulation of CUDA, of every backend.
 TRITON_TESTS = (
     "test_plain_kernels.py", "test_triton.py", "test_triton_arguments.py",
-    "test_triton_first_calls.py", "test_triton_tuning.py",
+    "test_triton_first_calls.py", "test_triton_ptx.py", "test_triton_tuning.py",
 )  # fmt: skip
 KERNEL_TESTS = (
     "test_accuracy.py", "test_addressing.py", "test_autocast.py", "test_budgets.py", "test_gpu.py",
@@ -86,7 +87,9 @@ def pytest_report_header() -> list[str]:
 
 def pytest_configure() -> None:
     torch.set_num_threads(THREADS)
-    if triton.INTERPRETED:
+    if triton.INTERPRETED and (capability := triton_on_cpu.capability()):
+        triton_on_cpu.install(capability)
+    elif triton.INTERPRETED:
         import interpreter
 
         interpreter.install()
@@ -192,9 +195,12 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _clean_slate() -> Iterator[None]:
+def _clean_slate(request: pytest.FixtureRequest) -> Iterator[None]:
     """Same random numbers for every test; process-wide settings as they were afterwards."""
     torch.manual_seed(0)
+    # Where Triton's PTX is executed: the order of threads, and the errors of approximate functions.
+    triton_on_cpu.launches.seed = zlib.crc32(request.node.nodeid.encode())
+    triton_on_cpu.launches.approximations = triton_on_cpu.launches.seed
     yield
     assert torch.is_grad_enabled()
     torch.set_num_threads(THREADS)

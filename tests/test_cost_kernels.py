@@ -66,15 +66,11 @@ def _counted(threads: int, rounds: int) -> tuple[list[int], list[int], list[int]
     from ptx import compiling, running
     from ptx.translate import Module
 
-    path, machine = running._machine()
+    path, _ = running._machine()
     library = compiling.linked(_PTX, "rounds", path, counts=True)
     entry = compiling.entries_of(library, _PTX)["rounds"]
     data = np.full(threads, rounds, np.uint32)
-    word = ctypes.c_uint64(data.ctypes.data)
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(word))
-    assert not machine.ptx_run(
-        ctypes.byref(entry), 1, threads, 1, 0, 0, pointers, ctypes.c_uint64(0), None, 0
-    )
+    running.launch(entry, [data.ctypes.data], grid=(1, 1, 1), block=threads)
     leaders = Module(_PTX, counts=True).leaders
     warps, each = (ctypes.c_uint64 * len(leaders))(), (ctypes.c_uint64 * len(leaders))()
     library.ptx_take_counts(warps, each, ctypes.c_uint64(len(leaders)))
@@ -165,16 +161,12 @@ def test_what_accesses_touch(shared: int, conflicts: int, stride: int, sectors: 
     from tools.cost.executed import Touched, _Touched
 
     text = _STRIDES % (shared, stride)
-    path, machine = running._machine()
+    path, _ = running._machine()
     library = compiling.linked(text, "strides", path, counts=True)
     entry = compiling.entries_of(library, text)["strides"]
     data = np.zeros(32 * 8 + 32, np.uint64)
-    word = ctypes.c_uint64(-(-data.ctypes.data // 32) * 32)
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(word))
     library.ptx_watch(1)
-    assert not machine.ptx_run(
-        ctypes.byref(entry), 1, 32, 1, 4096, 0, pointers, ctypes.c_uint64(0), None, 0
-    )
+    running.launch(entry, [-(-data.ctypes.data // 32) * 32], grid=(1, 1, 1), block=32, shared=4096)
     library.ptx_watch(0)
     rows = (_Touched * 8)()
     assert library.ptx_take_accesses(rows, ctypes.c_uint64(8)) == 3  # one of the parameter

@@ -44,10 +44,12 @@ def _kernel(name: str, opcode: str, operands: tuple[str, ...], result: str, cons
         if kind == "pred":
             lines.append(f"setp.ne.u16 %p{i}, {register}, 0;")
         given.append(f"%p{i}" if kind == "pred" else register)
-    to = "%p6" if result == "pred" else f"{_REGISTERS[width(result)]}6"
+    to = {"pred": "%p6", "both": "%p6|%p7"}.get(result) or f"{_REGISTERS[width(result)]}6"
     lines.append(f"{opcode} {', '.join([to, *given, *filter(None, [constant])])};")
-    if result == "pred":
+    if result in ("pred", "both"):
         lines.append("selp.u16 %rs6, 1, 0, %p6;")
+        if result == "both":
+            lines.append("selp.u16 %rs7, 2, 0, %p7; or.b16 %rs6, %rs6, %rs7;")
         to = "%rs6"
     lines += [f"st.global.u{width(result)} [%rd1{count}], {to};", "ret;", "}"]
     return "\n".join(lines)
@@ -232,7 +234,7 @@ def test_approximate_reciprocals_of_doubles() -> None:
         ("add.s32 %r9, %r1, %r3;", "m.ptx:6: unknown register %r9"),
         ("mov.u32 %r1, %smid;", "m.ptx:6: unknown register %smid"),
         ("add.s32 %r1, %r2;", "m.ptx:6: operands of add.s32 that are not as in its definition"),
-        ("bar.sync 1;", "m.ptx:6: a barrier that is not number 0"),
+        ("bar.sync 1;", "m.ptx:6: a barrier of all threads that is not number 0"),
         ("call.uni (r), elsewhere, (p);", "m.ptx:6: a call of what is no function of the module"),
         (".tex .u64 t;", "m.ptx:6: unknown directive .tex"),
         ("ld.global.u32 %r1, [nowhere];", "m.ptx:6: unknown operand .nowhere."),

@@ -151,6 +151,68 @@ def test_flags(load: str) -> None:
         kernels().run("flag_nobody", _zeros(1), seed=0)
 
 
+def test_tickets() -> None:
+    """Atomic operations that change nothing are polls: they wait, and end in a deadlock where
+    nobody comes."""
+    for seed in SEEDS:
+        counters, order = _zeros(3), np.full(5, 99, np.uint32)
+        kernels().run("tickets", counters, order, grid=5, cooperative=bool(seed % 2), seed=seed)
+        assert sorted(order) == list(range(5))
+        assert list(counters) == [5, 5, 0]
+    with pytest.raises(RuntimeError, match="deadlock; block 0: threads 0-31 wait at a flag"):
+        kernels().run("ticket_of_nobody", _zeros(1), seed=0)
+
+
+def test_named_barriers() -> None:
+    given = _drawn(2, 128)
+    for seed in SEEDS:
+        out = np.zeros_like(given)
+        kernels().run("named", given, out, grid=2, block=128, shared=512, seed=seed)
+        assert np.array_equal(out, np.roll(given, 64, axis=1))
+    with pytest.raises(RuntimeError, match=r"barrier 1 for \d+ threads, which others use for"):
+        kernels().run("named_differently", _zeros(1), block=64)
+    with pytest.raises(RuntimeError, match="a barrier for 0 threads of 128: they are no whole"):
+        kernels().run("named_differently", _zeros(1), block=128)
+
+
+def test_copies_of_fewer_bytes() -> None:
+    """What is left is zero."""
+    given, out = _aligned(_drawn(64, 4)), _aligned(_zeros(64, 4))
+    for seed in SEEDS:
+        kernels().run("cp_async_part", given, out, block=64, shared=2048, seed=seed)
+        for thread in range(64):
+            size = min(16, thread % 32)
+            whole, part = given[thread].tobytes(), out[thread].tobytes()
+            assert part == whole[:size] + bytes(16 - size)
+
+
+def test_reductions_of_warps() -> None:
+    for seed in SEEDS:
+        given = _drawn(32, seed=seed)
+        given[::5] = given[0]
+        if seed == 1:
+            given[1::2] = 7
+        out = _aligned(_zeros(32, 16))
+        kernels().run("reductions", given, out, seed=seed)
+        values = [int(x) for x in given]
+        signed = [x - 2**32 * (x >> 31) for x in values]
+        for lane in range(32):
+            own = range(lane % 2, 32, 2)
+            mask = sum(1 << i for i in own)
+            same = len({values[i] for i in own}) == 1
+            assert [int(x) for x in out[lane]] == [
+                sum(values[i] for i in own) % 2**32, min(signed[i] for i in own) % 2**32,
+                max(values[i] for i in own), max(signed) % 2**32,
+                functools.reduce(lambda a, b: a & b, [values[i] for i in own]),
+                functools.reduce(lambda a, b: a | b, [values[i] for i in own]),
+                functools.reduce(lambda a, b: a ^ b, [values[i] for i in own]),
+                sum(1 << i for i in own if values[i] == values[lane]),
+                sum(1 << i for i in range(32) if values[i] == values[lane]),
+                mask if same else 0, int(same), mask, max(own), int(lane == max(own)),
+                int(lane == 31), 0,
+            ]  # fmt: skip
+
+
 @pytest.mark.parametrize("kernel", ["reversed_bar", "reversed_barrier"])
 def test_barriers_of_a_block(kernel: str) -> None:
     given = _drawn(2, 96)

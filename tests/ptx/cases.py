@@ -28,7 +28,7 @@ _EDGES = {
 
 def width(kind: str) -> int:
     """In bits; of predicates as they are stored."""
-    odd = {"pred": 8, "count": 32, "f16x2": 32, "bf16x2": 32, "tf32": 32}
+    odd = {"pred": 8, "both": 8, "count": 32, "f16x2": 32, "bf16x2": 32, "tf32": 32}
     return odd.get(kind) or int("".join(c for c in kind if c.isdigit()))
 
 
@@ -72,7 +72,12 @@ class Case(NamedTuple):
         return list(zip(*columns, strict=True))
 
     def _column(self, place: int, draw: random.Random) -> list[int]:
-        kind = self.operands[place]
+        return self._drawn(self.operands[place], place, draw)
+
+    def _drawn(self, kind: str, place: int, draw: random.Random) -> list[int]:
+        if kind in ("f16x2", "bf16x2"):
+            low, high = (self._drawn(kind[:-2], place, draw) for _ in range(2))
+            return [a | b << 16 for a, b in zip(low, high[::-1], strict=True)]
         n = width(kind)
         if kind == "pred":
             return [draw.randrange(2) for _ in range(MANY)]
@@ -248,6 +253,58 @@ def _floats() -> Iterator[Case]:
                    strict=True)  # fmt: skip
 
 
+def _in_pairs(f: Callable[..., int]) -> Callable[..., int]:
+    """Of the lower and of the upper half of each operand; of predicates one bit each."""
+
+    def g(*words: int, shift: int = 16) -> int:
+        return f(*(w & 0xFFFF for w in words)) | f(*(w >> 16 for w in words)) << shift
+
+    return g
+
+
+def _halves() -> Iterator[Case]:
+    """Alone and in pairs; a NaN has always the same bits."""
+
+    def each(opcode: str, kind: str, count: int, f: Callable[..., int]) -> Iterator[Case]:
+        yield Case(f"{opcode}.{kind}", (kind,) * count, kind, f, strict=True)
+        yield Case(f"{opcode}.{kind}x2", (f"{kind}x2",) * count, f"{kind}x2", _in_pairs(f))
+
+    for k in ("f16", "bf16"):
+        for name, count in (("add", 2), ("sub", 2), ("mul", 2), ("fma", 3)):
+            mode = ".rn" if name == "fma" else ""
+
+            def f(*x: int, name: str = name, k: str = k) -> int:
+                return manual.arithmetic(name, k, "rn", *x)
+
+            yield from each(f"{name}{mode}", k, count, f)
+            if k == "f16":
+
+                def flushed(*x: int, f: Callable[..., int] = f) -> int:
+                    return manual.ftz(f(*(manual.ftz(v, "f16") for v in x)), "f16")
+
+                yield from each(f"{name}{mode}.ftz.sat", k, count,
+                                lambda *x, f=flushed: manual.saturated(f(*x), "f16"))  # fmt: skip
+        yield from each("fma.rn.relu", k, 3, lambda *x, k=k: manual.relu(
+            manual.arithmetic("fma", k, "rn", *x), k))  # fmt: skip
+        yield from each("neg", k, 1, lambda a: a ^ 0x8000)
+        yield from each("abs", k, 1, lambda a: a & 0x7FFF)
+        for name in ("min", "max"):
+            for suffix in ("", ".NaN"):
+                yield from each(f"{name}{suffix}", k, 2,
+                                lambda a, b, name=name, k=k, wins=bool(suffix):
+                                manual.extreme(name, wins, k, a, b))  # fmt: skip
+        for how in ("eq", "lt", "geu", "nan"):
+
+            def compare(a: int, b: int, how: str = how, k: str = k) -> int:
+                return int(manual.compare(how, k, a, b))
+
+            yield Case(f"setp.{how}.{k}", (k, k), "pred", compare)
+            yield Case(f"setp.{how}.{k}x2", (f"{k}x2", f"{k}x2"), "both",
+                       lambda a, b, f=compare: _in_pairs(f)(a, b, shift=1))  # fmt: skip
+        yield Case(f"setp.lt.and.{k}", (k, k, "pred"), "pred",
+                   lambda a, b, p, k=k: manual.compare("lt", k, a, b) and p)  # fmt: skip
+
+
 def _comparisons() -> Iterator[Case]:
     signs: dict[str, Callable[[int, int], bool]] = {
         "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b,
@@ -335,4 +392,4 @@ def _conversions() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    return [*_integers(), *_floats(), *_comparisons(), *_conversions()]
+    return [*_integers(), *_floats(), *_halves(), *_comparisons(), *_conversions()]

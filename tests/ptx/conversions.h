@@ -74,6 +74,84 @@ template <class To, Rounding kMode>
 u32 pair_of_halves(f32 high, f32 low) {
   return u32{Narrow<To, kMode>::from(high).bits} << 16 | Narrow<To, kMode>::from(low).bits;
 }
+
+// ---- arithmetic on 16-bit formats, rounded once ----
+//
+// A wider result that is not exact is given an odd last bit: rounded again, to a format with at
+// least two bits less, it is what the exact one would have been.
+inline f64 odd_sum(f64 a, f64 b) {
+  const f64 sum = a + b, of_b = sum - a, error = (a - (sum - of_b)) + (b - of_b);
+  u64 bits = std::bit_cast<u64>(sum);
+  if (!std::isfinite(sum) || error == 0 || (bits & 1)) return sum;
+  return std::bit_cast<f64>((error > 0) == (sum > 0) ? bits + 1 : bits - 1);
+}
+inline f32 odd_f32(f64 v) {
+  if (!std::isfinite(v)) return static_cast<f32>(v);
+  f32 cut = std::min(static_cast<f32>(std::fabs(v)), std::numeric_limits<f32>::max());
+  if (f64{cut} > std::fabs(v)) cut = std::nextafter(cut, 0.0f);
+  const u32 bits = std::bit_cast<u32>(cut) | (f64{cut} != std::fabs(v));
+  return std::copysign(std::bit_cast<f32>(bits), static_cast<f32>(v));
+}
+template <class T>
+T to_half(f64 v) {
+  return Narrow<T, rn>::from(odd_f32(v));
+}
+template <class T>
+T half_add(T a, T b) {
+  return to_half<T>(odd_sum(widened(a), widened(b)));
+}
+template <class T>
+T half_sub(T a, T b) {
+  return to_half<T>(odd_sum(widened(a), -widened(b)));
+}
+template <class T>
+T half_mul(T a, T b) {
+  return to_half<T>(f64{widened(a)} * widened(b));
+}
+template <class T>
+T half_fma(T a, T b, T c) {
+  return to_half<T>(odd_sum(f64{widened(a)} * widened(b), widened(c)));
+}
+template <class T>
+T half_neg(T a) {
+  return {static_cast<u16>(a.bits ^ 0x8000)};
+}
+template <class T>
+T half_abs(T a) {
+  return {static_cast<u16>(a.bits & 0x7fff)};
+}
+template <bool kNaNWins, class T>
+T half_min(T a, T b) {
+  const f32 x = widened(a), y = widened(b);
+  return Narrow<T, rn>::from(kNaNWins ? fmin_nan(x, y) : fmin(x, y));
+}
+template <bool kNaNWins, class T>
+T half_max(T a, T b) {
+  const f32 x = widened(a), y = widened(b);
+  return Narrow<T, rn>::from(kNaNWins ? fmax_nan(x, y) : fmax(x, y));
+}
+inline f16 ftz(f16 v) { return {static_cast<u16>(v.bits & 0x7c00 ? v.bits : v.bits & 0x8000)}; }
+inline f16 sat(f16 v) { return Narrow<f16, rn>::from(sat(widened(v))); }
+inline bf16 sat(bf16 v) { return Narrow<bf16, rn>::from(sat(widened(v))); }
+// Negative numbers, and -0, become +0; NaN stays.
+template <class T>
+T relu(T v) {
+  return v.bits >> 15 && widened(v) == widened(v) ? T{0} : v;
+}
+
+// f of the lower halves of registers, and of the upper ones.
+template <class T, class F, class... R>
+auto of_pairs(F f, R... bits) {
+  const auto low = [](u32 r) { return T{static_cast<u16>(r)}; };
+  const auto high = [](u32 r) { return T{static_cast<u16>(r >> 16)}; };
+  using Result = decltype(f(low(bits)...));
+  return Pair<Result, Result>{f(low(bits)...), f(high(bits)...)};
+}
+template <class T, class F, class... R>
+u32 in_pairs(F f, R... bits) {
+  const Pair<T, T> found = of_pairs<T>(f, bits...);
+  return u32{found.second.bits} << 16 | found.first.bits;
+}
 // Ten bits of mantissa, halves away from zero.
 inline u32 to_tf32(f32 v) {
   const u32 bits = std::bit_cast<u32>(v);

@@ -5,14 +5,15 @@
 
 #include "ptx.h"
 
-// What went wrong, or an empty text. `only` are the clusters that run, if it is not null.
-extern "C" const char* ptx_run(const ptx::Entry* entry, unsigned grid, unsigned block,
+// What went wrong, or an empty text. `grid` has three extents. `only` are the clusters that run, if
+// it is not null.
+extern "C" const char* ptx_run(const ptx::Entry* entry, const unsigned* grid, unsigned block,
                                unsigned cluster, unsigned shared, int cooperative,
                                const void* const* parameters, uint64_t seed, const uint32_t* only,
                                unsigned count) {
   static std::string error;
   simt::Launch launch;
-  launch.grid = {grid, 1, 1};
+  launch.grid = {grid[0], grid[1], grid[2]};
   launch.block = {block, 1, 1};
   launch.cluster = cluster;
   launch.shared_bytes = shared + static_cast<unsigned>(entry->shared_bytes);

@@ -162,17 +162,24 @@ def arithmetic(name: str, of: str, mode: str, *bits: int) -> int:
     return encode(Fraction(2 * root + (not exact)) / 2 / Fraction(2) ** scale, False, of, mode)
 
 
-def ftz(bits: int) -> int:
-    """Of f32: subnormals are zeros."""
-    return bits & 0x80000000 if not bits & 0x7F800000 else bits
+def ftz(bits: int, of: str = "f32") -> int:
+    """Subnormals are zeros."""
+    f = FORMATS[of]
+    return bits & f.sign if not bits & f.infinity else bits
 
 
-def saturated(bits: int) -> int:
-    """Of f32."""
-    a = decode(bits, "f32")
+def saturated(bits: int, of: str = "f32") -> int:
+    """To [0, 1], NaN to 0."""
+    a = decode(bits, of)
     if a.kind == "nan" or a.negative or (a.size == 0 and a.kind == "finite"):
         return 0
-    return 0x3F800000 if a.kind == "inf" or a.size > 1 else bits
+    return encode(Fraction(1), False, of) if a.kind == "inf" or a.size > 1 else bits
+
+
+def relu(bits: int, of: str) -> int:
+    """Of ``fma.relu``: what is below 0 is 0, NaN stays NaN."""
+    a = decode(bits, of)
+    return NAN[of] if a.kind == "nan" else 0 if a.negative else bits
 
 
 def convert(bits: int, of: str, to: str, mode: str = "rn") -> int:

@@ -39,7 +39,7 @@ _STATES = {name: "shared" if name.startswith("shared") else "generic"
            for name in CLASSES["state"].split("|")}  # fmt: skip
 #: What stands in an expression for a modifier that is left out.
 DEFAULTS = {"R": "rn", "Z": "keep", "S": "keep", "I": "keep"}
-DEFAULTS |= {"at": "generic", "N": "1", "X": "false"}
+DEFAULTS |= {"at": "generic", "N": "1", "X": "false", "W": "false"}
 
 
 class Opcode(NamedTuple):
@@ -67,7 +67,7 @@ class Opcode(NamedTuple):
 def _as_cpp(name: str, text: str) -> str:
     if name == "at":
         return _STATES[text]
-    if name == "X":
+    if name in ("X", "W"):
         return "true"
     if name == "B":
         return _OPERATORS[text]
@@ -147,6 +147,24 @@ OPCODES = tuple(
         ("div.<F:approx|full>[.<Z:ftz>].f32", "d a:f32 b:f32",
          "{Z}({F}_div({Z}({a}), {Z}({b})))"),
         ("rcp.approx.ftz.f64", "d a:f64", "approx_rcp({a})"),
+        # ---- 16-bit floating point, alone and in pairs ----
+        ("<F:add|sub|mul>[.rn][.<Z:ftz>][.<S:sat>].<T:f16|bf16>", "d a:T b:T",
+         "{S}({Z}(half_{F}({Z}({a}), {Z}({b}))))"),
+        ("<F:add|sub|mul>[.rn][.<Z:ftz>][.<S:sat>].<T:f16|bf16>x2", "d a:u32 b:u32",
+         ("in_pairs<{T}>([](auto x, auto y) {{ return {S}({Z}(half_{F}({Z}(x), {Z}(y)))); }}, "
+          "{a}, {b})")),
+        ("fma.rn[.<Z:ftz>][.<S:sat|relu>].<T:f16|bf16>", "d a:T b:T c:T",
+         "{S}({Z}(half_fma({Z}({a}), {Z}({b}), {Z}({c}))))"),
+        ("fma.rn[.<Z:ftz>][.<S:sat|relu>].<T:f16|bf16>x2", "d a:u32 b:u32 c:u32",
+         ("in_pairs<{T}>([](auto x, auto y, auto z) {{ return {S}({Z}(half_fma({Z}(x), {Z}(y), "
+          "{Z}(z)))); }}, {a}, {b}, {c})")),
+        ("<F:neg|abs>[.<Z:ftz>].<T:f16|bf16>", "d a:T", "half_{F}({Z}({a}))"),
+        ("<F:neg|abs>[.<Z:ftz>].<T:f16|bf16>x2", "d a:u32",
+         "in_pairs<{T}>([](auto x) {{ return half_{F}({Z}(x)); }}, {a})"),
+        ("<F:min|max>[.<Z:ftz>][.<W:NaN>].<T:f16|bf16>", "d a:T b:T",
+         "half_{F}<{W}>({Z}({a}), {Z}({b}))"),
+        ("<F:min|max>[.<Z:ftz>][.<W:NaN>].<T:f16|bf16>x2", "d a:u32 b:u32",
+         "in_pairs<{T}>([](auto x, auto y) {{ return half_{F}<{W}>({Z}(x), {Z}(y)); }}, {a}, {b})"),
         # ---- comparing and choosing ----
         ("setp.<C:cmp>.<T:int>", "d a:T b:T", "both(compare<{C}>({a}, {b}))"),
         ("setp.<C:eq|ne>.<T:bits>", "d a:T b:T", "both(compare<{C}>({a}, {b}))"),
@@ -156,6 +174,13 @@ OPCODES = tuple(
          "both(compare<{C}>({a}, {b}) {B} {p})"),
         ("setp.<C:fcmp>.<B:and|or|xor>[.<Z:ftz>].<T:f>", "d a:T b:T p:pred",
          "both(compare<{C}>({Z}({a}), {Z}({b})) {B} {p})"),
+        ("setp.<C:fcmp>[.<Z:ftz>].<T:f16|bf16>", "d a:T b:T",
+         "both(compare<{C}>(widened({Z}({a})), widened({Z}({b}))))"),
+        ("setp.<C:fcmp>.<B:and|or|xor>[.<Z:ftz>].<T:f16|bf16>", "d a:T b:T p:pred",
+         "both(compare<{C}>(widened({Z}({a})), widened({Z}({b}))) {B} {p})"),
+        ("setp.<C:fcmp>[.<Z:ftz>].<T:f16|bf16>x2", "d a:u32 b:u32",
+         ("of_pairs<{T}>([](auto x, auto y) {{ return compare<{C}>(widened({Z}(x)), "
+          "widened({Z}(y))); }}, {a}, {b})")),
         ("selp.<T:b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64>", "d a:T b:T p:pred",
          "{p} ? {a} : {b}"),
         # ---- moving and converting ----
@@ -205,8 +230,16 @@ OPCODES = tuple(
         ("prefetch[.global].(L1|L2)", "[a]", "prefetch({a})"),
         (_POLICY, "d f:f32?", "u64{{0x12f0000000000000}}"),
         # ---- asynchronous copies ----
-        ("cp.async.(ca|cg).shared[::cta].global[.L2::cache_hint][.L2::(64|128|256)B]",
-         "[a] [b] #n hint:u64?", "copy_async(at_shared({a}, {n}), at_generic({b}, {n}), {n})"),
+        ("cp.async.(ca|cg).shared[::cta].global[.L2::(64|128|256)B]", "[a] [b] #n",
+         "copy_async(at_shared({a}, {n}), at_generic({b}, {n}), {n})"),
+        ("cp.async.(ca|cg).shared[::cta].global.L2::cache_hint[.L2::(64|128|256)B]",
+         "[a] [b] #n hint:u64", "copy_async(at_shared({a}, {n}), at_generic({b}, {n}), {n})"),
+        # The rest is filled with zeros.
+        ("cp.async.(ca|cg).shared[::cta].global[.L2::(64|128|256)B]", "[a] [b] #n size:u32",
+         "copy_async(at_shared({a}, {n}), at_generic({b}, {n}), {n}, {size})"),
+        ("cp.async.(ca|cg).shared[::cta].global.L2::cache_hint[.L2::(64|128|256)B]",
+         "[a] [b] #n size:u32 hint:u64",
+         "copy_async(at_shared({a}, {n}), at_generic({b}, {n}), {n}, {size})"),
         ("cp.async.commit_group", "", "simt::commit()"),
         ("cp.async.wait_group", "#n", "simt::wait_for_copies({n})"),
         ("cp.async.wait_all", "", "simt::commit(), simt::wait_for_copies(0)"),
@@ -216,6 +249,11 @@ OPCODES = tuple(
          "store_async<{T}, {N}>(at_shared({a}, {N} * sizeof({T})), {b}, at_shared({m}, 8))"),
         # ---- barriers ----
         ("(bar|barrier)[.cta].sync[.aligned]", "#zero", "simt::block_barrier(Where::current())"),
+        # With a number of threads: of those that name the barrier, however many the block has.
+        ("(bar|barrier)[.cta].sync[.aligned]", "number:u32 threads:u32",
+         "simt::named_barrier({number}, {threads}, true, Where::current())"),
+        ("(bar|barrier)[.cta].arrive[.aligned]", "number:u32 threads:u32",
+         "simt::named_barrier({number}, {threads}, false, Where::current())"),
         ("bar.warp.sync", "m:u32", "warp_sync({m})"),
         ("barrier.cluster.arrive[.(release|relaxed)][.aligned]", "",
          "simt::cluster_arrive(Where::current())"),
@@ -238,6 +276,11 @@ OPCODES = tuple(
          "shuffle<{F}>({a}, {b}, {c}, {m})"),
         ("vote.sync.<F:any|all>.pred", "d a:pred m:u32", "vote_{F}({a}, {m})"),
         ("vote.sync.ballot.b32", "d a:pred m:u32", "vote_ballot({a}, {m})"),
+        ("redux.sync.<F:add|min|max>.<T:u32|s32>", "d a:T m:u32", "redux_{F}<{T}>({a}, {m})"),
+        ("redux.sync.<F:and|or|xor>.<T:b32>", "d a:T m:u32", "redux_{F}<{T}>({a}, {m})"),
+        ("match.any.sync.<T:b32|b64>", "d a:T m:u32", "match_any({a}, {m})"),
+        ("match.all.sync.<T:b32|b64>", "d a:T m:u32", "match_all({a}, {m})"),
+        ("elect.sync", "d m:u32", "elect({m})"),
         ("ldmatrix.sync.aligned.m8n8.x<N:1|2|4>[.<X:trans>].shared[::cta].b16", "d [a]",
          "ldmatrix<{N}, {X}>(static_cast<u32>({a}))"),
         ("stmatrix.sync.aligned.m8n8.x<N:1|2|4>[.<X:trans>].shared[::cta].b16", "[a] v:u32s",

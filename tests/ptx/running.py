@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,44 @@ def _machine() -> tuple[Any, Any]:
     return path, library
 
 
+def launch(
+    entry: Any,
+    words: Sequence[int],
+    *,
+    grid: tuple[int, int, int],
+    block: int,
+    cluster: int = 1,
+    shared: int = 0,
+    cooperative: bool = False,
+    seed: int = 0,
+    approximations: int = 0,
+    only: Sequence[int] = (),
+) -> None:
+    """One launch of a kernel, whose parameters are of at most 8 bytes; ``only`` are the numbers of
+    the clusters that run, by default all.
+
+    Raises:
+        RuntimeError: what the simulation found.
+    """
+    library = _machine()[1]
+    values = [ctypes.c_uint64(word) for word in words]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    chosen = (ctypes.c_uint32 * len(only))(*only) if only else None
+    library.simt_set_approximations(approximations)
+    error = library.ptx_run(
+        ctypes.byref(entry), (ctypes.c_uint * 3)(*grid), block, cluster, shared, int(cooperative),
+        pointers, ctypes.c_uint64(seed), chosen, len(only),
+    )  # fmt: skip
+    if error:
+        raise RuntimeError(error.decode())
+
+
 class Kernels:
     """Those of a module."""
 
     def __init__(self, text: str, name: str) -> None:
         self.module = Module(HEADER + text, f"{name}.ptx")
-        path, self._library = _machine()
+        path, _ = _machine()
         self._entries = compiling.entries(HEADER + text, name, path)
 
     def run(
@@ -52,14 +85,8 @@ class Kernels:
         """
         entry = self._entries[kernel]
         assert len(arguments) == entry.parameters
-        words = [
-            ctypes.c_uint64(a.ctypes.data if isinstance(a, np.ndarray) else a) for a in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(words))(*(ctypes.addressof(word) for word in words))
-        self._library.simt_set_approximations(approximations)
-        error = self._library.ptx_run(
-            ctypes.byref(entry), grid, block, cluster, shared, int(cooperative), pointers,
-            ctypes.c_uint64(seed), None, 0,
+        words = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
+        launch(
+            entry, words, grid=(grid, 1, 1), block=block, cluster=cluster, shared=shared,
+            cooperative=cooperative, seed=seed, approximations=approximations,
         )  # fmt: skip
-        if error:
-            raise RuntimeError(error.decode())

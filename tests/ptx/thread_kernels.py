@@ -329,6 +329,63 @@ _TEXTS = (
         vote.sync.all.pred %p4, !%p1, %r6; selp.u32 %r8, 1, 0, %p3; selp.u32 %r9, 1, 0, %p4;
         mad.wide.u32 %rd10, %r0, 16, %rd1;
         st.global.v4.u32 [%rd10], {%r7, %r8, %r9, %r6};"""),
+    # Odd lanes and even ones apart, and all together.
+    _entry("reductions", 2, """
+        mad.wide.u32 %rd10, %r0, 4, %rd0; ld.global.u32 %r5, [%rd10]; cvt.u64.u32 %rd12, %r5;
+        and.b32 %r6, %r1, 1; setp.eq.u32 %p1, %r6, 0; selp.b32 %r7, 0x55555555, 0xaaaaaaaa, %p1;
+        redux.sync.add.u32 %r10, %r5, %r7; redux.sync.min.s32 %r11, %r5, %r7;
+        redux.sync.max.u32 %r12, %r5, %r7;
+        redux.sync.and.b32 %r14, %r5, %r7; redux.sync.or.b32 %r15, %r5, %r7;
+        redux.sync.xor.b32 %r16, %r5, %r7; match.any.sync.b32 %r17, %r5, %r7;
+        match.all.sync.b32 %r19|%p2, %r5, %r7;
+        selp.u32 %r20, 1, 0, %p2; match.all.sync.b32 %r21, %r6, %r7;
+        elect.sync %r22|%p3, %r7; selp.u32 %r23, 1, 0, %p3; bar.sync 0;
+        redux.sync.max.s32 %r13, %r5, -1; match.any.sync.b64 %r18, %rd12, -1;
+        elect.sync _|%p4, -1; selp.u32 %r24, 1, 0, %p4; mov.u32 %r25, 0;
+        mad.wide.u32 %rd11, %r0, 64, %rd1;
+        st.global.v4.u32 [%rd11], {%r10, %r11, %r12, %r13};
+        st.global.v4.u32 [%rd11+16], {%r14, %r15, %r16, %r17};
+        st.global.v4.u32 [%rd11+32], {%r18, %r19, %r20, %r21};
+        st.global.v4.u32 [%rd11+48], {%r22, %r23, %r24, %r25};"""),
+    # The first warp's threads copy as many bytes as they have numbers, of 16.
+    _entry("cp_async_part", 2, """
+        createpolicy.fractional.L2::evict_first.b64 %rd20;
+        mad.wide.u32 %rd10, %r0, 16, %rd0; mul.lo.s32 %r6, %r1, 16; and.b32 %r5, %r1, 31;
+        min.u32 %r7, %r5, 16; setp.lt.u32 %p1, %r1, 32;
+        @%p1 cp.async.cg.shared.global.L2::128B [%r6], [%rd10], 16, %r7;
+        @!%p1 cp.async.cg.shared.global.L2::cache_hint [%r6], [%rd10], 16, %r7, %rd20;
+        cp.async.cg.shared.global.L2::cache_hint [%r6+1024], [%rd10], 16, %rd20;
+        cp.async.wait_all;
+        ld.shared.v4.u32 {%r10, %r11, %r12, %r13}, [%r6]; ld.shared.u32 %r14, [%r6+1024];
+        ld.global.u32 %r15, [%rd10]; setp.ne.u32 %p2, %r14, %r15; @%p2 trap;
+        mad.wide.u32 %rd11, %r0, 16, %rd1; st.global.v4.u32 [%rd11], {%r10, %r11, %r12, %r13};"""),
+    # Warps 0 and 1 write, 2 and 3 read what they wrote, and write for 0 and 1: two barriers of the
+    # four warps, at which two of them do not wait.
+    _entry("named", 2, """
+        mad.wide.u32 %rd10, %r0, 4, %rd0; ld.global.u32 %r5, [%rd10]; mul.lo.s32 %r6, %r1, 4;
+        mad.wide.u32 %rd11, %r0, 4, %rd1;
+        setp.ge.u32 %p1, %r1, 64; @%p1 bra $readers;
+        st.shared.u32 [%r6], %r5; bar.arrive 3, 128; barrier.sync 4, 128;
+        ld.shared.u32 %r7, [%r6+256]; bra $end;
+        $readers: bar.sync 3, 128; ld.shared.u32 %r7, [%r6+-256];
+        st.shared.u32 [%r6], %r5; barrier.arrive 4, 128;
+        $end: st.global.u32 [%rd11], %r7;"""),
+    _entry("named_differently", 1, "add.u32 %r4, %r1, 32; and.b32 %r4, %r4, 96; bar.sync 1, %r4;"),
+    # A lock, and a ticket after which everybody waits for the one before.
+    _entry("tickets", 2, """
+        setp.ne.u32 %p1, %r1, 0; @%p1 bra $end;
+        atom.relaxed.gpu.global.add.u32 %r5, [%rd0], 1;
+        $wait: nanosleep.u32 100; atom.acquire.gpu.global.add.u32 %r6, [%rd0+4], 0;
+        setp.ne.u32 %p2, %r6, %r5; @%p2 bra $wait;
+        $lock: atom.acquire.gpu.global.cas.b32 %r7, [%rd0+8], 0, 1; setp.ne.u32 %p3, %r7, 0;
+        @%p3 bra $lock;
+        mad.wide.u32 %rd10, %r5, 4, %rd1; st.global.u32 [%rd10], %r2;
+        atom.release.gpu.global.exch.b32 %r8, [%rd0+8], 0;
+        red.release.gpu.global.add.u32 [%rd0+4], 1;
+        $end:"""),
+    _entry("ticket_of_nobody", 1, """
+        $wait: atom.acquire.gpu.global.add.u32 %r6, [%rd0], 0; setp.eq.u32 %p2, %r6, 0;
+        @%p2 bra $wait;"""),
     _ldmatrix(),
     _stmatrix(),
     _mma(),

@@ -106,22 +106,38 @@ std::array<T, 1> poll(const char* from, Where where = Where::current()) {
   me.found = static_cast<u64>(value);
   return {value};
 }
+// With `polls` it may be one of a loop that waits: having found the same value at the same address
+// before, it waits for a write.
 template <class T, class F>
-T atomic(char* at, F change, Where where = Where::current()) {
+T atomic(char* at, F change, bool polls, Where where = Where::current()) {
   check_alignment(at, sizeof(T), where);
   simt::yield();
   T before;
-  std::memcpy(&before, at, sizeof(T));
+  u64 found = 0;
+  const auto look = [&] {
+    std::memcpy(&before, at, sizeof(T));
+    std::memcpy(&found, at, sizeof(T));
+  };
+  look();
+  simt::Fiber& me = *simt::current;
+  if (polls && me.polled == at && me.found == found) {
+    simt::wait_for_write(at, where);
+    look();
+  }
+  me.polled = polls ? at : nullptr;
+  me.found = found;
   const T after = change(before);
+  if (!std::memcmp(&after, &before, sizeof(T))) return before;
   std::memcpy(at, &after, sizeof(T));
   simt::written(at);
   return before;
 }
 // How an atomic operation changes the value; of inc and dec, and cas, see the manual.
-#define PTX_CHANGE(name, after)                                                         \
-  template <class T>                                                                    \
-  T atomic_##name(char* at, T operand, Where where = Where::current()) {                \
-    return atomic<T>(at, [&]([[maybe_unused]] T before) -> T { return after; }, where); \
+#define PTX_CHANGE(name, after, polls)                                         \
+  template <class T>                                                           \
+  T atomic_##name(char* at, T operand, Where where = Where::current()) {       \
+    const auto change = [&]([[maybe_unused]] T before) -> T { return after; }; \
+    return atomic<T>(at, change, polls, where);                                \
   }
 template <class T>
 T sum_of(T a, T b) {
@@ -131,19 +147,20 @@ T sum_of(T a, T b) {
     return add(a, b);
   }
 }
-PTX_CHANGE(add, sum_of(before, operand))
-PTX_CHANGE(exch, operand)
-PTX_CHANGE(min, std::min(before, operand))
-PTX_CHANGE(max, std::max(before, operand))
-PTX_CHANGE(and, before& operand)
-PTX_CHANGE(or, before | operand)
-PTX_CHANGE(xor, before ^ operand)
-PTX_CHANGE(inc, before >= operand ? 0 : before + 1)
-PTX_CHANGE(dec, before == 0 || before > operand ? operand : before - 1)
+PTX_CHANGE(add, sum_of(before, operand), operand == T(0))
+PTX_CHANGE(exch, operand, false)
+PTX_CHANGE(min, std::min(before, operand), false)
+PTX_CHANGE(max, std::max(before, operand), false)
+PTX_CHANGE(and, before& operand, false)
+PTX_CHANGE(or, before | operand, operand == T(0))
+PTX_CHANGE(xor, before ^ operand, operand == T(0))
+PTX_CHANGE(inc, before >= operand ? 0 : before + 1, false)
+PTX_CHANGE(dec, before == 0 || before > operand ? operand : before - 1, false)
 #undef PTX_CHANGE
 template <class T>
 T atomic_cas(char* at, T expected, T operand, Where where = Where::current()) {
-  return atomic<T>(at, [&](T before) { return before == expected ? operand : before; }, where);
+  const auto change = [&](T before) { return before == expected ? operand : before; };
+  return atomic<T>(at, change, true, where);
 }
 inline void prefetch(u64 address) {
   simt::accessed(simt::Access::prefetch, reinterpret_cast<const char*>(address), 32);
@@ -151,9 +168,14 @@ inline void prefetch(u64 address) {
 
 // ---- asynchronous copies ----
 
-inline void copy_async(char* to, const char* from, size_t bytes, Where where = Where::current()) {
-  if (bytes == 16) simt::accessed(simt::Access::read, from, 16);
-  simt::async_copy(to, from, bytes, where);
+// The first `size` of so many bytes; what is left is zero.
+inline void copy_async(char* to, const char* from, u32 bytes, u32 size,
+                       Where where = Where::current()) {
+  if (size == 16) simt::accessed(simt::Access::read, from, 16);
+  simt::async_copy(to, from, bytes, where, size);
+}
+inline void copy_async(char* to, const char* from, u32 bytes, Where where = Where::current()) {
+  copy_async(to, from, bytes, bytes, where);
 }
 inline void copy_bulk(char* to, const char* from, u32 bytes, char* barrier,
                       Where where = Where::current()) {
@@ -203,6 +225,56 @@ inline bool vote_any(bool p, u32 mask, Where where = Where::current()) {
 }
 inline bool vote_all(bool p, u32 mask, Where where = Where::current()) {
   return simt::together(simt::kAll, mask, p, 0, "vote.sync.all", where) != 0;
+}
+
+// What a function that takes a lane's number and its value finds in the lanes of a mask, in order.
+template <class T, class F>
+void for_lanes(T value, u32 mask, const char* what, const Where& where, F f) {
+  for (u32 left = mask; left; left &= left - 1) {
+    const u32 lane = static_cast<u32>(std::countr_zero(left));
+    f(lane, static_cast<T>(simt::together(simt::kShuffle, mask, value, lane, what, where)));
+  }
+}
+#define PTX_REDUX(name, after)                                                          \
+  template <class T>                                                                    \
+  T redux_##name(T value, u32 mask, Where where = Where::current()) {                   \
+    T total = 0;                                                                        \
+    bool first = true;                                                                  \
+    for_lanes(static_cast<u32>(value), mask, "redux.sync", where, [&](u32, u32 found) { \
+      const T next = static_cast<T>(found);                                             \
+      total = first ? next : static_cast<T>(after);                                     \
+      first = false;                                                                    \
+    });                                                                                 \
+    return total;                                                                       \
+  }
+PTX_REDUX(add, add(total, next))
+PTX_REDUX(min, std::min(total, next))
+PTX_REDUX(max, std::max(total, next))
+PTX_REDUX(and, total& next)
+PTX_REDUX(or, total | next)
+PTX_REDUX(xor, total ^ next)
+#undef PTX_REDUX
+// The lanes that have the same value.
+template <class T>
+u32 match_any(T value, u32 mask, Where where = Where::current()) {
+  u32 same = 0;
+  for_lanes(value, mask, "match.any.sync", where,
+            [&](u32 lane, T found) { same |= u32{found == value} << lane; });
+  return same;
+}
+// The mask, and whether all of it have the same value; otherwise no lanes.
+template <class T>
+Pair<u32, bool> match_all(T value, u32 mask, Where where = Where::current()) {
+  const bool all = match_any(value, mask, where) == mask;
+  const bool each = vote_all(all, mask, where);
+  return {each ? mask : 0, each};
+}
+// A lane of the mask, and whether it is this one. Which one is the device's affair; the highest
+// here, since code that wrongly expects the lowest shall fail.
+inline Pair<u32, bool> elect(u32 mask, Where where = Where::current()) {
+  const u32 leader = 31 - static_cast<u32>(std::countl_zero(mask));
+  simt::together(simt::kSync, mask, 0, 0, "elect.sync", where);
+  return {leader, simt::current->lane == leader};
 }
 
 enum Shuffle { idx, up, down, bfly };

@@ -248,7 +248,7 @@ class _Function:
                 fields[want[1:-1]] = self.address(text)
             elif want.startswith("#"):
                 if want == "#zero" and text != "0":
-                    raise Untranslatable("a barrier that is not number 0 for all threads")
+                    raise Untranslatable("a barrier of all threads that is not number 0")
                 fields[want[1:]] = str(int(text, 0))
             elif not text:
                 fields[name] = "1"

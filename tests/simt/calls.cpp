@@ -201,6 +201,34 @@ void block_barrier(const Where& where) {
   }
 }
 
+void named_barrier(unsigned number, unsigned threads, bool waits, const Where& where) {
+  Fiber& f = *current;
+  Block& b = *f.block;
+  if (number >= b.named.size()) fail("barrier " + std::to_string(number) + " of 16", where);
+  if (threads == 0 || threads % 32 || threads > b.threads) {
+    fail("a barrier for " + std::to_string(threads) + " threads of " + std::to_string(b.threads) +
+             ": they are no whole warps of the block",
+         where);
+  }
+  Block::Named& barrier = b.named[number];
+  if (barrier.arrived && barrier.expected != threads) {
+    fail("barrier " + std::to_string(number) + " for " + std::to_string(threads) +
+             " threads, which others use for " + std::to_string(barrier.expected),
+         where);
+  }
+  barrier.expected = threads;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    running->ready_all(barrier.waiting);
+    yield();
+  } else if (waits) {
+    barrier.waiting.push_back(&f);
+    wait("a named barrier", nullptr, where);
+  } else {
+    yield();
+  }
+}
+
 void cluster_arrive(const Where& where) {
   need(9, "clusters", where);
   Fiber& f = *current;
@@ -334,14 +362,19 @@ void async_store(void* shared, const void* value, size_t bytes, uint64_t* barrie
   yield();
 }
 
-void async_copy(void* shared, const void* global, size_t bytes, const Where& where) {
+void async_copy(void* shared, const void* global, size_t bytes, const Where& where, size_t size) {
+  static constexpr char kZeros[16] = {};
+  size = std::min(size, bytes);
   need(8, "asynchronous copies", where);
   check_range(shared, bytes, bytes, "an asynchronous copy's destination", where);
-  check_range(global, bytes, bytes, "an asynchronous copy's source", where);
+  if (size) check_range(global, size, bytes, "an asynchronous copy's source", where);
   if (!in_shared(*current->block, shared, bytes)) {
     fail("an asynchronous copy to outside the block's shared memory", where);
   }
-  current->open.push_back(start({shared, global, bytes, nullptr}));
+  if (size) current->open.push_back(start({shared, global, size, nullptr}));
+  if (size == bytes) return;
+  current->open.push_back(
+      start({static_cast<char*>(shared) + size, kZeros, bytes - size, nullptr}));
 }
 
 void commit() {

@@ -119,6 +119,12 @@ struct Block {
   Where barrier;
   std::vector<Fiber*> waiting;
   std::vector<std::unique_ptr<struct MbarrierState>> mbarriers;
+  // Of barriers that have a number of threads, by their own numbers.
+  struct Named {
+    unsigned arrived = 0, expected = 0;
+    std::vector<Fiber*> waiting;
+  };
+  std::array<Named, 16> named;
   bool exit_seen = false;
   uint64_t barriers_of_exited = 0;
   unsigned first_exited = 0;
@@ -147,6 +153,8 @@ uint64_t together(Call call, unsigned mask, uint64_t value, unsigned source, con
                   const Where& where);
 
 void block_barrier(const Where& where);
+// One of sixteen of a block, for so many of its threads. Who does not wait only arrives.
+void named_barrier(unsigned number, unsigned threads, bool waits, const Where& where);
 void cluster_arrive(const Where& where);
 void cluster_wait(const Where& where);
 void grid_barrier(const Where& where);  // of a cooperative launch
@@ -169,7 +177,9 @@ void async_store(void* shared, const void* value, size_t bytes, uint64_t* barrie
                  const Where& where);
 // Shared memory that nobody may touch from now on; only AddressSanitizer sees to it.
 void red_zone(void* shared, size_t bytes);
-void async_copy(void* shared, const void* global, size_t bytes, const Where& where);
+// The first `size` bytes, by default all; the rest is filled with zeros.
+void async_copy(void* shared, const void* global, size_t bytes, const Where& where,
+                size_t size = ~size_t{0});
 void commit();
 void wait_for_copies(unsigned but);  // of the closed groups may be under way
 

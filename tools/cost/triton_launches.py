@@ -54,22 +54,18 @@ class _Memory:
 
 
 def _execute(name: str, ptx: str, words: list[int], programs: int, metadata: Any) -> dict[str, Any]:
-    path, machine = running._machine()
+    path, _ = running._machine()
     library = compiling.linked(ptx, f"triton-{name}", path, counts=True)
     entry = compiling.entries_of(library, ptx)[name]
     blocks = len(compiling.Module(ptx, counts=True).leaders)
     # Two more pointers, to scratch memory of Triton's own.
-    values = [ctypes.c_uint64(word) for word in [*words, 0, 0][: entry.parameters]]
+    values = [*words, 0, 0][: entry.parameters]
     assert len(values) == entry.parameters
-    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     chosen = _sample(programs, name)
-    only = (ctypes.c_uint32 * len(chosen))(*chosen)
-    error = machine.ptx_run(
-        ctypes.byref(entry), programs, 32 * metadata.num_warps, 1, metadata.shared, 0, pointers,
-        ctypes.c_uint64(1), only, len(chosen),
+    running.launch(
+        entry, values, grid=(programs, 1, 1), block=32 * metadata.num_warps,
+        shared=metadata.shared, seed=1, only=chosen,
     )  # fmt: skip
-    if error:
-        raise RuntimeError(error.decode())
     warps, threads = (ctypes.c_uint64 * blocks)(), (ctypes.c_uint64 * blocks)()
     library.ptx_take_counts(warps, threads, ctypes.c_uint64(blocks))
     scale = programs / len(chosen)
