@@ -120,6 +120,48 @@ def test_results(dtype: torch.dtype) -> None:
 
 
 @executes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_programs_that_wait_for_others(dtype: torch.dtype) -> None:
+    """Tickets, counters with acquire and release, polls; and a counter that nobody moves."""
+    from ptx.triton_kernels import centred_kernel
+
+    groups, tiles, size = 4, 5, 200
+    x = torch.randn(groups * tiles, size).to(dtype)
+    counters = torch.zeros(groups + 2, dtype=torch.int32)
+    sums = x.double().sum(1).view(groups, tiles).sum(1).repeat_interleave(tiles)
+    programs = (2 * tiles * (groups + 1),)
+    for seed in range(8):
+        triton_on_cpu.launches.seed = seed
+        y, partial = torch.full_like(x, float("nan")), torch.full((groups * tiles,), float("nan"))
+        centred_kernel[programs](x, partial, y, counters, groups, tiles, size, 256)
+        torch.testing.assert_close(y, (x.double() - sums[:, None]).to(dtype), rtol=1e-2, atol=1e-3)
+        assert not counters.any()
+    counters[1:] = -1000
+    with pytest.raises(RuntimeError, match=r"centred_kernel: deadlock; block .* wait at a flag"):
+        centred_kernel[programs](x, partial, y, counters, groups, tiles, size, 256)
+
+
+@executes
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 1e-6), (torch.float32, 2e-3)], ids=["bfloat16", "tf32"]
+)
+def test_products_of_matrices(dtype: torch.dtype, bound: float, stages: int) -> None:
+    """mma, ldmatrix, and copies of which the last are of fewer bytes; a grid of three axes."""
+    from ptx.triton_kernels import product_kernel
+
+    inner, grid = 104, (2, 2, 3)
+    a = torch.randn(6, 32, inner).to(dtype)
+    b = torch.randn(6, inner, 32).to(dtype)
+    for seed in range(3):
+        triton_on_cpu.launches.seed = seed
+        c = torch.full((6, 32, 32), float("nan"))
+        product_kernel[grid](a, b, c, inner, 16, 32, 32, stages)
+        expected = a.double() @ b.double()
+        assert ((c - expected).abs().max() / expected.abs().max()).item() < bound
+
+
+@executes
 @pytest.mark.usefixtures("_plans_of_the_device")
 def test_missing_barriers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter, to which a program is one thread, has nothing to notice."""

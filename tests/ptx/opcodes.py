@@ -42,6 +42,24 @@ DEFAULTS = {"R": "rn", "Z": "keep", "S": "keep", "I": "keep"}
 DEFAULTS |= {"at": "generic", "N": "1", "X": "false", "W": "false"}
 
 
+# Of atomic and ordered accesses: modifiers in the order of the manual. ptxas takes any: Triton has
+# the state first, inline assembly of cooperative_groups the operation.
+_MODIFIERS = tuple(
+    re.compile(text)
+    for text in ("relaxed|acquire|release|acq_rel", "cta|cluster|gpu|sys", CLASSES["state"], ".*")
+)
+
+
+def in_order(mnemonic: str) -> str:
+    """As the rows below have it."""
+    name, *modifiers = mnemonic.split(".")
+    ordered = any(_MODIFIERS[0].fullmatch(m) for m in modifiers)
+    if name not in ("atom", "red") and not (name in ("ld", "st") and ordered):
+        return mnemonic
+    places = {m: next(i for i, of in enumerate(_MODIFIERS) if of.fullmatch(m)) for m in modifiers}
+    return ".".join([name, *sorted(modifiers, key=lambda m: places[m])])
+
+
 class Opcode(NamedTuple):
     """A row of the table."""
 
@@ -222,9 +240,6 @@ OPCODES = tuple(
          "d [a] b:T", "atomic_{F}<{T}>(at_{at}({a}, sizeof({T})), {b})"),
         (f"red{_ATOM}.<F:add|min|max|and|or|xor|inc|dec>.<T:b32|b64|s32|u32|u64|f32|f64>",
          "[a] b:T", "atomic_{F}<{T}>(at_{at}({a}, sizeof({T})), {b})"),
-        # As inline assembly of cooperative_groups has it.
-        ("atom.<F:add>.(relaxed|acquire|release|acq_rel).(cta|cluster|gpu|sys).<T:u32>",
-         "d [a] b:T", "atomic_{F}<{T}>(at_generic({a}, sizeof({T})), {b})"),
         (f"atom{_ATOM}.cas.<T:b32|b64>", "d [a] b:T c:T",
          "atomic_cas<{T}>(at_{at}({a}, sizeof({T})), {b}, {c})"),
         ("prefetch[.global].(L1|L2)", "[a]", "prefetch({a})"),

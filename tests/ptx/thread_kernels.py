@@ -242,7 +242,7 @@ _TEXTS = (
         $done:""") for store, load in (("release.gpu", "acquire.gpu"), ("relaxed.gpu", "volatile"),
                                        ("volatile", "relaxed.gpu"))),
     _entry("flag_nobody", 1, """
-        $again: ld.acquire.gpu.global.u32 %r6, [%rd0]; setp.eq.u32 %p2, %r6, 0;
+        $again: ld.global.gpu.acquire.b32 %r6, [ %rd0 + 0 ]; setp.eq.u32 %p2, %r6, 0;
         @%p2 bra $again;"""),
     *(_entry(f"reversed_{name}", 2, f"""
         mad.wide.u32 %rd10, %r0, 4, %rd0; ld.global.u32 %r5, [%rd10]; mul.lo.s32 %r6, %r1, 4;
@@ -349,7 +349,7 @@ _TEXTS = (
         st.global.v4.u32 [%rd11+48], {%r22, %r23, %r24, %r25};"""),
     # The first warp's threads copy as many bytes as they have numbers, of 16.
     _entry("cp_async_part", 2, """
-        createpolicy.fractional.L2::evict_first.b64 %rd20;
+        createpolicy.fractional.L2::evict_first.b64 %rd20, 1.0;
         mad.wide.u32 %rd10, %r0, 16, %rd0; mul.lo.s32 %r6, %r1, 16; and.b32 %r5, %r1, 31;
         min.u32 %r7, %r5, 16; setp.lt.u32 %p1, %r1, 32;
         @%p1 cp.async.cg.shared.global.L2::128B [%r6], [%rd10], 16, %r7;
@@ -374,7 +374,7 @@ _TEXTS = (
     # A lock, and a ticket after which everybody waits for the one before.
     _entry("tickets", 2, """
         setp.ne.u32 %p1, %r1, 0; @%p1 bra $end;
-        atom.relaxed.gpu.global.add.u32 %r5, [%rd0], 1;
+        atom.global.gpu.relaxed.add.u32 %r5, [ %rd0 + 0 ], 1;
         $wait: nanosleep.u32 100; atom.acquire.gpu.global.add.u32 %r6, [%rd0+4], 0;
         setp.ne.u32 %p2, %r6, %r5; @%p2 bra $wait;
         $lock: atom.acquire.gpu.global.cas.b32 %r7, [%rd0+8], 0, 1; setp.ne.u32 %p3, %r7, 0;

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .opcodes import OPCODES, TYPES, Opcode
+from .opcodes import OPCODES, TYPES, Opcode, in_order
 
 _SIZES = {"pred": 1} | {t: int(re.sub(r"\D", "", t)) // 8 for t in TYPES if t[-1].isdigit()}
 _SIZES |= {"f16x2": 4, "bf16x2": 4}
@@ -184,6 +184,8 @@ class _Function:
             return f"get<{kind}>(0x{found[1]}ull)"
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
             return f"get<{kind}>(0x{int(text.rstrip('U'), 0) & (2**64 - 1):x}ull)"
+        if kind in ("f32", "f64") and re.fullmatch(r"-?\d+\.\d*", text):
+            return f"static_cast<{kind}>({float(text)!r})"
         return f"static_cast<{kind}>({self.address(f'[{text}]')})"
 
     def address(self, text: str) -> str:
@@ -215,6 +217,7 @@ class _Function:
             guard = f"if ({found[1]}{self.register(found[2])}) "
             text = text[found.end() :]
         mnemonic, _, rest = text.partition(" ")
+        written, mnemonic = mnemonic, in_order(mnemonic)
         if mnemonic in ("bra", "bra.uni"):
             return f"{guard}goto {_identifier(rest.strip())};"
         if mnemonic in ("call", "call.uni"):
@@ -222,7 +225,7 @@ class _Function:
         operands = split(rest)
         rows = _rows(mnemonic)
         if not rows:
-            raise Untranslatable(f"unknown opcode {mnemonic}")
+            raise Untranslatable(f"unknown opcode {written}")
         for row, names in rows:
             code = self.apply(row, names, mnemonic, operands)
             if code is not None:

@@ -408,6 +408,7 @@ void written(const volatile void* address) {
     waiting.erase(waiting.begin() + static_cast<std::ptrdiff_t>(i));
   }
   ++running->progress;
+  ++running->ended;
 }
 
 }  // namespace simt

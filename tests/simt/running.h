@@ -46,6 +46,7 @@ class Scheduler {
   std::vector<Fiber*> for_writes;  // wait for a write to global memory
   std::vector<CopyPointer> in_flight;
   uint64_t progress = 0;  // counts what may have changed memory
+  uint64_t ended = 0;     // counts writes that were told of, and threads that have exited
   unsigned blocks_at_grid_barrier = 0;
   std::vector<Fiber*> at_grid_barrier;
   alignas(64) std::array<uint64_t, 8> grid_workspace{};

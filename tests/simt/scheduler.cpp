@@ -64,6 +64,7 @@ void fiber_entry() {
   --b.alive;
   --c.alive;
   ++running->progress;
+  ++running->ended;
   if (b.alive) {
     if (b.arrived == b.alive) {
       b.arrived = 0;
@@ -195,7 +196,7 @@ std::string Scheduler::run() {
   }
   if (style_ != 1) std::shuffle(order.begin(), order.end(), random_);
 
-  uint64_t started = 0, rechecked_at = 0;
+  uint64_t started = 0, rechecked_at = 0, ended_before = 0, in_vain = 0;
   std::vector<std::pair<Fiber*, const void*>> rechecked;
   while (!stop_) {
     if (finished_) {
@@ -215,11 +216,14 @@ std::string Scheduler::run() {
     } else if (!in_flight.empty()) {
       deliver(below(in_flight.size()));
     } else if (!for_writes.empty()) {
-      // Somebody may have written without saying so: once more, unless that was in vain already.
+      // Somebody may have written without saying so: once more, unless that was in vain already;
+      // or a thousand times, where all that happens in between is that a block meets.
+      in_vain = ended == ended_before ? in_vain + 1 : 0;
+      ended_before = ended;
       std::vector<std::pair<Fiber*, const void*>> waiting;
       for (Fiber* f : for_writes) waiting.emplace_back(f, f->waits_for);
       std::sort(waiting.begin(), waiting.end());
-      if (rechecked_at == progress && rechecked == waiting) {
+      if (in_vain == 1000 || (rechecked_at == progress && rechecked == waiting)) {
         stop(deadlock());
       } else {
         ready_all(for_writes);
