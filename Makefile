@@ -76,10 +76,12 @@ gpu: $(READY_GPU)  ## build, test, check and time on this machine's GPU; no netw
 	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' $(ARGS)
 
 test: $(READY_TEST)  ## lint, docs, and the tests that need no GPU and no patience
-	@if $(call missing,ruff mypy clang_format); then $(MAKE) --no-print-directory lint; \
-	else echo '==> lint: left out, see above'; fi
-	@if $(call missing,sphinx myst_parser furo); then $(MAKE) --no-print-directory docs; \
-	else echo '==> docs: left out, see above'; fi
+	@stages=; \
+	if $(call missing,ruff mypy clang_format); then stages+=' lint'; \
+	else echo '==> lint: left out, see above'; fi; \
+	if $(call missing,sphinx myst_parser furo); then stages+=' docs'; \
+	else echo '==> docs: left out, see above'; fi; \
+	[[ -z "$$stages" ]] || $(MAKE) --no-print-directory -j2 --output-sync=target $$stages
 	@echo '==> tests'; time $(PYTEST) -m 'not slow and not gpu' $(ARGS)
 	@if $(call missing,triton); then echo "==> tests in Triton's interpreter"; \
 	  time TRITON_INTERPRET=1 $(PYTEST) -m 'not slow and not gpu' $(ARGS); fi

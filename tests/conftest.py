@@ -30,7 +30,7 @@ import torch
 import pretended
 import senet_kernels
 import triton_on_cpu
-from backend_cases import BackendCase, require
+from backend_cases import PLAIN, BackendCase, require
 from operations import CountOperations
 from senet_kernels import dispatch, resolve
 from senet_kernels.backends import triton
@@ -63,8 +63,25 @@ INTERPRETED_CASES = {
     "test_second_derivative_with_some_inputs_frozen": 0,
     # Two processes that import everything.
     "test_same_bits_in_fresh_processes": 0,
+    # Of host code alone, which opcheck compares with the fakes.
+    "test_fakes_have_the_real_strides": 0,
+    "test_fakes_of_halves_have_the_real_strides": 0,
+    "test_any_call": 0,  # what pairs of choices are, at random: CPU and CUDA have it
     "others": 1,
 }
+# Of tests that capture or compile graphs, a second and more each: for the CPU's kernels, and for
+# plain PyTorch, in whose graphs nothing is opaque.
+CAPTURED_CASES = {
+    "test_compile.py": (
+        {"test_one_graph_with_gradients": 6, "test_inplace": 4, "test_halves_with_code_between": 3},
+        {"test_one_graph_with_gradients": 3, "test_inplace": 5, "test_halves_with_code_between": 3,
+         "test_export": 3, "test_one_tensor_as_two_arguments": 3},
+    ),
+    "test_public_op.py": (
+        {"test_opcheck": 7, "test_first_and_second_derivatives": 7},
+        {"test_first_and_second_derivatives": 3},
+    ),
+}  # fmt: skip
 # The same for the simulation of CUDA, which takes about a fiftieth of a second for a call.
 SIMULATED_CASES = {
     "test_pairs_of_choices": 100,
@@ -111,6 +128,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _thin_out([item for item in items if _is_on(item, "cpu")], INTERPRETED_CASES)
     else:
         _thin_out([item for item in items if _is_simulated(item)], SIMULATED_CASES)
+        for file, tables in CAPTURED_CASES.items():
+            cases = [i for i in items if i.path.name == file and _is_on(i, "cpu")
+                     and not i.get_closest_marker("slow")]  # fmt: skip
+            for plain, few in enumerate(tables):
+                _thin_out([i for i in cases if (_case_of(i).name in PLAIN) == bool(plain)], few)
 
 
 def _thin_out(items: list[pytest.Item], few: dict[str, int]) -> None:
@@ -119,7 +141,7 @@ def _thin_out(items: list[pytest.Item], few: dict[str, int]) -> None:
     for item in items:
         functions.setdefault(item.nodeid.split("[")[0], []).append(item)
     for name, cases in functions.items():
-        n = few.get(name.split("::")[-1], few["others"])
+        n = min(len(cases), few.get(name.split("::")[-1], few.get("others", len(cases))))
         sample = {i * len(cases) // n for i in range(n)}
         for i, item in enumerate(cases):
             if i not in sample:

@@ -201,7 +201,11 @@ def _count(
     return counter.frame_count
 
 
-@each_backend
+@pytest.mark.parametrize(
+    "backend",
+    [b if b in FUSED_BACKENDS else pytest.param(b, marks=pytest.mark.slow) for b in BACKENDS],
+    indirect=True, ids=str,
+)  # fmt: skip
 def test_recompiles(backend: BackendCase) -> None:
     def fn(*args: Any, **kwargs: Any) -> Tensor:
         return squeeze_excite(*args, **kwargs, backend=backend.name)

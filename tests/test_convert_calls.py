@@ -405,7 +405,12 @@ _HIDDEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("when", ["eager", "copied", "compiled", "compiled before", "exported"])
+@pytest.mark.parametrize(
+    "when",
+    ["eager", "copied", "compiled before", "exported",
+     # What is compiled before the change is compiled after it, too.
+     pytest.param("compiled", marks=pytest.mark.slow)],
+)  # fmt: skip
 @pytest.mark.parametrize("name", _HIDDEN)
 def test_attributes_that_hide_or_change(name: str, when: str) -> None:
     plain, fused = _pair(Flagged)

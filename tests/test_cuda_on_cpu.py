@@ -568,6 +568,9 @@ def _sanitized_pytest(*arguments: str) -> None:
     assert " passed" in done.stdout, shown
 
 
+# In the gate tensors end at guard pages (test_guard_pages.py), and every access of the PTX to
+# shared memory is checked (tests/ptx/threads.h).
+@pytest.mark.slow
 @pytest.mark.usefixtures("outside_sanitizers")
 def test_clean_under_sanitizers() -> None:
     files = ["tests/test_accuracy.py", "tests/test_cuda_on_cpu.py"]
