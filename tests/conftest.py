@@ -69,6 +69,8 @@ INTERPRETED_CASES = {
     "test_any_call": 0,  # what pairs of choices are, at random: CPU and CUDA have it
     "others": 1,
 }
+# What runs on the interpreter and, compiled, in test_triton_ptx.py.
+TRITON_CASES = {"test_every_cut_gives_the_result": 9, "test_split_images": 6}
 # Of tests that capture or compile graphs, a second and more each: for the CPU's kernels, and for
 # plain PyTorch, in whose graphs nothing is opaque.
 CAPTURED_CASES = {
@@ -126,6 +128,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # test_triton.py is as small as it can be.
     if triton.INTERPRETED:
         _thin_out([item for item in items if _is_on(item, "cpu")], INTERPRETED_CASES)
+        if not triton_on_cpu.capability():
+            _thin_out([item for item in items if item.path.name == "test_triton.py"], TRITON_CASES)
     else:
         _thin_out([item for item in items if _is_simulated(item)], SIMULATED_CASES)
         for file, tables in CAPTURED_CASES.items():
