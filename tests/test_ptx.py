@@ -108,15 +108,16 @@ def _ulp(y: float) -> float:
     return 2.0 ** max(math.frexp(y)[1] - 24, -149)
 
 
-# The exact function; and of an operand and its result what error the manual allows.
+# The exact function; and of an operand and its result what error the manual allows: PTX ISA 9.1,
+# sections 9.7.3.21, .20, .13, .15, .16, .18, .19 and .22.
 _BOUNDS: dict[str, Any] = {
-    "ex2": (lambda x: 2.0**x, lambda x, y: max(y * 2**-22, _ulp(y))),
+    "ex2": (lambda x: 2.0**x, lambda x, y: max(y * 2**-22, 2.5 * _ulp(y))),
     "lg2": (math.log2, lambda x, y: 2**-22 * (1 if 0.5 < x < 2 else abs(y))),
     "rcp": (lambda x: 1 / x, lambda x, y: _ulp(y)),
     "sqrt": (math.sqrt, lambda x, y: y * 2**-23),
     "rsqrt": (lambda x: 1 / math.sqrt(x), lambda x, y: y * 2**-22.9),
-    "sin": (math.sin, lambda x, y: 2**-20.5),
-    "cos": (math.cos, lambda x, y: 2**-20.5),
+    "sin": (math.sin, lambda x, y: 2**-20.5 if abs(x) <= 2 * math.pi else 2**-14.7),
+    "cos": (math.cos, lambda x, y: 2**-20.5 if abs(x) <= 2 * math.pi else 2**-14.7),
     "tanh": (math.tanh, lambda x, y: abs(y) * 2**-11),
 }
 
@@ -126,6 +127,8 @@ def _drawn(name: str, count: int = 640) -> list[float]:
     if name in ("ex2", "tanh", "sin", "cos"):
         most = {"ex2": 120.0, "tanh": 3.0}.get(name, 6.0)
         x = draw.uniform(-most, most, count)
+        if name in ("sin", "cos"):
+            x[: count // 2] *= 50
     else:
         x = np.exp2(draw.uniform(-60, 60, count))
         x[: count // 2] = draw.uniform(0.4, 2.5, count // 2)
@@ -212,13 +215,13 @@ def test_powers_of_two_are_exact() -> None:
 
 
 def test_approximate_reciprocals_of_doubles() -> None:
-    """Twenty bits of mantissa, and zeros below."""
+    """Twenty bits of mantissa of either, and zeros below."""
     values = [*np.random.default_rng(0).standard_normal(28), 0.0, -0.0, math.inf, 1e-310]
     rows = [(int(b),) for b in np.array(values, np.float64).view(np.uint64)]
     got = _run("rcp_f64", ("f64",), "f64", rows)
     assert all(not bits & 0xFFFFFFFF for bits in got)
     results = np.array(got, np.uint64).view(np.float64)
-    assert np.all(np.abs(results[:28] * np.array(values[:28]) - 1) <= 2.0**-20)
+    assert np.all(np.abs(results[:28] * np.array(values[:28]) - 1) <= 2.0**-19)
     assert [repr(float(x)) for x in results[28:]] == ["inf", "-inf", "0.0", "inf"]
 
 

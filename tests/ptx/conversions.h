@@ -247,44 +247,57 @@ inline f64 ulp(f64 v) {
   return std::ldexp(1.0, std::max(exponent - 24, -149));
 }
 
-// The bounds are those of the PTX manual; tests/test_ptx.py has them again.
+// The bounds are those of the PTX manual (PTX ISA 9.1, sections 9.7.3.8 and 9.7.3.13 to 9.7.3.22);
+// tests/test_ptx.py has them again.
 //
-// Of 2^a there is one thing that the manual does not say and CUDA's own functions rely on, such as
-// erf(double): that powers of two are exact.
+// 9.7.3.21: 2 ulp from the correctly rounded result; 2^-22 of it is allowed here, too. Of 2^a there
+// is one thing that the manual does not say and CUDA's own functions rely on, such as erf(double):
+// that powers of two are exact.
 inline f32 approx_ex2(f32 a) {
   const f64 exact = std::exp2(f64{a});
   if (a == std::trunc(a)) return static_cast<f32>(exact);
-  const f64 least = exact < 0x1p-149 ? 0 : ulp(exact);  // and 0 is no number below it
+  const f64 least = exact < 0x1p-149 ? 0 : 2.5 * ulp(exact);  // and 0 is no number below it
   return perturbed(exact, std::max(std::ldexp(exact, -22), least), 1, bits_of(a));
 }
+// 9.7.3.20: absolute within (0.5, 2), else relative.
 inline f32 approx_lg2(f32 a) {
   const f64 exact = std::log2(f64{a});
   const bool near_one = a > 0.5f && a < 2;
   return perturbed(exact, near_one ? 0x1p-22 : std::fabs(exact) * 0x1p-22, 2, bits_of(a));
 }
+// 9.7.3.13: 1 ulp.
 inline f32 approx_rcp(f32 a) {
   const f64 exact = 1 / f64{a};
   return perturbed(exact, ulp(exact), 3, bits_of(a));
 }
+// 9.7.3.15.
 inline f32 approx_sqrt(f32 a) {
   const f64 exact = std::sqrt(f64{a});
   return perturbed(exact, std::ldexp(exact, -23), 4, bits_of(a));
 }
+// 9.7.3.16.
 inline f32 approx_rsqrt(f32 a) {
   const f64 exact = 1 / std::sqrt(f64{a});
   return perturbed(exact, exact * 0x1.125fbee250664p-23, 5, bits_of(a));  // 2^-22.9
 }
+// 9.7.3.18 and 9.7.3.19: 2^-20.5 within two pi, 2^-14.7 within a hundred, and beyond no promise.
+inline f64 bound_of_circle(f32 a) {
+  constexpr f64 kPi = 3.141592653589793;
+  if (std::fabs(a) <= 2 * kPi) return std::exp2(-20.5);
+  return std::fabs(a) <= 100 * kPi ? std::exp2(-14.7) : 1;
+}
 inline f32 approx_sin(f32 a) {
-  return perturbed(std::sin(f64{a}), 0x1.6a09e667f3bcdp-21, 6, bits_of(a));  // 2^-20.5
+  return perturbed(std::sin(f64{a}), bound_of_circle(a), 6, bits_of(a));
 }
 inline f32 approx_cos(f32 a) {
-  return perturbed(std::cos(f64{a}), 0x1.6a09e667f3bcdp-21, 7, bits_of(a));
+  return perturbed(std::cos(f64{a}), bound_of_circle(a), 7, bits_of(a));
 }
+// 9.7.3.22.
 inline f32 approx_tanh(f32 a) {
   const f64 exact = std::tanh(f64{a});
   return std::clamp(perturbed(exact, std::fabs(exact) * 0x1p-11, 8, bits_of(a)), -1.0f, 1.0f);
 }
-// A quotient by way of the reciprocal: nothing where that would be subnormal.
+// 9.7.3.8: 2 ulp. By way of the reciprocal: nothing where that would be subnormal.
 inline f32 approx_div(f32 a, f32 b) {
   const f32 size = std::fabs(b);
   if (size > 0x1p126f && size < INFINITY) return canonical(a * std::copysign(0.0f, b));
@@ -295,8 +308,11 @@ inline f32 full_div(f32 a, f32 b) {
   const f64 exact = f64{a} / f64{b};
   return perturbed(exact, 2 * ulp(exact), 10, bits_of(a) << 32 | bits_of(b));
 }
-// Of double precision the upper 20 bits of the mantissa; the lower word is zero.
+// 9.7.3.14: of the operand and of the result the upper 20 bits of the mantissa; the lower word is
+// not looked at, and zero.
 inline f64 approx_rcp(f64 a) {
+  if (a != a) return std::bit_cast<f64>(0x7fffffff00000000);
+  a = std::bit_cast<f64>(std::bit_cast<u64>(a) & ~u64{0xffffffff});
   if (std::fabs(a) < 0x1p-1022) return std::copysign(INFINITY, a);
   const u64 bits = std::bit_cast<u64>(1 / a) & ~u64{0xffffffff};
   const f64 result = std::bit_cast<f64>(bits);
