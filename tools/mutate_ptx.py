@@ -6,8 +6,8 @@ Takes, one at a time, out of the PTX that nvcc emits for the CUDA kernels: a bar
 warp or cluster; a wait for copies or for an mbarrier; a commit; an arrival; a proxy fence; a
 release or an acquire between blocks; the condition under which something is stored. A seeded sample
 of them is executed on the CPU (``tests/ptx``), each in a process of its own, by every policy of the
-launch plan in several orders of threads, every other one on channels-last images, until a result is wrong or the simulation reports an
-error.
+launch plan in several orders of threads, every other one on channels-last images, until a result is
+wrong or the simulation reports an error.
 
 Survivors are printed with the lines around them, and are to be explained. Exit code 0: none.
 """
