@@ -23,7 +23,7 @@ from .forms import (
     one_line,
 )
 from .neighbours import Block, recognise_block
-from .recognise import recognise
+from .recognise import Passed, Recogniser
 
 
 class Entry(NamedTuple):
@@ -82,13 +82,18 @@ class _Plan:
     def add_modules(self) -> None:
         """Every squeeze-and-excitation module; what lies inside one is done with."""
         inside: set[nn.Module] = set()
+        passed: list[tuple[nn.Module, Entry]] = []
+        recogniser = Recogniser()
         for name, module in self.candidates:
             if module in inside or isinstance(_form_of(module), Block):
                 continue
             try:
-                form = _form_of(module) or recognise(module)
+                form = _form_of(module) or recogniser.recognise(module)
                 if form is not None and not isinstance(module, Fused):
                     fused_class(type(module))
+            except Passed as refusal:
+                passed.append((module, Entry(name, _kind(module), str(refusal))))
+                continue
             except Refusal as refusal:
                 self.refused.append(Entry(name, _kind(module), str(refusal)))
             else:
@@ -98,6 +103,13 @@ class _Plan:
                 self.forms[module] = form
                 self.replaced.append(Entry(name, _kind(module), _describe(form)))
             inside.update(module.modules())
+        # A network or a block by such a name, with the excitation in it, is none itself.
+        for module, entry in reversed(passed):
+            if inside.isdisjoint(module.modules()):
+                self.refused.append(entry)
+                inside.update(module.modules())
+        order = {name: i for i, (name, _) in enumerate(self.candidates)}
+        self.refused.sort(key=lambda entry: order[entry.name])
 
     def add_blocks(self) -> None:
         """Every module that calls one of those found."""

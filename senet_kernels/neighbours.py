@@ -8,9 +8,11 @@ To add a block, add a line to ``KNOWN_BLOCKS``.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -308,12 +310,19 @@ KNOWN_BLOCKS: dict[str, _Known] = {
 
 def source_hash(cls: type[nn.Module]) -> str | None:
     """A hash of ``forward``'s source, blank space and comments aside; None where there is none."""
+    return _hash_of(getattr(cls.forward, "__code__", None))
+
+
+@functools.lru_cache(1000)
+def _hash_of(code: CodeType | None) -> str | None:
     try:
-        lines = inspect.getsource(cls.forward).splitlines()
+        lines = inspect.getsource(code).splitlines() if code is not None else []
     except (OSError, TypeError):
         return None
-    code = [line.split("#")[0].strip() for line in lines]
-    return hashlib.sha256("\n".join(filter(None, code)).encode()).hexdigest()[:16]
+    if not lines:
+        return None
+    stripped = [line.split("#")[0].strip() for line in lines]
+    return hashlib.sha256("\n".join(filter(None, stripped)).encode()).hexdigest()[:16]
 
 
 def recognise_block(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:

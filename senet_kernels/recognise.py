@@ -1,18 +1,27 @@
 """What other libraries' squeeze-and-excitation modules compute, without importing those libraries.
 
-A module is recognised in one of two ways: by its exact class, named in ``KNOWN``, or by proof:
-a module that holds nothing but the two layers of an excitation is run on random numbers, and is
-recognised if exactly one form of the operation reproduces its output and its input's gradient.
-To add a class, add a line to ``KNOWN``.
+A module is recognised in one of two ways: quickly, by its exact class and a hash of the source
+that it runs, both in ``KNOWN``; or by the graph of its forward (:mod:`.captured`), which decides
+for every other module and gives the same answer for those of the table. To add a class, add a line
+to ``KNOWN``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .captured import (
+    Chain,
+    check_children,
+    is_small,
+    may_excite,
+    parts_around,
+    read_captured,
+    sounds_like_se,
+)
 from .forms import (
     Foreign,
     Form,
@@ -21,6 +30,7 @@ from .forms import (
     Path,
     Refusal,
     class_name,
+    descendants,
     find,
     not_a_matrix,
     own_input,
@@ -29,8 +39,8 @@ from .forms import (
     pointwise_name,
     stale_reason,
 )
+from .neighbours import source_hash
 from .pointwise import ACTIVATIONS, GATES
-from .proof import layers_of, prove, sounds_like_se
 from .tensors import foreign_class
 
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -147,29 +157,45 @@ def _spatial_half(module: Foreign, x: Tensor) -> Tensor:
 
 
 _HF = "transformers.models."
-_PP_LCNET = _mlp("convolutions.0", "convolutions.2", "convolutions.1", "convolutions.3")
-_PP_OCR = _mlp("conv1", "conv2", "act_fn", "=hardsigmoid_02")
 
-#: Readers by the class's qualified name; a subclass may compute anything and is not in here.
-KNOWN: dict[str, Callable[[Foreign], Form]] = {
-    "timm.layers.squeeze_excite.SEModule": _timm,
-    "timm.layers.squeeze_excite.EffectiveSEModule": _mlp(None, "fc", "=identity", "gate"),
-    "timm.layers.eca.EcaModule": _eca,
-    "timm.models._efficientnet_blocks.SqueezeExcite": _mlp(
-        "conv_reduce", "conv_expand", "act1", "gate"
+
+class _Known(NamedTuple):
+    read: Callable[[Foreign], Form]
+    hashes: tuple[str, ...]  # of forward's source in the releases it was written for
+
+
+_PP_LCNET = _Known(
+    _mlp("convolutions.0", "convolutions.2", "convolutions.1", "convolutions.3"),
+    ("58a0a9d1e1660fb1",),
+)
+_PP_OCR = _Known(_mlp("conv1", "conv2", "act_fn", "=hardsigmoid_02"), ("ade0a4a489e299f1",))
+_ALIGN = _Known(_mlp("reduce", "expand", "act_reduce", "act_expand"), ("a52989e5ff0d23cb",))
+_MONAI = _Known(_monai, ("e295bffa43a8068b",))
+
+#: By the class's qualified name; a subclass may compute anything and is not in here.
+KNOWN: dict[str, _Known] = {
+    "timm.layers.squeeze_excite.SEModule": _Known(_timm, ("91d2666c6e0dd643",)),
+    "timm.layers.squeeze_excite.EffectiveSEModule": _Known(
+        _mlp(None, "fc", "=identity", "gate"), ("bfeb53978d176ea8",)
     ),
-    "timm.models.hgnet.EseModule": _mlp(None, "conv", "=identity", "sigmoid"),
-    "timm.models.senet.SEModule": _mlp("fc1", "fc2", "relu", "sigmoid"),
-    "torchvision.ops.misc.SqueezeExcitation": _mlp("fc1", "fc2", "activation", "scale_activation"),
-    f"{_HF}regnet.modeling_regnet.RegNetSELayer": _mlp(
-        "attention.0", "attention.2", "attention.1", "attention.3"
+    "timm.layers.eca.EcaModule": _Known(_eca, ("938c19b7f44a7ee1",)),
+    "timm.models._efficientnet_blocks.SqueezeExcite": _Known(
+        _mlp("conv_reduce", "conv_expand", "act1", "gate"), ("c9763751291eaf7f",)
     ),
-    f"{_HF}efficientnet.modeling_efficientnet.EfficientNetSqueezeExciteLayer": _mlp(
-        "reduce", "expand", "act_reduce", "act_expand"
+    "timm.models.hgnet.EseModule": _Known(
+        _mlp(None, "conv", "=identity", "sigmoid"), ("3e2e05be57ba2066",)
     ),
-    f"{_HF}align.modeling_align.AlignVisionSqueezeExciteLayer": _mlp(
-        "reduce", "expand", "act_reduce", "act_expand"
+    "timm.models.senet.SEModule": _Known(
+        _mlp("fc1", "fc2", "relu", "sigmoid"), ("84b2729ee08119a0",)
     ),
+    "torchvision.ops.misc.SqueezeExcitation": _Known(
+        _mlp("fc1", "fc2", "activation", "scale_activation"), ("e885e702b6ef1fc6",)
+    ),
+    f"{_HF}regnet.modeling_regnet.RegNetSELayer": _Known(
+        _mlp("attention.0", "attention.2", "attention.1", "attention.3"), ("2fd6b751d3cc8082",)
+    ),
+    f"{_HF}efficientnet.modeling_efficientnet.EfficientNetSqueezeExciteLayer": _ALIGN,
+    f"{_HF}align.modeling_align.AlignVisionSqueezeExciteLayer": _ALIGN,
     f"{_HF}pp_lcnet.modeling_pp_lcnet.PPLCNetSqueezeExcitationModule": _PP_LCNET,
     f"{_HF}pp_lcnet_v3.modeling_pp_lcnet_v3.PPLCNetV3SqueezeExcitationModule": _PP_LCNET,
     f"{_HF}pp_lcnet_v4.modeling_pp_lcnet_v4.PPLCNetV4SqueezeExcitationModule": _PP_LCNET,
@@ -177,50 +203,122 @@ KNOWN: dict[str, Callable[[Foreign], Form]] = {
     "PPOCRV5MobileDetSqueezeExcitationModule": _PP_OCR,
     f"{_HF}pp_ocrv6_small_det.modeling_pp_ocrv6_small_det."
     "PPOCRV6SmallDetSqueezeExcitationModule": _PP_OCR,
-    f"{_HF}qwen2_5_omni.modeling_qwen2_5_omni.SqueezeExcitationBlock": _mlp(
-        "conv1", "conv2", "relu", "sigmoid", ranks=(3,)
+    f"{_HF}qwen2_5_omni.modeling_qwen2_5_omni.SqueezeExcitationBlock": _Known(
+        _mlp("conv1", "conv2", "relu", "sigmoid", ranks=(3,)), ("60c7863661c2b536",)
     ),
-    "monai.networks.blocks.squeeze_and_excitation.ChannelSELayer": _monai,
-    "monai.networks.blocks.squeeze_and_excitation.ResidualSELayer": _monai,
-    "segmentation_models_pytorch.base.modules.SCSEModule": _mlp(
-        "cSE.1", "cSE.3", "cSE.2", "cSE.4", residual=_spatial_half, called=("sSE",)
+    "monai.networks.blocks.squeeze_and_excitation.ChannelSELayer": _MONAI,
+    "monai.networks.blocks.squeeze_and_excitation.ResidualSELayer": _MONAI,
+    "segmentation_models_pytorch.base.modules.SCSEModule": _Known(
+        _mlp("cSE.1", "cSE.3", "cSE.2", "cSE.4", residual=_spatial_half, called=("sSE",)),
+        ("b3604ab7992f32bf",),
     ),
-    "segmentation_models_pytorch.encoders._senet.SEModule": _mlp("fc1", "fc2", "relu", "sigmoid"),
-    "segmentation_models_pytorch.encoders.mobileone.SEBlock": _mlp(
-        "reduce", "expand", "=relu", "=sigmoid"
+    "segmentation_models_pytorch.encoders._senet.SEModule": _Known(
+        _mlp("fc1", "fc2", "relu", "sigmoid"), ("f8708ca9677b34f0",)
     ),
-    "speechbrain.lobes.models.ECAPA_TDNN.SEBlock": _mlp(
-        "conv1.conv", "conv2.conv", "relu", "sigmoid", ranks=(3,), lengths=_relative_lengths
+    "segmentation_models_pytorch.encoders.mobileone.SEBlock": _Known(
+        _mlp("reduce", "expand", "=relu", "=sigmoid"), ("e94554e4f3e09ccb",)
     ),
-    "fvcore.nn.squeeze_excitation.SqueezeExcitation": _fvcore,
+    "speechbrain.lobes.models.ECAPA_TDNN.SEBlock": _Known(
+        _mlp("conv1.conv", "conv2.conv", "relu", "sigmoid", ranks=(3,), lengths=_relative_lengths),
+        ("c0d47e98a87aab3f",),
+    ),
+    "fvcore.nn.squeeze_excitation.SqueezeExcitation": _Known(_fvcore, ("5aefa761b79e7be2",)),
 }
 
 
-def recognise(module: nn.Module) -> Form | None:
-    """How to compute a module; None where it has nothing to do with squeeze-and-excitation.
+class Passed(Refusal):
+    """A module was not recognised that calls itself squeeze-and-excitation. What it holds may be:
+    then it is none itself."""
 
-    Raises:
-        Refusal: it is, or calls itself, squeeze-and-excitation, and cannot be fused.
-    """
-    read = KNOWN.get(class_name(module))
-    if read is None:
-        paths = layers_of(module)
-        if paths is None:
+
+class Recogniser:
+    """Recognises the modules of one model; equal ones are captured once."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Any, Mlp | Halves | Refusal]] = []
+
+    def recognise(self, module: nn.Module) -> Form | None:
+        """How to compute a module; None where it has nothing to do with squeeze-and-excitation.
+
+        Raises:
+            Refusal: it is, or calls itself, squeeze-and-excitation, and cannot be fused.
+        """
+        known = KNOWN.get(class_name(module))
+        if "forward" in vars(module):
+            if known is None and not sounds_like_se(module):
+                return None
+            raise Refusal("it has its own forward")
+        if known is not None and source_hash(type(module)) in known.hashes:
+            _check_own_functions(module)
+            try:
+                form = known.read(module)
+            except (AttributeError, KeyError) as error:
+                raise Refusal(f"it is not built as {class_name(module)} is: {error}") from error
+        elif known is not None:
+            try:
+                form = self._capture(module)
+            except Refusal as refusal:
+                raise Refusal(f"its forward is not the one that is known: {refusal}") from refusal
+        elif sounds_like_se(module):
+            try:
+                form = self._capture(module)
+            except Refusal as refusal:
+                raise Passed(str(refusal)) from refusal
+        elif may_excite(module):
+            try:
+                form = self._capture(module)
+            except Refusal:
+                return None
+        else:
             return None
-        try:
-            form: Form = prove(module, paths)
-        except Refusal:
-            if sounds_like_se(module):
-                raise
-            return None
-    else:
-        _check_class(module)
-        try:
-            form = read(module)
-        except (AttributeError, KeyError) as error:
-            raise Refusal(f"it is not built as {class_name(module)} is: {error}") from error
-    if "forward" in module.__dict__:
-        raise Refusal("it has its own forward")
+        return _checked(module, form)
+
+    def _capture(self, module: nn.Module) -> Form:
+        if not is_small(module):
+            raise Refusal("it holds more modules than an excitation does")
+        check_children(module)
+        key = _key(module)
+        found = next((f for k, f in self._seen if _is_same(k, key)), None)
+        if found is None:
+            try:
+                found = read_captured(module)
+            except Refusal as refusal:
+                found = refusal
+            self._seen.append((key, found))
+        if isinstance(found, Refusal):
+            raise Refusal(str(found))
+        chain = found.excite if isinstance(found, Halves) else None
+        assert chain is None or isinstance(chain, Chain)
+        return found._replace(parts=parts_around(module, chain))
+
+
+def _key(module: nn.Module) -> Any:
+    """All that a forward can read of a module, but for numbers in tensors; parameters that are
+    shared are so by their positions."""
+    paths = [(), *(path for path, _ in descendants(module))]
+    positions: dict[int, int] = {}
+    key = []
+    for path in paths:
+        part, child = part_of(module, path), find(module, path)
+        tensors = {**child._parameters, **child._buffers}
+        shapes = [
+            (name, None if t is None else (
+                t.shape, t.dtype.is_floating_point, positions.setdefault(id(t), len(positions))
+            ))
+            for name, t in tensors.items()
+        ]  # fmt: skip
+        key.append((part.path, part.kind, part.names, part.values, shapes))
+    return key
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):  # tensors and arrays do not compare to one truth
+        return False
+
+
+def _checked(module: nn.Module, form: Form) -> Form:
     if isinstance(form, Mlp):
         _check_weights(module, form)
     if not form.parts or form.parts[0].path:  # flags of its own, that the reader has looked at
@@ -231,18 +329,10 @@ def recognise(module: nn.Module) -> Form | None:
     return form
 
 
-def _check_class(module: nn.Module) -> None:
-    """Refuse a module of a known class with functions that are not that class's: what the class is
-    known to compute, it may not."""
-    cls = type(module)
-    for name, value in vars(cls).items():
-        if isinstance(value, FunctionType) and not (
-            value.__module__ == cls.__module__
-            and value.__qualname__.startswith(f"{cls.__qualname__}.")
-        ):
-            raise Refusal(f"the {name!r} of its class has been replaced")
+def _check_own_functions(module: nn.Module) -> None:
+    """Refuse an instance with functions of its own in the place of its class's."""
     for name, value in vars(module).items():
-        if callable(value) and hasattr(cls, name):
+        if callable(value) and hasattr(type(module), name):
             raise Refusal(f"it has its own {name!r}")
 
 

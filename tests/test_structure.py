@@ -20,9 +20,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parity",),
     ("",),  # senet_kernels/__init__.py
     ("models",),
-    ("autotune", "convert", "fuse", "layers", "modules"),
+    ("autotune", "convert", "layers", "modules"),
     ("converted",),
-    ("recognise", "proof", "neighbours", "forms"),
+    ("recognise",),
+    ("captured", "neighbours"),
+    ("forms", "fuse"),
     ("public_kernels",),
     ("api",),
     ("resolve",),

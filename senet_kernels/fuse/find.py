@@ -76,9 +76,12 @@ def _read(reader: Reader, x_name: str, g_name: str) -> Match:
             f"{g} is {_text(shape_of(g))}, where one number per image and channel, "
             f"{_text((*shape[:2], *(1,) * (len(shape) - 2)))}, is expected"
         )
+    vector, is_weighted_sum = reader.plus_one(vector)  # x (1 + g) is x g + x
     gate, u = reader.read_gate(vector)
     u = reader.through_views(u)
     outputs, half = channels, reader.half(u, channels)
+    if half is not None and is_weighted_sum:
+        raise Mismatch(f"{u} is half of a vector, and 1 is added to its gate")
     if half is not None:
         u, end = _read_shift(reader, half, channels)
         outputs = 2 * channels
@@ -110,11 +113,14 @@ def _read(reader: Reader, x_name: str, g_name: str) -> Match:
             raise Mismatch(f"the weight of {hidden} has not C columns")
         z = reader.squeezed(z)
     if z is not x:
-        raise Mismatch(_another(flow, z, x))
+        source = reader.through_views(z)  # a copy or a cast to its own dtype
+        if source not in (x, reader.past_idle(x)) or not known_equal(shape_of(z)[:2], shape[:2]):
+            raise Mismatch(_another(flow, z, x))
     _check_context(flow, [*reader.inner, end])
     _check_users(flow, reader.inner, end)
     return Match(
-        x, w1, b1, w2, b2, activation, gate, end, reader.inner, shift=half is not None
+        x, w1, b1, w2, b2, activation, gate, end, reader.inner, shift=half is not None,
+        residual=x if is_weighted_sum else None, absorbed=["residual"] if is_weighted_sum else [],
     )  # fmt: skip
 
 

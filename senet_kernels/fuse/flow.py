@@ -183,6 +183,14 @@ class Flow:
         """Whether a node holds what it computed when another reads it."""
         return self.writer(node, node, reader) is None
 
+    def owner(self, node: Node) -> Node | None:
+        """The input of the graph whose memory a node lies in."""
+        for key in self._storages[node]:
+            for holder in self._holders[key]:
+                if holder.op in ("placeholder", "get_attr"):
+                    return holder
+        return None
+
     def why_write_stays(self, node: Node, removed: Collection[Node]) -> str | None:
         """Why an in-place node cannot be removed: who would miss what it writes. None: nobody, or
         it writes nothing."""

@@ -27,6 +27,11 @@ def grow(flow: Flow, match: Match, norm_in_training: bool) -> None:
         _attempt(flow, match, _take_affine)
 
 
+def take_residual(flow: Flow, match: Match) -> None:
+    """Take in the sum that follows, alone."""
+    _attempt(flow, match, _take_residual)
+
+
 def _attempt(flow: Flow, match: Match, step: Callable[[Flow, Match], str | None]) -> None:
     """One step; undone where it cannot be."""
     saved = dict(vars(match))
@@ -74,6 +79,8 @@ def _take_residual(flow: Flow, match: Match) -> str | None:
     y, total = match.end, _only_user(match.end)
     op = flow.op(total)
     if total is None or op is None or op.name != "add" or op.get("alpha", 1) != 1:
+        return None
+    if match.residual is not None:
         return None
     a, b = op.get("input"), op.get("other")
     other = b if a is y else a

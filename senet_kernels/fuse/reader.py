@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -37,6 +38,16 @@ def same_kind(a: Any, b: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_idle(node: Node, op: Op) -> bool:
+    """Whether an operation gives what it is given: a cast to the same dtype, a product by 1."""
+    one = op.name in ("mul", "div") and is_number(op.get("other")) and op.get("other") == 1
+    return (
+        (op.name in CASTS or (one and not op.get("rounding_mode")))
+        and not op.inplace
+        and same_kind(node, op.get("input"))
+    )
 
 
 def words(node: Any) -> str:
@@ -86,11 +97,13 @@ class Reader:
                     break
             elif op.name == "getitem":
                 index = op.get("index")
-                index = index if isinstance(index, tuple) else (index,)
-                if not all(i is None or i is Ellipsis or i == slice(None) for i in index):
+                if not _takes_all(index, shape_of(op.get("input"))):
                     break
-            elif op.name in CASTS:
-                if not same_kind(node, op.get("input")):
+            elif op.name in CASTS or is_number(op.get("other")):
+                if not is_idle(node, op):
+                    break
+            elif op.name in ("mean", "sum"):
+                if not _is_of_one(op):
                     break
             elif op.name not in VIEWS or op.inplace:
                 break
@@ -99,6 +112,12 @@ class Reader:
                 break
             self.take(node)
             node = source
+        return node
+
+    def past_idle(self, node: Node) -> Node:
+        """What idle operations are made of."""
+        while (op := self.flow.op(node)) is not None and is_idle(node, op):
+            node = self.input_of(node)
         return node
 
     # ---- layers ----
@@ -249,6 +268,17 @@ class Reader:
             raise Mismatch(f"{node} is a leaky_relu, no gate that the kernels have")
         return "identity", node
 
+    def plus_one(self, node: Node) -> tuple[Node, bool]:
+        """``(v, True)`` where a node is ``v + 1``; otherwise the node itself."""
+        op = self.flow.op(node)
+        if op is not None and op.name == "add" and op.get("alpha", 1) == 1:
+            for one, name in (("input", "other"), ("other", "input")):
+                if is_number(op.get(one)) and op.get(one) == 1 and isinstance(op.get(name), Node):
+                    source = self.input_of(node, name)
+                    self.take(node)
+                    return self.through_views(source), True
+        return node, False
+
     # ---- the squeeze ----
 
     def squeezed(self, node: Any) -> Node:
@@ -280,7 +310,7 @@ class Reader:
             extents = [*shape_of(inner.get("input"))[2:]]
             count = math.prod(extents) if extents else 0
             scale = _value(scale)
-            right = (
+            right = not isinstance(scale, Tensor) and (
                 statically_known_true(scale == count) if name == "div"
                 else is_number(scale) and isinstance(count, int) and scale == 1 / count
             )  # fmt: skip
@@ -367,6 +397,33 @@ def _bounds(op: Op) -> tuple[Any, Any]:
         return op.get("min_val", -1.0), op.get("max_val", 1.0)
     low, high = op.get("min"), op.get("max")
     return (low if is_number(low) else None), (high if is_number(high) else None)
+
+
+def _is_of_one(op: Op) -> bool:
+    """Whether a reduction has one element to reduce each time."""
+    shape, dims = shape_of(op.get("input")), op.get("dim")
+    if dims is None or op.get("dtype") is not None:
+        return False
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    return all(statically_known_true(shape[d] == 1) for d in dims)
+
+
+def _takes_all(index: Any, shape: Sequence[Any]) -> bool:
+    """Whether an index, of slices and None, leaves every element where it is."""
+    index = index if isinstance(index, tuple) else (index,)
+    extents = iter(shape)
+    for i in index:
+        if i is None:
+            continue
+        if i is Ellipsis:  # what comes after it is not counted out
+            return all(j is None or j is Ellipsis or j == slice(None) for j in index)
+        extent = next(extents, None)
+        if not isinstance(i, slice) or i.step not in (None, 1) or i.start not in (None, 0):
+            return False
+        stop = _value(i.stop)
+        if stop is not None and not statically_known_true(stop >= extent):
+            return False
+    return True
 
 
 def _before_reduction(dim: int, reduced: list[int]) -> int:

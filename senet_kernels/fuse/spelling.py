@@ -205,6 +205,7 @@ _MAY_ALIAS = VIEWS | CASTS | {"detach", "getitem", "chunk", "split", "dropout"}
 #: Functions that are not in PyTorch's public homes and neither write nor keep what they get.
 HARMLESS = frozenset((
     torch._C._autograd._get_data_attr,  # type: ignore[attr-defined]
+    torch._C._log_api_usage_once,
     getattr, len, torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not,
     torch.sym_sum, torch._check,
 ))  # fmt: skip

@@ -1,0 +1,434 @@
+"""What a module of unknown class computes, by the graph of its forward."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .forms import (
+    Foreign,
+    Halves,
+    Mlp,
+    Part,
+    Path,
+    Refusal,
+    class_name,
+    descendants,
+    find,
+    hook_reason,
+    one_line,
+    own_input,
+    part_of,
+)
+
+_SOUNDS_LIKE_SE = re.compile(
+    r"(?i:squeeze(?!bert|net|former)|excit)|(^|[a-z_])SE([A-Z_]|$)|^E?SE|(^|[a-z_])E?Se([A-Z_]|$)"
+    r"|SE(Block|Module|Unit)",
+    re.ASCII,
+)
+_MOST_CHILDREN = 16  # nothing that only excites has more; keeps whole networks from being captured
+_DENSE = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def sounds_like_se(module: nn.Module) -> bool:
+    """Whether the class's name says squeeze-and-excitation; for the report alone."""
+    return _SOUNDS_LIKE_SE.search(type(module).__name__) is not None
+
+
+# ---- which modules are looked at ----
+
+
+def is_uninitialised(parameter: Tensor) -> bool:
+    return bool(is_lazy(parameter))
+
+
+def is_small(module: nn.Module) -> bool:
+    return len(list(itertools.islice(module.modules(), _MOST_CHILDREN + 2))) < _MOST_CHILDREN + 2
+
+
+def may_excite(module: nn.Module) -> bool:
+    """Whether a module of unknown class is worth a capture: it is small, has the matrices of an
+    excitation, and something in it reduces a map. Says nothing of what it computes."""
+    if type(module).__module__.startswith("torch.nn.") or not is_small(module):
+        return False
+    children = list(module.modules())
+    shapes = [
+        (weight.shape[0], weight.shape[1])
+        for child in children
+        for weight in child.parameters(recurse=False)
+        if not is_uninitialised(weight) and weight.dim() > 1
+    ]
+    if not 1 <= len(shapes) <= 2:
+        return False
+    (rows, columns), (rows2, columns2) = shapes[0], shapes[-1]
+    is_chain = columns == rows2 and rows == columns2
+    return is_chain and _reduces(children)
+
+
+_REDUCTIONS = re.compile(r"mean|sum|pool|reduce|einsum|std|norm", re.IGNORECASE)
+
+
+def _reduces(children: list[nn.Module]) -> bool:
+    """Whether a name in the code of modules, or of functions that they hold or name, says that it
+    reduces something."""
+    waiting: list[Any] = []
+    for child in children:
+        if class_name(child).startswith("torch.nn."):
+            if "Pool" in type(child).__name__:
+                return True
+            continue
+        for cls in type(child).__mro__[: type(child).__mro__.index(nn.Module)]:
+            waiting += vars(cls).values()
+        waiting += vars(child).values()
+    seen: set[Any] = set()
+    while waiting and len(seen) < _MOST_FUNCTIONS:
+        value = waiting.pop()
+        function = getattr(value, "__func__", getattr(value, "func", value))
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        if any(map(_REDUCTIONS.search, (*code.co_names, *_strings(code)))):
+            return True
+        waiting += [function.__globals__.get(name) for name in code.co_names]
+    return len(seen) >= _MOST_FUNCTIONS
+
+
+_MOST_FUNCTIONS = 200
+
+
+def _strings(code: Any) -> Iterator[str]:
+    return (c for c in code.co_consts if isinstance(c, str) and len(c) < 100)
+
+
+# ---- what a module computes ----
+
+
+class _Fails(Refusal):
+    """A forward that raises: it may be for input of other dimensions."""
+
+
+class _Setting(NamedTuple):
+    """What a forward may ask for, and a capture is made under."""
+
+    training: bool = True
+    gradients: bool = True
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    larger: bool = False
+
+    def __str__(self) -> str:
+        said = "in training" if self.training else "in eval"
+        said += "" if self.gradients else " without gradients"
+        said += f" in {str(self.dtype).removeprefix('torch.')}" if self.dtype != _SINGLE else ""
+        said += " on channels-last input" if self.channels_last else ""
+        return said + (" on larger input" if self.larger else "")
+
+
+_SINGLE = torch.float32
+_DTYPES = (_SINGLE, torch.float64, torch.bfloat16, torch.float16)
+_OF_DTYPES = frozenset((
+    "dtype", "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "finfo",
+    "to", "type", "type_as", "float", "half", "double", "bfloat16", "get_default_dtype",
+))  # fmt: skip
+_OF_GRADIENTS = frozenset((
+    "is_grad_enabled", "requires_grad", "requires_grad_", "is_leaf", "grad", "grad_fn",
+    "is_inference", "is_inference_mode_enabled",
+))  # fmt: skip
+_OF_LAYOUT = frozenset((
+    "is_contiguous", "stride", "data_ptr", "storage_offset", "suggest_memory_format", "dim_order",
+))  # fmt: skip
+_OF_DEVICES = frozenset((
+    "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device",
+))  # fmt: skip
+_OF_COMPILERS = re.compile(r"is_(\w+_)?(compiling|exporting)")
+_OF_AUTOCAST = re.compile(r"autocast|\bamp\b")
+_EXTENTS = {3: (3, 7), 4: (3, 5, 7), 5: (3, 4, 5, 7)}  # B, then space
+_RANKS = {1: 3, 2: 4, 3: 5}
+
+
+class Chain(NamedTuple):
+    """An excitation of any children, called one after the other."""
+
+    shape: tuple[int | None, ...]  # that the first takes: extents of the mean, None for 1
+    children: tuple[Path, ...]
+
+    def __call__(self, module: Foreign, z: Tensor) -> Tensor:
+        v = z.reshape([1 if i is None else z.shape[i] for i in self.shape])
+        for path in self.children:
+            v = find(module, path)(v)
+        return v.flatten(1)
+
+
+class _Reading(NamedTuple):
+    """What a capture shows to be computed; equal in all settings."""
+
+    activation: str
+    gate: str
+    residual: bool
+    names: tuple[str | None, ...] = ()  # of weights and biases
+    chain: Chain | None = None  # where the excitation is not one or two layers
+
+
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """Those that a capture is about, whatever a model is converted under: fake tensors, a tracer or
+    a counter of operators are modes."""
+    with (
+        _disable_current_modes(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def read_captured(module: nn.Module) -> Mlp | Halves:
+    """The form of a module of unknown class, as its captured graph shows it.
+
+    The graph is made of a copy without data, and nothing is run. It must be one excitation and
+    nothing else, in training and in eval, with and without gradients, for all extents, and for
+    every dtype and layout if the code asks for them.
+
+    Raises:
+        Refusal: it is not; or the module cannot be captured; the message says why.
+    """
+    with _surroundings():
+        likely = [rank for k, rank in _RANKS.items() if k in _dimensions(module)]
+        tried = [*likely, *(rank for rank in (4, 3, 5) if rank not in likely)]
+        found: _Reading | None = None
+        good: list[int] = []
+        autocast = True
+        first: Refusal | None = None
+        for rank in tried:
+            if likely and rank not in likely and not isinstance(first, _Fails):
+                break
+            try:
+                reading, follows = _read_in_all_settings(module, rank)
+            except Refusal as refusal:
+                first = first or refusal
+                continue
+            if found is None or reading == found:
+                found, autocast = reading, autocast and follows
+                good.append(rank)
+        if found is None:
+            assert first is not None
+            raise first
+    if found.chain is not None:
+        excite: Any = found.chain
+        return Halves(excite, found.gate, parts_around(module, found.chain), tuple(good))
+    return _form_of(module, found, tuple(good), autocast)
+
+
+def check_children(module: nn.Module) -> None:
+    """Refuse a module with a child that must really be called, or that is not there yet."""
+    for path, child in descendants(module):
+        reason = hook_reason(child)
+        if any(map(is_uninitialised, child.parameters(recurse=False))):
+            reason = "is lazy: run the module once before"
+        elif any(p.is_complex() for p in child._parameters.values() if p is not None):
+            reason = "has complex parameters"
+        elif class_name(child).startswith("torch.ao."):
+            reason = "is made for quantisation"
+        if reason is not None:
+            raise Refusal(f"its child {'.'.join(path)} {reason}")
+
+
+def _dimensions(module: nn.Module) -> set[int]:
+    """Numbers of spatial dimensions that its layers are for."""
+    names = [cls.__name__ for child in module.modules() for cls in type(child).__mro__]
+    found = {n for n in (1, 2, 3) if any(re.search(f"(Conv|Pool){n}d$", name) for name in names)}
+    return found if len(found) == 1 else set()
+
+
+def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool]:
+    """What a module computes, and whether it follows autocast. As many captures are made as the
+    code that they show asks for: of one that does not ask for dtypes, one is enough for all."""
+    words: set[str] = set()
+    training, extents = [True], [False]
+    done: dict[_Setting, _Reading] = {}
+    follows = True
+    while True:
+        choices = (
+            training,
+            (True, False) if words & _OF_GRADIENTS else (True,),
+            _DTYPES if words & _OF_DTYPES else (_SINGLE,),
+            (False, True) if words & _OF_LAYOUT else (False,),
+            extents,
+        )
+        settings = (_Setting(*choice) for choice in itertools.product(*choices))
+        setting = next((s for s in settings if s not in done), None)
+        if setting is None:
+            break
+        try:
+            reading, captured = _read(module, rank, setting)
+        except Refusal as refusal:
+            if not done and setting.training:
+                _check_training(module, rank, setting, refusal)
+            if done:
+                raise type(refusal)(f"{setting}: {refusal}") from refusal
+            raise
+        if done and reading != next(iter(done.values())):
+            raise Refusal(f"it computes something else {setting}")
+        done[setting] = reading
+        words |= captured.words
+        training = [True, False] if captured.reads_training else training
+        extents = extents if captured.any_extents else [False, True]
+        follows = follows and not captured.casts and not any(map(_OF_AUTOCAST.search, words))
+        _check_words(words)
+    return next(iter(done.values())), follows
+
+
+def _check_words(words: set[str]) -> None:
+    asked = words & _OF_DEVICES
+    if asked:
+        raise Refusal(
+            f"its forward asks for a device ({', '.join(sorted(asked))}), and was seen on one alone"
+        )
+    asked = set(filter(_OF_COMPILERS.fullmatch, words))
+    if asked:
+        raise Refusal(f"its forward asks whether it is being compiled ({', '.join(sorted(asked))})")
+
+
+def _check_training(module: nn.Module, rank: int, setting: _Setting, refusal: Refusal) -> None:
+    """Say so where a module is squeeze-and-excitation in eval alone."""
+    try:
+        _read(module, rank, setting._replace(training=False))
+    except Refusal:
+        return
+    for path, child in descendants(module):
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
+            raise Refusal(
+                f"its child {'.'.join(path)}, {child}, is random in training: for inference put "
+                "nn.Identity() in its place, for training call squeeze and channel_scale around "
+                "your own excitation"
+            ) from refusal
+    raise Refusal(
+        f"it is squeeze-and-excitation in eval, and not in training: {refusal}"
+    ) from refusal
+
+
+class _Captured(NamedTuple):
+    words: frozenset[str]
+    reads_training: bool
+    any_extents: bool
+    casts: bool
+
+
+def _read(module: nn.Module, rank: int, setting: _Setting) -> tuple[_Reading, _Captured]:
+    """One capture, and what it shows."""
+    from .fuse.capture import NotCaptured, capture
+    from .fuse.find import Match
+    from .fuse.reader import Mismatch
+    from .fuse.whole import read_whole
+
+    copied = _copy(module, setting)
+    channels = _channels(copied)
+    batch, *space = _EXTENTS[rank]
+    space = [n + 4 for n in space] if setting.larger else space
+    shape = (batch, channels, *space)
+    x = torch.zeros(shape, dtype=setting.dtype)
+    if setting.channels_last and rank > 3:
+        x = x.to(memory_format=torch.channels_last if rank == 4 else torch.channels_last_3d)
+    with torch.set_grad_enabled(setting.gradients):
+        if setting.gradients:
+            x = x.requires_grad_() * 1  # no leaf, which cannot be written to
+        try:
+            captured = capture(copied, x)
+            whole = read_whole(captured)
+        except (NotCaptured, Mismatch) as reason:
+            kind = _Fails if isinstance(reason, NotCaptured) and reason.fails else Refusal
+            raise kind(str(reason)) from reason
+    facts = _Captured(captured.words, captured.reads_training, captured.any_extents, whole.casts)
+    if not isinstance(whole.match, Match):
+        assert whole.steps is not None
+        return _Reading("", whole.match.gate, False, chain=Chain(*whole.steps)), facts
+    if whole.match.shift:
+        raise Refusal(
+            "it scales and shifts (2C outputs): call squeeze_excite, or compile it with the "
+            "backend 'senet_kernels'"
+        )
+    nodes = (whole.match.w1, whole.match.b1, whole.match.w2, whole.match.b2)
+    found = tuple(None if node is None else captured.tensors[node][0] for node in nodes)
+    return _Reading(whole.match.activation, whole.match.gate, whole.residual, found), facts
+
+
+def _copy(module: nn.Module, setting: _Setting) -> Foreign:
+    """The module with new parameters, without data, so that nothing is written to its own."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(
+            torch.empty(p.shape, dtype=setting.dtype, device="cpu"),
+            requires_grad=setting.gradients,
+        )
+        for p in module.parameters()
+    }
+    try:
+        copied: Foreign = copy.deepcopy(module, memo)
+        for child in copied.modules():
+            child.training = setting.training
+            for name, buffer in child._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    child._buffers[name] = buffer.to("cpu", setting.dtype)
+    except Exception as error:  # whatever a stranger's module raises
+        raise Refusal(f"a copy of it cannot be made: {one_line(error)}") from error
+    return copied
+
+
+def _channels(module: nn.Module) -> int:
+    """Those of x: the columns of the first matrix that has as many as another has rows. A layer of
+    one column works along the channels, whose number is any."""
+    shapes = []
+    for child in module.modules():
+        groups = vars(child).get("groups", 1)
+        groups = groups if isinstance(groups, int) else 1
+        own = child._parameters.values()
+        shapes += [(p.shape[0], p.shape[1] * groups) for p in own if p is not None and p.dim() > 1]
+    for _, columns in shapes:
+        if any(columns in (rows, rows // 2) for rows, _ in shapes):
+            return int(columns) if columns > 1 else 16
+    raise Refusal("it has not the layers of an excitation")
+
+
+def parts_around(module: nn.Module, chain: Chain | None) -> tuple[Part, ...]:
+    """A module and its descendants, but for those that are called."""
+    called = () if chain is None else chain.children
+    paths = [path for path, _ in descendants(module)]
+    kept = [p for p in paths if not any(p[: len(c)] == c for c in called)]
+    return tuple(part_of(module, path) for path in [(), *kept])
+
+
+def _form_of(
+    module: nn.Module, found: _Reading, ranks: tuple[int, ...], autocast: bool
+) -> Mlp:  # fmt: skip
+    w1, b1, w2, b2 = found.names
+    fc1 = None if w1 is None else _layer(module, w1, b1)
+    return Mlp(
+        fc1, _layer(module, w2, b2), found.activation, found.gate, parts_around(module, None),
+        own_input if found.residual else None, ranks, None, autocast,
+    )  # fmt: skip
+
+
+def _layer(module: nn.Module, weight: str | None, bias: str | None) -> Path:
+    """The child that has these parameters, and no other."""
+    assert weight is not None
+    *path, name = weight.split(".")
+    if not path:
+        raise Refusal(
+            "its weights are parameters of its own, not of layers: compile it with the backend "
+            "'senet_kernels'"
+        )
+    layer = find(module, tuple(path))
+    given = f"{'.'.join(path)}.bias" if layer._parameters.get("bias") is not None else None
+    if name != "weight" or bias != given or "bias" not in layer._parameters:
+        raise Refusal(f"its weight {weight} and its bias {bias} are not those of one layer")
+    return tuple(path)

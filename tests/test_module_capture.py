@@ -1,0 +1,211 @@
+"""``fuse_se_blocks`` on modules of unknown classes: what a captured graph shows to be
+squeeze-and-excitation and nothing else is fused, all else refused with the true reason."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graph_cases
+import module_cases
+from models import library
+from senet_kernels import FusedSEBlock, fuse_se_blocks, recognise
+from senet_kernels.captured import read_captured
+from senet_kernels.forms import Halves, Mlp, Refusal
+
+
+def _outside() -> list[Any]:
+    """What the modules of the cases may change outside themselves, and random numbers."""
+    state = [module_cases.LOG, module_cases.TABLE, module_cases.CALLS]
+    state += [{k: v for k, v in vars(c).items() if isinstance(v, (int, float))}
+              for c in (module_cases.Registry, *module_cases.CASES)]  # fmt: skip
+    return [*copy.deepcopy(state), torch.get_rng_state().tolist(), torch.get_default_dtype()]
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    own = {k: repr(v) for k, v in vars(module).items() if not k.startswith("_")}
+    return own | {k: v.tolist() for k, v in module.state_dict().items()}
+
+
+def _results(module: nn.Module, x: Tensor) -> list[Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return [y, *torch.autograd.grad((y * weights).sum(), [leaf, *module.parameters()])]
+
+
+@pytest.mark.parametrize("kind", module_cases.CASES, ids=lambda kind: kind.__name__)
+def test_adversaries(kind: Any) -> None:
+    torch.manual_seed(0)
+    plain = kind().double()
+    fused = copy.deepcopy(plain)
+    outside, state, classes = _outside(), _state(fused), [type(m) for m in fused.modules()]
+    report = fuse_se_blocks(nn.ModuleDict({"SE": fused}))
+    if kind.cause is not None and not report.refused:  # its name does not say what it is
+        with pytest.raises(Refusal) as refusal:
+            read_captured(fused)
+        note = str(refusal.value)
+    else:
+        note = "".join(entry.note for entry in report.refused)
+    assert _outside() == outside, "looking at a module changed something"
+    assert _state(fused) == state
+    if kind.cause is not None:
+        assert not report.replaced
+        assert re.search(kind.cause, note), note
+        assert [type(m) for m in fused.modules()] == classes
+        return
+    assert len(report.replaced) == 1, report
+    x = torch.randn(3, module_cases.C, 5, 7, dtype=torch.float64)
+    inputs = (x, x[:1], x[..., :1, :1], 1e4 * x, x.to(memory_format=torch.channels_last))
+    for training in (True, False):
+        for given in inputs:
+            expected = _results(plain.train(training), given)
+            for a, b in zip(_results(fused.train(training), given), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+                assert a.stride() == b.stride()
+    assert _state(fused) == _state(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", graph_cases.CASES, ids=lambda kind: kind.__name__)
+def test_adversaries_of_the_compile_door(kind: Any) -> None:
+    """A module that is fused computes what it did."""
+    torch.manual_seed(0)
+    plain = kind().to(kind.dtype)
+    fused = copy.deepcopy(plain)
+    if not fuse_se_blocks(fused).replaced:
+        return
+    x = torch.randn(graph_cases.SHAPE, dtype=kind.dtype)
+    for training in (True, False):
+        expected = _results(plain.train(training), x)
+        for a, b in zip(_results(fused.train(training), x), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=kind.tolerance, atol=kind.tolerance)
+
+
+class Layer(nn.Module):
+    """Many a home-made model's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels // 4), nn.ReLU(True), nn.Linear(channels // 4, channels),
+            nn.Sigmoid(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        g: Tensor = self.fc(self.pool(x).flatten(1))
+        return x * g[:, :, None, None]
+
+
+def test_equal_modules_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[nn.Module] = []
+
+    def counted(module: nn.Module) -> Mlp | Halves:
+        captured.append(module)
+        return read_captured(module)
+
+    monkeypatch.setattr(recognise, "read_captured", counted)
+    model = nn.ModuleList([Layer(c) for c in (8, 16, 8, 16, 8)])
+    model[4].fc[1] = nn.SiLU()  # type: ignore[index]
+    report = fuse_se_blocks(model)
+    assert captured == [model[0], model[1], model[4]]
+    assert [e.note.split(", ")[1] for e in report.replaced] == ["relu"] * 4 + ["silu"]
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(model[4](x), Layer.forward(model[4], x))
+
+
+def test_names_that_say_so_are_never_passed_over() -> None:
+    class SeModule(nn.Module):
+        """Many layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*[nn.Conv2d(4, 4, 1) for _ in range(20)])
+
+    class FSDPSEBlock(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class SENetwork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.SELayer = Layer(8)
+
+    class MSELoss(nn.Module):
+        pass
+
+    class SelfAttention(nn.Module):
+        pass
+
+    model = nn.ModuleList([SeModule(), FSDPSEBlock(), SENetwork(), MSELoss(), SelfAttention()])
+    report = fuse_se_blocks(model)
+    assert [(e.name, e.note) for e in report.refused] == [
+        ("0", "it holds more modules than an excitation does"),
+        ("1", "it has not the layers of an excitation"),
+    ]
+    assert [e.name for e in report.replaced] == ["2.SELayer"]
+
+
+def test_a_module_that_could_not_excite_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers without a mean: the MLP of a transformer, say."""
+
+    class Feed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.act = nn.Linear(8, 32), nn.Linear(32, 8), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc2(self.act(self.fc1(x)))
+            return y
+
+    monkeypatch.setattr(recognise, "read_captured", None)
+    assert str(fuse_se_blocks(nn.ModuleList([Feed(), FusedSEBlock(8)]))) == "replaced 0, refused 0"
+
+
+# ---- the table ----
+
+
+def _instances() -> dict[str, nn.Module]:
+    """A module of each class of the table that is installed."""
+    from functools import partial
+
+    layers = library("timm.layers")
+    made: dict[str, nn.Module] = {}
+    blocks = library("timm.models._efficientnet_blocks")
+    for module in (
+        layers.SEModule(16, rd_channels=4),
+        layers.SEModule(16, rd_channels=4, norm_layer=nn.BatchNorm2d),
+        layers.SEModule(16, rd_channels=4, gate_layer="hard_sigmoid", act_layer=nn.SiLU),
+        layers.EffectiveSEModule(16),
+        layers.EcaModule(16),
+        layers.EcaModule(16, kernel_size=5, gate_layer="hard_sigmoid"),
+        blocks.SqueezeExcite(16, rd_channels=4, act_layer=nn.SiLU),
+        blocks.SqueezeExcite(16, rd_channels=4, gate_layer=nn.Hardsigmoid),
+        library("timm.models.hgnet").EseModule(16),
+        library("timm.models.senet").SEModule(16, 4),
+        library("torchvision").ops.SqueezeExcitation(16, 4),
+        library("torchvision").ops.SqueezeExcitation(
+            16, 4, nn.SiLU, scale_activation=partial(nn.Hardsigmoid, inplace=True)
+        ),
+    ):
+        made[f"{recognise.class_name(module)} {len(made)}"] = module
+    return made
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_the_table_says_what_capture_says(number: int) -> None:
+    name, module = list(_instances().items())[number]
+    known = recognise.KNOWN[name.partition(" ")[0]]
+    assert recognise.source_hash(type(module)) in known.hashes
+    by_table, by_capture = known.read(module), read_captured(module)
+    assert type(by_table) is type(by_capture)
+    names = ["gate", *(("fc1", "fc2", "activation") if isinstance(by_table, Mlp) else ())]
+    for field in names:
+        assert getattr(by_table, field) == getattr(by_capture, field), field
+    assert set(by_capture.ranks) == {4}
