@@ -9,10 +9,13 @@ replaced since, the module's original forward runs (:mod:`senet_kernels.converte
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from . import dispatch
 from .converted import Fused, fused_class
@@ -24,6 +27,9 @@ from .forms import (
 )
 from .neighbours import Block, recognise_block
 from .recognise import Passed, Recogniser
+
+if TYPE_CHECKING:  # it takes a while to import
+    from torch.export import ExportedProgram
 
 
 class Entry(NamedTuple):
@@ -168,7 +174,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def fuse_se_blocks(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     neighbours: bool = False,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
@@ -178,10 +184,11 @@ def fuse_se_blocks(
     """Run the squeeze-and-excitation modules of ``model`` on the fused kernels, in place.
 
     Recognised are the modules of timm, torchvision, transformers, MONAI,
-    segmentation-models-pytorch, fvcore and speechbrain, by their exact classes, and any other
-    module that consists of an excitation's two layers and is shown on random numbers to compute
-    the operation (what a forward would do for extents or values that were not tried is not seen:
-    leave a module that branches on them out by ``filter_fn``). Parameter objects, names,
+    segmentation-models-pytorch, fvcore and speechbrain, by their exact classes and a hash of their
+    source, and any other module whose graph, as Dynamo captures it, is squeeze-and-excitation and
+    nothing else: no side effect, no write to a parameter, no branch on numbers or extents. Nothing
+    is run for that. A module whose class is called after squeeze-and-excitation is refused with
+    the reason where it is not, and where it holds none. Parameter objects, names,
     state_dict keys, hooks on the module, train flag, ``isinstance``, deepcopy and pickle stay as
     they are (``type(m)`` becomes a subclass); inlined blocks that are no module of their own are
     not found. A child that gets a hook, a parametrization or a replacement later makes its block
@@ -189,7 +196,11 @@ def fuse_se_blocks(
     functions of its class that are replaced, and inputs of other widths.
 
     Args:
-        model: any module; it may itself be a squeeze-and-excitation module.
+        model: any module; it may itself be a squeeze-and-excitation module. Or a graph with fake
+            tensors, a ``GraphModule`` or ``torch.export.ExportedProgram``: excitations in it become
+            calls of the public op ``torch.ops.senet_kernels.squeeze_excite``, which
+            ``unfuse_se_blocks`` does not undo, with their residual and activations if
+            ``neighbours``; ``filter_fn`` and ``backend`` are not for it.
         neighbours: let the steps around a module join its operation: the activation before it
             (timm's EfficientNet, MobileNetV3 and RegNet blocks, any Sequential, so torchvision's
             too), or the residual and the activation after it (timm's ResNet blocks). Hooks on
@@ -206,26 +217,82 @@ def fuse_se_blocks(
     Raises:
         TypeError: ``model`` is no module, or ``filter_fn`` no function; or a module does not let
             its class be set (nothing is changed then).
-        ValueError: ``strict``, and a module was refused; or no such backend.
+        ValueError: ``strict``, and a module was refused; or no such backend; or an option that is
+            not for graphs.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) and not is_program(model):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(
             f"filter_fn: expected a function of name and module, got {type(filter_fn).__name__}"
         )
     dispatch.check_backend_name(backend, "backend")
+    if is_program(model):
+        return _fuse_program(model, neighbours, filter_fn, strict, backend)
+    assert isinstance(model, nn.Module)
     plan = _Plan(model, filter_fn)
     plan.add_modules()
     if neighbours:
         plan.add_blocks()
-    if strict and plan.refused:
-        raise ValueError(
-            "strict: expected every squeeze-and-excitation module to be replaceable, got "
-            + "; ".join(f"{e.name or 'the model'} ({e.kind}): {e.note}" for e in plan.refused)
-        )
+    if strict:
+        _check_strict(plan.refused)
     plan.carry_out(backend)
     return FusionReport(tuple(plan.replaced), tuple(plan.refused))
+
+
+def is_program(model: Any) -> bool:
+    """Whether a model is a graph, of ``torch.export``, ``make_fx`` or Dynamo, with fake tensors."""
+    graph = _graph_of(model)
+    if not isinstance(graph, GraphModule):
+        return False
+    return any("val" in n.meta or "example_value" in n.meta for n in graph.graph.nodes)
+
+
+def _graph_of(model: Any) -> Any:
+    """The graph of an exported program; of a module, itself."""
+    return model if isinstance(model, nn.Module) else getattr(model, "graph_module", None)
+
+
+def _fuse_program(
+    program: Any,
+    neighbours: bool,
+    filter_fn: Callable[[str, nn.Module], bool] | None,
+    strict: bool,
+    backend: str | None,
+) -> FusionReport:
+    """Put calls of the public op into a graph."""
+    if filter_fn is not None or backend is not None:
+        raise ValueError(
+            "filter_fn, backend: expected None for a graph, whose products are no modules and "
+            "whose backend is chosen where it runs"
+        )
+    from .fuse.rewrite import Door, rewrite_module
+
+    door = Door(is_graph=True, steps=neighbours)
+    graph = _graph_of(program)
+    if strict:
+        found = rewrite_module(copy.deepcopy(graph), norm_in_training=False, door=door)
+        _check_strict([Entry(f.node, f.where, f.note) for f in found.refused])
+    outputs = _outputs(graph)
+    found = rewrite_module(graph, norm_in_training=False, door=door)
+    if graph is not program:  # which knows its outputs by name
+        for old, new in zip(outputs, _outputs(graph), strict=True):
+            if old != new:
+                program.graph_signature.replace_all_uses(old, new)
+    return FusionReport(*(tuple(Entry(f.node, f.where, f.note) for f in part) for part in found))
+
+
+def _outputs(graph: GraphModule) -> list[str]:
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    return [n.name for n in pytree.tree_leaves(output.args) if isinstance(n, Node)]
+
+
+def _check_strict(refused: Sequence[Entry]) -> None:
+    if refused:
+        raise ValueError(
+            "strict: expected every squeeze-and-excitation module to be replaceable, got "
+            + "; ".join(f"{e.name or 'the model'} ({e.kind}): {e.note}" for e in refused)
+        )
 
 
 def unfuse_se_blocks(model: nn.Module) -> int:

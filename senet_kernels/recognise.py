@@ -243,6 +243,8 @@ class Recogniser:
         Raises:
             Refusal: it is, or calls itself, squeeze-and-excitation, and cannot be fused.
         """
+        if any(cls.__module__.startswith("senet_kernels.") for cls in type(module).__mro__):
+            return None  # it calls the operation as it is
         known = KNOWN.get(class_name(module))
         if "forward" in vars(module):
             if known is None and not sounds_like_se(module):

@@ -152,7 +152,9 @@ def test_known_home_made_form() -> None:
     ],
 )
 @pytest.mark.parametrize("rank", [3, 4, 5])
-def test_proved_forms(finish: Callable[[Tensor, Tensor], Tensor], expected: str, rank: int) -> None:
+def test_captured_forms(
+    finish: Callable[[Tensor, Tensor], Tensor], expected: str, rank: int
+) -> None:
     module = FunctionalSE(finish)
     report = fuse_se_blocks(module)
     assert [e.note for e in report.replaced] == [f"squeeze_excite: two layers, silu, {expected}"]
@@ -164,7 +166,7 @@ def test_proved_forms(finish: Callable[[Tensor, Tensor], Tensor], expected: str,
 @pytest.mark.parametrize(
     "act", [F.relu, F.gelu, F.hardswish, F.mish, F.leaky_relu, F.relu6, lambda t: t]
 )
-def test_proved_activations(act: Callable[[Tensor], Tensor]) -> None:
+def test_captured_activations(act: Callable[[Tensor], Tensor]) -> None:
     module = FunctionalSE(lambda x, u: x * torch.sigmoid(u), act)
     assert len(fuse_se_blocks(module).replaced) == 1
     _assert_same(module, _x())
@@ -172,8 +174,7 @@ def test_proved_activations(act: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("hidden", [1, 2, 3, 64])
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.GELU])
-def test_proved_at_every_width(hidden: int, act: type[nn.Module]) -> None:
-    """Few hidden channels give few values to tell functions apart by."""
+def test_captured_at_every_width(hidden: int, act: type[nn.Module]) -> None:
     block = SELayer(8)
     block.fc = nn.Sequential(nn.Linear(8, hidden), act(), nn.Linear(hidden, 8), nn.Sigmoid())
     (entry,) = fuse_se_blocks(block).replaced
@@ -790,7 +791,7 @@ _UNDER: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("under", _UNDER.values(), ids=_UNDER)
 def test_converted_under(under: Callable[[], AbstractContextManager[Any]]) -> None:
-    """What is proved of a class does not depend on the mode that its model is converted in."""
+    """What is seen of a module does not depend on the mode that its model is converted in."""
     model = nn.Sequential(SELayer(), SELayer(bias=True))
     x = _x(2, 24, 5, 4)
     expected = model(x)

@@ -303,7 +303,7 @@ def test_modules_that_leave_autocast(
 ) -> None:
     plain, fused = Island(compute), Island(compute)
     fused.load_state_dict(plain.state_dict())
-    # Autocast does not know the meta device, on which a proof begins: left alone, and so equal.
+    # One that asks for the device is left alone, and so equal.
     replaced = bool(fuse_se_blocks(fused).replaced)
     assert replaced == (compute is not _island_by_device)
     x = torch.randn(2, 16, 5, 5)

@@ -30,7 +30,7 @@ from senet_kernels.converted import Fused
 
 
 class HomeMade(nn.Module):
-    """Recognised by proof."""
+    """Recognised by its graph."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

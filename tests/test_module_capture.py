@@ -4,6 +4,7 @@ squeeze-and-excitation and nothing else is fused, all else refused with the true
 from __future__ import annotations
 
 import copy
+import io
 import re
 from typing import Any
 
@@ -209,3 +210,58 @@ def test_the_table_says_what_capture_says(number: int) -> None:
     for field in names:
         assert getattr(by_table, field) == getattr(by_capture, field), field
     assert set(by_capture.ranks) == {4}
+
+
+# ---- graphs ----
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.SiLU(), module_cases.InItsOwnWords(), nn.ReLU(), Layer(16)
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_exported_programs(decomposed: bool) -> None:
+    model, x = _network(), torch.randn(2, 3, 9, 8)
+    expected = model(x)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    if decomposed:
+        program = program.run_decompositions()
+    report = fuse_se_blocks(program, neighbours=True)
+    assert [e.note.partition(": ")[2] for e in report.replaced] == [
+        "two layers, relu, gate sigmoid, after relu, before silu",
+        "two layers, relu, gate sigmoid",
+    ]
+    assert not report.refused
+    calls = [n for n in program.graph.nodes if str(n.target).startswith("senet_kernels.")]
+    assert len(calls) == 2
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for made in (program, torch.export.load(file)):
+        for given in (x, x[:1]):
+            torch.testing.assert_close(made.module()(given), expected[: len(given)])
+    assert str(fuse_se_blocks(program)) == "replaced 0, refused 0"
+
+
+def test_graph_modules() -> None:
+    model, x = _network(), torch.randn(2, 3, 9, 8)
+    graph = torch.export.export(model, (x,)).module()
+    assert len(fuse_se_blocks(graph).replaced) == 2
+    torch.testing.assert_close(graph(x), model(x))
+
+
+def test_graphs_that_are_refused() -> None:
+    program = torch.export.export(
+        nn.Sequential(module_cases.Detached()), (torch.ones(2, 16, 3, 3),)
+    )
+    before = program.graph_module.code
+    with pytest.raises(ValueError, match=r"strict: .*detach"):
+        fuse_se_blocks(program, strict=True)
+    assert "detach" in fuse_se_blocks(program).refused[0].note
+    assert program.graph_module.code == before
+    with pytest.raises(ValueError, match="backend: expected None for a graph"):
+        fuse_se_blocks(program, backend="native")

@@ -362,19 +362,19 @@ def test_transforms_while_compiling(name: str, transform: str) -> None:
 
 
 class _Counting(TorchDispatchMode):
-    """Any mode: it may not like what a proof computes."""
+    """Any mode: it may not like what a capture computes."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.mean.dim:
-            raise AssertionError("a proof is none of a mode's business")
+            raise AssertionError("a capture is none of a mode's business")
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv"])
 def test_conversion_under_fake_tensors(layer: str) -> None:
-    """What memory estimators do: the proof has real tensors all the same."""
+    """What memory estimators do: the capture has tensors of its own."""
     with FakeTensorMode():
         model = nn.Sequential(nn.Conv2d(3, 16, 3), SE(layer=layer))
         report = fuse_se_blocks(model)

@@ -93,7 +93,7 @@ def _interpret(module: nn.Module, x: Tensor) -> Any:
         with (
             get_metrics_context(),
             dynamo.patch({name: v for name, v in options.items() if hasattr(config, name)}),
-            shapes.patch(backed_size_oblivious=True),
+            cast("Any", shapes).patch(backed_size_oblivious=True),
         ):
             return fullgraph_capture(module.forward, (x,))
     except TorchRuntimeError as error:

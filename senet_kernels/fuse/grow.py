@@ -15,13 +15,20 @@ from .flow import Flow, shape_of, tensor_of
 from .reader import Mismatch, Reader, is_number, known_equal, same_kind
 
 
-def grow(flow: Flow, match: Match, norm_in_training: bool) -> None:
-    """Take in what may be taken in, one step after the other.
+def grow(
+    flow: Flow, match: Match, norm_in_training: bool, *, steps: bool = True, affine: bool = True
+) -> None:
+    """Take in what may be taken in, one step after the other: residual and activations if
+    ``steps``, a BatchNorm or other affine step if ``affine``.
 
     ``norm_in_training`` says whether a BatchNorm that computes its statistics is taken in.
     """
+    if not steps:
+        return
     for step in (_take_residual, _take_after, _take_before):
         _attempt(flow, match, step)
+    if not affine:
+        return
     _attempt(flow, match, _take_training_norm if norm_in_training else _take_norm)
     if match.norm is None:
         _attempt(flow, match, _take_affine)

@@ -99,6 +99,11 @@ class Reader:
                 index = op.get("index")
                 if not _takes_all(index, shape_of(op.get("input"))):
                     break
+            elif op.name == "slice":
+                part = slice(op.get("start"), op.get("end"), op.get("step"))
+                shape, dim = shape_of(op.get("input")), op.get("dim", 0)
+                if not _takes_all(part, shape[dim:]):
+                    break
             elif op.name in CASTS or is_number(op.get("other")):
                 if not is_idle(node, op):
                     break
@@ -126,7 +131,10 @@ class Reader:
         """``(input, weight, bias)`` of a linear layer or 1x1 convolution of a vector per image."""
         op = self.flow.op(node)
         batch = shape_of(self.end)[0]
-        if op is None or not (op.name == "linear" or op.name in _CONVOLUTIONS):
+        if op is not None and op.name in ("addmm", "mm"):
+            return self._matrix_product(node, op, outputs)
+        known = op is not None and (op.name == "linear" or op.name in _CONVOLUTIONS)
+        if op is None or not known or op.get("transposed", False):
             raise Mismatch(f"{words(node)} stands where {what} is expected")
         x, weight, bias = self.input_of(node), op.get("weight"), op.get("bias")
         if not isinstance(weight, Node) or not isinstance(x, Node):
@@ -153,6 +161,28 @@ class Reader:
             raise Mismatch(f"{node} is no layer of one vector per image")
         self.take(node)
         return x, weight, bias if isinstance(bias, Node) else None
+
+    def _matrix_product(
+        self, node: Node, op: Op, outputs: Any
+    ) -> tuple[Node, Node, Node | None]:  # fmt: skip
+        """A linear layer as exported programs have it: ``bias + x weight.T``."""
+        bias = op.get("input") if op.name == "addmm" else None
+        x = self.input_of(node, "input" if bias is None else "mat1")
+        turned = self.flow.op(op.get("mat2"))
+        dims = [1, 0] if turned is None or turned.name == "t" else list(turned.get("dims", ()))
+        if turned is None or turned.name not in ("t", "permute") or dims != [1, 0]:
+            raise Mismatch(f"the weight of {node} is no transposed matrix")
+        weight = turned.get("input")
+        scaled = op.get("alpha", 1) != 1 or op.get("beta", 1) != 1
+        shape = (shape_of(self.end)[0], shape_of(weight)[1])
+        if scaled or not known_equal(shape_of(x), shape):
+            raise Mismatch(f"{node} is no layer of one vector per image")
+        if bias is not None and not known_equal(shape_of(bias), (outputs,)):
+            raise Mismatch(f"{node} adds no bias per channel")
+        self.take(node)
+        if set(op.get("mat2").users) == {node}:
+            self.take(op.get("mat2"))
+        return x, weight, bias
 
     def half(self, node: Any, channels: Any) -> tuple[Node, int, list[Node]] | None:
         """``(v, i, nodes)`` where a node is half i of the ``[B, 2C]`` vector v."""
@@ -380,7 +410,7 @@ class Reader:
         return x
 
 
-_CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
+_CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "convolution"))
 _FLATTENING = frozenset(("view", "reshape", "flatten"))
 #: What clips, and slope, intercept, lower and upper bound of ``clip(slope u + intercept)``. The
 #: gradient of clamp at its ends is 1, that of relu6 and hardtanh 0.
@@ -420,7 +450,7 @@ def _takes_all(index: Any, shape: Sequence[Any]) -> bool:
         extent = next(extents, None)
         if not isinstance(i, slice) or i.step not in (None, 1) or i.start not in (None, 0):
             return False
-        stop = _value(i.stop)
+        stop = None if i.stop == 2**63 - 1 else _value(i.stop)  # the last, as aten says it
         if stop is not None and not statically_known_true(stop >= extent):
             return False
     return True

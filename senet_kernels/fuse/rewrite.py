@@ -5,14 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from senet_kernels import api
+from senet_kernels import api, public_ops
 
 from .find import Match, find, is_near
 from .flow import Flow, tensor_of
@@ -21,13 +21,25 @@ from .reader import Mismatch
 from .report import Finding, GraphReport, place_of
 
 
-def rewrite_module(module: GraphModule, *, norm_in_training: bool) -> GraphReport:
+class Door(NamedTuple):
+    """What a graph is rewritten for."""
+
+    is_graph: bool  # it is kept: calls of the public op, for whatever backend there is then
+    steps: bool  # whether residual and activations join
+
+
+COMPILE = Door(False, True)
+
+
+def rewrite_module(
+    module: GraphModule, *, norm_in_training: bool, door: Door = COMPILE
+) -> GraphReport:
     """:func:`rewrite` for a graph and those inside it: bodies of checkpoints and of other
     higher-order operators."""
     report = GraphReport()
     for inner in module.modules():
         if isinstance(inner, GraphModule):
-            found = rewrite(inner.graph, norm_in_training=norm_in_training)
+            found = rewrite(inner.graph, norm_in_training=norm_in_training, door=door)
             if found.fused:
                 inner.graph.lint()
                 inner.recompile()
@@ -35,13 +47,14 @@ def rewrite_module(module: GraphModule, *, norm_in_training: bool) -> GraphRepor
     return report
 
 
-def rewrite(graph: Graph, *, norm_in_training: bool) -> GraphReport:
+def rewrite(graph: Graph, *, norm_in_training: bool, door: Door = COMPILE) -> GraphReport:
     """Put one call in the place of each squeeze-and-excitation for which there is a kernel.
 
     Args:
         graph: of PyTorch calls before autograd, with fake tensors as ``example_value``, as Dynamo
             makes it; where nothing is fused it stays as it was.
         norm_in_training: whether a BatchNorm that computes its statistics joins.
+        door: what the calls are to be, and what joins them.
     """
     products = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     flow = Flow(graph)
@@ -53,25 +66,25 @@ def rewrite(graph: Graph, *, norm_in_training: bool) -> GraphReport:
             continue
         place = place_of(node)
         try:
-            match = _match(flow, node, norm_in_training)
+            match = _match(flow, node, norm_in_training, door)
         except Mismatch as mismatch:
             if is_near(flow, node):
                 refused.append(Finding(node.name, place, str(mismatch)))
             continue
-        _replace(flow, match)
+        _replace(flow, match, door)
         fused.append(Finding(node.name, place, _describe(match)))
     if not fused:
         flow.restore()
     return GraphReport(tuple(fused), tuple(refused))
 
 
-def _match(flow: Flow, node: Node, norm_in_training: bool) -> Match:
+def _match(flow: Flow, node: Node, norm_in_training: bool, door: Door) -> Match:
     match = find(flow, node)
     reason = why_not(flow, match)
     if reason is not None:
         raise Mismatch(reason)
-    grow(flow, match, norm_in_training)
-    reason = _why_no_kernel(flow, match)
+    grow(flow, match, norm_in_training, steps=door.steps, affine=not door.is_graph)
+    reason = None if door.is_graph else _why_no_kernel(flow, match)
     if reason is not None:
         raise Mismatch(reason)
     return match
@@ -160,7 +173,7 @@ def norm_affine(
     return a, b
 
 
-def _replace(flow: Flow, match: Match) -> None:
+def _replace(flow: Flow, match: Match, door: Door) -> None:
     graph, nodes = flow.graph, match.nodes
     options: dict[str, Any] = {"activation": match.activation, "gate": match.gate}
     for name in ("before", "after", "residual"):
@@ -175,7 +188,10 @@ def _replace(flow: Flow, match: Match) -> None:
             for node in pair:
                 flow.add(node, match.end)
         arguments = (match.x, match.w1, match.b1, match.w2, match.b2)
-        call = graph.call_function(api.squeeze_excite, arguments, options)
+        if door.is_graph:
+            call = graph.call_function(public_ops.OPS["squeeze_excite"], arguments, options)
+        else:
+            call = graph.call_function(api.squeeze_excite, arguments, options)
     call.meta = dict(match.end.meta)
     flow.stand_in(match.end, call)
     for node in sorted(nodes, key=flow.order.__getitem__, reverse=True):

@@ -36,6 +36,13 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": ("input", "weight", "bias"),
     **{f"conv{n}d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
        for n in (1, 2, 3)},
+    "convolution": ("input", "weight", "bias", "stride", "padding", "dilation", "transposed",
+                    "output_padding", "groups"),
+    "addmm": ("input", "mat1", "mat2", "beta", "alpha"),
+    "mm": ("input", "mat2"),
+    "t": ("input",),
+    "permute": ("input", "dims"),
+    "slice": ("input", "dim", "start", "end", "step"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum",
                    "eps"),
     "dropout": ("input", "p", "training", "inplace"),
@@ -200,7 +207,9 @@ def _nodes(value: Any) -> Iterator[Node]:
             yield from _nodes(item)
 
 
-_MAY_ALIAS = VIEWS | CASTS | {"detach", "getitem", "chunk", "split", "dropout"}
+_MAY_ALIAS = VIEWS | CASTS | {
+    "detach", "getitem", "chunk", "split", "dropout", "t", "permute", "slice",
+}  # fmt: skip
 
 #: Functions that are not in PyTorch's public homes and neither write nor keep what they get.
 HARMLESS = frozenset((
