@@ -12,7 +12,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable
-from types import CodeType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -310,19 +310,17 @@ KNOWN_BLOCKS: dict[str, _Known] = {
 
 def source_hash(cls: type[nn.Module]) -> str | None:
     """A hash of ``forward``'s source, blank space and comments aside; None where there is none."""
-    return _hash_of(getattr(cls.forward, "__code__", None))
+    return _hash_of(cls.forward) if isinstance(cls.forward, FunctionType) else None
 
 
 @functools.lru_cache(1000)
-def _hash_of(code: CodeType | None) -> str | None:
+def _hash_of(forward: FunctionType) -> str | None:
     try:
-        lines = inspect.getsource(code).splitlines() if code is not None else []
+        lines = inspect.getsource(forward).splitlines()
     except (OSError, TypeError):
         return None
-    if not lines:
-        return None
-    stripped = [line.split("#")[0].strip() for line in lines]
-    return hashlib.sha256("\n".join(filter(None, stripped)).encode()).hexdigest()[:16]
+    code = [line.split("#")[0].strip() for line in lines]
+    return hashlib.sha256("\n".join(filter(None, code)).encode()).hexdigest()[:16]
 
 
 def recognise_block(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:

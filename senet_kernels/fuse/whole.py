@@ -35,7 +35,6 @@ def read_whole(capture: Capture) -> Whole:
     """
     graph = capture.module.graph
     casts = _leave_autocast(graph)
-    strides = _strides(capture)
     flow = Flow(graph)
     steps: Steps | None = None
     match: Match | HalvesMatch
@@ -60,7 +59,7 @@ def read_whole(capture: Capture) -> Whole:
     output = next(n for n in graph.nodes if n.op == "output")
     if output.args[0][0] is not match.end:
         raise Mismatch(f"it returns {words(output.args[0][0])}")
-    if not strides:
+    if not _keeps_strides(capture):
         raise Mismatch("its output has other strides than channels-last input")
     casts = casts or any(op is not None and op.name in CASTS for op in map(flow.op, nodes))
     if casts and steps is not None:
@@ -214,8 +213,9 @@ def _is_size(node: Node) -> bool:
 _IDLE = (torch._check, torch._C._log_api_usage_once)
 
 
-def _strides(capture: Capture) -> bool:
-    """Whether the output has the strides of channels-last input, asked without data."""
+def _keeps_strides(capture: Capture) -> bool:
+    """Whether the output has the strides of channels-last input, asked without data: the graph,
+    which is known to be an excitation alone, runs on the meta device."""
     fake = capture.x.meta["example_value"]
     if fake.dim() not in (4, 5):
         return True
@@ -235,7 +235,7 @@ def _strides(capture: Capture) -> bool:
             given.append(torch.empty_like(capture.tensors[node][1], device="meta"))
         else:
             given.append(symbols.get(str(value), value))
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
         try:
             (y,) = capture.module.forward(*given)
         except Exception:  # operators without a meta kernel, which are no part of this one
