@@ -364,7 +364,8 @@ def _read(module: nn.Module, rank: int, setting: _Setting) -> tuple[_Reading, _C
 
 
 def _copy(module: nn.Module, setting: _Setting) -> Foreign:
-    """The module with new parameters, without data, so that nothing is written to its own."""
+    """The module with new parameters and buffers on the CPU, so that nothing is written to its own
+    and they may be anywhere."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(
             torch.empty(p.shape, dtype=setting.dtype, device="cpu"),
@@ -372,13 +373,13 @@ def _copy(module: nn.Module, setting: _Setting) -> Foreign:
         )
         for p in module.parameters()
     }
+    for b in module.buffers():
+        dtype = setting.dtype if b.is_floating_point() else b.dtype
+        memo[id(b)] = torch.zeros(b.shape, dtype=dtype, device="cpu")
     try:
         copied: Foreign = copy.deepcopy(module, memo)
         for child in copied.modules():
             child.training = setting.training
-            for name, buffer in child._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    child._buffers[name] = buffer.to("cpu", setting.dtype)
     except Exception as error:  # whatever a stranger's module raises
         raise Refusal(f"a copy of it cannot be made: {one_line(error)}") from error
     return copied

@@ -265,3 +265,65 @@ def test_graphs_that_are_refused() -> None:
     assert program.graph_module.code == before
     with pytest.raises(ValueError, match="backend: expected None for a graph"):
         fuse_se_blocks(program, backend="native")
+
+
+# ---- networks of timm ----
+
+#: One of each family whose squeeze-and-excitation modules differ.
+_FAMILIES = (
+    "seresnet18", "mobilenetv3_small_050", "rexnet_100", "ese_vovnet19b_dw", "ecaresnet26t",
+    "legacy_seresnet18", "hgnetv2_b4", "regnety_002", "ghostnet_050", "mixnet_s", "skresnet18",
+    "eca_nfnet_l0", "seresnext26t_32x4d", "tinynet_e", "lcnet_050", "cspnext_tiny", "fbnetc_100",
+)  # fmt: skip
+_CLASSES = ("SEModule", "SqueezeExcite", "EffectiveSEModule", "EseModule", "EcaModule")
+
+
+def _said(read: Any, module: nn.Module) -> Any:
+    """What is computed, or why it is refused."""
+    try:
+        form = read(module)
+    except Refusal as refusal:
+        return str(refusal)
+    return (type(form), *(form[:4] if isinstance(form, Mlp) else (form.gate,)))
+
+
+def _compare_with_the_table(
+    name: str, recogniser: recognise.Recogniser
+) -> tuple[int, list[str]]:  # fmt: skip
+    """Instances in a network of timm, and those that capture and the table do not agree on, or that
+    neither takes."""
+    timm = library("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    found = [(n, m) for n, m in model.named_modules() if type(m).__name__ in _CLASSES]
+    wrong = []
+    for path, module in found:
+        row = recognise.KNOWN[recognise.class_name(module)]
+        forms = [_said(read, module) for read in (row.read, recogniser._capture)]
+        if isinstance(forms[0], str) or forms[0] != forms[1]:
+            wrong.append(f"{name}.{path}: {forms}")
+    return len(found), wrong
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if i > 4 else n for i, n in enumerate(_FAMILIES)],
+)
+def test_networks_of_timm_without_the_table(name: str) -> None:
+    count, wrong = _compare_with_the_table(name, recognise.Recogniser())
+    assert count
+    assert not wrong, wrong
+
+
+@pytest.mark.slow
+def test_all_networks_of_timm_without_the_table() -> None:
+    """At least 99 % of all squeeze-and-excitation instances, and none but what the table takes."""
+    timm = library("timm")
+    recogniser = recognise.Recogniser()
+    total, wrong = 0, []
+    for name in timm.list_models():
+        count, differing = _compare_with_the_table(name, recogniser)
+        total += count
+        wrong += differing
+    assert total > 5000
+    assert len(wrong) < total / 100, wrong
