@@ -307,7 +307,8 @@ def _check_training(module: nn.Module, rank: int, setting: _Setting, refusal: Re
     except Refusal:
         return
     for path, child in descendants(module):
-        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
+        is_dropout = isinstance(child, nn.modules.dropout._DropoutNd) and "dropout" in str(refusal)
+        if is_dropout and getattr(child, "p", 0) > 0:
             raise Refusal(
                 f"its child {'.'.join(path)}, {child}, is random in training: for inference put "
                 "nn.Identity() in its place, for training call squeeze and channel_scale around "

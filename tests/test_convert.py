@@ -340,7 +340,10 @@ def test_dropout_that_drops_nothing_until_it_does() -> None:
 def test_another_computation_in_training() -> None:
     """Whatever dropout is beside it."""
     block = SEOddity(lambda m, x: _se(m, x) * (1 + m.training))
-    assert fuse_se_blocks(block).refused[0].note == "it is squeeze-and-excitation and more: mul"
+    assert fuse_se_blocks(block).refused[0].note == (
+        "it is squeeze-and-excitation in eval, and not in training: it is squeeze-and-excitation "
+        "and more: mul"
+    )
 
 
 def test_strict_changes_nothing() -> None:

@@ -89,7 +89,11 @@ def _interpret(module: nn.Module, x: Tensor) -> Any:
         mark_dynamic(x, dim)
     try:
         dynamo = cast("Any", config)  # which has its functions from run time
-        options = {"side_effect_replay_policy": "error", "reorderable_logging_functions": set()}
+        # Numbers are what they are now, whatever Dynamo has seen of this code before.
+        options = {
+            "side_effect_replay_policy": "error", "reorderable_logging_functions": set(),
+            "automatic_dynamic_shapes": False, "specialize_float": True,
+        }  # fmt: skip
         with (
             get_metrics_context(),
             dynamo.patch({name: v for name, v in options.items() if hasattr(config, name)}),

@@ -97,6 +97,8 @@ def _one_chain(
             steps, nodes = read_chain(flow, match)
         except Mismatch:
             continue
+        if any(op is not None and op.name == "dropout" for op in map(flow.op, nodes)):
+            continue  # in eval it is none, and the excitation may be one of layers
         nodes |= {*match.squeeze, *match.scale, match.end}
         if not any(flow.why_write_stays(n, nodes) for n in (*match.squeeze, *match.scale, node)):
             found.append((match, steps, nodes))
