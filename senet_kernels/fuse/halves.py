@@ -32,6 +32,7 @@ def find_halves(flow: Flow, end: Node) -> HalvesMatch:
     """
     op = flow.op(end)
     assert op is not None
+    reason = Mismatch("it is no product of two tensors")
     for x_name, g_name in (("input", "other"), ("other", "input")):
         if not isinstance(op.get(x_name), Node) or not isinstance(op.get(g_name), Node):
             continue
