@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from . import dispatch
+from . import between, dispatch
 from .converted import Fused, fused_class
 from .forms import (
     Form,
@@ -64,7 +64,7 @@ class FusionReport(NamedTuple):
 
 def _describe(form: Form) -> str:
     if not isinstance(form, Mlp):
-        return f"squeeze, its own excitation, channel_scale; gate {form.gate}"
+        return f"squeeze, its own excitation, channel_scale; gate {form.gate}; {between.WHERE}"
     layers = "one layer" if form.fc1 is None else f"two layers, {form.activation}"
     added = "" if form.residual is None else ", plus a residual"
     return f"squeeze_excite: {layers}, gate {form.gate}{added}"

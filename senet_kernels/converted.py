@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import api, dispatch, resolve
+from . import api, between, dispatch, resolve
 from .forms import (
     Form,
     Functions,
@@ -65,7 +65,10 @@ class Fused(nn.Module):
         x: Any = args[0] if args else None
         compiling = resolve.is_compiling()
         if form is None or (
-            isinstance(x, Tensor) and not dispatch.may_run_kernels(x, backend, compiling)
+            isinstance(x, Tensor)
+            and not (_may_run_halves if type(form) is Halves else dispatch.may_run_kernels)(
+                x, backend, compiling
+            )
         ):
             return self._original.forward(self, *args, **kwargs)
         plain, more, lengths = args, kwargs, None
@@ -163,15 +166,23 @@ def _refuse_kernels(module: Any, reason: str) -> None:
         dispatch.refuse_kernels(f"this {module._original.__name__}: {reason}", backend)
 
 
+def _may_run_halves(x: Tensor, backend: str | None, compiling: bool) -> bool:
+    """Whether a module whose excitation runs between kernels is left to them: where they are
+    faster, or asked for by name."""
+    requested = dispatch._forced if backend is None else backend
+    if (requested is None or requested == "auto") and not between.is_worth(x, compiling):
+        return False
+    return dispatch.may_run_kernels(x, backend, compiling)
+
+
 def _run_halves(module: Any, form: Halves, x: Tensor) -> Tensor:
     """A module whose excitation runs between the kernels for the halves."""
     backend = module._senet_backend
+    options = between.prepared(x, form.gate, backend)
+    if options is not None:
+        return between.run(x, partial(form.excite, module), form.gate, options)
     u = form.excite(module, api.squeeze(x, backend=backend))
-    if u.shape == x.shape[:2] and (u.dtype == x.dtype or autocast_is_on(x.device.type)):
-        return api.channel_scale(x, u, gate=form.gate, backend=backend)
-    # A layer in its place has another dtype, or is as wide as broadcasting allows.
-    row = POINTWISE[form.gate]
-    return x * (row.eager or row.fn)(u[:, :, None, None])
+    return between.scaled(x, u, form.gate, backend)
 
 
 def _excite_within(

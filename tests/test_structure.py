@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("captured", "neighbours"),
     ("forms", "fuse"),
     ("public_kernels",),
+    ("between",),
     ("api",),
     ("resolve",),
     ("settle",),
