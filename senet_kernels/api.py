@@ -11,7 +11,13 @@ from torch.overrides import handle_torch_function
 
 from . import autograd, dispatch, fallback, features, public_ops, reference, resolve, validation
 from .pointwise import Options, check_name, pack
-from .tensors import dispatch_modes, function_modes, is_captured, is_proxy, untraced
+from .tensors import (
+    dispatch_modes,
+    function_modes,
+    is_captured,
+    proxies,
+    untraced,
+)
 
 # Looked up once, as in resolve.
 _is_grad_enabled, _transforms_active = (
@@ -121,9 +127,10 @@ def squeeze_excite(
     )  # fmt: skip
     if y is not NotImplemented:
         return y
-    if is_proxy(x):  # torch.fx records the call
+    recording = proxies(x, w1, b1, w2, b2, residual, alpha, beta, lengths, before_affine)
+    if recording:  # torch.fx records the call
         recorded: Tensor = handle_torch_function(
-            squeeze_excite, (x,), x, w1, b1, w2, b2, activation=activation, gate=gate,
+            squeeze_excite, recording, x, w1, b1, w2, b2, activation=activation, gate=gate,
             before=before, before_affine=before_affine, after=after, residual=residual,
             alpha=alpha, beta=beta, lengths=lengths, inplace=inplace, backend=backend,
         )  # fmt: skip
@@ -196,9 +203,10 @@ def squeeze(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
-    if type(x) is not Tensor and is_proxy(x):
+    recording = proxies(x, lengths, before_affine)
+    if recording:
         recorded: Tensor = handle_torch_function(
-            squeeze, (x,), x, before=before, before_affine=before_affine, lengths=lengths,
+            squeeze, recording, x, before=before, before_affine=before_affine, lengths=lengths,
             backend=backend,
         )  # fmt: skip
         return recorded
@@ -322,9 +330,10 @@ def channel_scale(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as in :func:`squeeze_excite`.
     """
-    if type(x) is not Tensor and is_proxy(x):
+    recording = proxies(x, u, residual, alpha, beta, before_affine)
+    if recording:
         recorded: Tensor = handle_torch_function(
-            channel_scale, (x,), x, u, gate=gate, before=before, before_affine=before_affine,
+            channel_scale, recording, x, u, gate=gate, before=before, before_affine=before_affine,
             after=after, residual=residual, alpha=alpha, beta=beta, backend=backend,
         )  # fmt: skip
         return recorded

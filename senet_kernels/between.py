@@ -61,7 +61,9 @@ class _Squeeze(torch.autograd.Function):
             through_mean = through_mean[:, :, None, None]
             return through_mean.expand(extents) if dy is None else dy + through_mean, None
         scale_and_shift = torch.cat((u, through_mean), 1)
-        return _SCALE(dy, scale_and_shift, None, None, None, None, None, ctx.options, False)[0], None
+        return _SCALE(dy, scale_and_shift, None, None, None, None, None, ctx.options, False)[
+            0
+        ], None
 
 
 class _Scale(torch.autograd.Function):
@@ -87,15 +89,15 @@ class _Scale(torch.autograd.Function):
             )
             return gradients[0], None, gradients[1], None
         if 0 in dy.stride():  # expanded: the kernels would copy it for each reading
-            dy = torch.empty_like(x).copy_(dy)
+            dy = dy.contiguous()
         du = None
         if of_u:
             du = _SCALE_BACKWARD(dy, x, u, None, None, None, None, None, mask, ctx.options, _U)[1]
         return (dy, u, du, None) if of_x else (None, None, du, None)
 
 
-#: From how many elements of x on the Functions here are faster than PyTorch's operators on a CPU, by
-#: whether a gradient is needed (docs/performance.md has the measurements).
+#: From how many elements of x on the Functions here are faster than PyTorch's operators on a CPU
+#: (docs/performance.md has the measurements).
 WORTH = 1 << 18
 #: The same in words, for reports.
 WHERE = (
@@ -167,17 +169,18 @@ def run(x: Tensor, excite: Callable[[Tensor], Tensor], gate: str, options: int) 
     u = excite(z)
     if u.dtype is not x.dtype or u.shape != x.shape[:2] or type(u) not in PLAIN_TYPES:
         return scaled(x, u, gate, None)
+    y: Tensor
     if requires_grad(x, u):
-        y: Tensor = _Scale.apply(x, place, u, options)
-        return y
-    y = _SCALE(x, u, None, None, None, None, None, options, False)[0]
+        y = _Scale.apply(x, place, u, options)
+    else:
+        y = _SCALE(x, u, None, None, None, None, None, options, False)[0]
     return y
 
 
 def scaled(x: Tensor, u: Tensor, gate: str, backend: str | None) -> Tensor:
-    """``x gate(u)`` by the public function, or by PyTorch's operators where that does not take u: of
-    another dtype than x, or as wide as broadcasting allows, since there is another layer in the
-    place of one that was recognised."""
+    """``x gate(u)`` by the public function, or by PyTorch's operators where that does not take u:
+    there is another layer in the place of one that was recognised, and u is of another dtype than
+    x, or as wide as broadcasting allows."""
     if u.shape == x.shape[:2] and (u.dtype == x.dtype or autocast_is_on(x.device.type)):
         return api.channel_scale(x, u, gate=gate, backend=backend)
     row = POINTWISE[gate]

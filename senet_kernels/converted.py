@@ -22,7 +22,6 @@ from .forms import (
     Halves,
     Mlp,
     Refusal,
-    code_of,
     find,
     functions_of,
     guard,
@@ -35,8 +34,16 @@ from .forms import (
 from .neighbours import Block
 from .pointwise import POINTWISE
 from .reference import autocast_is_on
-from .tensors import PLAIN_TYPES, foreign_class, wrapper_class
+from .tensors import (
+    PLAIN_TYPES,
+    dispatch_modes,
+    foreign_class,
+    function_modes,
+    redefines_operators,
+    wrapper_class,
+)
 from .validation import DTYPES
+from .watched import code_of
 
 
 def _stale_reason(module: Any) -> str | None:
@@ -141,6 +148,8 @@ def _excite(
     if form.residual is not None:
         residual = form.residual(module, x)
     if form.lengths is not None and lengths is not None:
+        if not isinstance(lengths, Tensor):  # the original's to refuse
+            return NotImplemented
         lengths = form.lengths(x, lengths)
     names = (form.activation, form.gate, before, after)
     try:
@@ -238,8 +247,10 @@ def _call_reason(
         return f"x is a {type(x).__name__}"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
-    if not compiling and torch._C._get_tracing_state() is not None:
+    if not compiling and resolve.tracing_state() is not None:
         return resolve.why_no_kernel()
+    if not compiling and (dispatch_modes() or function_modes()) and redefines_operators():
+        return "a mode of torch_function or torch_dispatch is on that may redefine its layers"
     if _has_any_global_hook():
         return "a global module hook is registered"
     reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module)
@@ -262,7 +273,10 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
         kind = foreign_class(w2) or foreign_class(w1)
         if kind is not None:
             return f"its layers have weights of class {kind}"
-    channels = (w2 if w1 is None else w1).size(1)
+    try:
+        channels = (w2 if w1 is None else w1).size(1)
+    except IndexError:  # freed
+        return "its layers have no matrices for weights"
     if x.is_nested or x.size(1) != channels:
         return f"x has {x.size(1)} channels, its layers have {channels}"
     if w2.size(0) != channels:  # twice as many would be taken for scale and shift

@@ -6,20 +6,18 @@ does, to be checked for changes before each call.
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Callable, Iterator
-from enum import Enum
 from functools import partial
 from operator import itemgetter
-from types import BuiltinFunctionType, CodeType, FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .pointwise import POINTWISE
+from .watched import as_it_is, classes_of, is_guarded, is_setting
 
 Path = tuple[str, ...]  # names of children, from a module downwards
 Foreign = Any  # a module of a class that is not known here
@@ -169,24 +167,15 @@ _OF_ANY_MODULE = frozenset((*vars(nn.Module()), "_senet_form", "_senet_backend")
 _EXTENTS = frozenset(("in_channels", "out_channels", "in_features", "out_features"))
 # Attributes of norms, which are called all the same.
 _OF_NORMS = frozenset(("eps", "momentum", "num_features"))
-_SETTINGS = (int, float, complex, str, type(None), torch.dtype, torch.device, FunctionType,
-             BuiltinFunctionType, type, Enum)  # fmt: skip
-
-
-def _is_setting(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_setting, value))
-    return isinstance(value, _SETTINGS)
-
-
-def _kept(value: Any) -> Any:
-    """A value as it is now, also where its owner changes it in place."""
-    if type(value) in (list, tuple):
-        return type(value)(map(_kept, value))
-    if type(value) is dict:
-        return {key: _kept(v) for key, v in value.items()}
-    return set(value) if type(value) is set else value
-
+# What torch's layers call, which some patch: kernels do what it did when this was imported.
+_FUNCTIONAL = vars(F)
+_read_functions = itemgetter("conv1d", "conv2d", "conv3d", "linear")
+_FUNCTIONS = _read_functions(_FUNCTIONAL)
+_CONV1D, _CONV2D, _CONV3D = (c._conv_forward for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+_LAYERS_ARE_TORCHS = all(isinstance(f, BuiltinFunctionType) for f in _FUNCTIONS) and {
+    f.__code__.co_filename for f in (_CONV1D, _CONV2D, _CONV3D)
+} == {nn.modules.conv._ConvNd.extra_repr.__code__.co_filename}
+_REPLACED = "a function that torch's layers call has been replaced"
 
 #: The forward of each class of children, when the first of it was recognised or called: whoever
 #: patches ``nn.Conv2d.forward`` later means the layers of fused modules too.
@@ -200,6 +189,8 @@ def part_of(module: nn.Module, path: Path) -> Part:
         Refusal: its class has been patched since another of it was recognised.
     """
     child = find(module, path)
+    if not _LAYERS_ARE_TORCHS:
+        raise Refusal(_REPLACED)
     if path and not _is_as_known(type(child)):
         raise Refusal(f"its child {'.'.join(path)} is of a class whose forward was changed")
     ignored = _OF_ANY_MODULE
@@ -207,30 +198,46 @@ def part_of(module: nn.Module, path: Path) -> Part:
         ignored |= {"inplace"}
         ignored |= _EXTENTS if isinstance(child, LINEAR) else frozenset()
         ignored |= _OF_NORMS if isinstance(child, _NormBase) else frozenset()
-    settings = {name: _kept(value) for name, value in vars(child).items() if name not in ignored}
+    settings = {
+        name: _watched(type(child), name, value)
+        for name, value in vars(child).items()
+        if name not in ignored
+    }
     # Hooks of the module itself fire as ever: it is called.
     hooks: dict[str, Any] = {name: {} for name in (_HOOKS if path else ())}
     facts = {**settings, **hooks}
     names = tuple(facts)
     known = frozenset(vars(child)) | (frozenset() if path else {"_senet_form", "_senet_backend"})
+    names_asked = frozenset().union(*_asked_by_class(type(child)))
+    if not path and ({"type", "__class__"} & names_asked) - known:
+        raise Refusal("its forward asks for its class, which is another one when it is fused")
+    lookups = _lookups(type(child), known)
+    lookups += tuple(
+        (name, _UNGUARDED)
+        for name, value in settings.items()
+        if name in names_asked and not is_guarded(value)
+    )
     return Part(
         path, type(child), len(child._modules), _own(vars(child)), names, _reader(names),
-        tuple(facts.values()), known, _lookups(type(child), known),
+        tuple(facts.values()), known, lookups,
     )  # fmt: skip
 
 
-def _classes_of(kind: type[nn.Module]) -> tuple[type, ...]:
-    """A class and its bases, up to torch's Module and without it."""
-    return kind.__mro__[: kind.__mro__.index(nn.Module)]
+def _watched(kind: type[nn.Module], name: str, value: Any) -> Any:
+    """A value to compare with later: of one that cannot be gone through, which it is."""
+    try:
+        return as_it_is(value)
+    except Exception:  # TooLarge, or what its own code raises
+        if any(name in asked for asked in _asked_by_class(kind)):
+            raise Refusal(f"its {name!r} cannot be watched for changes") from None
+        return value
 
 
 def _lookups(kind: type[nn.Module], known: frozenset[str]) -> tuple[tuple[str, Any], ...]:
     """What ``forward`` and what it calls may look up on a module and that the instance has no
     attribute for: functions and settings of its class, and names that need not be there."""
-    of_class: dict[str, Any] = {}
-    for cls in reversed(_classes_of(kind)):
-        of_class |= vars(cls)
-    names, strings = _asked_by_forward(of_class)
+    of_class = _namespace(kind)
+    names, strings = _asked_by_class(kind)
     found = []
     for name in sorted(names | strings):
         if name in known or name.startswith("__") or not name.isidentifier():
@@ -240,11 +247,22 @@ def _lookups(kind: type[nn.Module], known: frozenset[str]) -> tuple[tuple[str, A
             if isinstance(value, (staticmethod, classmethod, FunctionType)):
                 # Not the function, which pickle finds by its name, patched by then perhaps.
                 found.append((name, _METHOD if isinstance(value, FunctionType) else _STATIC))
-            elif _is_setting(value):
+            elif is_setting(value):
                 found.append((name, value))
         elif name in strings and not hasattr(kind, name):
             found.append((name, _ABSENT))
     return tuple(found)
+
+
+def _namespace(kind: type[nn.Module]) -> dict[str, Any]:
+    of_class: dict[str, Any] = {}
+    for cls in reversed(classes_of(kind)):
+        of_class |= vars(cls)
+    return of_class
+
+
+def _asked_by_class(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+    return _asked_by_forward(_namespace(kind))
 
 
 def _asked_by_forward(of_class: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
@@ -268,6 +286,8 @@ def _asked_by_forward(of_class: dict[str, Any]) -> tuple[frozenset[str], frozens
 
 # What a lookup finds, where that is no setting.
 _ABSENT, _METHOD, _STATIC = "nothing of this name", "a method of the class", "another function"
+# An attribute that compiled code cannot watch.
+_UNGUARDED = "an object"
 
 
 def _is_as_known(kind: type[nn.Module]) -> bool:
@@ -299,15 +319,24 @@ def _own(facts: Any) -> int:
 
 def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
+    if (
+        _read_functions(_FUNCTIONAL) != _FUNCTIONS
+        or nn.Conv2d._conv_forward is not _CONV2D
+        or nn.Conv1d._conv_forward is not _CONV1D
+        or nn.Conv3d._conv_forward is not _CONV3D
+    ):
+        return _REPLACED
+    of_module = module.__dict__
     for part in parts:
         path, kind, children, own, _, read, values, known, _ = part
         child: Foreign = module
+        facts = of_module
         try:
             for name in path:
-                child = child.__dict__["_modules"][name]
-            facts = child.__dict__
+                child = facts["_modules"][name]
+                facts = child.__dict__
             as_it_was = (
-                read(facts) == values
+                values == read(facts)
                 and len(facts["_modules"]) == children
                 and (len(facts) == len(known) or not _hidden(child, part))
                 and (
@@ -342,7 +371,7 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
                 if not _finds(child, name, value):
                     return False
             for name, value in zip(part.names, part.values, strict=True):
-                if name not in _HOOKS and _is_guarded(value) and getattr(child, name) != value:
+                if name not in _HOOKS and is_guarded(value) and getattr(child, name) != value:
                     return False
             if part.path and not _finds(child, "forward", _METHOD):
                 return False
@@ -354,6 +383,8 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
 
 
 def _finds(child: Foreign, name: str, value: Any) -> bool:
+    if value is _UNGUARDED:
+        return False
     if value is _ABSENT:
         return not hasattr(child, name)
     found = getattr(child, name)
@@ -362,12 +393,6 @@ def _finds(child: Foreign, name: str, value: Any) -> bool:
     if value is _STATIC:
         return bool(found == getattr(type(child), name))
     return bool(found == value)
-
-
-def _is_guarded(value: Any) -> bool:
-    if type(value) is dict:
-        return all(map(_is_guarded, value.values()))
-    return all(map(_is_guarded, value)) if type(value) in (list, set) else _is_setting(value)
 
 
 def _hidden(child: nn.Module, part: Part) -> str | None:
@@ -400,7 +425,7 @@ def _what_is_new(module: nn.Module, part: Part) -> str:
         if name not in facts:
             return f"{its} has no attribute {name!r} any more"
         try:
-            same = bool((facts[name],) == (value,))
+            same = bool((value,) == (facts[name],))
         except (RuntimeError, ValueError):
             same = False
         if not same:
@@ -416,7 +441,7 @@ Functions = tuple[tuple[type, Callable[[Any], tuple[Any, ...]], tuple[Any, ...]]
 def functions_of(kind: type[nn.Module]) -> Functions:
     """What a module of a class may call of it, from the class up to torch's Module."""
     found = []
-    for cls in _classes_of(kind):
+    for cls in classes_of(kind):
         names = tuple(n for n, v in vars(cls).items() if not n.startswith("__"))
         found.append((cls, _reader(names), tuple(vars(cls)[n] for n in names)))
     return tuple(found)
@@ -432,33 +457,6 @@ def is_patched(functions: Functions) -> bool:
     except (KeyError, RuntimeError, ValueError):
         return True
     return False
-
-
-def code_of(kind: type[nn.Module]) -> str:
-    """A digest of what :func:`functions_of` a class compute, the same in every process of this
-    Python."""
-    digest = hashlib.sha256(repr(sys.version_info[:2]).encode())
-    for cls in _classes_of(kind):
-        for name, value in sorted(vars(cls).items()):
-            if not name.startswith("__"):
-                digest.update(repr((name, _digested(value))).encode())
-    return digest.hexdigest()
-
-
-def _digested(value: Any) -> Any:
-    value = getattr(value, "__func__", getattr(value, "fget", value))
-    value = getattr(value, "__code__", value)
-    if isinstance(value, CodeType):
-        return (value.co_code, value.co_names, tuple(map(_digested, value.co_consts)))
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_digested, value))
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
-    return (
-        value
-        if isinstance(value, (int, float, complex, str, bytes, type(None)))
-        else type(value).__qualname__
-    )
 
 
 def own_parameter(layer: Foreign, name: str) -> Any:

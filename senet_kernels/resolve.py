@@ -25,7 +25,7 @@ from .tensors import (
     dispatch_modes,
     function_modes,
     is_captured,
-    is_proxy,
+    proxies,
     untraced,
     wrapper_class,
 )
@@ -441,7 +441,7 @@ def run(
                 except (TypeError, ValueError, dispatch.BackendUnavailableError) as wrong:
                     raise wrong from None
                 raise
-    if is_proxy(x):
+    if proxies(x, w1, b1, w2, b2, residual, alpha, beta, lengths, before_affine):
         return NotImplemented
     arguments = (
         x, w1, b1, w2, b2, names, before_affine, residual, alpha, beta, lengths, inplace, backend,

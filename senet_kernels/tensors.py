@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    is_traceable_wrapper_subclass,
+)
 
 #: Classes whose operators are PyTorch's own, without asking further. None: no tensor.
 PLAIN_TYPES = frozenset((Tensor, nn.Parameter, type(None)))
@@ -21,11 +24,37 @@ _STAND_INS = (FakeTensor, FunctionalTensor)
 
 
 def wrapper_class(t: Tensor | None) -> str | None:
-    """The name of t's class where it is made of other tensors (a DTensor, a quantised weight): it
-    knows what PyTorch's operators mean to it, and nothing of ours."""
+    """The name of t's class where that says what PyTorch's operators do to it: where it is made of
+    other tensors (a DTensor, a quantised weight), or has its own ``__torch_function__`` or
+    ``__torch_dispatch__``. It knows nothing of our operators."""
     kind: type = type(t)
-    wraps: bool = kind not in PLAIN_TYPES and is_traceable_wrapper_subclass(t)
-    return kind.__name__ if wraps else None
+    if kind in PLAIN_TYPES:
+        return None
+    wraps: bool = is_traceable_wrapper_subclass(t)
+    return kind.__name__ if wraps or _has_own_operators(kind) else None
+
+
+def _has_own_operators(kind: Any) -> bool:
+    if issubclass(kind, _STAND_INS):
+        return False
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return function not in _USUAL_FUNCTIONS or kind.__torch_dispatch__ is not _USUAL_DISPATCH
+
+
+# Dynamo keeps the answer, as of torch.compiler.assume_constant_result.
+_has_own_operators._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_USUAL_FUNCTIONS = (
+    vars(Tensor)["__torch_function__"].__func__,
+    torch._C._disabled_torch_function_impl,
+)
+_USUAL_DISPATCH = torch._C._disabled_torch_dispatch_impl
+
+
+def redefines_operators() -> bool:
+    """Whether a mode that is not PyTorch's own is on: it may say what PyTorch's operators do."""
+    modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
+    return any(not type(mode).__module__.startswith("torch.") for mode in modes)
 
 
 def foreign_class(weight: Any) -> str | None:
@@ -43,6 +72,14 @@ def foreign_class(weight: Any) -> str | None:
 def is_proxy(x: Any) -> bool:
     """Whether x is no tensor and records what is done to it, as torch.fx's Proxy."""
     return type(x) is not Tensor and not isinstance(x, Tensor) and has_torch_function((x,))
+
+
+def proxies(*arguments: Any) -> tuple[Any, ...]:
+    """Those of a call's arguments, and of the members of a tuple among them, that are."""
+    if PLAIN_TYPES.issuperset(map(type, arguments)):
+        return ()
+    members = [v for a in arguments for v in (a if isinstance(a, tuple) else (a,))]
+    return tuple(filter(is_proxy, members))
 
 
 def is_captured() -> bool:

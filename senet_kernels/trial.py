@@ -48,7 +48,7 @@ def make(name: str, device: str) -> nn.Module:
         raise TrialError(f"cannot be made: {reason}") from None
     except TrialError:
         raise
-    except Exception as error:  # whatever a stranger's code raises
+    except (Exception, SystemExit) as error:  # whatever a stranger's code raises
         raise TrialError(f"cannot be made: {type(error).__name__}: {error}") from None
     raise TrialError(f"gives no torch.nn.Module: got {type(model).__name__}")
 
@@ -184,7 +184,7 @@ def find_input(model: nn.Module, batch: int, size: int | None, device: str) -> T
             with torch.no_grad():
                 model(x)
             return Trial(x, shape.spatial)
-        except Exception as error:  # of a stranger's model
+        except (Exception, SystemExit) as error:  # of a stranger's model
             first = first or f"{extents}{kind}: {type(error).__name__}: {error}"
     raise TrialError(f"does not run on {first}")
 

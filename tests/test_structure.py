@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recognise",),
     ("captured", "neighbours"),
     ("forms", "fuse"),
+    ("watched",),
     ("public_kernels",),
     ("between",),
     ("api",),
