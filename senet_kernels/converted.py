@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_backward_hooks as _GLOBAL_BACKWARD
+from torch.nn.modules.module import _global_backward_pre_hooks as _GLOBAL_BEFORE_BACKWARD
+from torch.nn.modules.module import _global_forward_hooks as _GLOBAL_FORWARD
+from torch.nn.modules.module import _global_forward_pre_hooks as _GLOBAL_BEFORE
 
 from . import api, between, dispatch, resolve
 from .forms import (
@@ -251,7 +254,7 @@ def _call_reason(
         return resolve.why_no_kernel()
     if not compiling and (dispatch_modes() or function_modes()) and redefines_operators():
         return "a mode of torch_function or torch_dispatch is on that may redefine its layers"
-    if _has_any_global_hook():
+    if _GLOBAL_FORWARD or _GLOBAL_BEFORE or _GLOBAL_BACKWARD or _GLOBAL_BEFORE_BACKWARD:
         return "a global module hook is registered"
     reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more

@@ -52,9 +52,13 @@ _USUAL_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
 def redefines_operators() -> bool:
-    """Whether a mode that is not PyTorch's own is on: it may say what PyTorch's operators do."""
+    """Whether a mode is on that may say what PyTorch's operators do: one that is not PyTorch's own,
+    and does not say of itself that it only observes (``only_observes = True``)."""
     modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
-    return any(not type(mode).__module__.startswith("torch.") for mode in modes)
+    return any(
+        not (type(mode).__module__.startswith("torch.") or getattr(mode, "only_observes", False))
+        for mode in modes
+    )
 
 
 def foreign_class(weight: Any) -> str | None:

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class CountOperations(TorchDispatchMode):
     """Counts by name what runs within it."""
 
+    only_observes = True
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()

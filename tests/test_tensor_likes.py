@@ -364,6 +364,8 @@ def test_transforms_while_compiling(name: str, transform: str) -> None:
 class _Counting(TorchDispatchMode):
     """Any mode: it may not like what a capture computes."""
 
+    only_observes = True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -27,6 +27,8 @@ WEIGHTS = Needs.W1 | Needs.B1 | Needs.W2 | Needs.B2
 class _RecordNeeds(TorchDispatchMode):
     """Collects the ``needs`` of every backward op, and which operations ran."""
 
+    only_observes = True
+
     def __init__(self) -> None:
         super().__init__()
         self.needs: list[Needs] = []
