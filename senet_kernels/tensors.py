@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     is_traceable_wrapper_subclass,
@@ -75,7 +75,8 @@ def foreign_class(weight: Any) -> str | None:
 
 def is_proxy(x: Any) -> bool:
     """Whether x is no tensor and records what is done to it, as torch.fx's Proxy."""
-    return type(x) is not Tensor and not isinstance(x, Tensor) and has_torch_function((x,))
+    # Not has_torch_function, which says yes of anything while a mode is on.
+    return not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__")
 
 
 def proxies(*arguments: Any) -> tuple[Any, ...]:

@@ -235,3 +235,15 @@ def test_patched_layers(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     assert not report.replaced
     monkeypatch.undo()
     assert fuse_se_blocks(SE()).replaced
+
+
+class Observing(TorchFunctionMode):
+    def __torch_function__(self, f: Any, t: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return f(*args, **(kwargs or {}))
+
+
+def test_no_argument_is_a_proxy_because_a_mode_is_on() -> None:
+    from senet_kernels.tensors import proxies
+
+    with Observing():
+        assert proxies(torch.ones(1), None, [3], (torch.ones(1), None)) == ()
