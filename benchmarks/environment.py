@@ -118,7 +118,7 @@ def stamp(device: torch.device) -> dict[str, object]:
         "device": "cpu",
     }
     if device.type == "cuda":
-        from senet_kernels.backends.triton.operands import architecture, is_rocm
+        from senet_kernels.backends.triton.runtime import architecture
 
         properties = torch.cuda.get_device_properties(device)
         out |= {
@@ -126,7 +126,7 @@ def stamp(device: torch.device) -> dict[str, object]:
             "cuda": torch.version.cuda,
             "tf32_convolutions": torch.backends.cudnn.allow_tf32,
             # An AMD GPU's is of no compute capability.
-            "capability": None if is_rocm() else f"{properties.major}.{properties.minor}",
+            "capability": None if torch.version.hip else f"{properties.major}.{properties.minor}",
             "architecture": architecture(device),
             "l2_bytes": properties.L2_cache_size,
             "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),

@@ -29,14 +29,6 @@ def _cuda(policy: str) -> Iterator[None]:
             os.environ[_VARIABLE] = before
 
 
-@contextmanager
-def _triton(resident: bool) -> Iterator[None]:
-    from senet_kernels.backends.triton import tuning
-
-    with tuning.strategy(resident=resident):
-        yield
-
-
 #: Providers by name: the backend, and what forces its plan.
 STRATEGIES: dict[str, tuple[str, Strategy]] = {
     "native-block": ("native", partial(_cuda, "exchange=none")),
@@ -45,6 +37,4 @@ STRATEGIES: dict[str, tuple[str, Strategy]] = {
     "native-cluster8": ("native", partial(_cuda, "exchange=cluster,blocks=8")),
     "native-cluster8-reread": ("native", partial(_cuda, "exchange=cluster,blocks=8,resident=0")),
     "native-grid8": ("native", partial(_cuda, "exchange=grid,blocks=8")),
-    "triton-resident": ("triton", partial(_triton, True)),
-    "triton-shared": ("triton", partial(_triton, False)),
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import __version__, _command_line, parity, trial, trust, workloads
 from ._command_line import command
 from .api import explain
-from .backends.triton.operands import architecture
+from .backends.triton.runtime import architecture
 from .convert import fuse_se_blocks
 from .dispatch import backends
 from .selftest import run as selftest

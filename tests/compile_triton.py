@@ -1,9 +1,8 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what came out as JSON.
 
 ``python compile_triton.py CAPABILITY`` reads option sets as JSON lines from standard input: the
-fields of ``problems.Spec``, the device's ``multiprocessors``, ``inplace``, and ``candidate``, the
-number of the plan among those that tuning would time. It prints a line for each, what became of its
-kernels, and last how many cubins were compiled in all. It runs the ops'
+fields of ``problems.Spec``, the device's ``multiprocessors`` and ``inplace``. It prints a line for
+each, what became of its kernels, and last how many cubins were compiled in all. It runs the ops'
 own host code on meta tensors, with every launch turned into a compilation: so these are the very
 kernels, constants and argument specialisations a call would use. A process of its own, since
 Triton's driver is replaced and a compiler that fails may abort.
@@ -29,8 +28,8 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from senet_kernels import ops, pack_options
-from senet_kernels.backends.triton import halves, launch, operands, tuning
-from senet_kernels.backends.triton.plan import Choice, Device, candidates
+from senet_kernels.backends.triton import halves, launch, operands
+from senet_kernels.backends.triton.plan import Device
 
 # What a program could tell another one by, or order its accesses with for others to see.
 BETWEEN_PROGRAMS = re.compile(
@@ -82,17 +81,17 @@ def _load_nothing(self: Any) -> None:
 
 def _report(kernel: Any, compiled: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
-    vectors = 0  # of 16 bytes that a thread has of a tile
-    if "BS" in arguments:
-        size = arguments["x"].element_size()
-        elements = arguments["G"] * arguments["BC"] * arguments["BS"]
-        vectors = elements * size // (16 * 32 * metadata.num_warps)
+    constants = arguments.get("T")
+    positions = 1  # of a tile; flat vectors have any
+    if hasattr(constants, "BO"):
+        positions = constants.BO if constants.LAST else constants.BI
     return {
         "kernel": kernel.__name__,
         "hash": compiled.hash,
         "shared": metadata.shared,
         "warps": metadata.num_warps,
-        "vectors": vectors,
+        "steps": constants.STEPS if constants else 0,  # accesses in flight
+        "tile_positions": positions,
         "loads_16": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
         "between_programs": sorted(set(BETWEEN_PROGRAMS.findall(ptx))),
         "stores_16": len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx)),
@@ -161,16 +160,6 @@ def _calls(given: dict[str, Any]) -> list[Callable[[], object]]:
     ]
 
 
-def _candidate(number: int) -> Callable[..., Choice]:
-    """In place of the choice of a plan: this one of the candidates, or the last."""
-
-    def choose(*call: Any) -> Choice:
-        found = candidates(*call)
-        return found[min(number, len(found) - 1)]
-
-    return choose
-
-
 def main() -> None:
     capability = int(sys.argv[1])
     triton.runtime.driver.set_active(_Driver(capability))
@@ -193,7 +182,6 @@ def main() -> None:
         given = json.loads(line)
         device = Device(f"sm_{capability}", given.pop("multiprocessors"))
         operands._device = lambda _, device=device: device
-        tuning.fixed_choice = _candidate(given.pop("candidate", 0))
         launch.forget()
         seen.clear()
         for call in _calls(given):

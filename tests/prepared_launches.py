@@ -61,7 +61,7 @@ def main() -> None:
     CompiledKernel._init_handles = _init_handles
     operands._device = lambda _: Device("sm_90", 132)
     report = {}
-    shapes = {"two launches": (2, 256, 14, 14), "one launch": (2, 16, 8, 8)}
+    shapes = {"by tiles": (2, 256, 14, 14), "by flat vectors": (2, 16, 8, 8)}
     for name, (batch, channels, *space) in shapes.items():
         x = torch.empty(batch, channels, *space)
         inputs = (x, torch.empty(8, channels), None, torch.empty(channels, 8), None, x.clone(),

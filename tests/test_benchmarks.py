@@ -624,7 +624,7 @@ def test_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PLAN, raising=False)
     name = "native-cluster8"
     assert providers.unavailable(name, torch.device("cpu")) == "a plan of the CUDA kernels"
-    assert {backend for backend, _ in strategies.STRATEGIES.values()} == {"native", "triton"}
+    assert {backend for backend, _ in strategies.STRATEGIES.values()} == {"native"}
     made = problem.Problem.create(
         problem.Case(workloads.Layer(8, 3, 3, 2, "relu", "sigmoid"), "fp32", "contiguous", 2),
         torch.device("cpu"),

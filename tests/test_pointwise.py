@@ -16,6 +16,8 @@ from senet_kernels import ACTIVATIONS, GATES, pack_options, squeeze_excite
 from senet_kernels.pointwise import POINTWISE, Options, pack, unpack
 from special import limits, scalar, vectorised
 
+#: Points to an image.
+_ABREAST = 64
 _EDGES = (0.0, -0.0, 6.0, -6.0, 3.0, -3.0, 2.5, -2.5, 1e-8, -1e-8, 20.0, -20.0, 1e-30, -1e-30)
 
 
@@ -38,7 +40,8 @@ def _through(backend: BackendCase, argument: str, name: str, points: Tensor) -> 
     """Value and derivative of the function at ``points``, read off a call of the operation.
 
     ``before`` and ``after``: the scale is 1, so y is the function of x. ``activation`` and
-    ``gate``: channel 0 carries the point, channel 1 is 1 and gets scaled by the function.
+    ``gate``: the first channels of an image carry points, as many others are 1 and get scaled by
+    the function, each of one point.
     """
     like = {"dtype": points.dtype, "device": backend.device}
     names = {"activation": "identity", "gate": "identity", "before": None, "after": None}
@@ -48,18 +51,23 @@ def _through(backend: BackendCase, argument: str, name: str, points: Tensor) -> 
         w = torch.zeros(1, 1, **like)
         u = torch.ones(1, **like)
         pick = torch.ones_like(x)
+        w2 = w
     else:
-        x = torch.stack([points, torch.ones_like(points)], 1)[:, :, None].to(**like)
-        w = torch.tensor([[1.0, 0.0], [0.0, 0.0]], **like)
+        rows = torch.nn.functional.pad(points, (0, -len(points) % _ABREAST)).view(-1, _ABREAST)
+        x = torch.cat([rows, torch.ones_like(rows)], 1)[:, :, None].to(**like)
+        one = torch.eye(_ABREAST, **like)
+        w = torch.cat([one, torch.zeros_like(one)], 1)
+        w2 = torch.cat([torch.zeros_like(one), one])
         u = None
         pick = torch.zeros_like(x)
-        pick[:, 1] = 1
-    w2 = w if u is not None else torch.tensor([[0.0, 0.0], [1.0, 0.0]], **like)
+        pick[:, _ABREAST:] = 1
     leaf = x.requires_grad_()
     y = squeeze_excite(leaf, w, None, w2, u, **names, backend=backend.name)  # type: ignore[arg-type]
     (dx,) = torch.autograd.grad(y, leaf, pick)
-    taken = y.detach().reshape(-1) if u is not None else y.detach()[:, 1, 0]
-    return taken.cpu(), (dx.reshape(-1) if u is not None else dx[:, 0, 0]).cpu()
+    if u is not None:
+        return y.detach().reshape(-1).cpu(), dx.reshape(-1).cpu()
+    taken = y.detach()[:, _ABREAST:].reshape(-1)[: len(points)]
+    return taken.cpu(), dx[:, :_ABREAST].reshape(-1)[: len(points)].cpu()
 
 
 _PLACES = [

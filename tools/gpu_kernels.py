@@ -40,20 +40,22 @@ _RELU = {"after": "relu", "residual": True}
 _ALL = {"before": "silu", "shift": True, "weighted": True}
 
 TRITON_KERNELS = {
-    "resident_kernel", "squeeze_kernel", "scale_kernel", "resident_backward_kernel",
-    "dots_kernel", "dx_kernel", "parameters_kernel", "add_parts_kernel", "half_backward_kernel",
-    "half_parameters_kernel",
+    "squeeze_kernel", "mean_kernel", "hidden_kernel", "gates_kernel", "factors_kernel",
+    "scale_flat_kernel", "scale_tile_kernel", "bwd_reduce_kernel", "finish_sums_kernel",
+    "hidden_bwd_kernel", "excite_bwd_kernel", "sums_kernel", "dx_flat_kernel", "dx_tile_kernel",
 }  # fmt: skip
 TRITON_CASES = (
-    # An image in one program.
+    # Vectors of 16 bytes, in rows of a multiple of them and not.
+    Case((3, 24, 7, 16), 3, torch.float32, False, _RELU),
+    Case((3, 24, 7, 7), 3, torch.bfloat16, False, {"before": "silu"}),
+    Case((3, 24, 7, 7), 3, torch.bfloat16, True, {**_RELU, "before": "silu", "shift": True}),
+    # Tiles.
     Case((3, 12, 5, 7), 3, torch.float32, False, _RELU),
     Case((3, 12, 5, 7), 3, torch.bfloat16, True, {"before": "silu", "shift": True}),
     # Programs that share images, by channels and by positions.
     Case((2, 36, 33, 31), 5, torch.bfloat16, False, _RELU),
     Case((2, 131, 11, 13), 9, torch.float16, True, {"before": "hardswish", "weighted": True}),
     Case((2, 20, 33, 31), None, torch.float32, False, {"lengths": True, "affine": True}),
-    # Rows moved as runs, by several programs; weights read once for several images.
-    Case((3, 136, 7, 9), 6, torch.bfloat16, False, _RELU),
     Case((19, 1032, 2, 4), 40, torch.float16, True, {"before": "silu"}),
     # The halves.
     Case((1, 3, 70, 33), None, torch.float32, False, {"part": squeeze, "lengths": True,
@@ -155,17 +157,17 @@ def run(backend: str, device: str, case: Case) -> None:
 @contextmanager
 def _recorded_launches(launched: set[str]) -> Iterator[None]:
     """The names of the Triton kernels that are launched; in the end all there are."""
-    from senet_kernels.backends.triton import halves, launch
+    from senet_kernels.backends.triton import build, launcher
 
-    known = {n for m in (launch, halves) for n in vars(m) if n.endswith("_kernel")}
+    known = {kernel.__name__ for kernels in build.KERNELS.values() for kernel in kernels}
     assert known == TRITON_KERNELS
-    call = launch.Launch.__call__
+    call = launcher.Launch.__call__
 
-    def record(self: launch.Launch, *pointers: Any) -> None:
+    def record(self: launcher.Launch, *pointers: Any) -> None:
         launched.add(self.kernel.__name__)
         call(self, *pointers)
 
-    launch.Launch.__call__ = record  # type: ignore[method-assign]
+    launcher.Launch.__call__ = record  # type: ignore[method-assign]
     yield
     if launched != TRITON_KERNELS:
         sys.exit(f"launched {sorted(launched)}, expected {sorted(TRITON_KERNELS)}")

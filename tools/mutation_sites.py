@@ -19,17 +19,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 #: The kernels, by backend. Not here: what decides how work is shared out and launched (plan.h,
-#: plan.cpp, launch.h, host.cpp, Triton's plan.py, launch.py and launcher.py), where another
-#: constant is another speed; and csrc/cuda/seam.cuh, the hardware's own instructions, which only a
+#: plan.cpp, launch.h, host.cpp, Triton's plan.py, build.py, launch.py and launcher.py), where
+#: another constant is another speed; and
+#: csrc/cuda/seam.cuh, the hardware's own instructions, which only a
 #: GPU executes.
 FILES = {
     "triton": (
         "senet_kernels/backends/triton/pointwise.py",
-        "senet_kernels/backends/triton/tiles.py",
-        "senet_kernels/backends/triton/forward_kernels.py",
-        "senet_kernels/backends/triton/backward_kernels.py",
-        "senet_kernels/backends/triton/parameter_kernels.py",
-        "senet_kernels/backends/triton/resident_kernels.py",
+        "senet_kernels/backends/triton/access.py",
+        "senet_kernels/backends/triton/squeeze.py",
+        "senet_kernels/backends/triton/excite.py",
+        "senet_kernels/backends/triton/scale.py",
+        "senet_kernels/backends/triton/bwd_reduce.py",
+        "senet_kernels/backends/triton/excite_bwd.py",
+        "senet_kernels/backends/triton/dx.py",
     ),
     "cuda": (
         "csrc/cuda/images.cuh",

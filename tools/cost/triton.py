@@ -26,14 +26,12 @@ from .ptx import Text
 KERNELS = ROOT / "senet_kernels" / "backends" / "triton"
 #: See :data:`.profile.CUDA_PHASES`; functions of the package.
 PHASES = (
-    ("mlp", r"^(hidden_layer|output_layer|output_sums|load_u|store_u|make_scale|sum_parts)$"),
-    ("mlp", r"^(per_channel|through_gate|through_activation|transposed_rows|factors)$"),
-    ("mlp", r"^mean_gradient$"),
-    ("sum", r"^(squeeze_kernel|dots_kernel)$"),
-    ("write", r"^(scale_kernel|dx_kernel|resident_kernel|resident_backward_kernel)$"),
-    ("parameters", r"^parameters_kernel$"),
+    ("sum", r"^(squeeze|mean|bwd_reduce|finish_sums)_kernel$"),
+    ("mlp", r"^(hidden|gates|factors|hidden_bwd)_kernel$"),
+    ("write", r"^(scale|dx)_(flat|tile)_kernel$"),
+    ("parameters", r"^(excite_bwd|sums)_kernel$"),
 )  # fmt: skip
-_VERSION = "1"  # of how it is counted here
+_VERSION = "2"  # of how it is counted here
 _FLAGS = ("--regAllocOptLevel=2",)  # as Triton's compiler gives them
 
 
@@ -126,26 +124,24 @@ def _launch(launch: dict[str, Any], layer: Layer, card: Card, batch: int, assume
     asked = 16.0 * launch["threads_per_program"] * max(1, loads)
     uses = {name: use for name, use in found.uses(card.capability).items() if use.issue}
     other = uses.pop("other", Use(0))
-    main = next((name for name in ("sum", "write", "parameters") if name in uses), "mlp")
+    main = next(phase for phase, of in PHASES if re.match(of, kernel))
     uses[main] = uses.get(main, Use(0)).plus(other)
     moves: dict[str, float] = {}
     l2: dict[str, float] = {}
-    latency: dict[str, float] = {"mlp": 2 * assumed.l2}
+    latency: dict[str, float] = {main: assumed.memory}
     total = batch * image
     held = total * 2 <= 0.8 * card.l2_bytes
-    if kernel == "parameters_kernel":
-        moves["parameters"] = weights
-        l2["parameters"] = 4.0 * batch * (outputs + 2 * inner + layer.channels)
-        latency["parameters"] = -(-batch // 8) * assumed.l2
-    elif kernel in ("squeeze_kernel", "dots_kernel"):
-        moves["sum"] = total * (2 if kernel == "dots_kernel" else 1)
-        latency["sum"] = assumed.memory
+    vectors = 4.0 * batch * (outputs + 2 * inner + layer.channels)
+    if main in ("mlp", "parameters"):
+        # Tiles of a product of 32 terms, one after another.
+        terms = batch if main == "parameters" else max(inner, layer.channels)
+        moves[main], l2[main] = weights, vectors
+        latency[main] = -(-terms // 32) * assumed.l2
+    elif main == "sum":
+        moves[main] = total * (2 if kernel == "bwd_reduce_kernel" else 1)
     else:
-        readings = 2 if kernel == "resident_backward_kernel" else 1
-        again = kernel in ("scale_kernel", "dx_kernel")
-        moves["write"] = total * (1 + (0 if again and held else readings))
-        l2["write"] = total if again and held else 0.0
-        latency["write"] = assumed.memory
+        moves[main] = total * (1 if held else 2)
+        l2[main] = total if held else 0.0
     # Of the whole launch, programs being blocks that have one task each.
     return Work(
         kernel=kernel, uses=uses, once=Use(0), groups=1, blocks=programs,

@@ -29,14 +29,14 @@ from ptx import running  # noqa: E402
 from senet_kernels.backends.triton import launch, operands  # noqa: E402
 from senet_kernels.backends.triton.plan import Device  # noqa: E402
 
-#: Programs of a grid that are executed. Those over images are alike but for the last; those that
-#: add up parameters' gradients are of three kinds.
-_SAMPLE, _SAMPLE_OF_PARAMETERS = 6, 16
+#: Programs of a grid that are executed. Those over images are alike but for the last; those of the
+#: MLP's gradients are of four kinds.
+_SAMPLE, _SAMPLE_OF_GRADIENTS = 6, 16
 
 
 def _sample(programs: int, kernel: str) -> list[int]:
     """Evenly spaced numbers of programs."""
-    most = min(programs, _SAMPLE_OF_PARAMETERS if "parameters" in kernel else _SAMPLE)
+    most = min(programs, _SAMPLE_OF_GRADIENTS if "excite_bwd" in kernel else _SAMPLE)
     return [int((i + 0.5) * programs / most) for i in range(most)]
 
 

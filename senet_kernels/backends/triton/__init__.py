@@ -22,7 +22,7 @@ from torch import Tensor
 
 from senet_kernels import ops
 from senet_kernels._libraries import why_not
-from senet_kernels.pointwise import Options
+from senet_kernels.pointwise import Options, pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -83,13 +83,19 @@ def describe() -> str:
 def notes(
     x: Tensor, w1: Tensor | None, w2: Tensor, options: Options, affine: bool
 ) -> tuple[str, ...]:
-    """How a call with these tensors would be cut; the steps around it make no difference."""
-    from . import operands, plan, tuning
+    """How a call with these tensors would be cut: forward and, for all gradients, backward."""
+    from . import operands, plan
 
-    kind = operands.examine((x, w1, None, w2), 0)
-    return tuple(
-        f"{direction}: {plan.describe(tuning.planned(direction, kind.shape, x, kind.device))}"
-        for direction in ("forward", "backward")
+    kind = operands.examine((x, w1, None, w2), pack(options))
+    cut = kind.shape, x.element_size(), kind.device
+    masked, again = options.after == "relu", options.after_again
+    crowded = plan.is_crowded(options.before, again)
+    forward = plan.make_plan(*cut, masked=masked, crowded=crowded)
+    backward = plan.make_plan(*cut, masked=masked, crowded=crowded, sums_in_dx=affine)
+    layers = 1 if w1 is None else 2
+    return (
+        f"forward: {plan.describe(forward, 2 + layers)}",
+        f"backward: {plan.describe(backward, 2 + layers + affine)}",
     )
 
 

@@ -5,7 +5,6 @@ The same kernels as for the whole, without the MLP; prepared, and cut, in the sa
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,72 +12,55 @@ from torch import Tensor
 
 from senet_kernels.ops import after_code, mask_numel
 
-from .backward_kernels import half_backward_kernel
-from .forward_kernels import add_parts_kernel, scale_kernel, squeeze_kernel
+from .build import Builder
 from .launch import (
-    BATCH_BLOCK,
     KEEPS_NO_RESIDUAL,
-    VECTOR,
+    AffineSums,
     check_mask,
     empty_gradients,
     finished,
-    first_call,
-    launch_over_images,
-    launch_values,
     on_device,
-    reads_x_twice,
+    planned,
     run,
     wanted,
 )
-from .launcher import Launch
 from .operands import HALF_NAMES, Inputs, Kind, examine
-from .parameter_kernels import half_parameters_kernel
-from .plan import Choice, ceil_div
-
-# Parts at a time in the launches that add them up, of BATCH_BLOCK times VECTOR elements each.
-_PARTS = 4
-
-
-def _tiles(kind: Kind) -> int:
-    """Programs that share the ``[B, C]`` vectors."""
-    return ceil_div(kind.shape.batch, BATCH_BLOCK) * ceil_div(kind.shape.channels, VECTOR)
 
 
 class Squeeze:
     """Squeezes of one kind."""
 
-    def __init__(self, kind: Kind, choice: Choice) -> None:
-        shape, plan = kind.shape, choice.plan
+    def __init__(self, kind: Kind, x: Tensor, lengths: bool) -> None:
         self.kind = kind
-        values = launch_values(kind, plan)
-        self.squeeze = launch_over_images(squeeze_kernel, plan, values)
-        self.parts = (shape.batch, plan.splits, shape.channels)
-        values |= {"channels": shape.channels, "BP": min(values["BP"], _PARTS)}
-        self.add = None
-        if plan.splits > 1:
-            self.add = Launch(add_parts_kernel, _tiles(kind), values, warps=4)
+        plan = planned(kind, x, masked=False, lengths=lengths)
+        self.squeeze, self.mean = Builder(kind, plan, x, x.dtype).squeeze()
+        self.parts = plan.sums.splits * x.shape[:2].numel()
 
     def __call__(self, inputs: Inputs) -> Tensor:
         kind, like = self.kind, inputs[0]
         assert like is not None
         x, _, _, _, _, a, b, lengths = kind.arranged(inputs)
         z = like.new_empty(like.shape[:2])
-        parts = z if self.add is None else kind.scratch(like, *self.parts)
         with on_device(like):
-            self.squeeze(x, a, b, lengths, None, parts, None)
-            if self.add is not None:
-                self.add(parts, z)
+            if self.mean is None:
+                self.squeeze(x, a, b, lengths, z)
+            else:
+                parts = kind.scratch(like, self.parts)
+                self.squeeze(x, a, b, lengths, parts)
+                self.mean(parts, lengths, z)
         return z
 
 
 class ChannelScale:
     """Scalings of one kind."""
 
-    def __init__(self, kind: Kind, x: Tensor, save: bool, choice: Choice) -> None:
+    def __init__(self, kind: Kind, x: Tensor, save: bool) -> None:
         self.kind = kind
         self.keeps_mask = save and kind.options.after == "relu"
         self.mask = mask_numel(x) if self.keeps_mask else 0
-        self.scale = launch_over_images(scale_kernel, choice.plan, launch_values(kind, choice.plan))
+        build = Builder(kind, planned(kind, x, masked=self.keeps_mask), x, x.dtype)
+        self.factors, self.scale = build.factors(), build.scale()
+        self.numel = (1 + kind.shift) * x.shape[:2].numel()
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         kind, like = self.kind, inputs[0]
@@ -86,43 +68,43 @@ class ChannelScale:
         x, u, residual, alpha, beta, a, b = kind.arranged(inputs)
         y = kind.dense(like)
         mask = like.new_empty((self.mask,), dtype=torch.uint8)
-        bits = mask if self.keeps_mask else None
+        factors = kind.scratch(like, self.numel)
         with on_device(like):
-            self.scale(
-                x, residual, a, b, None, None, None, alpha, beta, None, None, u, y, None, bits
-            )
+            self.factors(u, alpha, beta, factors)
+            self.scale(x, a, b, factors, residual, y, mask if self.keeps_mask else None)
         return kind.finish(y, like), mask
 
 
 class HalfBackward:
-    """Backward calls of one kind of half."""
+    """Backward calls of one kind of half. What no gradient asked for needs is not launched."""
 
-    def __init__(self, inputs: Inputs, kind: Kind, needs: int, choice: Choice) -> None:
+    def __init__(self, inputs: Inputs, kind: Kind, needs: int) -> None:
         """dy is None for the squeeze, dz for the scaling; ``needs`` is that of the scaling."""
         x, u, _, alpha, beta, a, b, _, dy, _ = inputs
-        shape, plan = kind.shape, choice.plan
+        assert x is not None
+        shape, options = kind.shape, kind.options
         self.kind = kind
         self.scales = dy is not None
-        self.masked = self.scales and kind.options.after == "relu"
+        self.masked = self.scales and options.after == "relu"
         self.wanted = wanted((x, u, x if self.scales else None, alpha, beta, a, b), needs)
-        _, du, _, *sums = self.wanted
-        of_dots, of_affine = du or any(sums[:2]), any(sums[2:])
-        columns = shape.channels * (2 if kind.shift else 1)
-        self.dots = (shape.batch, plan.splits, columns) if of_dots else None
-        self.affine = (shape.batch, plan.splits, shape.channels) if of_affine else None
+        dx, du, dresidual, dalpha, dbeta, *affine = self.wanted
+        self.to_alpha = dalpha or dbeta
+        again = self.scales and options.after_again
+        # The mask alone tells which of dy reach the residual.
+        self.reduces = self.scales and (again or any((dx, du, self.to_alpha, *affine)))
+        self.only_factors = self.reduces and not (du or self.to_alpha)
 
-        values = launch_values(kind, plan)
-        values["READS_X"] = reads_x_twice(kind.options, a) or of_dots
-        self.to_dx = launch_over_images(half_backward_kernel, plan, values)
-        self.parameters = None
-        if of_dots or of_affine:
-            du_tiles = _tiles(kind) if du else 0
-            programs = du_tiles + (ceil_div(shape.channels, VECTOR) if any(sums) else 0)
-            values |= {
-                "channels": shape.channels, "outputs": columns, "du_tiles": du_tiles,
-                "BP": min(values["BP"], _PARTS),
-            }  # fmt: skip
-            self.parameters = Launch(half_parameters_kernel, programs, values, warps=4)
+        plan = planned(kind, x, masked=self.masked, sums_in_dx=any(affine))
+        build = Builder(kind, plan, x, x.dtype)
+        self.plane = shape.batch * shape.channels
+        self.numel = (1 + kind.shift) * self.plane
+        self.parts = plan.sums.splits * self.numel
+        self.affine = AffineSums(plan, shape.batch, shape.channels, any(affine))
+        self.factors = build.factors()
+        self.reduce, self.finish = build.bwd_reduce()
+        reads_x = options.before != "identity" or again or any(affine)
+        self.dx = build.dx(reads_x=reads_x) if dx or dresidual or any(affine) else None
+        self.sums = build.sums() if self.to_alpha or any(affine) else None
 
     def __call__(self, inputs: Inputs, mask: Tensor | None) -> tuple[Tensor | None, ...]:
         kind, like = self.kind, inputs[0]
@@ -131,18 +113,24 @@ class HalfBackward:
         # The gradient of u is contiguous, whatever u is.
         originals = (like, u, like if self.scales else None, *inputs[3:7])
         written = empty_gradients(kind, like, originals, self.wanted)
-        dx, du, dresidual, *rest = written
-        dots = None if self.dots is None else kind.scratch(like, *self.dots)
-        da = db = None
-        if self.affine is not None:
-            da, db = kind.scratch(like, *self.affine), kind.scratch(like, *self.affine)
+        dx, du, dresidual, dalpha, dbeta, da, db = written
+        bits = mask if self.masked else None
+        factors = kind.scratch(like, self.numel) if self.reduces and self.dx else None
+        ds = kind.scratch(like, self.plane) if self.to_alpha else None
+        sums = self.affine.parts(kind, like)
         with on_device(like):
-            self.to_dx(
-                dy, dz, x, u, residual, mask if self.masked else None, a, b, lengths, alpha, beta,
-                dx, dresidual, dots, da, db,
-            )  # fmt: skip
-            if self.parameters is not None:
-                self.parameters(dots, u, beta, da, db, du, *rest)
+            if self.only_factors:
+                self.factors(u, alpha, beta, factors)
+            elif self.reduces:
+                results = (u, alpha, beta, ds, du, factors)
+                parts = None if self.finish is None else kind.scratch(like, self.parts)
+                self.reduce(dy, x, residual, bits, a, b, *results, parts)
+                if self.finish is not None:
+                    self.finish(parts, *results)
+            if self.dx is not None:
+                self.dx(dy, x, residual, bits, a, b, lengths, factors, dz, dx, dresidual, *sums)
+            if self.sums is not None:
+                self.sums(ds, u, *(sums or (None, None)), dalpha, dbeta, da, db)
         return finished(kind, like, written, originals)
 
 
@@ -158,7 +146,8 @@ def squeeze(
 
     def first() -> tuple[Any, Any]:
         kind = examine(inputs, options, HALF_NAMES)
-        return first_call("squeeze", kind, x, partial(Squeeze, kind), inputs)
+        call = Squeeze(kind, x, lengths is not None)
+        return call, call(inputs)
 
     z: Tensor = run("squeeze", inputs, options, first=first)
     return z
@@ -197,7 +186,8 @@ def channel_scale(
 
     def first() -> tuple[Any, Any]:
         kind = examine(inputs, options, HALF_NAMES)
-        return first_call("channel_scale", kind, x, partial(ChannelScale, kind, x, save), inputs)
+        call = ChannelScale(kind, x, save)
+        return call, call(inputs)
 
     result: tuple[Tensor, Tensor] = run("channel_scale", inputs, options, save, first=first)
     return result
@@ -233,7 +223,8 @@ def _half_backward(
         kind = examine(inputs, options, HALF_NAMES)
         if mask is not None:
             check_mask(kind, x, mask)
-        return first_call(op, kind, x, partial(HalfBackward, inputs, kind, needs), inputs, mask)
+        call = HalfBackward(inputs, kind, needs)
+        return call, call(inputs, mask)
 
     gradients: tuple[Tensor, ...] = run(
         op, (*inputs, mask), options, needs, first=first, arguments=(inputs, mask)

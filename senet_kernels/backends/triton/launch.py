@@ -7,223 +7,195 @@ such kind of call, and kept: after that a call is a look-up, the allocations and
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.errors import TritonError
 
-from senet_kernels.ops import Needs, after_code, mask_numel, saved_numel
-from senet_kernels.pointwise import POINTWISE, Options
+from senet_kernels.ops import after_code, mask_numel, saved_numel
+from senet_kernels.pointwise import POINTWISE
 from senet_kernels.validation import overlaps
 
-from . import tuning
-from .backward_kernels import dots_kernel, dx_kernel
-from .forward_kernels import scale_kernel, squeeze_kernel
-from .launcher import Launch
-from .operands import Inputs, Kind, check_kept, examine, units, wide
-from .parameter_kernels import parameters_kernel
-from .plan import Choice, Plan, ceil_div, power_of_two
-from .resident_kernels import resident_backward_kernel, resident_kernel
+from .build import Builder
+from .operands import Inputs, Kind, check_kept, examine
+from .plan import Plan, TilePlan, is_crowded, make_plan
+from .runtime import runtime_of
 
-_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 KEEPS_NO_RESIDUAL = (POINTWISE["identity"].code, POINTWISE["relu"].code)
-
-# Of kernels that sum over the batch: images at a time, a tile of a weight, a vector's columns.
-BATCH_BLOCK, _TILE_ROWS, _TILE_COLUMNS, VECTOR = 8, 32, 32, 128
 
 # Kinds of calls that are kept. Who has more (a new shape in every step) prepares some again.
 _MOST_KINDS = 4096
 
-_NO_GUARD = nullcontext()
-
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Launches go to the current stream of the device of x."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return _NO_GUARD
-    return torch.cuda.device(x.device)
+    return runtime_of(x.device).guard(x)
 
 
 def _is_capturing(x: Tensor) -> bool:
     """Whether the stream that launches for x go to is being captured."""
-    if not x.is_cuda:
-        return False
-    with on_device(x):
-        return torch.cuda.is_current_stream_capturing()
+    return runtime_of(x.device).is_capturing(x)
 
 
-def launch_values(kind: Kind, plan: Plan, y_stride: int | None = None) -> dict[str, Any]:
-    """What the kernels take besides pointers. Extents and strides go in units. Images of y are
-    dense unless ``y_stride`` is given."""
-    shape, options = kind.shape, kind.options
-    two_layers = shape.hidden is not None
-    values: dict[str, Any] = {
-        "batch": shape.batch, "hidden": shape.hidden or 0,
-        "tiles": plan.tiles, "splits": plan.splits, "steps": plan.steps,
-        "walk": plan.W,
-        "parts": plan.tiles * plan.splits if two_layers else plan.splits,
-        "LAST": shape.last, "TWO_LAYERS": two_layers, "SHIFT": kind.shift,
-        "FLAT": shape.positions if plan.flat else 0,
-        "ACC": _ACCUMULATE[kind.accumulate], "INDEX": tl.int64 if wide(kind, plan) else tl.int32,
-        "W": plan.W, "G": plan.G, "BC": plan.BC, "BS": plan.BS, "BR": plan.BR, "BK": plan.BK,
-        "BP": min(power_of_two(plan.splits), plan.BK), "BB": BATCH_BLOCK, "BV": VECTOR,
-    }  # fmt: skip
-    values |= {name.upper(): f for name, f in options._asdict().items()}
-    extents = {
-        "channels": ("C", shape.channels), "positions": ("S", shape.positions),
-        "y_stride": ("Y", shape.image if y_stride is None else y_stride),
-    }  # fmt: skip
-    for name, letter in (("x", "X"), ("dy", "DY"), ("residual", "RES")):
-        extents[f"{name}_stride"] = letter, kind.strides.get(name, 0)
-    for name, (letter, extent) in extents.items():
-        values[f"{name}_units"], values[f"UNIT_{letter}"] = units(extent)
-    return values
-
-
-def launch_over_images(kernel: Any, plan: Plan, values: Mapping[str, Any]) -> Launch:
-    """A launch that the plan is for."""
-    return Launch(kernel, plan.programs, values, warps=plan.warps)
+def planned(
+    kind: Kind, x: Tensor, *, masked: bool, lengths: bool = False, sums_in_dx: bool = False
+) -> Plan:
+    """The plan of one direction of a call, see :func:`.plan.make_plan`."""
+    return make_plan(
+        kind.shape, x.element_size(), kind.device, masked=masked, lengths=lengths,
+        crowded=is_crowded(kind.options.before, kind.options.after_again), sums_in_dx=sums_in_dx,
+    )  # fmt: skip
 
 
 class Forward:
     """Forward calls of one kind."""
 
-    def __init__(
-        self, inputs: Inputs, kind: Kind, save: bool, choice: Choice, inplace: bool = False
-    ) -> None:
+    def __init__(self, inputs: Inputs, kind: Kind, save: bool, inplace: bool = False) -> None:
         """``inplace``: where x has a layout of the kernels, y is x."""
-        x, w1, _, w2, *_ = inputs
+        x, w1, _, w2, *_, lengths = inputs
         assert x is not None
         assert w2 is not None
-        shape, plan = kind.shape, choice.plan
-        self.kind, self.save, self.resident = kind, save, choice.resident
-        self.saved = saved_numel(x, w1, w2) if save else 0
+        shape = kind.shape
+        self.kind, self.save = kind, save
         self.keeps_mask = save and kind.options.after == "relu"
         self.mask = mask_numel(x) if self.keeps_mask else 0
         self.y_is_x = inplace and 0 not in kind.copied
-        values = launch_values(kind, plan, kind.strides["x"] if self.y_is_x else None)
-        if self.resident:
-            self.one_launch = launch_over_images(resident_kernel, plan, values)
-            return
-        # The mean of a program that has all positions is final: straight into what is saved.
-        self.z_is_final = plan.splits == 1 and save
-        self.z = (shape.batch, plan.splits, shape.channels)
-        self.hidden = (shape.batch, values["parts"], shape.hidden or 0)
-        self.squeeze = launch_over_images(squeeze_kernel, plan, values)
-        values["hidden"] = shape.inner
-        self.scale = launch_over_images(scale_kernel, plan, values)
+        # z, h and u, one after the other, as ``saved`` has them.
+        hidden, outputs = shape.hidden or 0, shape.outputs if save else 0
+        self.vectors = [shape.batch * n for n in (shape.channels, hidden, outputs)]
+        self.factors = (1 + kind.shift) * shape.batch * shape.channels
+        self.plan = planned(kind, x, masked=self.keeps_mask, lengths=lengths is not None)
+        build = Builder(kind, self.plan, x, w2.dtype)
+        self.parts = self.plan.sums.splits * self.vectors[0]
+        self.squeeze, self.mean = build.squeeze()
+        self.hidden = None if w1 is None else build.hidden()
+        self.gates = build.gates()
+        self.scale = build.scale(kind.strides["x"] if self.y_is_x else None)
+
+    @property
+    def launches(self) -> int:
+        return 3 + (self.mean is not None) + (self.hidden is not None)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         kind, like = self.kind, inputs[0]
         assert like is not None
         x, w1, b1, w2, b2, residual, alpha, beta, a, b, lengths = kind.arranged(inputs)
         y = like if self.y_is_x else kind.dense(like)
-        saved = kind.scratch(like, self.saved)
+        vectors = kind.scratch(like, sum(self.vectors))
+        z, h, u = vectors.split(self.vectors)
+        factors = kind.scratch(like, self.factors)
         mask = like.new_empty((self.mask,), dtype=torch.uint8)
-        kept = saved if self.save else None
-        bits = mask if self.keeps_mask else None
-        if self.resident:
-            with on_device(like):
-                self.one_launch(
-                    x, residual, a, b, lengths, w1, b1, w2, b2, alpha, beta, y, kept, bits
-                )
-        else:
-            z = None
-            if self.z_is_final:
-                z = saved
-            elif self.save or w1 is None:
-                z = kind.scratch(like, *self.z)
-            hidden = None if w1 is None else kind.scratch(like, *self.hidden)
-            with on_device(like):
-                self.squeeze(x, a, b, lengths, w1, z, hidden)
-                self.scale(
-                    x, residual, a, b, b1, w2, b2, alpha, beta, z if hidden is None else hidden,
-                    None if self.z_is_final else z, None, y, kept, bits,
-                )  # fmt: skip
+        with on_device(like):
+            if self.mean is None:
+                self.squeeze(x, a, b, lengths, z)
+            else:
+                parts = kind.scratch(like, self.parts)
+                self.squeeze(x, a, b, lengths, parts)
+                self.mean(parts, lengths, z)
+            if self.hidden is not None:
+                self.hidden(z, w1, b1, h)
+            inner = z if self.hidden is None else h
+            self.gates(inner, w2, b2, alpha, beta, u if self.save else None, factors)
+            self.scale(x, a, b, factors, residual, y, mask if self.keeps_mask else None)
+        saved = vectors if self.save else vectors.new_empty((0,))
         return (y if self.y_is_x else kind.finish(y, like)), saved, mask
 
 
-def reads_x_twice(options: Options, affine: Tensor | None) -> bool:
-    """Whether dx needs x, and not only dy."""
-    return affine is not None or options.before != "identity" or options.after_again
-
-
 class Backward:
-    """Backward calls of one kind."""
+    """Backward calls of one kind. What no gradient asked for needs is not launched."""
 
-    def __init__(self, inputs: Inputs, kind: Kind, needs: int, choice: Choice) -> None:
-        x, w1, b1, w2, b2, _, alpha, beta, a, b, *_ = inputs
+    def __init__(self, inputs: Inputs, kind: Kind, needs: int) -> None:
+        x, w1, b1, w2, b2, _, alpha, beta, a, b, lengths, _ = inputs
         assert x is not None
         assert w2 is not None
-        shape, plan = kind.shape, choice.plan
-        self.kind, self.resident = kind, choice.resident
-        self.masked = kind.options.after == "relu"
+        shape, options = kind.shape, kind.options
+        self.kind = kind
+        self.masked = options.after == "relu"
         # In the order of Needs. The residual's gradient is laid out like x.
         like = (x, w1, b1, w2, b2, x, alpha, beta, a, b)
         self.wanted = wanted(like, needs)
+        dx, dw1, db1, dw2, db2, dresidual, dalpha, dbeta, *affine = self.wanted
+        self.to_x = dx or any(affine)
+        self.to_z = self.to_x or dw1 or db1
+        self.to_alpha = dalpha or dbeta
+        two_layers = shape.hidden is not None
+        # The mask alone tells which of dy reach the residual.
+        self.reduces = options.after_again or any((*self.wanted[:5], *self.wanted[6:]))
 
-        values = launch_values(kind, plan)
-        values["inner"] = inner = shape.outputs if shape.hidden is None else shape.hidden
-        values["READS_X"] = reads_x_twice(kind.options, a)
-        self.affine = None
-        if needs & (Needs.AFFINE_SCALE | Needs.AFFINE_SHIFT):
-            self.affine = (shape.batch, plan.splits, shape.channels)
-        if self.resident:
-            self.one_launch = launch_over_images(resident_backward_kernel, plan, values)
-        else:
-            self.dots = (shape.batch, plan.splits, shape.outputs)
-            self.hidden = (shape.batch, values["parts"], inner)
-            self.to_dots = launch_over_images(dots_kernel, plan, values)
-            self.to_dx = launch_over_images(dx_kernel, plan, values)
+        self.plan = planned(kind, x, masked=self.masked, sums_in_dx=any(affine))
+        build = Builder(kind, self.plan, x, w2.dtype)
+        self.vectors = [shape.batch * n for n in (shape.channels, shape.hidden or 0, shape.outputs)]
+        plane = self.vectors[0]
+        self.factors = (1 + kind.shift) * plane
+        self.parts = self.plan.sums.splits * self.factors
+        self.affine = AffineSums(self.plan, shape.batch, shape.channels, any(affine))
+        self.reduce, self.finish = build.bwd_reduce()
+        self.hidden = build.hidden_bwd() if two_layers and self.to_z else None
+        self.excite = build.excite_bwd(
+            dz=self.to_x, dw2=dw2, dw1=dw1, vectors=db1 or db2 or self.to_alpha
+        )
+        reads_x = options.before != "identity" or options.after_again or any(affine)
+        self.dx = build.dx(reads_x=reads_x) if self.to_x or dresidual else None
+        self.sums = build.sums() if any(affine) else None
 
-        hidden = shape.hidden or 0
-        w2_tiles = _weight_tiles(shape.outputs, shape.inner) if self.wanted[3] else 0
-        w1_tiles = _weight_tiles(hidden, shape.channels) if self.wanted[1] else 0
-        vectors = ceil_div(max(shape.outputs, hidden), VECTOR)
-        values |= {
-            "channels": shape.channels, "outputs": shape.outputs, "w2_tiles": w2_tiles,
-            "w1_tiles": w1_tiles, "BO": _TILE_ROWS, "BI": _TILE_COLUMNS,
-        }  # fmt: skip
-        self.parameters = None
-        if any(self.wanted[1:5]) or any(self.wanted[6:]):
-            programs = w2_tiles + w1_tiles + vectors
-            self.parameters = Launch(parameters_kernel, programs, values, warps=4)
+    @property
+    def launches(self) -> int:
+        steps = (self.finish, self.hidden, self.excite, self.dx, self.sums)
+        return self.reduces + sum(step is not None for step in steps)
 
     def __call__(self, inputs: Inputs, saved: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        kind, shape, like = self.kind, self.kind.shape, inputs[0]
+        kind, like = self.kind, inputs[0]
         assert like is not None
         x, w1, b1, w2, b2, residual, alpha, beta, a, b, lengths, dy = kind.arranged(inputs)
         originals = (like, *inputs[1:5], like, *inputs[6:10])
         written = empty_gradients(kind, like, originals, self.wanted)
-        dx, dw1, db1, dw2, db2, dresidual, *rest = written
-        ds = kind.scratch(like, shape.batch, shape.channels)
-        du = kind.scratch(like, shape.batch, shape.outputs)
-        dh = None if w1 is None else kind.scratch(like, shape.batch, shape.hidden or 0)
-        da = db = None
-        if self.affine is not None:
-            da, db = kind.scratch(like, *self.affine), kind.scratch(like, *self.affine)
+        dx, dw1, db1, dw2, db2, dresidual, dalpha, dbeta, da, db = written
+        z, h, u = saved.split(self.vectors)
+        plane, hidden, outputs = self.vectors
         bits = mask if self.masked else None
+        factors = kind.scratch(like, self.factors) if self.dx and self.reduces else None
+        du = kind.scratch(like, outputs)
+        ds = kind.scratch(like, plane) if self.to_alpha else None
+        dh = kind.scratch(like, hidden) if self.hidden is not None else None
+        dz = kind.scratch(like, plane) if self.to_x else None
         with on_device(like):
-            if self.resident:
-                self.one_launch(
-                    dy, x, residual, bits, a, b, lengths, w1, w2, alpha, beta, saved,
-                    dx, dresidual, ds, du, dh, da, db,
+            if self.reduces:
+                results = (u, alpha, beta, ds, du, factors)
+                parts = None if self.finish is None else kind.scratch(like, self.parts)
+                self.reduce(dy, x, residual, bits, a, b, *results, parts)
+                if self.finish is not None:
+                    self.finish(parts, *results)
+            if self.hidden is not None:
+                self.hidden(du, w2, h, dh)
+            if self.excite is not None:
+                last, w, inner = (du, w2, z) if w1 is None else (dh, w1, h)
+                self.excite(last, w, du, dh, inner, z, u, ds, dz, dw2, dw1, db2, db1, dalpha, dbeta)
+            if self.dx is not None:
+                sums = self.affine.parts(kind, like)
+                self.dx(
+                    dy, x, residual, bits, a, b, lengths, factors, dz, dx, dresidual, *sums
                 )  # fmt: skip
-            else:
-                dots, hidden = kind.scratch(like, *self.dots), kind.scratch(like, *self.hidden)
-                self.to_dots(dy, x, residual, bits, a, b, w2, alpha, beta, saved, dots, hidden)
-                self.to_dx(
-                    dy, x, residual, bits, a, b, lengths, w2 if w1 is None else w1, alpha, beta,
-                    saved, dots, hidden, dx, dresidual, ds, du, dh, da, db,
-                )  # fmt: skip
-            if self.parameters is not None:
-                self.parameters(ds, du, dh, saved, da, db, dw1, db1, dw2, db2, *rest)
+                if self.sums is not None:
+                    self.sums(None, None, *sums, None, None, da, db)
         return finished(kind, like, written, originals)
+
+
+class AffineSums:
+    """What dx leaves of the gradients of ``before_affine``: the last arguments of its launch."""
+
+    def __init__(self, plan: Plan, batch: int, channels: int, wanted: bool) -> None:
+        writes = plan.writes
+        self.tiles, self.wanted = isinstance(writes, TilePlan), wanted
+        self.shape = (batch, writes.splits, channels) if isinstance(writes, TilePlan) else ()
+
+    def parts(self, kind: Kind, like: Tensor) -> tuple[Tensor | None, ...]:
+        if not self.tiles:
+            return ()
+        if not self.wanted:
+            return None, None
+        return kind.scratch(like, *self.shape), kind.scratch(like, *self.shape)
 
 
 def check_mask(kind: Kind, x: Tensor, mask: Tensor) -> None:
@@ -260,19 +232,12 @@ def finished(kind: Kind, x: Tensor, written: list[Tensor | None], of: Inputs) ->
     )  # fmt: skip
 
 
-def _weight_tiles(rows: int, columns: int) -> int:
-    return ceil_div(rows, _TILE_ROWS) * ceil_div(columns, _TILE_COLUMNS)
-
-
 _calls: dict[Any, Any] = {}
 
 
 def forget() -> None:
     """Drop every prepared call: what they depend on has changed."""
     _calls.clear()
-
-
-tuning.on_change(forget)
 
 
 # First calls are made one at a time: other threads with a call of the same kind wait for it.
@@ -296,7 +261,6 @@ def run(
     """
     key = (
         op,
-        tuning.forced(),
         *more,
         *[
             None if t is None
@@ -311,9 +275,9 @@ def run(
         if x is not None and _is_capturing(x):
             raise RuntimeError(
                 f"triton_{op}: no call with these shapes, dtypes, layouts and options has "
-                "succeeded before, so its kernels may have to be compiled, or timed where "
-                "autotuning is on. This cannot be done while a CUDA graph is being captured: make "
-                "the call once before the capture, as a warm-up"
+                "succeeded before, so its kernels may have to be compiled. This cannot be done "
+                "while a CUDA graph is being captured: make the call once before the capture, as a "
+                "warm-up"
             )
         with _first_calls:
             call = _calls.get(key)
@@ -324,35 +288,6 @@ def run(
                 _calls[key] = call
                 return result
     return call(*((tensors,) if arguments is None else arguments))
-
-
-def first_call(
-    direction: str,
-    kind: Kind,
-    x: Tensor,
-    make: Callable[[Choice], Any],
-    *arguments: Any,
-    timed: Callable[[Choice], Any] | None = None,
-) -> tuple[Any, Any]:
-    """The call ``make(choice)`` for the choice that this kind gets, and the result that it has for
-    the arguments. Where choices are timed, ``timed(choice)`` is called in its place.
-
-    A choice whose kernels do not compile or do not fit the device fails before anything is written.
-    """
-
-    def ready(choice: Choice) -> Callable[[], object]:
-        return partial((timed or make)(choice), *arguments)
-
-    choice = tuning.choose(direction, kind.shape, x, kind.device, ready)
-    try:
-        call = make(choice)
-        return call, call(*arguments)
-    except (TritonError, tuning.CannotCompileError) as error:
-        other = tuning.instead(choice, error, direction, kind.shape, x, kind.device)
-        if other is None:
-            raise
-        call = make(other)
-        return call, call(*arguments)
 
 
 def forward(
@@ -375,7 +310,8 @@ def forward(
 
     def first() -> tuple[Any, Any]:
         kind = examine(inputs, options)
-        return first_call("forward", kind, x, partial(Forward, inputs, kind, save), inputs)
+        call = Forward(inputs, kind, save)
+        return call, call(inputs)
 
     result: tuple[Tensor, Tensor, Tensor] = run("forward", inputs, options, save, first=first)
     return result
@@ -405,10 +341,8 @@ def forward_(
                 f"{list(x.shape)} with strides {list(x.stride())}"
             )
         kind = examine(inputs, options)
-        # What is timed must leave x as it is.
-        timed = partial(Forward, inputs, kind, False)
-        make = partial(timed, inplace=True)
-        return first_call("forward", kind, x, make, inputs, timed=timed)
+        call = Forward(inputs, kind, False, inplace=True)
+        return call, call(inputs)
 
     y = run("forward_", inputs, options, first=first)[0]
     if y is not x:
@@ -442,8 +376,8 @@ def backward(
         kind = examine(inputs, options)
         check_kept("saved", saved, x, saved_numel(x, w1, w2), kind.accumulate)
         check_mask(kind, x, mask)
-        make = partial(Backward, inputs, kind, needs)
-        return first_call("backward", kind, x, make, inputs, saved, mask)
+        call = Backward(inputs, kind, needs)
+        return call, call(inputs, saved, mask)
 
     result: tuple[Tensor, ...] = run(
         "backward", (*inputs, saved, mask), options, needs,

@@ -10,16 +10,12 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from . import INTERPRETED, tuning
-from .operands import is_rocm
-
-# Of an NVIDIA multiprocessor, since capability 3.0.
-_REGISTERS = 1 << 16
+from . import INTERPRETED
+from .runtime import of_gpus
 
 
-def _most_registers(warps: int) -> int:
-    """That each thread of a block can have."""
-    return min(255, _REGISTERS // max(1, 32 * warps))
+class CannotCompileError(RuntimeError):
+    """Triton does not compile a kernel for this device with these constants."""
 
 
 class Launch:
@@ -71,16 +67,17 @@ class Launch:
         there are for half as many threads.
         """
         best = self._compile(pointers, self._options)
-        if is_rocm():  # maxnreg is an option of NVIDIA's assembler
+        registers = of_gpus().registers
+        if registers is None:
             return
         warps = self._options["num_warps"]
         for fewer, bound in (
-            (warps, best.n_regs), (warps, _most_registers(warps)),
-            (warps // 2, _most_registers(warps // 2)),
+            (warps, best.n_regs), (warps, registers // (32 * warps)),
+            (warps // 2, registers // max(1, 32 * (warps // 2))),
         ):  # fmt: skip
             if not best.n_spills or not fewer:
                 return
-            options = self._options | {"num_warps": fewer, "maxnreg": bound}
+            options = self._options | {"num_warps": fewer, "maxnreg": min(255, bound)}
             kernel = self._compile(pointers, options)
             if kernel.n_spills < best.n_spills:
                 best, self._options = kernel, options
@@ -91,7 +88,7 @@ class Launch:
         try:
             kernel = self.kernel.warmup(*pointers, *self._rest, grid=grid, **options)
         except RuntimeError as error:  # MLIR's passes, and LLVM, raise no error of Triton's own
-            raise tuning.CannotCompileError(
+            raise CannotCompileError(
                 f"Triton {triton.__version__} does not compile {self.kernel.__name__} with "
                 f"{dict(options)}: {error}"
             ) from error

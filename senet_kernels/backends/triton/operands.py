@@ -18,13 +18,11 @@ from senet_kernels.pointwise import Options, pack, unpack
 from senet_kernels.reference import accumulate_dtype
 from senet_kernels.validation import DTYPES
 
-from .plan import Device, Plan, Shape
+from .plan import Device, Shape
+from .runtime import runtime_of
 
 # Channels and positions are counted in 32 bits, with a tile to spare.
 _LARGEST_EXTENT = 2**30
-
-# The interpreter has no device; a small one makes plans with large tiles and few programs.
-INTERPRETER = Device("", 1)
 
 
 # The ops' tensors, in the order of their arguments; what a backward op has first stands last.
@@ -182,26 +180,8 @@ def _unpacked(options: int) -> Options:
     return functions
 
 
-def is_rocm() -> bool:
-    """Whether this torch is for AMD GPUs, whose device type is "cuda" too. The capability does not
-    tell: gfx942 reports (9, 4), which reads like a Hopper GPU's."""
-    return torch.version.hip is not None
-
-
-def architecture(device: torch.device) -> str:
-    """A GPU's, as compilers name it: sm_90, gfx942."""
-    properties = torch.cuda.get_device_properties(device)
-    if is_rocm():
-        # Without the features that are switched on or off, as in gfx942:sramecc+:xnack-.
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
 def _device(device: torch.device) -> Device:
-    if device.type == "cpu":
-        return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    return Device(architecture(device), properties.multi_processor_count)
+    return runtime_of(device).device(device)
 
 
 def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kind:
@@ -225,7 +205,7 @@ def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kin
 
     last, direct = _layout(x.shape, x.stride())
     functions = _unpacked(options)
-    shape = Shape(batch, channels, positions, hidden, outputs, last, functions.after_again)
+    shape = Shape(batch, channels, positions, hidden, outputs, last)
     extents = {
         "w2": (outputs, shape.inner), "u": (batch, columns), "w1": (hidden or 0, channels),
         "b1": (hidden or 0,), "b2": (outputs,), "alpha": (channels,), "beta": (channels,),
@@ -260,21 +240,10 @@ def examine(inputs: Inputs, options: int, names: tuple[str, ...] = NAMES) -> Kin
             dense = t.is_contiguous()
         if not dense:
             copied[i] = name
+    # Of what is copied or written dense, too. (The last image's stride says nothing where B is 1.)
+    alignment = math.gcd(shape.image, *strides.values(), 16)
+    shape = shape._replace(alignment=alignment or 1)
     return Kind(
         shape, _device(x.device), functions, accumulate_dtype(x.dtype), direct,
         columns > channels, strides, copied,
     )  # fmt: skip
-
-
-def wide(kind: Kind, plan: Plan) -> bool:
-    """Whether offsets within a program's tiles pass 32 bits (with room for what is masked)."""
-    shape = kind.shape
-    walk = shape.image if shape.last else plan.BC * shape.positions
-    apart = max(shape.image, *kind.strides.values())
-    return plan.G * apart + walk + plan.BS * shape.channels >= 2**30
-
-
-def units(n: int) -> tuple[int, int]:
-    """``n`` as a count of units; the unit is the largest power of two up to 16 that divides n."""
-    unit = math.gcd(n, 16)
-    return n // unit, unit

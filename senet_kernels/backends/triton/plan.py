@@ -1,38 +1,37 @@
-"""How a call is cut into programs: one readable decision per kind of call, cached.
+"""How a call is cut into launches and programs, and why: plain numbers, cached by shape.
 
-Needs no Triton. The numbers are estimates from hardware limits, not yet run on a GPU.
+Needs no Triton. The numbers follow from hardware limits and from machine code, not yet run on a
+GPU: a block of 128 threads has one access of 16 bytes per thread in a tile, and several tiles in
+flight.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
-# Elements of x a program holds at a time: four 16-byte vectors of bf16 for each of 128 threads.
-_TILE = 4096
-# For wide, small maps: fewer parts of the hidden sums to exchange, at the price of registers.
-_LARGEST_TILE = 8192
-# Terms of a weight product in registers at a time, of all threads and of the 32 of a warp.
-_PRODUCTS = 4096
-_PRODUCTS_OF_WARP = 512
-# ... while two tensors are there, in the backward pass of an image on chip.
-_BACKWARD_PRODUCTS = 512
-# At most so many programs share an image by channels, unless their tiles would be too large with
-# so few positions: each reads all the parts of all the others.
-_PARTS, _FEW_POSITIONS = 16, 8
-# At most so many images share a reading of the weights: more would leave _PRODUCTS too few columns.
-_WALK = 8
-# ... fewer where a tile is larger than most, or is moved element by element; one where both: the
-# compiler would run out of registers.
-_WALK_OF_OTHERS = 2
-# A chain of additions longer than this costs accuracy.
-_CHAIN = 64
-# Elements of an image that stays in the registers of one block.
-_LARGEST_RESIDENT = 8192
-# Elements of weights that one block may read while the others have nothing to do.
-_RESIDENT_WEIGHTS = 1 << 15
-# Bytes of one position a channels-last program should have side by side.
-_SLICE_BYTES = 128
+#: Threads of a warp, as tiles are laid out. (AMD's may have 64: tiles of a block then fit two.)
+_LANES = 32
+_WARPS = 4
+# As if a block had so many, where each operation of a program costs the interpreter the same.
+_INTERPRETED_WARPS = 32
+# Tiles in flight, best first: maps of 7 * 2^k positions take 7 or 13 steps of 2^k. More of 16 bytes
+# for each thread would leave room for fewer than eight blocks.
+_STEPS, _WIDE_STEPS = (13, 7, 4, 2, 1), (7, 4, 2, 1)
+# In fp64, or where pointwise steps need many registers.
+_CROWDED_STEPS = (4, 2, 1)
+# Channels-last, the widest tile.
+_MOST_CHANNELS = 256
+# Programs per multiprocessor below which an image's positions are shared.
+_WANTED = 4
+#: Images and outputs of a tile of a product, and how many terms at a time.
+PRODUCT = (16, 32, 32)
+PRODUCT_FP64 = (16, 16, 8)
+#: Columns of a vector that one program sums.
+VECTOR = 64
+#: Elements of [B, C] that one program finishes.
+BLOCK = 512
 
 
 class Device(NamedTuple):
@@ -41,10 +40,22 @@ class Device(NamedTuple):
     architecture: str  # as the compiler names it: sm_90, gfx942; empty for the interpreter
     multiprocessors: int
 
+    @property
+    def warps(self) -> int:
+        """Of a block."""
+        return _WARPS if self.architecture else _INTERPRETED_WARPS
+
+    @property
+    def capability(self) -> int:
+        """Of NVIDIA's GPUs: 90 for sm_90; 0 for others."""
+        name = self.architecture
+        return int(name[3:]) if name.startswith("sm_") else 0
+
 
 class Shape(NamedTuple):
     """The extents of a call. ``hidden`` is None for a single layer, ``outputs`` C or 2C; a half of
-    the operation, which has no MLP, has None and 0."""
+    the operation, which has no MLP, has None and 0. ``alignment`` divides every stride between
+    images, in elements."""
 
     batch: int
     channels: int
@@ -52,41 +63,63 @@ class Shape(NamedTuple):
     hidden: int | None
     outputs: int
     last: bool  # channels-last
-    after_again: bool = False  # whether the backward pass computes the argument of `after` again
+    alignment: int = 16
 
     @property
     def inner(self) -> int:
-        """The extent that programs exchange partial sums of in the forward pass."""
-        if self.hidden is None:
-            return self.channels if self.outputs else 0
-        return self.hidden
+        """Columns of w2."""
+        return self.channels if self.hidden is None else self.hidden
 
     @property
     def image(self) -> int:
         return self.channels * self.positions
 
     @property
-    def weights_outweigh_images(self) -> bool:
-        """Whether the two weights have more elements than an image: read once per image they would
-        make the kernels wait for the second-level cache."""
-        return 2 * self.inner > self.positions
+    def rows(self) -> tuple[int, int]:
+        """Outer and inner extent: adjacent elements are along the latter."""
+        return (self.positions, self.channels) if self.last else (self.channels, self.positions)
+
+
+class TilePlan(NamedTuple):
+    """How tiles walk an image."""
+
+    outer: int  # extents of a tile, powers of two
+    inner: int
+    steps: int  # tiles in flight
+    full: int  # of them, those that need no mask along the positions
+    even: bool
+    unit: int
+    wide: bool
+    tiles: int  # programs that share an image by channels
+    splits: int  # ... and by positions
+    rounds: int  # that a program walks, of ``steps`` tiles each
+    warps: int
+
+    @property
+    def blocks(self) -> int:
+        return self.tiles * self.splits
+
+
+class FlatPlan(NamedTuple):
+    """How flat vectors cover an image."""
+
+    row: str  # "aligned": rows are whole vectors; "halves": of them; "pair": of neither
+    vec: int
+    block: int
+    steps: int
+    even: bool
+    unit: int
+    vectors: int
+    blocks: int
+    warps: int
 
 
 class Plan(NamedTuple):
-    """Constants and counts of the launches over images."""
+    """The cut of one call. ``why`` is for people."""
 
-    G: int  # images per tile
-    BC: int  # channels per program
-    BS: int  # positions at a time
-    BR: int  # hidden channels at a time
-    BK: int  # parts at a time
-    tiles: int  # programs that share an image by channels
-    splits: int  # ... and by positions
-    steps: int  # tiles a program walks, of one group of images
-    programs: int
-    warps: int
-    W: int = 1  # groups of images that a program takes one after another, for each weight it reads
-    flat: bool = False  # tiles are moved as runs of all their positions, whatever these divide by
+    sums: TilePlan
+    writes: FlatPlan | TilePlan
+    why: str
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -98,201 +131,144 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _clamp(n: int, low: int, high: int) -> int:
-    return max(low, min(n, high))
+def divisor(d: int) -> int:
+    """What kernels divide by d with: ``n // d == (2 n * magic >> 32) >> shift`` for n < 2^31
+    (Granlund and Montgomery, 1994), as ``1 << 62 | shift << 32 | magic``: a number of 64 bits,
+    whatever d is."""
+    d = max(1, d)
+    shift = (d - 1).bit_length()
+    return 1 << 62 | shift << 32 | -((-1 << (31 + shift)) // d)
 
 
-def _is_flat(shape: Shape, itemsize: int, bc: int) -> bool:
-    """Whether rows of positions begin anywhere, but runs of ``bc`` channels at multiples of 16
-    bytes. (Double precision need only be right.)"""
-    vector = 16 // itemsize
-    return (
-        not shape.last
-        and itemsize < 8
-        and shape.positions % vector > 0
-        and bc * shape.positions % vector == 0
-        and shape.image % vector == 0
-    )
+def _cost(positions: int, bs: int, options: tuple[int, ...]) -> float:
+    """Of walking positions by tiles of ``bs``, in positions; a mask on every tile costs a fifth."""
+    count = max(1, ceil_div(positions, bs))
+    steps = _steps(count, options)
+    rounds = ceil_div(count, steps)
+    masked = rounds > 1 and positions % (steps * bs) > 0
+    return rounds * (steps + 1) * bs * (1.2 if masked else 1.0)
 
 
-@functools.lru_cache(maxsize=4096)
-def make_plan(shape: Shape, itemsize: int, device: Device, tile: int = _TILE) -> Plan:
-    """The plan for a call; ``itemsize`` is that of x. With ``tile`` elements at a time."""
-    channels, positions = power_of_two(shape.channels), power_of_two(shape.positions)
-    largest = max(tile, _LARGEST_TILE)
-    if itemsize == 8:
-        tile, largest = tile // 2, largest // 2
-    fewest_channels = power_of_two(ceil_div(shape.channels, _PARTS))
-    fewest_channels = min(channels, fewest_channels, largest // _FEW_POSITIONS)
-    flat = False
-    if shape.last:
-        # A byte of the bit mask holds eight channels.
-        bc = max(_clamp(channels, 8, _SLICE_BYTES // itemsize), fewest_channels)
-        bs = _clamp(tile // bc, 1, positions)
-    else:
-        bs = _clamp(positions, _FEW_POSITIONS, 1024)
-        bc = max(_clamp(tile // bs, 1, channels), fewest_channels)
-        # Twice as many programs as elsewhere, if need be: all positions must be in the tile.
-        of_flat = min(bc, largest // bs)
-        if (
-            _is_flat(shape, itemsize, of_flat) and positions <= bs
-            and ceil_div(shape.channels, of_flat) <= 2 * _PARTS
-        ):  # fmt: skip
-            flat, bc = True, of_flat
-        bs = _clamp(largest // bc, _FEW_POSITIONS, bs)
+def _steps(count: int, options: tuple[int, ...]) -> int:
+    """Tiles in flight, of ``count`` along the positions: few in vain, and then many."""
+    # A round costs about as much as one more tile.
+    return min(options, key=lambda n: ceil_div(count, n) * (n + 1))
 
-    # Several images in a tile that one does not fill, as long as the device stays full.
-    tiles = max(1, ceil_div(shape.channels, bc))
-    wanted = 4 * device.multiprocessors
-    heavy = shape.weights_outweigh_images
-    g, room = 1, tile // (bc * bs)
-    while 2 * g <= room and g < shape.batch and shape.batch * tiles >= 2 * g * wanted:
-        g *= 2
-    # And several tiles for each reading of weights that outweigh an image: then half as many
-    # programs will do, each has as much to wait for.
-    walk, longest = 1, _WALK
-    large = bc * bs > tile
-    by_element = not (shape.last or flat or shape.positions * itemsize % 16 == 0)
-    if large or by_element:
-        # The latter would spill, by 40 to 112 bytes.
-        crowded = by_element or (flat and itemsize == 4 and shape.after_again)
-        longest = 1 if large and crowded else _WALK_OF_OTHERS
-    while (
-        heavy and g == 1 and 2 * walk <= min(longest, shape.batch)
-        and 2 * shape.batch * tiles >= 2 * walk * wanted
-    ):  # fmt: skip
-        walk *= 2
 
-    groups = ceil_div(shape.batch, g * walk)
-    iterations = max(1, ceil_div(shape.positions, bs))
-    splits = _clamp(wanted // max(1, groups * tiles), 1, min(iterations, _PARTS))
-    if walk > 1:
-        splits = 1
-    steps = ceil_div(iterations, max(splits, ceil_div(iterations, _CHAIN)))
-    splits = ceil_div(iterations, steps)
-
-    warps = _warps(g * bc * bs, itemsize, flat or by_element or walk > 1)
-    products = min(_PRODUCTS, warps * _PRODUCTS_OF_WARP)
-    br = _clamp(products // (g * walk * bc), 1, power_of_two(shape.inner))
-    return Plan(
-        G=g,
-        BC=bc,
-        BS=bs,
-        BR=br,
-        BK=min(power_of_two(tiles * splits), 16),
-        tiles=tiles,
-        splits=splits,
-        steps=steps,
-        programs=groups * tiles * splits,
+def tile_plan(
+    shape: Shape, itemsize: int, device: Device, *, crowded: bool = False, lengths: bool = False,
+    in_flight: bool = True,
+) -> TilePlan:  # fmt: skip
+    """Tiles of one 16-byte access per thread where rows are aligned. ``crowded``: elements need
+    many registers. Without ``in_flight`` a tile is used before the next is loaded."""
+    outer, inner = shape.rows
+    unit = math.gcd(inner, shape.alignment, 16) or 1
+    vec = min(16 // itemsize, unit)
+    wide_access = vec * itemsize == 16
+    # Eight lanes of a row, 128 bytes; a byte of the bit mask has eight bits.
+    bi = max(8, min((8 if wide_access else 4) * vec, power_of_two(inner)))
+    warps = device.warps
+    wanted = _WANTED * device.multiprocessors
+    # Several rows for each thread where an access is of few bytes.
+    threads = _LANES * warps * max(1, 8 // (vec * itemsize))
+    bo = max(1, threads * vec // bi)
+    options: tuple[int, ...] = _WIDE_STEPS if wide_access else _STEPS
+    if crowded or itemsize == 8:
+        options = _CROWDED_STEPS
+    if shape.last and in_flight:
+        widths = [n for n in range(4) if bi << n <= min(_MOST_CHANNELS, inner) and bo >> n]
+        best = min(widths or [0], key=lambda n: _cost(shape.positions, bo >> n, options))
+        bi, bo = bi << best, bo >> best
+    elif not shape.last:
+        # Fewer rows per program where there would be too few programs.
+        while device.architecture and warps > 1 and shape.batch * ceil_div(outer, bo) < wanted:
+            warps, bo = warps // 2, max(1, bo // 2)
+    bs, bc = (bo, bi) if shape.last else (bi, bo)
+    count = max(1, ceil_div(shape.positions, bs))
+    steps = _steps(count, options) if in_flight else 1
+    rounds = ceil_div(count, steps)
+    tiles = ceil_div(shape.channels, bc)  # none without channels
+    splits = min(rounds, max(1, wanted // max(1, shape.batch * tiles)))
+    rounds = ceil_div(rounds, splits)
+    splits = ceil_div(ceil_div(count, steps), rounds)
+    full = 0
+    if not lengths and in_flight:
+        if shape.positions % (steps * bs) == 0:
+            full = steps
+        elif count <= steps:
+            full = shape.positions // bs
+    reach = max(shape.image, 1) + steps * bs * (shape.channels if shape.last else 1) * 2
+    return TilePlan(
+        outer=bo, inner=bi, steps=steps, full=full, even=shape.channels % bc == 0, unit=unit,
+        wide=reach + bc * shape.positions >= 2**31, tiles=tiles, splits=splits, rounds=rounds,
         warps=warps,
-        W=walk,
-        flat=flat,
-    )
+    )  # fmt: skip
+
+
+def flat_plan(
+    shape: Shape, itemsize: int, device: Device, *, masked: bool, crowded: bool
+) -> FlatPlan | None:
+    """Flat vectors of 16 bytes; None where rows are no multiples of them, or their bits in the mask
+    no whole bytes. (Double precision need only be right.)"""
+    vec = 8 if masked else 16 // itemsize
+    _, inner = shape.rows
+    unit = math.gcd(shape.image, shape.alignment, 16) or 1
+    aligned = inner % vec == 0
+    if (
+        itemsize == 8 or unit % (16 // itemsize) or shape.image % vec
+        or (shape.last and not aligned) or (masked and inner % 8) or inner < vec
+        or shape.image >= 2**30
+    ):  # fmt: skip
+        return None
+    vectors = shape.image // vec
+    block = _LANES * device.warps
+    count = ceil_div(vectors, block)
+    options = (2, 1) if crowded else (4, 3, 2)
+    steps = min(options, key=lambda n: (ceil_div(count, n) * n, -n))
+    pieces = "halves" if vec == 8 and inner % 4 == 0 else "pair"
+    return FlatPlan(
+        row="aligned" if aligned else pieces, vec=vec, block=block, steps=steps,
+        even=vectors % (block * steps) == 0, unit=unit, vectors=vectors,
+        blocks=ceil_div(count, steps), warps=device.warps,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
-def make_resident_plan(
-    shape: Shape, itemsize: int, device: Device, *, forward: bool = True, however_few: bool = False
-) -> Plan | None:
-    """The plan for one launch over images, whole ones in a program; None where that is not worth
-    it: a single layer, an image too large for registers, or (unless ``however_few``) few images
-    with weights that one program would read for too long.
-
-    The backward pass holds two tensors, and gives each thread half as many elements.
-    """
-    channels, positions = power_of_two(shape.channels), max(8, power_of_two(shape.positions))
-    if shape.last:
-        channels, positions = max(8, channels), power_of_two(shape.positions)
-    elements = channels * positions
-    largest = _LARGEST_RESIDENT if itemsize < 8 else _LARGEST_RESIDENT // 2
-    weights = (shape.hidden or 0) * (shape.channels + shape.outputs)
-    enough = shape.batch >= device.multiprocessors or weights <= _RESIDENT_WEIGHTS
-    if not shape.hidden or elements > largest or not (enough or however_few):
-        return None
-    g = 1
-    while 2 * g * elements <= _TILE and shape.batch >= 8 * g * device.multiprocessors:
-        g *= 2
-    products = _PRODUCTS if forward else _BACKWARD_PRODUCTS
-    flat = _is_flat(shape, itemsize, shape.channels)
-    warps = _warps(g * elements, itemsize, flat)
-    return Plan(
-        G=g,
-        BC=channels,
-        BS=positions,
-        BR=_clamp(products // (g * channels), 1, power_of_two(shape.hidden)),
-        BK=1,
-        tiles=1,
-        splits=1,
-        steps=1,
-        programs=ceil_div(shape.batch, g),
-        warps=warps if forward else min(2 * warps, 16),
-        flat=flat,
+def make_plan(
+    shape: Shape, itemsize: int, device: Device, *, masked: bool, lengths: bool = False,
+    crowded: bool = False, sums_in_dx: bool = False,
+) -> Plan:  # fmt: skip
+    """The plan of one direction of a call. ``masked``: it writes or reads the bit mask.
+    ``crowded``: its pointwise steps need many registers. ``sums_in_dx``: gradients of
+    ``before_affine`` are wanted, which only dx can sum."""
+    sums = tile_plan(shape, itemsize, device, crowded=crowded, lengths=lengths)
+    flat = (
+        None if sums_in_dx else flat_plan(shape, itemsize, device, masked=masked, crowded=crowded)
     )
+    if flat is not None:
+        return Plan(sums, flat, "flat vectors")
+    writes = tile_plan(shape, itemsize, device, in_flight=False)
+    if sums_in_dx:
+        why = "tiles, since the gradients of before_affine are sums over them"
+    elif itemsize == 8:
+        why = "tiles, since float64 need only be right"
+    elif masked and shape.rows[1] % 8:
+        why = f"tiles, since rows of {shape.rows[1]} elements are no whole bytes of the bit mask"
+    else:
+        why = f"tiles, since 16-byte vectors do not fit rows of {shape.rows[1]} elements"
+    return Plan(sums, writes, why)
 
 
-class Choice(NamedTuple):
-    """A plan, and whether it is one for whole images in a program."""
-
-    plan: Plan
-    resident: bool = False
+def is_crowded(before: str, after_again: bool) -> bool:
+    """Whether the pointwise steps on an image take many registers."""
+    return after_again or before in ("gelu", "gelu_tanh", "mish")
 
 
-def describe(choice: Choice) -> str:
-    """How a call is cut, in words."""
-    p, resident = choice
-    if resident:
-        return f"one launch over images, {p.G} on chip per program"
-    images = f", {p.G * p.W} at a time" if p.G * p.W > 1 else ""
-    return f"two launches over images{images}, shared by {p.tiles * p.splits} programs"
-
-
-def fixed_choice(shape: Shape, itemsize: int, device: Device, forward: bool) -> Choice:
-    """What a call gets unless it is tuned or pinned."""
-    resident = make_resident_plan(shape, itemsize, device, forward=forward)
-    if resident is not None:
-        return Choice(resident, True)
-    return Choice(make_plan(shape, itemsize, device))
-
-
-def candidates(shape: Shape, itemsize: int, device: Device, forward: bool) -> list[Choice]:
-    """What is worth timing: tiles and thread counts about those of the fixed choice, which comes
-    first, both strategies, and rows where runs were chosen."""
-    found = {fixed_choice(shape, itemsize, device, forward): None}
-    plans = [
-        Choice(make_plan(shape, itemsize, device, tile)) for tile in (_TILE // 2, _TILE, 2 * _TILE)
-    ]
-    resident = make_resident_plan(shape, itemsize, device, forward=forward, however_few=True)
-    plans += [] if resident is None else [Choice(resident, True)]
-    plans += [Choice(p._replace(flat=False), whole) for p, whole in plans if p.flat]
-    for plan, of_images in plans:
-        for warps in (plan.warps // 2, plan.warps, plan.warps * 2):
-            if 2 <= warps <= 16:
-                found[Choice(plan._replace(warps=warps), of_images)] = None
-    return list(found)
-
-
-def is_legal(choice: Choice, shape: Shape) -> bool:
-    """Whether launches cut so are sound and reach every element of such a call."""
-    plan, resident = choice
-    sizes = (plan.G, plan.BC, plan.BS, plan.BR, plan.BK, plan.warps, plan.W)
-    counts = (*sizes, plan.tiles, plan.splits, plan.steps, plan.programs)
+def describe(plan: Plan, launches: int) -> str:
+    """How a call is cut, in words; ``launches`` where no sum is shared."""
+    sums = plan.sums
+    shared = f", {sums.splits} programs to a sum" if sums.splits > 1 else ""
     return (
-        all(type(n) is int and n >= 0 for n in counts)
-        and plan.flat in (False, True)
-        and all(n >= 1 and n & (n - 1) == 0 for n in sizes)
-        and (plan.BC if shape.last else plan.BS) % 8 == 0  # a byte of the mask has eight bits
-        and plan.tiles * plan.BC >= shape.channels
-        and plan.splits * plan.steps * plan.BS >= shape.positions
-        # The last split has a position, or its part of the mean would be no number.
-        and (plan.splits - 1) * plan.steps * plan.BS < max(1, shape.positions)
-        and plan.programs == ceil_div(shape.batch, plan.G * plan.W) * plan.tiles * plan.splits
-        and (plan.W == 1 or (plan.G == 1 and shape.outputs > 0 and not resident))
-        and (not plan.flat or (not shape.last and plan.splits == plan.steps == 1))
-        and (not resident or (bool(shape.hidden) and plan.tiles == plan.splits == plan.steps == 1))
+        f"{launches + (sums.splits > 1)} launches; sums by tiles of {sums.outer} x {sums.inner}, "
+        f"{sums.steps} in flight{shared}; images written by {plan.why}"
     )
-
-
-def _warps(elements: int, itemsize: int, crowded: bool = False) -> int:
-    """32 elements of the accumulation type for each thread; 16 of fp64, or where threads have more
-    to remember: where each element is, moved alone or in a run, or vectors of several images."""
-    return _clamp(elements * (2 if itemsize == 8 or crowded else 1) // 1024, 4, 16)
