@@ -1,11 +1,11 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what came out as JSON.
 
-``python compile_triton.py CAPABILITY`` reads option sets as JSON lines from standard input: the
-fields of ``problems.Spec``, the device's ``multiprocessors`` and ``inplace``. It prints a line for
-each, what became of its kernels, and last how many cubins were compiled in all. It runs the ops'
-own host code on meta tensors, with every launch turned into a compilation: so these are the very
-kernels, constants and argument specialisations a call would use. A process of its own, since
-Triton's driver is replaced and a compiler that fails may abort.
+``python compile_triton.py TARGET``, a capability (90) or an AMD GPU (gfx942), reads option sets as
+JSON lines from standard input: the fields of ``problems.Spec``, the device's ``multiprocessors`` and
+``inplace``. It prints a line for each, what became of its kernels, and last how many cubins were
+compiled in all. It runs the ops' own host code on meta tensors, with every launch turned into a
+compilation: so these are the very kernels, constants and argument specialisations a call would use.
+A process of its own, since Triton's driver is replaced and a compiler that fails may abort.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 class _Driver:
     """As much of a driver as compiling asks for."""
 
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
+    def __init__(self, target: int | str) -> None:
+        if isinstance(target, int):
+            self._target = GPUTarget("cuda", target, 32)
+        else:
+            self._target = GPUTarget("hip", target, 32 if target.startswith("gfx11") else 64)
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -73,6 +76,10 @@ _compiled: set[str] = set()
 
 def _load_nothing(self: Any) -> None:
     """In place of loading a kernel, which finds out about its registers and spilled words."""
+    if "cubin" not in self.asm:
+        self.module = self.function = self.n_regs = self.n_spills = 0
+        _compiled.add(self.hash)
+        return
     found = _resources(self.asm["cubin"])
     _compiled.add(self.hash)
     self.module = self.function = 0
@@ -80,7 +87,16 @@ def _load_nothing(self: Any) -> None:
 
 
 def _report(kernel: Any, compiled: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    metadata = compiled.metadata
+    if "amdgcn" in compiled.asm:
+        spilled = re.findall(r"vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        assert spilled
+        return {
+            "kernel": kernel.__name__,
+            "shared": metadata.shared,
+            "STACK": sum(map(int, spilled)),
+        }
+    ptx = compiled.asm["ptx"]
     constants = arguments.get("T")
     positions = 1  # of a tile; flat vectors have any
     if hasattr(constants, "BO"):
@@ -161,8 +177,10 @@ def _calls(given: dict[str, Any]) -> list[Callable[[], object]]:
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    triton.runtime.driver.set_active(_Driver(capability))
+    name = sys.argv[1]
+    target = int(name) if name.isdecimal() else name
+    torch.version.hip = None if isinstance(target, int) else "7.0"
+    triton.runtime.driver.set_active(_Driver(target))
     seen: list[dict[str, Any]] = []
 
     def compile_instead(self: Any, grid: Any) -> Any:
@@ -180,7 +198,8 @@ def main() -> None:
     CompiledKernel._init_handles = _load_nothing
     for line in sys.stdin:
         given = json.loads(line)
-        device = Device(f"sm_{capability}", given.pop("multiprocessors"))
+        architecture = f"sm_{target}" if isinstance(target, int) else target
+        device = Device(architecture, given.pop("multiprocessors"))
         operands._device = lambda _, device=device: device
         launch.forget()
         seen.clear()

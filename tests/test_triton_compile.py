@@ -33,6 +33,7 @@ _WORKLOADS = Path(__file__).parent.parent / "benchmarks" / "workloads.json"
 _SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 _DTYPES = ("bfloat16", "float16", "float32")  # that are to be fast, not only right
 _LAYOUTS = ("contiguous", "channels_last")
+_HEAVY = ("gelu", "gelu_tanh", "mish")
 
 # What networks have.
 _RELU = {"residual": True, "after": "relu"}
@@ -46,16 +47,12 @@ _LAYERS: tuple[dict[str, Any], ...] = (
       "layout": "channels_last"},
     {"shape": [1, 1152, 7, 7], "hidden": 48, "dtype": "float16", **_SILU},
     {"shape": [256, 1024, 14, 14], "hidden": 64, "dtype": "bfloat16", **_RELU},
-    {"shape": [256, 1512, 7, 7], "hidden": 144, "dtype": "bfloat16", "before": "relu"},
     {"shape": [256, 672, 14, 14], "hidden": 168, "dtype": "float16", "gate": "hardsigmoid",
-      "before": "hardswish"},
-    {"shape": [256, 72, 28, 28], "hidden": 24, "dtype": "float16", "gate": "hardsigmoid",
       "before": "hardswish"},
     {"shape": [64, 512, 28, 28], "hidden": None, "dtype": "bfloat16", "bias": False,
       "layout": "channels_last"},
     {"shape": [512, 256, 8, 8], "hidden": 32, "dtype": "float16", "shift": True, **_RELU},
     {"shape": [256, 64, 8, 8], "hidden": 16, "dtype": "bfloat16", **_SILU},
-    {"shape": [256, 112, 7, 7], "hidden": 28, "dtype": "float16", **_RELU},
     {"shape": [256, 101, 7, 7], "hidden": 25, "dtype": "float16", **_RELU},
     {"shape": [256, 128, 7, 7], "hidden": 8, "dtype": "float32", "layout": "channels_last",
       **_RELU},
@@ -71,7 +68,7 @@ _LAYERS: tuple[dict[str, Any], ...] = (
     {"shape": [256, 64, 8, 8], "hidden": 16, "dtype": "bfloat16", **_SILU, "inplace": True},
 )  # fmt: skip
 # Each dtype and layout once, for the targets that do not get all of them.
-_FEW = (0, 1, 2, 3, 4, 11, 14)
+_FEW = (0, 1, 2, 3, 4, 9, 11)
 # What those targets have beside: with it every two of target, dtype, layout and kernels meet.
 _MORE: dict[int, tuple[dict[str, Any], ...]] = {
     80: (
@@ -253,7 +250,10 @@ def _faults(
             if kernel["stores_16"] < writes * kernel["steps"]:
                 yield f"narrow stores: {what}"
         if name in _IMAGES and name != "dx_flat":
-            wanted = 2 if name.endswith("_flat") else 4
+            # Four loads before the first use in a sum, two where an image is written; two in a sum
+            # too in double precision, and where many pointwise steps need the registers.
+            crowded = options["dtype"] == "float64" or options.get("before") in _HEAVY
+            wanted = 4 if name == "squeeze" and not crowded else 2
             count = -(-math.prod(options["shape"][2:]) // kernel["tile_positions"])
             if kernel["steps"] < min(wanted, count):
                 yield f"few loads in flight: {what}"
@@ -356,6 +356,31 @@ def test_every_feature_compiles() -> None:
         assert not list(_faults(90, options, kernels, may_spill=may_spill))
 
 
+# Of AMD's GPUs: the local memory that a block may have.
+_LDS = {"gfx942": 65536, "gfx950": 163840, "gfx1100": 65536}
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["gfx942", *(pytest.param(name, marks=pytest.mark.slow) for name in _LDS if name != "gfx942")],
+)
+def test_kernels_compile_for_amd_gpus(target: str) -> None:
+    """And nothing spills, nor takes more local memory than there is."""
+    layers: tuple[dict[str, Any], ...] = (
+        {"shape": [256, 64, 14, 14], "hidden": 16, "dtype": "bfloat16", **_SILU, **_RELU},
+        {"shape": [4, 64, 7, 7], "hidden": None, "dtype": "float16", "affine": True,
+         "layout": "channels_last", "shift": True},
+    )  # fmt: skip
+    given = "\n".join(json.dumps({**layer, "multiprocessors": 304}) for layer in layers)
+    *lines, _ = _run(_SCRIPT, target, given).splitlines()
+    for layer, line in zip(layers, lines, strict=True):
+        kernels = json.loads(line)
+        assert len(kernels) >= len(_launches(layer))
+        for kernel in kernels:
+            assert kernel["STACK"] == 0, f"{layer}: {kernel}"
+            assert kernel["shared"] <= _LDS[target], f"{layer}: {kernel}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", _TARGETS)
 def test_a_few_features_at_once_do_not_spill(capability: int) -> None:
@@ -363,12 +388,12 @@ def test_a_few_features_at_once_do_not_spill(capability: int) -> None:
 
 
 def test_the_gate_compiles_few_cubins() -> None:
-    """What the tests above compile: at most 400, so that the gate stays quick."""
+    """What the tests above compile: at most 430, so that the gate stays quick."""
     batches = [(c, _layers(c)) for c in DEVICES]
     batches.append((90, [options for options, _ in _REST]))
     cubins = [_compiled(c, json.dumps(options)).cubins for c, options in batches]
     assert min(cubins) > 0
-    assert sum(cubins) <= 400, cubins
+    assert sum(cubins) <= 430, cubins
 
 
 def test_prepared_calls_launch_what_triton_launches() -> None:
