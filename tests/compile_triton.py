@@ -3,9 +3,9 @@
 ``python compile_triton.py TARGET``, a capability (90) or an AMD GPU (gfx942), reads option sets as
 JSON lines from standard input: the fields of ``problems.Spec``, the device's ``multiprocessors``
 and ``inplace``. It prints a line for each, what became of its kernels, and last how many cubins
-were compiled in all. It runs the ops' own host code on meta tensors, with every launch turned into a
-compilation: so these are the very kernels, constants and argument specialisations a call would use.
-A process of its own, since Triton's driver is replaced and a compiler that fails may abort.
+were compiled in all. It runs the ops' own host code on meta tensors, with every launch turned into
+a compilation: so these are the very kernels, constants and argument specialisations a call would
+use. A process of its own, since Triton's driver is replaced and a compiler that fails may abort.
 """
 
 from __future__ import annotations
