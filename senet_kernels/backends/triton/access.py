@@ -29,11 +29,11 @@ class Functions(NamedTuple):
     """The pointwise steps of a call. ``approx`` is how a sigmoid is computed where images are
     streamed, see :mod:`.pointwise`."""
 
-    activation: str
-    gate: str
-    before: str
-    after: str
-    approx: str
+    activation: tl.constexpr
+    gate: tl.constexpr
+    before: tl.constexpr
+    after: tl.constexpr
+    approx: tl.constexpr
 
 
 class Tile(NamedTuple):
@@ -155,9 +155,10 @@ def position_step(inner, T: tl.constexpr):
 
 @triton.jit
 def inside(c, s, channels, end, full: tl.constexpr, T: tl.constexpr):
-    """The mask of a tile; None where all of it is known to be inside."""
+    """The mask of a tile: a constant, which the compiler drops, where all of it is known to be
+    inside. (Triton 3.6 returns no None.)"""
     if full and T.EVEN:
-        return None
+        return tl.full([1, 1], 1, tl.int1)
     elif full:
         return across(c < channels, T)
     elif T.EVEN:
@@ -169,10 +170,7 @@ def inside(c, s, channels, end, full: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def load_block(pointer, offsets, ok):
     """Elements of an image as they are, 0 outside."""
-    if ok is None:
-        return tl.load(pointer + offsets)
-    else:
-        return tl.load(pointer + offsets, mask=ok, other=0.0)
+    return tl.load(pointer + offsets, mask=ok, other=0.0)
 
 
 @triton.jit
@@ -250,9 +248,9 @@ def flat_vectors(block, T: tl.constexpr):
 
 @triton.jit
 def flat_inside(v, vectors, T: tl.constexpr):
-    """The mask of vectors; None where all of them are known to be inside."""
+    """The mask of vectors, a constant where all of them are known to be inside."""
     if T.EVEN:
-        return None
+        return tl.full([1, 1], 1, tl.int1)
     else:
         return (v < vectors)[:, None]
 

@@ -42,14 +42,15 @@ class Product(NamedTuple):
     BN: int
     BK: int
     ACC: tl.dtype
-    PRECISION: str
+    PRECISION: tl.constexpr
 
 
 def functions(kind: Kind, dtype: torch.dtype) -> Functions:
     approx = "none"
     if kind.device.capability >= 80:
         approx = INSTRUCTIONS.get(dtype, "none")
-    return Functions(*kind.options, approx)
+    # Functions of a kernel take constants alone for constants: Triton 3.6 no strings.
+    return Functions(*map(tl.constexpr, (*kind.options, approx)))
 
 
 class Builder:
@@ -63,7 +64,8 @@ class Builder:
         block = plans.PRODUCT if kind.accumulate == torch.float32 else plans.PRODUCT_FP64
         # Half-precision weights are whole in tf32: three products are as good as float32's.
         few_bits = dtype in (torch.bfloat16, torch.float16) and kind.device.capability >= 80
-        self.product = Product(*block, self.accumulate, "tf32x3" if few_bits else "ieee")
+        precision = tl.constexpr("tf32x3" if few_bits else "ieee")
+        self.product = Product(*block, self.accumulate, precision)
 
     def values(self, **more: Any) -> dict[str, Any]:
         """What most kernels take besides pointers."""
