@@ -76,7 +76,7 @@ def test_every_kernel_in_every_dtype(capability: int) -> None:
     ("file", "chosen"),
     [
         ("test_triton.py", "not bfloat16 and not the_interpreter and not sanitizer"),
-        ("test_triton_tuning.py", ""), ("test_plain_kernels.py", ""),
+        ("test_plain_kernels.py", ""),
         *((f"test_{name}.py", "triton") for name in (
             "accuracy", "gradcheck", "layouts", "pointwise", "properties", "special_values")),
     ],
@@ -98,7 +98,7 @@ def _plans_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from senet_kernels.backends.triton import launch, operands
     from senet_kernels.backends.triton.plan import Device
 
-    monkeypatch.setattr(operands, "INTERPRETER", Device(f"sm_{CAPABILITY}", 132))
+    monkeypatch.setattr(operands, "_device", lambda _: Device(f"sm_{CAPABILITY}", 132))
     launch.forget()
 
 
@@ -116,7 +116,9 @@ def test_results(dtype: torch.dtype) -> None:
         for options in _SPECS:
             spec = Spec(**{"hidden": None, **options}, dtype=dtype, seed=number)
             check(build(spec), squeeze_excite, backend="triton")
-    assert set(triton_on_cpu.launches.names) == gpu_kernels.TRITON_KERNELS
+    flat = {name for name in gpu_kernels.TRITON_KERNELS if "flat" in name}  # none in float64
+    expected = gpu_kernels.TRITON_KERNELS - (flat if dtype == torch.float64 else set())
+    assert set(triton_on_cpu.launches.names) == expected
 
 
 @executes

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def _pass_class() -> type:
         def __reduce__(self) -> Any:
             # What torch 2.11 to 2.12 make the key of their caches from.
             if (key := self.uuid()) is None:
-                raise pickle.PicklingError("pre_grad_custom_pass: another pass names no uuid")
+                raise TypeError("pre_grad_custom_pass: expected a uuid of the other pass")
             return _restored, (self.report, self.then, key)
 
         def __eq__(self, other: object) -> bool:

@@ -31,7 +31,7 @@ KERNELS: dict[str, tuple[Any, ...]] = {
 }
 
 #: How images of a dtype compute sigmoids by instructions of NVIDIA's GPUs, see :mod:`.pointwise`.
-INSTRUCTIONS = {torch.bfloat16: "tanh", torch.float16: "ex2"}
+INSTRUCTIONS = dict.fromkeys((torch.bfloat16, torch.float16), "ex2")
 _ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
