@@ -43,7 +43,7 @@ from .tensors import (
     foreign_class,
     function_modes,
     redefines_operators,
-    wrapper_class,
+    redefining_class,
 )
 from .validation import DTYPES
 from .watched import code_of
@@ -254,6 +254,8 @@ def _call_reason(
         return resolve.why_no_kernel()
     if not compiling and (dispatch_modes() or function_modes()) and redefines_operators():
         return "a mode of torch_function or torch_dispatch is on that may redefine its layers"
+    if type(x) is not Tensor and (kind := redefining_class(x)) is not None:
+        return f"x is a {kind}"
     if _GLOBAL_FORWARD or _GLOBAL_BEFORE or _GLOBAL_BACKWARD or _GLOBAL_BEFORE_BACKWARD:
         return "a global module hook is registered"
     reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module)
@@ -266,8 +268,7 @@ def _no_kernel_reason(x: Tensor) -> str | None:
     """Why no kernel takes part, whatever is computed of x; asked before a part of it is."""
     if x.dtype not in DTYPES or x.is_nested or x.layout != torch.strided:
         return f"x is a {x.dtype} tensor of layout {x.layout}"
-    kind = wrapper_class(x)
-    return resolve.why_no_kernel() if kind is None else f"x is a {kind}"
+    return resolve.why_no_kernel()
 
 
 def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:

@@ -24,14 +24,21 @@ _STAND_INS = (FakeTensor, FunctionalTensor)
 
 
 def wrapper_class(t: Tensor | None) -> str | None:
-    """The name of t's class where that says what PyTorch's operators do to it: where it is made of
-    other tensors (a DTensor, a quantised weight), or has its own ``__torch_function__`` or
-    ``__torch_dispatch__``. It knows nothing of our operators."""
+    """The name of t's class where it is made of other tensors (a DTensor, a quantised weight): it
+    knows what PyTorch's operators mean to it, and nothing of ours."""
+    kind: type = type(t)
+    wraps: bool = kind not in PLAIN_TYPES and is_traceable_wrapper_subclass(t)
+    return kind.__name__ if wraps else None
+
+
+def redefining_class(t: Tensor) -> str | None:
+    """The same, and the name of a class that has its own ``__torch_function__`` or
+    ``__torch_dispatch__``: it may say what PyTorch's operators do, so that a module's own forward
+    is another computation for it."""
     kind: type = type(t)
     if kind in PLAIN_TYPES:
         return None
-    wraps: bool = is_traceable_wrapper_subclass(t)
-    return kind.__name__ if wraps or _has_own_operators(kind) else None
+    return wrapper_class(t) or (kind.__name__ if _has_own_operators(kind) else None)
 
 
 def _has_own_operators(kind: Any) -> bool:

@@ -449,30 +449,28 @@ def test_an_unreadable_mark_does_not_stay(card: Path, monkeypatch: pytest.Monkey
     assert _states() == [trust.TRUSTED]
 
 
-def test_threads_that_call_at_once(card: Path) -> None:
+def test_threads_that_call_at_once(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = _tensors()
     results: list[Tensor] = []
     barrier = threading.Barrier(6)
+    found: list[Any] = []
+    find = verdicts._find
+    monkeypatch.setattr(verdicts, "_find", lambda *a, **k: found.append(a) or find(*a, **k))
 
     def call() -> None:
         barrier.wait()
         results.append(squeeze_excite(*arguments))
 
     threads = [threading.Thread(target=call) for _ in range(6)]
-    launches = pretended.launches
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert _states() == [trust.TRUSTED]
+    assert len(found) == 1
+    assert len(results) == 6
     for y in results:
         torch.testing.assert_close(y, _right(arguments))
-    squeeze_excite(*arguments)
-    one = pretended.launches - launches
-    trust.forget()
-    launches = pretended.launches
-    squeeze_excite(*arguments)
-    assert one < 2 * (pretended.launches - launches) + 6  # proven once
 
 
 def _loop(seconds: float) -> int:
