@@ -4,14 +4,16 @@
 both write an image-sized tensor, and autograd adds them up. The two Functions here share the work
 instead. Forward, the first hands x on to the second, beside the mean and a place for u::
 
-    z, x, place = _Squeeze(x)        u = excitation(z)        y = _Scale(x, place, u)
+    z, passed, place = _Squeeze(x)        u = excitation(z)        y = _Scale(passed, place, u, x)
 
 Backward, the second returns as gradients of x and of the place, which nobody but the first sees,
 what that needs to write all of dx at once: dy and u. So dy is read twice, x once, dx written once::
 
     du = gate'(u) sum over space of dy x          dx = dy gate(u) + dz / S
 
-Under ``create_graph=True`` each returns what its gradients are, by differentiable operations.
+Under ``create_graph=True`` each returns what its gradients are, by differentiable operations. Their
+derivatives belong to x itself, which the second keeps, not to ``passed``: there they would be added
+to dy, and scaled with it.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class _Scale(torch.autograd.Function):
     """``place`` is None where x needs no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor | None, u: Tensor, options: int) -> Tensor:
+    def forward(
+        ctx: Any, passed: Tensor, place: Tensor | None, u: Tensor, x: Tensor, options: int
+    ) -> Tensor:
         y, mask = _SCALE(x, u, None, None, None, None, None, options, True)
         ctx.options = options
         ctx.save_for_backward(x, u, mask)
@@ -80,20 +84,20 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, u, mask = ctx.saved_tensors
-        of_x, _, of_u, _ = ctx.needs_input_grad
+        of_x, _, of_u, *_ = ctx.needs_input_grad
         if _is_grad_enabled():
             tensors = (x, u, None, None, None, None, None, None, None, mask)
             needs = (_X if of_x else 0) | (_U if of_u else 0)
             gradients = autograd._backward(
                 "native channel_scale", ctx.options, needs, tensors, dy, True
             )
-            return gradients[0], None, gradients[1], None
+            return gradients[0], None, gradients[1], None, None
         if 0 in dy.stride():  # expanded: the kernels would copy it for each reading
             dy = dy.contiguous()
         du = None
         if of_u:
             du = _SCALE_BACKWARD(dy, x, u, None, None, None, None, None, mask, ctx.options, _U)[1]
-        return (dy, u, du, None) if of_x else (None, None, du, None)
+        return (dy, u, du, None, None) if of_x else (None, None, du, None, None)
 
 
 #: From how many elements of x on the Functions here are faster than PyTorch's operators on a CPU
@@ -161,17 +165,17 @@ def _prepare(gate: str, asked_for: str | None) -> int | None:
 def run(x: Tensor, excite: Callable[[Tensor], Tensor], gate: str, options: int) -> Tensor:
     """``x gate(u)`` of a call for which :func:`prepared` gave options, with u what ``excite`` makes
     of the mean of x, ``[B, C]``."""
-    place: Tensor | None = None
+    passed, place = x, None
     if _is_grad_enabled() and x.requires_grad:
-        z, x, place = _Squeeze.apply(x, options)
+        z, passed, place = _Squeeze.apply(x, options)
     else:
         z = _SQUEEZE(x, None, None, None, _NO_OPTIONS)
     u = excite(z)
     if u.dtype is not x.dtype or u.shape != x.shape[:2] or type(u) not in PLAIN_TYPES:
-        return scaled(x, u, gate, None)
+        return scaled(passed, u, gate, None)
     y: Tensor
     if requires_grad(x, u):
-        y = _Scale.apply(x, place, u, options)
+        y = _Scale.apply(passed, place, u, x, options)
     else:
         y = _SCALE(x, u, None, None, None, None, None, options, False)[0]
     return y

@@ -80,6 +80,20 @@ def test_gradients_are_the_originals(
         ]
 
 
+@pytest.mark.parametrize("make", [_eca, _with_norm])
+def test_gradient_penalty(make: Callable[[], nn.Module]) -> None:
+    """The gradient of y depends on x here, so that a second pass goes through both again."""
+    image, results = _image("contiguous"), []
+    for module in _pair(make):
+        x = image.clone().requires_grad_()
+        wanted = [x, *module.parameters()]
+        y = module(x).square().mean()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum() + y, wanted, allow_unused=True))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+
+
 def test_gradients_of_what_lies_between() -> None:
     """A hook sees z and u; their gradients are asked for, with and without that of x."""
     modules = _pair(_eca)
