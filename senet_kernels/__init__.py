@@ -19,6 +19,7 @@ from .layers import TimmSE, TorchvisionSE
 from .models import add_se_blocks
 from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
+from .public_kernels import keep_in_inductor as _keep_public_ops_in_inductor
 from .public_kernels import register as _register_public_ops
 from .settle import KernelMistrustError
 from .trust import KernelMistrustWarning
@@ -60,4 +61,5 @@ __all__ = [
 
 _register_public_ops()
 after_import("torch._dynamo.backends.registry", fuse.register)
+after_import("torch._inductor.lowering", _keep_public_ops_in_inductor)
 after_import("torch.utils.flop_counter", lambda: import_module(f"{__name__}.flops"))

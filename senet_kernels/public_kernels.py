@@ -438,6 +438,16 @@ def _register(name: str) -> None:
     register_decomposition(op, type="meta")(public_ops.FAKES[name])
 
 
+def keep_in_inductor() -> None:
+    """Have Inductor lower the public ops to calls of them. It would by itself, but where the
+    environment has ``CI`` set it refuses an op that has a decomposition and no lowering."""
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    for op in public_ops.OPS.values():
+        if op not in lowerings:
+            make_fallback(op, warn=False)
+
+
 def register() -> None:
     """Give the public ops their kernels, unless another copy of this package has done so."""
     if not ops.SHARED:

@@ -23,6 +23,7 @@ from captures import (
     assert_same,
     export,
     gradients,
+    operators,
     own,
     penalties,
 )
@@ -313,6 +314,25 @@ def test_compiled(case: Case) -> None:
     for module in (case.net(), export(case).module()):
         compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
         assert_same(gradients((compiled, dict(module.named_parameters())), inputs), right)
+
+
+@each_of_three
+def test_inductor_keeps_the_ops_of_a_captured_network(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CI set, too, where Inductor refuses operators with a decomposition and no lowering."""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setenv("CI", "1")
+    inputs = case.inputs()
+    module = export(case).module()
+    with torch.no_grad():
+        right = case.net(plain=True)(*inputs)
+        compiled = torch.compile(module, options={"fx_graph_cache": False})
+        y, code = run_and_get_code(compiled, *inputs)
+    torch.testing.assert_close(y, right, rtol=1e-10, atol=1e-10)
+    for op in PUBLIC & operators(module):
+        assert f"torch.ops.senet_kernels.{op}" in "".join(code)
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["module", "exported"])
