@@ -28,8 +28,8 @@ from torch import Tensor
 from . import api, autograd, dispatch, features
 from .pointwise import POINTWISE, Options, pack
 from .reference import autocast_is_on
-from .resolve import is_compiling, requires_grad, tracing_state
-from .tensors import PLAIN_TYPES, dispatch_modes, function_modes, is_captured
+from .resolve import is_compiling, tracing_state
+from .tensors import PLAIN_TYPES, dispatch_modes, function_modes, is_captured, requires_grad
 from .validation import DTYPES
 
 _SQUEEZE, _SCALE = autograd.squeeze_op("native"), autograd.channel_scale_op("native")
@@ -40,6 +40,12 @@ _X, _U = 1, 2  # bits of the scaling's `needs`
 # Looked up once, as in resolve.
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
+
+
+def _scale(x: Tensor, u: Tensor, options: int, save: bool) -> tuple[Tensor, Tensor]:
+    """The scaling, and where ``save`` what its backward pass needs beside x and u."""
+    both: tuple[Tensor, Tensor] = _SCALE(x, u, None, None, None, None, None, options, save)
+    return both
 
 
 class _Squeeze(torch.autograd.Function):
@@ -56,16 +62,14 @@ class _Squeeze(torch.autograd.Function):
         extents = ctx.extents
         if dz is None:
             if u is not None:
-                dy = _SCALE(dy, u, None, None, None, None, None, ctx.options, False)[0]
+                dy = _scale(dy, u, ctx.options, False)[0]
             return dy, None
         through_mean = dz / extents[2:].numel()
         if u is None:
             through_mean = through_mean[:, :, None, None]
             return through_mean.expand(extents) if dy is None else dy + through_mean, None
         scale_and_shift = torch.cat((u, through_mean), 1)
-        return _SCALE(dy, scale_and_shift, None, None, None, None, None, ctx.options, False)[
-            0
-        ], None
+        return _scale(dy, scale_and_shift, ctx.options, False)[0], None
 
 
 class _Scale(torch.autograd.Function):
@@ -75,7 +79,7 @@ class _Scale(torch.autograd.Function):
     def forward(
         ctx: Any, passed: Tensor, place: Tensor | None, u: Tensor, x: Tensor, options: int
     ) -> Tensor:
-        y, mask = _SCALE(x, u, None, None, None, None, None, options, True)
+        y, mask = _scale(x, u, options, True)
         ctx.options = options
         ctx.save_for_backward(x, u, mask)
         result: Tensor = y
@@ -177,7 +181,7 @@ def run(x: Tensor, excite: Callable[[Tensor], Tensor], gate: str, options: int) 
     if requires_grad(x, u):
         y = _Scale.apply(passed, place, u, x, options)
     else:
-        y = _SCALE(x, u, None, None, None, None, None, options, False)[0]
+        y = _scale(x, u, options, False)[0]
     return y
 
 

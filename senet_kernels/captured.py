@@ -14,21 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .forms import (
-    Foreign,
-    Halves,
-    Mlp,
-    Part,
-    Path,
-    Refusal,
-    class_name,
-    descendants,
-    find,
-    hook_reason,
-    one_line,
-    own_input,
-    part_of,
-)
+from .forms import Halves, Mlp, class_name, one_line, own_input
+from .parts import Foreign, Part, Path, Refusal, descendants, find, hook_reason, part_of
+from .watched import classes_of
 
 _SOUNDS_LIKE_SE = re.compile(
     r"(?i:squeeze(?!bert|net|former)|excit)|(^|[a-z_])SE([A-Z_]|$)|^E?SE|(^|[a-z_])E?Se([A-Z_]|$)"
@@ -86,7 +74,7 @@ def _reduces(children: list[nn.Module]) -> bool:
             if "Pool" in type(child).__name__:
                 return True
             continue
-        for cls in type(child).__mro__[: type(child).__mro__.index(nn.Module)]:
+        for cls in classes_of(type(child)):
             waiting += vars(cls).values()
         waiting += vars(child).values()
     seen: set[Any] = set()
@@ -121,7 +109,9 @@ class _Setting(NamedTuple):
     """What a forward may ask for, and a capture is made under."""
 
     training: bool = True
-    gradients: bool = True
+    gradients: bool = True  # whether they are enabled, and then: whether x and parameters need them
+    of_x: bool = True
+    of_parameters: bool = True
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     larger: bool = False
@@ -129,6 +119,8 @@ class _Setting(NamedTuple):
     def __str__(self) -> str:
         said = "in training" if self.training else "in eval"
         said += "" if self.gradients else " without gradients"
+        said += "" if self.of_x else " on input that needs none"
+        said += "" if self.of_parameters else " with parameters that need none"
         said += f" in {str(self.dtype).removeprefix('torch.')}" if self.dtype != _SINGLE else ""
         said += " on channels-last input" if self.channels_last else ""
         return said + (" on larger input" if self.larger else "")
@@ -138,18 +130,31 @@ _SINGLE = torch.float32
 _DTYPES = (_SINGLE, torch.float64, torch.bfloat16, torch.float16)
 _OF_DTYPES = frozenset((
     "dtype", "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "finfo",
-    "to", "type", "type_as", "float", "half", "double", "bfloat16", "get_default_dtype",
+    "to", "type", "type_as", "float", "half", "double", "bfloat16",
 ))  # fmt: skip
-_OF_GRADIENTS = frozenset((
-    "is_grad_enabled", "requires_grad", "requires_grad_", "is_leaf", "grad", "grad_fn",
-    "is_inference", "is_inference_mode_enabled",
-))  # fmt: skip
+_OF_GRADIENTS = frozenset(("is_grad_enabled", "requires_grad"))
 _OF_LAYOUT = frozenset((
     "is_contiguous", "stride", "data_ptr", "storage_offset", "suggest_memory_format", "dim_order",
 ))  # fmt: skip
 _OF_DEVICES = frozenset((
     "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device",
 ))  # fmt: skip
+_OF_HISTORY = frozenset((
+    "requires_grad_", "is_leaf", "grad", "grad_fn", "is_inference", "is_inference_mode_enabled",
+))  # fmt: skip
+_OF_PROCESS = frozenset((
+    "are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled",
+    "get_deterministic_debug_mode", "get_default_dtype", "get_default_device", "get_num_threads",
+    "get_float32_matmul_precision", "is_anomaly_enabled", "backends",
+))  # fmt: skip
+_OF_PROFILERS = frozenset(("record_function", "nvtx", "itt"))
+#: What a forward may not ask for, or do: it was seen in one state, and nothing tells of others.
+_REFUSED = (
+    (_OF_DEVICES, "asks for a device ({}), and was seen on one alone"),
+    (_OF_HISTORY, "asks how a tensor was made ({}), which is seen in one way alone"),
+    (_OF_PROCESS, "asks for settings of the process ({}), which may change unseen"),
+    (_OF_PROFILERS, "marks ranges for profilers ({}), which would be lost"),
+)
 _OF_COMPILERS = re.compile(r"is_(\w+_)?(compiling|exporting)")
 _OF_AUTOCAST = re.compile(r"autocast|\bamp\b")
 _EXTENTS = {3: (3, 7), 4: (3, 5, 7), 5: (3, 4, 5, 7)}  # B, then space
@@ -209,25 +214,27 @@ def read_captured(module: nn.Module) -> Mlp | Halves:
         found: _Reading | None = None
         good: list[int] = []
         autocast = True
+        asks: frozenset[str] = frozenset()
         first: Refusal | None = None
         for rank in tried:
             if likely and rank not in likely and not isinstance(first, _Fails):
                 break
             try:
-                reading, follows = _read_in_all_settings(module, rank)
+                reading, follows, asked = _read_in_all_settings(module, rank)
             except Refusal as refusal:
                 first = first or refusal
                 continue
             if found is None or reading == found:
-                found, autocast = reading, autocast and follows
+                found, autocast, asks = reading, autocast and follows, asks | asked
                 good.append(rank)
         if found is None:
             assert first is not None
             raise first
     if found.chain is not None:
         excite: Any = found.chain
-        return Halves(excite, found.gate, parts_around(module, found.chain), tuple(good))
-    return _form_of(module, found, tuple(good), autocast)
+        parts = parts_around(module, found.chain)
+        return Halves(excite, found.gate, parts, tuple(good), asks=asks)
+    return _form_of(module, found, tuple(good), autocast)._replace(asks=asks)
 
 
 def check_children(module: nn.Module) -> None:
@@ -251,17 +258,19 @@ def _dimensions(module: nn.Module) -> set[int]:
     return found if len(found) == 1 else set()
 
 
-def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool]:
-    """What a module computes, and whether it follows autocast. As many captures are made as the
+def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool, frozenset[str]]:
+    """What a module computes, whether it follows autocast, and what it asks for that its parts
+    were seen to agree on. As many captures are made as the
     code that they show asks for: of one that does not ask for dtypes, one is enough for all."""
     words: set[str] = set()
     training, extents = [True], [False]
     done: dict[_Setting, _Reading] = {}
     follows = True
     while True:
+        gradients = (True, False) if words & _OF_GRADIENTS else (True,)
         choices = (
             training,
-            (True, False) if words & _OF_GRADIENTS else (True,),
+            *((gradients,) * 3),
             _DTYPES if words & _OF_DTYPES else (_SINGLE,),
             (False, True) if words & _OF_LAYOUT else (False,),
             extents,
@@ -286,15 +295,15 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool]
         extents = extents if captured.any_extents else [False, True]
         follows = follows and not captured.casts and not any(map(_OF_AUTOCAST.search, words))
         _check_words(words)
-    return next(iter(done.values())), follows
+    asks = {"requires_grad"} if words & _OF_GRADIENTS else set()
+    asks |= {"training"} if len(training) > 1 else set()
+    return next(iter(done.values())), follows, frozenset(asks)
 
 
 def _check_words(words: set[str]) -> None:
-    asked = words & _OF_DEVICES
-    if asked:
-        raise Refusal(
-            f"its forward asks for a device ({', '.join(sorted(asked))}), and was seen on one alone"
-        )
+    for refused, reason in _REFUSED:
+        if words & refused:
+            raise Refusal(f"its forward {reason.format(', '.join(sorted(words & refused)))}")
     asked = set(filter(_OF_COMPILERS.fullmatch, words))
     if asked:
         raise Refusal(f"its forward asks whether it is being compiled ({', '.join(sorted(asked))})")
@@ -341,9 +350,9 @@ def _read(module: nn.Module, rank: int, setting: _Setting) -> tuple[_Reading, _C
     x = torch.zeros(shape, dtype=setting.dtype)
     if setting.channels_last and rank > 3:
         x = x.to(memory_format=torch.channels_last if rank == 4 else torch.channels_last_3d)
+    if setting.of_x:
+        x = x.requires_grad_() * 1  # no leaf, which cannot be written to
     with torch.set_grad_enabled(setting.gradients):
-        if setting.gradients:
-            x = x.requires_grad_() * 1  # no leaf, which cannot be written to
         try:
             captured = capture(copied, x)
             whole = read_whole(captured)
@@ -370,7 +379,7 @@ def _copy(module: nn.Module, setting: _Setting) -> Foreign:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(
             torch.empty(p.shape, dtype=setting.dtype, device="cpu"),
-            requires_grad=setting.gradients,
+            requires_grad=setting.of_parameters,
         )
         for p in module.parameters()
     }
@@ -409,9 +418,7 @@ def parts_around(module: nn.Module, chain: Chain | None) -> tuple[Part, ...]:
     return tuple(part_of(module, path) for path in [(), *kept])
 
 
-def _form_of(
-    module: nn.Module, found: _Reading, ranks: tuple[int, ...], autocast: bool
-) -> Mlp:  # fmt: skip
+def _form_of(module: nn.Module, found: _Reading, ranks: tuple[int, ...], autocast: bool) -> Mlp:
     w1, b1, w2, b2 = found.names
     fc1 = None if w1 is None else _layer(module, w1, b1)
     return Mlp(

@@ -18,14 +18,10 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from . import between, dispatch
-from .converted import Fused, fused_class
-from .forms import (
-    Form,
-    Mlp,
-    Refusal,
-    one_line,
-)
+from .converted import Fused, check_code, fused_class
+from .forms import Form, Mlp, one_line
 from .neighbours import Block, recognise_block
+from .parts import Refusal
 from .recognise import Passed, Recogniser
 
 if TYPE_CHECKING:  # it takes a while to import
@@ -96,7 +92,7 @@ class _Plan:
             try:
                 form = _form_of(module) or recogniser.recognise(module)
                 if form is not None and not isinstance(module, Fused):
-                    fused_class(type(module))
+                    check_code(type(module), form.kinds)
             except Passed as refusal:
                 passed.append((module, Entry(name, _kind(module), str(refusal))))
                 continue
@@ -125,7 +121,7 @@ class _Plan:
             try:
                 block = _form_of(module) or recognise_block(module, self._is_found)
                 if not isinstance(module, Fused):
-                    fused_class(type(module))
+                    check_code(type(module), block.kinds)
             except Refusal as refusal:
                 self.refused.append(Entry(name, _kind(module), f"neighbours: {refusal}"))
             else:

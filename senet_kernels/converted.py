@@ -13,28 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn.modules.module import _global_backward_hooks as _GLOBAL_BACKWARD
-from torch.nn.modules.module import _global_backward_pre_hooks as _GLOBAL_BEFORE_BACKWARD
-from torch.nn.modules.module import _global_forward_hooks as _GLOBAL_FORWARD
-from torch.nn.modules.module import _global_forward_pre_hooks as _GLOBAL_BEFORE
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import api, between, dispatch, resolve
-from .forms import (
-    Form,
-    Functions,
-    Halves,
-    Mlp,
-    Refusal,
-    find,
-    functions_of,
-    guard,
-    hook_reason,
-    is_patched,
-    one_line,
-    stale_reason,
-    weight_and_bias,
-)
+from .forms import Form, Halves, Mlp, one_line, weight_and_bias
+from .namespaces import Namespaces, Reads, Unwatchable, namespaces_of, of_child, what_changed
 from .neighbours import Block
+from .parts import Refusal, find, guard, hook_reason, stale_reason
 from .pointwise import POINTWISE
 from .reference import autocast_is_on
 from .tensors import (
@@ -50,10 +35,23 @@ from .watched import code_of
 
 
 def _stale_reason(module: Any) -> str | None:
-    """What is not as it was when the module was fused: of itself, of its class, of its children."""
-    if is_patched(module._functions):
-        return "its class has been changed"
-    return stale_reason(module, module._senet_form.parts)
+    """What is not as it was when the module was fused: of its class and code, of itself, of its
+    children."""
+    form = module.__dict__["_senet_form"]
+    reads = module._reads.get(form.kinds) or _reads_of(type(module), form.kinds)
+    return what_changed(reads) or stale_reason(module, form.parts)
+
+
+def _reads_of(cls: type[Fused], kinds: tuple[type[nn.Module], ...]) -> Reads:
+    """What the code of a class, and of those of its children, is to find as it was."""
+    reads = cls._reads.get(kinds)
+    if reads is None:
+        everything = Namespaces()
+        everything.add(cls._namespaces)
+        for kind in kinds:
+            everything.add(of_child(kind))
+        reads = cls._reads[kinds] = everything.reads()
+    return reads
 
 
 class Fused(nn.Module):
@@ -61,7 +59,8 @@ class Fused(nn.Module):
 
     if TYPE_CHECKING:  # torch.jit.script evaluates annotations
         _original: type[nn.Module]
-        _functions: Functions  # of the original, when it was recognised
+        _namespaces: Namespaces  # of the original, when it was recognised
+        _reads: dict[tuple[type[nn.Module], ...], Reads]  # by the classes of its children
         _forward: tuple[Any]
         _code: str
         _senet_form: Form | Block | None
@@ -256,19 +255,47 @@ def _call_reason(
         return "a mode of torch_function or torch_dispatch is on that may redefine its layers"
     if type(x) is not Tensor and (kind := redefining_class(x)) is not None:
         return f"x is a {kind}"
-    if _GLOBAL_FORWARD or _GLOBAL_BEFORE or _GLOBAL_BACKWARD or _GLOBAL_BEFORE_BACKWARD:
+    if _has_any_global_hook():
         return "a global module hook is registered"
     reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module)
+    if reason is None and not isinstance(form, Block) and form.asks:
+        reason = _mixed_reason(form, module)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
         reason = _no_kernel_reason(x)
     return reason
+
+
+def _mixed_reason(form: Form, module: nn.Module) -> str | None:
+    """What its forward asks for, and its children or parameters do not have alike: it was proven
+    where they do."""
+    if "requires_grad" in form.asks and len({p.requires_grad for p in module.parameters()}) > 1:
+        return "its forward asks which tensors need gradients, and some of its parameters do not"
+    if "training" in form.asks:
+        children = (find(module, part.path) for part in form.parts)
+        if any(child.training is not module.training for child in children):
+            return "its forward asks for the mode, and some of its children are in another one"
+    return None
 
 
 def _no_kernel_reason(x: Tensor) -> str | None:
     """Why no kernel takes part, whatever is computed of x; asked before a part of it is."""
     if x.dtype not in DTYPES or x.is_nested or x.layout != torch.strided:
         return f"x is a {x.dtype} tensor of layout {x.layout}"
+    if _is_transposed(x):
+        return _TRANSPOSED
     return resolve.why_no_kernel()
+
+
+def _is_transposed(x: Tensor) -> bool:
+    """Whether channels lie outside images in memory; compiled code is not asked, of which extents
+    it would bind."""
+    if resolve.is_compiling() or type(x) is not Tensor or x.layout is not torch.strided:
+        return False
+    return x.stride(0) < x.stride(1)
+
+
+#: A product takes the layout of its first factor, which may be the gates: contiguous.
+_TRANSPOSED = "channels of x lie outside its images, and its forward may lay out y in another way"
 
 
 def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
@@ -283,6 +310,8 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
         return "its layers have no matrices for weights"
     if x.is_nested or x.size(1) != channels:
         return f"x has {x.size(1)} channels, its layers have {channels}"
+    if _is_transposed(x):
+        return _TRANSPOSED
     if w2.size(0) != channels:  # twice as many would be taken for scale and shift
         return f"its last layer has {w2.size(0)} outputs for {channels} channels"
     if form.autocast and x.dtype is w2.dtype:
@@ -298,7 +327,7 @@ _CLASSES: dict[type[nn.Module], type[Fused]] = {}
 
 def fused_class(original: type[nn.Module]) -> type[Fused]:
     known = _CLASSES.get(original)
-    if known is None or is_patched(known._functions):
+    if known is None or what_changed(_reads_of(known, ())):
         if issubclass(original, GraphModule):
             raise Refusal("it is a traced graph, of a class of its own: fuse before tracing")
         for name in ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"):
@@ -309,7 +338,7 @@ def fused_class(original: type[nn.Module]) -> type[Fused]:
         ours = Fused._senet_forward
         forward = wraps(original.forward)(FunctionType(ours.__code__, ours.__globals__))
         contents = {
-            "_original": original, "_functions": functions_of(original),
+            "_original": original, "_namespaces": namespaces_of(original), "_reads": {},
             "_forward": (original.forward,), "_code": code_of(original), "forward": forward,
             "__module__": __name__, "__doc__": original.__doc__,
         }  # fmt: skip
@@ -319,6 +348,16 @@ def fused_class(original: type[nn.Module]) -> type[Fused]:
         except Exception as error:  # __init_subclass__ and metaclasses may do as they like
             raise Refusal(f"its class cannot be subclassed: {one_line(error)}") from error
     return _CLASSES[original]
+
+
+def check_code(original: type[nn.Module], kinds: tuple[type[nn.Module], ...]) -> None:
+    """Refuse a module whose code, or that of its children, is not what its form is about."""
+    try:
+        reason = what_changed(_reads_of(fused_class(original), kinds))
+    except Unwatchable as unwatchable:
+        reason = str(unwatchable)
+    if reason is not None:
+        raise Refusal(reason)
 
 
 def _new_fused(original: type[nn.Module], code: str | None = None) -> nn.Module:

@@ -12,7 +12,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.overrides import handle_torch_function
 
 from . import api, dispatch, fallback, resolve, validation
-from .forms import LINEAR, hook_reason, own_parameter, weight_and_bias
+from .forms import own_parameter, weight_and_bias
+from .parts import LINEAR, hook_reason
 from .pointwise import POINTWISE, check_name
 from .tensors import PLAIN_TYPES, evaluate_annotations, foreign_class, is_proxy, untraced
 

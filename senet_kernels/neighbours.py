@@ -17,18 +17,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .forms import (
-    Foreign,
-    Part,
-    Path,
-    Refusal,
-    class_name,
-    find,
-    hook_reason,
-    part_of,
-    pointwise_name,
-    stale_reason,
-)
+from .forms import class_name, pointwise_name
+from .parts import Foreign, Part, Path, Refusal, find, hook_reason, kinds_of, part_of, stale_reason
 from .pointwise import ACTIVATIONS
 
 # What a block calls in place of its squeeze-and-excitation module.
@@ -57,6 +47,7 @@ class Block(NamedTuple):
     steps: tuple[Step, ...] = ()  # of a Sequential
     names: tuple[tuple[Path, tuple[str, ...]], ...] = ()  # its children then, and theirs
     ranks: tuple[int, ...] = (4,)
+    kinds: tuple[type[nn.Module], ...] = ()
 
 
 def _activation(module: nn.Module, *path: str) -> str:
@@ -348,4 +339,4 @@ def recognise_block(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Bl
     reason = stale_reason(module, block.parts)
     if reason is not None:
         raise Refusal(reason)
-    return block
+    return block._replace(kinds=kinds_of(block.parts))

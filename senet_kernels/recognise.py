@@ -22,24 +22,19 @@ from .captured import (
     read_captured,
     sounds_like_se,
 )
-from .forms import (
+from .forms import Form, Halves, Mlp, class_name, not_a_matrix, own_input, pointwise_name
+from .neighbours import source_hash
+from .parts import (
     Foreign,
-    Form,
-    Halves,
-    Mlp,
     Path,
     Refusal,
-    class_name,
     descendants,
     find,
-    not_a_matrix,
-    own_input,
+    kinds_of,
     part_of,
     parts_of,
-    pointwise_name,
     stale_reason,
 )
-from .neighbours import source_hash
 from .pointwise import ACTIVATIONS, GATES
 from .tensors import foreign_class
 
@@ -325,6 +320,7 @@ def _checked(module: nn.Module, form: Form) -> Form:
         _check_weights(module, form)
     if not form.parts or form.parts[0].path:  # flags of its own, that the reader has looked at
         form = form._replace(parts=(part_of(module, ()), *form.parts))
+    form = form._replace(kinds=kinds_of(form.parts))
     reason = stale_reason(module, form.parts)
     if reason is not None:
         raise Refusal(reason)

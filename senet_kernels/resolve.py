@@ -29,6 +29,7 @@ from .tensors import (
     untraced,
     wrapper_class,
 )
+from .tensors import requires_grad as requires_grad
 
 #: activation, gate, before, after, as they were given.
 Names = tuple[str | None, str | None, str | None, str | None]
@@ -240,15 +241,6 @@ def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | N
     if dtype is None:
         return tensors
     return tuple(t if t is None else t.to(dtype) for t in tensors)
-
-
-def requires_grad(*tensors: Tensor | None) -> bool:
-    """Whether a call with these tensors is differentiated."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
 
 
 def prepare(

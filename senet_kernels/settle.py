@@ -10,7 +10,7 @@ from torch import Tensor
 from . import dispatch, features, trust
 from .dispatch import BackendChoice
 from .pointwise import Options
-from .tensors import PLAIN_TYPES
+from .tensors import PLAIN_TYPES, requires_grad
 
 # Prepared calls that are kept for each kind. Who has more (a new shape in every step) asks again.
 _MOST_KNOWN = 4096
@@ -76,7 +76,7 @@ def settle(
     assert x is not None
     transformed = not compiling and torch._C._are_functorch_transforms_active()
     of = _matrices(resolved.call.form, tensors)
-    differentiated = transformed or _is_differentiated(tensors)
+    differentiated = transformed or requires_grad(*tensors)
     if compiling or transformed or type(x) not in PLAIN_TYPES:
         traced = compiling or type(x) not in PLAIN_TYPES
         return _settle_traced(resolved, x, of, backend, differentiated, traced)
@@ -97,14 +97,6 @@ def settle(
             asks.known.clear()
         asks.known[key] = answer
     return answer
-
-
-def _is_differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
 
 
 def _settle_eagerly(

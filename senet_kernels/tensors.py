@@ -111,6 +111,15 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
 
 
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors is differentiated."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def evaluate_annotations(forward: Callable[..., Any]) -> None:
     """Make classes of a function's annotations, which postponed evaluation has left strings:
     torch.fx keeps them in its graphs, and cannot pickle strings there."""

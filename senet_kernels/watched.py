@@ -183,8 +183,8 @@ def _as_it_is(value: Any) -> Any:
 
 
 def classes_of(kind: type[nn.Module]) -> tuple[type, ...]:
-    """A class and its bases, up to torch's Module and without it."""
-    return kind.__mro__[: kind.__mro__.index(nn.Module)]
+    """A class and its bases, without torch's Module."""
+    return tuple(cls for cls in kind.__mro__ if cls is not nn.Module and cls is not object)
 
 
 def code_of(kind: type[nn.Module]) -> str:

@@ -17,7 +17,8 @@ import module_cases
 from models import library
 from senet_kernels import FusedSEBlock, fuse_se_blocks, recognise
 from senet_kernels.captured import read_captured
-from senet_kernels.forms import Halves, Mlp, Refusal
+from senet_kernels.forms import Halves, Mlp
+from senet_kernels.parts import Refusal
 
 
 def _outside() -> list[Any]:

@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recognise",),
     ("captured", "neighbours"),
     ("forms", "fuse"),
+    ("parts",),
+    ("namespaces",),
     ("watched",),
     ("public_kernels",),
     ("between",),

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from senet_kernels.convert import Entry, report
-from senet_kernels.forms import Foreign, Refusal, class_name, hook_reason, pointwise_name
+from senet_kernels.forms import class_name, pointwise_name
 from senet_kernels.modules import FusedSEBlock
 from senet_kernels.neighbours import source_hash
+from senet_kernels.parts import Foreign, Refusal, hook_reason
 
 from .factory import ARCHITECTURES, with_se
 from .resnet import BasicBlock, Bottleneck, ResNet

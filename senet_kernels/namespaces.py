@@ -1,0 +1,322 @@
+"""What the names in a class's code stand for, to be compared with what they stand for later.
+
+Of a class's ``forward``, and of the functions that it names, these are looked at: the attributes of
+their classes, their code and default arguments, which a reload exchanges in place, the globals and
+closures that they read, and the functions of PyTorch that they, or PyTorch's layers, call. All of
+it is read before each call of a converted module, one C call for each place (:func:`what_changed`).
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from operator import attrgetter, itemgetter
+from pathlib import Path
+from types import CodeType, FunctionType, MappingProxyType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .watched import as_it_is, classes_of, is_setting
+
+#: A reader, where it reads, what it gave, and whether something else is right as well.
+Read = tuple[Callable[[Any], Any], Any, Any, Callable[[Any], bool] | None]
+Reads = tuple[Read, ...]
+
+
+class Unwatchable(Exception):
+    """An attribute that a class's code asks for cannot be compared with what it was."""
+
+
+class Asked(NamedTuple):
+    """Names and strings in the code of functions; a string may be given to ``getattr``."""
+
+    names: frozenset[str]
+    strings: frozenset[str]  # and names that code with handlers for errors asks for
+    any_name: bool  # it may ask for names that are made when it runs
+
+    def asks_for(self, name: str) -> bool:
+        """Whether they may look it up on an object."""
+        return self.any_name or name in self.names or name in self.strings
+
+
+_DYNAMIC = frozenset((
+    "getattr", "hasattr", "vars", "dir", "eval", "exec", "attrgetter", "methodcaller", "__dict__",
+    "__getattribute__", "__getattr__",
+))  # fmt: skip
+
+
+def definitions(kind: type[nn.Module], name: str) -> Iterator[Any]:
+    """What each class of a module's has by a name: ``super()`` may ask for any of them."""
+    return (vars(cls)[name] for cls in classes_of(kind) if name in vars(cls))
+
+
+def asked_by(kind: type[nn.Module]) -> Asked:
+    """What ``forward``, and the functions of the class that it names, ask for."""
+    names: set[str] = set()
+    strings: set[str] = set()
+    waiting, seen = ["forward"], set()
+    while waiting:
+        for value in definitions(kind, waiting.pop()):
+            function = _function(value)
+            if function is None or function.__code__ in seen:
+                continue
+            seen.add(function.__code__)
+            for code in _codes(function.__code__):
+                waiting += set(code.co_names) - names
+                names |= set(code.co_names)
+                strings |= {c for c in code.co_consts if isinstance(c, str)}
+                if getattr(code, "co_exceptiontable", b""):
+                    strings |= set(code.co_names)
+    return Asked(frozenset(names), frozenset(strings), bool(names & _DYNAMIC))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _function(value: Any) -> FunctionType | None:
+    value = getattr(value, "__func__", getattr(value, "fget", value))
+    return value if isinstance(value, FunctionType) else None
+
+
+# ---- PyTorch's own, as it was when this was imported ----
+
+_OF_TENSORS = {name: getattr(Tensor, name) for name in dir(Tensor)}
+_OF_TORCH: dict[int, dict[str, Any]] = {
+    id(vars(module)): dict(vars(module)) for module in (torch, F)
+}
+#: Attributes that decide how any object is called, and looked up.
+_PROTOCOLS = frozenset(("__call__", "__getattr__", "__getattribute__"))
+_CALLS = ("__call__", "_call_impl", "__getattr__")
+
+
+_TORCH = str(Path(torch.__file__).parent)
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+_LIBRARIES = frozenset(("torch", *sys.stdlib_module_names)) - {"__main__"}
+
+
+def _package(owner: Any) -> str:
+    name = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+    return str(name).partition(".")[0]
+
+
+def _is_torchs(function: FunctionType) -> bool:
+    return function.__code__.co_filename.startswith(_TORCH)
+
+
+def _check_own(owner: Any, name: str, value: Any) -> None:
+    """Refuse a function of PyTorch's that is somebody else's: what it does is not known."""
+    function = _function(value)
+    if function is not None and _package(owner) == "torch" and not _is_torchs(function):
+        raise Unwatchable(f"{owner.__name__}.{name}, which it calls, has been replaced")
+
+
+def _own_names(namespace: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(n for n in namespace if not n.startswith("__") or n in _PROTOCOLS)
+
+
+def _has_names(names: frozenset[str], namespace: Mapping[str, Any]) -> bool:
+    """Whether it is only Python's own that is new, as what ``copyreg`` notes on a class."""
+    return names == _own_names(namespace)
+
+
+def _calls_are_torchs(namespace: Mapping[str, Any]) -> bool:
+    """Whether it is PyTorch that calls modules in another way: torch.fx and make_fx do."""
+    functions = (_function(namespace[name]) for name in _CALLS)
+    return all(function is None or _is_torchs(function) for function in functions)
+
+
+class Namespaces:
+    """Where the names in the code of classes are looked up, and what was there."""
+
+    def __init__(self) -> None:
+        self.items: dict[int, tuple[Any, dict[str, Any]]] = {}  # namespaces, with what they have
+        self.names: dict[int, tuple[Any, frozenset[str]]] = {}
+        self.of_tensors: dict[str, Any] = {}
+        self.objects: dict[int, tuple[Callable[[Any], Any], Any, Any]] = {}
+        self.functions: set[FunctionType] = set()
+        self.packages: set[str] = set()
+
+    def add_class(self, kind: type[nn.Module]) -> None:
+        asked = asked_by(kind)
+        self.packages.update(map(_package, classes_of(kind)))
+        for cls in classes_of(kind):
+            of_class: Any = vars(cls)
+            self.names[id(cls)] = of_class, _own_names(of_class)
+            for name in of_class:
+                if name in ("forward", *_PROTOCOLS) or (
+                    asked.asks_for(name) and not name.startswith("__")
+                ):
+                    _check_own(cls, name, of_class[name])
+                    self._add(of_class, cls, name, _class_attribute(name, of_class[name]))
+                    self.add_function(_function(of_class[name]))
+        of_modules: Any = vars(nn.Module)
+        for name in (*_CALLS, *(n for n in asked.names if n in of_modules)):
+            if isinstance(of_modules[name], FunctionType):
+                _check_own(nn.Module, name, of_modules[name])
+                self._add(of_modules, nn.Module, name, of_modules[name])
+
+    def _add(self, namespace: Any, owner: Any, name: str, value: Any) -> None:
+        self.items.setdefault(id(owner), (namespace, {}))[1][name] = value
+
+    def add_function(self, function: FunctionType | None) -> None:
+        if function is None or function in self.functions:
+            return
+        self.functions.add(function)
+        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        theirs = _is_torchs(function)
+        if not theirs:
+            self.objects[id(function)] = _OF_FUNCTION, function, (
+                function.__code__, _copied(function.__defaults__), _copied(function.__kwdefaults__),
+            )  # fmt: skip
+            for cell in function.__closure__ or ():
+                self._add_cell(cell)
+        if not theirs or function.__module__ == F.__name__:
+            self.of_tensors |= {n: _OF_TENSORS[n] for n in names & _OF_TENSORS.keys()}
+        for name in names & function.__globals__.keys():
+            value = function.__globals__[name]
+            if not theirs:
+                self._add(function.__globals__, function.__globals__, name, value)
+                self._add_value(value)
+            if isinstance(value, ModuleType):
+                self._add_module(value, names)
+
+    def _add_value(self, value: Any) -> None:
+        function = _function(value)
+        if function is not None and self._is_near(function):
+            self.add_function(function)
+
+    def _is_near(self, function: FunctionType) -> bool:
+        """Whether what a function does may change: of a library, that it is the same is enough."""
+        is_installed = function.__code__.co_filename.startswith(_INSTALLED)
+        return not is_installed or _package(function) in self.packages
+
+    def _add_cell(self, cell: Any) -> None:
+        try:
+            value = cell.cell_contents
+        except ValueError:  # empty so far
+            return
+        if not isinstance(value, type):  # of super()
+            self.objects[id(cell)] = _OF_CELL, cell, (value, value)
+            self._add_value(value)
+
+    def _add_module(self, module: ModuleType, names: Iterable[str]) -> None:
+        namespace = vars(module)
+        known = _OF_TORCH.get(id(namespace), namespace)
+        if known is namespace and _package(module) in _LIBRARIES:
+            return
+        for name in names:
+            value = known.get(name, module)
+            if not isinstance(value, ModuleType):
+                _check_own(module, name, value)
+                self._add(namespace, namespace, name, value)
+                if module is F:
+                    self.add_function(_function(value))
+                elif module is not torch:
+                    self._add_value(value)
+
+    def add(self, other: Namespaces) -> None:
+        """What another has; where it saw something else under a name, nothing is right there."""
+        for key, (namespace, values) in other.items.items():
+            mine = self.items.setdefault(key, (namespace, {}))[1]
+            for name, value in values.items():
+                if mine.setdefault(name, value) is not value and mine[name] != value:
+                    mine[name] = _NOTHING
+        self.names |= other.names
+        self.of_tensors |= other.of_tensors
+        self.objects |= other.objects
+
+    def reads(self) -> Reads:
+        """A read for each place."""
+        found: list[Read] = []
+        for key, (namespace, given) in self.items.items():
+            names = _two(given)
+            excuse = _calls_are_torchs if key == id(nn.Module) else None
+            found.append((itemgetter(*names), namespace, tuple(given[n] for n in names), excuse))
+        for namespace, own in self.names.values():
+            found.append((len, namespace, len(namespace), partial(_has_names, own)))
+        if self.of_tensors:
+            names = _two(self.of_tensors)
+            values = tuple(self.of_tensors[n] for n in names)
+            found.append((attrgetter(*names), Tensor, values, None))
+        found += [(read, owner, values, None) for read, owner, values in self.objects.values()]
+        return tuple(found)
+
+
+_OF_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_OF_CELL = attrgetter("cell_contents", "cell_contents")
+_NOTHING = object()
+
+
+def _two(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names, at least two: of one, itemgetter gives no tuple."""
+    names = tuple(values)
+    return names if len(names) > 1 else (*names, *names)
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return as_it_is(value)
+    except Exception:  # TooLarge, or what its own code raises
+        return value
+
+
+def _class_attribute(name: str, value: Any) -> Any:
+    if is_setting(value) or _function(value) is not None:
+        return value
+    try:
+        return as_it_is(value)
+    except Exception as error:
+        raise Unwatchable(f"its class's {name!r} cannot be watched for changes") from error
+
+
+def namespaces_of(kind: type[nn.Module]) -> Namespaces:
+    """Where the code of a class looks, and what is there now.
+
+    Raises:
+        Unwatchable: it has an attribute that cannot be compared.
+    """
+    namespaces = Namespaces()
+    namespaces.add_class(kind)
+    return namespaces
+
+
+#: Of each class of a child, when the first of it was recognised: whoever patches
+#: ``nn.Conv2d.forward`` later means the layers of fused modules too.
+_OF_CHILDREN: dict[type[nn.Module], Namespaces] = {}
+
+
+def of_child(kind: type[nn.Module]) -> Namespaces:
+    """The same of a child's class, with what was there when it was first asked for."""
+    known = _OF_CHILDREN.get(kind)
+    if known is None:
+        known = _OF_CHILDREN[kind] = namespaces_of(kind)
+    return known
+
+
+def what_changed(reads: Reads) -> str | None:
+    """The first place that is not as it was; None if there is none."""
+    try:
+        for read, owner, values, excuse in reads:
+            if read(owner) != values and (excuse is None or not excuse(owner)):
+                return _said(owner)
+    # Gone; or a tensor, which is not compared.
+    except (AttributeError, KeyError, RuntimeError, ValueError):
+        return _said(owner)
+    return None
+
+
+def _said(owner: Any) -> str:
+    names = ("__qualname__", "__name__")
+    get = owner.get if isinstance(owner, Mapping) else partial(getattr, owner)
+    name = next((n for n in (get(n, None) for n in names) if isinstance(n, str)), "a closure")
+    name = get("__module__", "its class") if isinstance(owner, MappingProxyType) else name
+    return f"what its code finds in {name} has been changed"

@@ -1,0 +1,300 @@
+"""What a module is made of, as it was when it was recognised, to be checked before each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from operator import itemgetter, not_
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .namespaces import Asked, Unwatchable, asked_by, definitions, of_child, what_changed
+from .watched import as_it_is, is_guarded, is_setting
+
+Path = tuple[str, ...]  # names of children, from a module downwards
+Foreign = Any  # a module of a class that is not known here
+LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Refusal(Exception):
+    """A module cannot be fused; the message says why."""
+
+
+class Part(NamedTuple):
+    """A module or a child whose work the fused operation does, and what it was when recognised.
+
+    ``quick`` is what is asked before each call: its path; its class, unless it is the module
+    itself; the names of its children, in order; a reader of the attributes that decide what it
+    computes, and what it gave; how many attributes it had; how many parameters and buffers, unless
+    it is a child. A new attribute may hide one of its class, or be one that its code asks for.
+    ``lookups`` are what that finds elsewhere, in its class or not at all, on which compiled code
+    guards.
+    """
+
+    path: Path  # (): the module itself, which may have become a subclass
+    kind: type[nn.Module]
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    known: frozenset[str]
+    asked: Asked
+    lookups: tuple[tuple[str, Any], ...]
+    quick: tuple[Path, type | None, tuple[str, ...], Callable[[Any], Any], Any, int, int | None]
+
+
+def hook_reason(module: nn.Module) -> str | None:
+    """Why a module must really be called rather than computed elsewhere; None if it need not."""
+    facts = module.__dict__
+    if "forward" in facts:
+        return "has its own forward"
+    if (
+        facts["_forward_hooks"]
+        or facts["_forward_pre_hooks"]
+        or facts["_backward_hooks"]
+        or facts["_backward_pre_hooks"]
+    ):
+        return "has hooks"
+    return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def find(module: nn.Module, path: Path) -> Foreign:
+    """The child at ``path``. Raises KeyError where there is none."""
+    for name in path:
+        child = module._modules[name]
+        if child is None:
+            raise KeyError(name)
+        module = child
+    return module
+
+
+# What every module has, and what conversion adds.
+_OURS = frozenset(("_senet_form", "_senet_backend"))
+_OF_ANY_MODULE = frozenset(vars(nn.Module())) | _OURS
+# Attributes of torch's own layers that their parameters say better: pruners change them on purpose.
+_EXTENTS = frozenset(("in_channels", "out_channels", "in_features", "out_features"))
+# Attributes of norms, which are called all the same.
+_OF_NORMS = frozenset(("eps", "momentum", "num_features"))
+
+
+def part_of(module: nn.Module, path: Path) -> Part:
+    """The child at ``path`` as it is now.
+
+    Raises:
+        Refusal: something of it cannot be watched for changes.
+    """
+    child = find(module, path)
+    facts = vars(child)
+    ignored = _OF_ANY_MODULE
+    if path:
+        ignored |= {"inplace"}
+        ignored |= _EXTENTS if isinstance(child, LINEAR) else frozenset()
+        ignored |= _OF_NORMS if isinstance(child, _NormBase) else frozenset()
+    if path:
+        _check_code(child, path)
+    asked = asked_by(type(child))
+    settings = {
+        name: _watched(asked, name, value) for name, value in facts.items() if name not in ignored
+    }
+    # Hooks of the module itself fire as ever: it is called.
+    hooks: dict[str, Any] = {name: {} for name in (_HOOKS if path else ())}
+    names = (*settings, *hooks)
+    values = (*settings.values(), *hooks.values())
+    ours = frozenset() if path else _OURS
+    known = frozenset(facts) | ours
+    if not path and ({"type", "__class__"} & asked.names) - known:
+        raise Refusal("its forward asks for its class, which is another one when it is fused")
+    lookups = _lookups(type(child), asked, known)
+    lookups += tuple(
+        (name, _UNGUARDED)
+        for name, value in settings.items()
+        if asked.asks_for(name) and not is_guarded(value)
+    )
+    quick = (
+        path, type(child) if path else None, tuple(child._modules), *_reader(names, values),
+        len(known), None if path else _own(facts),
+    )  # fmt: skip
+    return Part(path, type(child), names, values, known, asked, lookups, quick)
+
+
+def _check_code(child: nn.Module, path: Path) -> None:
+    """Refuse a child whose code is not what it was when another of its class was recognised."""
+    try:
+        reason = what_changed(of_child(type(child)).reads())
+    except Unwatchable as unwatchable:
+        reason = str(unwatchable)
+    if reason is not None:
+        raise Refusal(f"its child {'.'.join(path)}: {reason}")
+
+
+def kinds_of(parts: tuple[Part, ...]) -> tuple[type[nn.Module], ...]:
+    """The classes of children among parts."""
+    return tuple(dict.fromkeys(part.kind for part in parts if part.path))
+
+
+def _watched(asked: Asked, name: str, value: Any) -> Any:
+    """A value to compare with later: of one that cannot be gone through, which it is."""
+    try:
+        return as_it_is(value)
+    except Exception:  # TooLarge, or what its own code raises
+        if name in asked.names or name in asked.strings:
+            raise Refusal(f"its {name!r} cannot be watched for changes") from None
+        return value
+
+
+def _lookups(
+    kind: type[nn.Module], asked: Asked, known: frozenset[str]
+) -> tuple[tuple[str, Any], ...]:
+    """What ``forward`` and what it calls may look up on a module and that the instance has no
+    attribute for: functions and settings of its class, and names that need not be there."""
+    found = []
+    for name in sorted(asked.names | asked.strings):
+        if name in known or name.startswith("__") or not name.isidentifier():
+            continue
+        value = next(definitions(kind, name), None)
+        if value is not None:
+            if isinstance(value, (staticmethod, classmethod, FunctionType)):
+                # Not the function, which pickle finds by its name, patched by then perhaps.
+                found.append((name, _METHOD if isinstance(value, FunctionType) else _STATIC))
+            elif is_setting(value):
+                found.append((name, value))
+        elif name in asked.strings and not hasattr(kind, name):
+            found.append((name, _ABSENT))
+    return tuple(found)
+
+
+# What a lookup finds, where that is no setting.
+_ABSENT, _METHOD, _STATIC = "nothing of this name", "a method of the class", "another function"
+# An attribute that compiled code cannot watch.
+_UNGUARDED = "an object"
+
+
+def _reader(names: tuple[str, ...], values: tuple[Any, ...]) -> tuple[Callable[[Any], Any], Any]:
+    """Reads these names of a mapping at once; and what it gives."""
+    if not names:
+        return not_, False  # the cheapest reader of nothing: of a mapping that is never empty
+    if len(names) == 1:  # itemgetter would give no tuple
+        names, values = names * 2, values * 2
+    return itemgetter(*names), values
+
+
+def _own(facts: Any) -> int:
+    return len(facts["_parameters"]) + len(facts["_buffers"])
+
+
+def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
+    """What has happened to a recognised module since, so that its own forward must run."""
+    of_module = module.__dict__
+    for part in parts:
+        path, kind, children, read, values, known, own = part.quick
+        child: Foreign = module
+        facts = of_module
+        try:
+            for name in path:
+                child = facts["_modules"][name]
+                facts = child.__dict__
+            if (
+                read(facts) == values
+                and tuple(facts["_modules"]) == children
+                and (len(facts) == known or not _hidden(child, part))
+                and (
+                    (type(child) is kind and "forward" not in facts)
+                    if own is None
+                    else len(facts["_parameters"]) + len(facts["_buffers"]) == own
+                )
+            ):
+                continue
+        # None in a child's place; and numbers of other tensors are not compared.
+        except (AttributeError, KeyError, RuntimeError, ValueError):
+            pass
+        return _what_is_new(module, part)
+    return None
+
+
+def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
+    """Read, while Dynamo traces, what may be changed later, so that it is guarded: whether all of
+    it is as it was. What Dynamo cannot guard on, :func:`stale_reason` has seen at trace time."""
+    for part in parts:
+        child: Foreign = module
+        try:
+            for name in part.path:
+                child = child._modules[name]
+            if type(child) is not part.kind and part.path:
+                return False
+            for name, value in part.lookups:
+                if not _finds(child, name, value):
+                    return False
+            for name, value in zip(part.names, part.values, strict=True):
+                if name not in _HOOKS and is_guarded(value) and getattr(child, name) != value:
+                    return False
+            if part.path and not _finds(child, "forward", _METHOD):
+                return False
+            if part.path and hook_reason(child) is not None:
+                return False
+        except (AttributeError, KeyError):
+            return False
+    return True
+
+
+def _finds(child: Foreign, name: str, value: Any) -> bool:
+    if value is _UNGUARDED:
+        return False
+    if value is _ABSENT:
+        return not hasattr(child, name)
+    found = getattr(child, name)
+    if value is _METHOD:
+        return bool(found.__func__ is getattr(type(child), name))
+    if value is _STATIC:
+        return bool(found == getattr(type(child), name))
+    return bool(found == value)
+
+
+def _hidden(child: nn.Module, part: Part) -> str | None:
+    """An attribute that is new and hides one of its class, or that its class asks for."""
+    new = vars(child).keys() - part.known
+    return next((n for n in sorted(new) if part.asked.asks_for(n) or hasattr(type(child), n)), None)
+
+
+def _what_is_new(module: nn.Module, part: Part) -> str:
+    its = f"its child {'.'.join(part.path)}" if part.path else "it"
+    try:
+        child = find(module, part.path)
+    except KeyError:
+        return f"{its} is gone"
+    if part.path:
+        if type(child) is not part.kind:
+            return f"{its} is a {type(child).__name__}"
+        reason = hook_reason(child)
+        if reason is not None:
+            return f"{its} {reason}"
+    facts = vars(child)
+    _, _, children, _, _, _, own = part.quick
+    if tuple(child._modules) != children:
+        return f"{its} has other children, or in another order"
+    if own is not None and _own(facts) != own:
+        return f"{its} has other parameters or buffers"
+    for name, value in zip(part.names, part.values, strict=True):
+        if name not in facts:
+            return f"{its} has no attribute {name!r} any more"
+        try:
+            same = bool((value,) == (facts[name],))
+        except (RuntimeError, ValueError):
+            same = False
+        if not same:
+            return f"{its} has another {name!r} than when it was fused"
+    hidden = _hidden(child, part)
+    return f"{its} has a {hidden!r} of its own" if hidden else f"{its} is not what it was"
+
+
+def descendants(module: nn.Module) -> Iterator[tuple[Path, nn.Module]]:
+    for name, child in module.named_modules(remove_duplicate=False):
+        if name:
+            yield tuple(name.split(".")), child
+
+
+def parts_of(module: nn.Module, *, called: tuple[str, ...] = ()) -> tuple[Part, ...]:
+    """All descendants, but for those under the children in ``called``, which still are called."""
+    return tuple(part_of(module, path) for path, _ in descendants(module) if path[0] not in called)
