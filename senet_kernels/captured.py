@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .forms import Halves, Mlp, class_name, one_line, own_input
+from .forms import Asks, Halves, Mlp, class_name, one_line, own_input
 from .parts import Foreign, Part, Path, Refusal, descendants, find, hook_reason, part_of
 from .watched import classes_of
 
@@ -116,6 +116,10 @@ class _Setting(NamedTuple):
     channels_last: bool = False
     larger: bool = False
 
+    def needs(self) -> tuple[bool, bool, bool]:
+        """As :class:`Asks` has it."""
+        return self.gradients, self.of_x, self.of_parameters
+
     def __str__(self) -> str:
         said = "in training" if self.training else "in eval"
         said += "" if self.gradients else " without gradients"
@@ -126,6 +130,7 @@ class _Setting(NamedTuple):
         return said + (" on larger input" if self.larger else "")
 
 
+_UNIFORM = ((True, True, True), (False, False, False))
 _SINGLE = torch.float32
 _DTYPES = (_SINGLE, torch.float64, torch.bfloat16, torch.float16)
 _OF_DTYPES = frozenset((
@@ -214,7 +219,7 @@ def read_captured(module: nn.Module) -> Mlp | Halves:
         found: _Reading | None = None
         good: list[int] = []
         autocast = True
-        asks: frozenset[str] = frozenset()
+        asks = Asks()
         first: Refusal | None = None
         for rank in tried:
             if likely and rank not in likely and not isinstance(first, _Fails):
@@ -225,7 +230,7 @@ def read_captured(module: nn.Module) -> Mlp | Halves:
                 first = first or refusal
                 continue
             if found is None or reading == found:
-                found, autocast, asks = reading, autocast and follows, asks | asked
+                found, autocast, asks = reading, autocast and follows, asks.and_(asked)
                 good.append(rank)
         if found is None:
             assert first is not None
@@ -233,8 +238,12 @@ def read_captured(module: nn.Module) -> Mlp | Halves:
     if found.chain is not None:
         excite: Any = found.chain
         parts = parts_around(module, found.chain)
-        return Halves(excite, found.gate, parts, tuple(good), asks=asks)
-    return _form_of(module, found, tuple(good), autocast)._replace(asks=asks)
+        return Halves(excite, found.gate, parts, tuple(good), asks=_if_any(asks))
+    return _form_of(module, found, tuple(good), autocast)._replace(asks=_if_any(asks))
+
+
+def _if_any(asks: Asks) -> Asks | None:
+    return asks if asks.training or asks.gradients is not None else None
 
 
 def check_children(module: nn.Module) -> None:
@@ -258,13 +267,14 @@ def _dimensions(module: nn.Module) -> set[int]:
     return found if len(found) == 1 else set()
 
 
-def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool, frozenset[str]]:
-    """What a module computes, whether it follows autocast, and what it asks for that its parts
-    were seen to agree on. As many captures are made as the
-    code that they show asks for: of one that does not ask for dtypes, one is enough for all."""
+def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool, Asks]:
+    """What a module computes, whether it follows autocast, and where that is proven. As many
+    captures are made as the code that they show asks for: of one that does not ask for dtypes, one
+    is enough for all."""
     words: set[str] = set()
     training, extents = [True], [False]
-    done: dict[_Setting, _Reading] = {}
+    done: dict[_Setting, _Reading | None] = {}
+    unproven: set[tuple[bool, bool, bool]] = set()
     follows = True
     while True:
         gradients = (True, False) if words & _OF_GRADIENTS else (True,)
@@ -279,15 +289,23 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool,
         setting = next((s for s in settings if s not in done), None)
         if setting is None:
             break
+        is_optional = setting.needs() not in _UNIFORM
         try:
             reading, captured = _read(module, rank, setting)
         except Refusal as refusal:
+            if is_optional:
+                unproven.add(setting.needs())
+                done[setting] = None
+                continue
             if not done and setting.training:
                 _check_training(module, rank, setting, refusal)
             if done:
                 raise type(refusal)(f"{setting}: {refusal}") from refusal
             raise
-        if done and reading != next(iter(done.values())):
+        first = next(iter(done.values()), reading)
+        if reading != first and is_optional:
+            unproven.add(setting.needs())
+        elif reading != first:
             raise Refusal(f"it computes something else {setting}")
         done[setting] = reading
         words |= captured.words
@@ -295,9 +313,11 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool,
         extents = extents if captured.any_extents else [False, True]
         follows = follows and not captured.casts and not any(map(_OF_AUTOCAST.search, words))
         _check_words(words)
-    asks = {"requires_grad"} if words & _OF_GRADIENTS else set()
-    asks |= {"training"} if len(training) > 1 else set()
-    return next(iter(done.values())), follows, frozenset(asks)
+    needs = {(a, b, c) for a in gradients for b in gradients for c in gradients} - unproven
+    asks = Asks(len(training) > 1, frozenset(needs) if len(gradients) > 1 else None)
+    found = next(iter(done.values()))
+    assert found is not None
+    return found, follows, asks
 
 
 def _check_words(words: set[str]) -> None:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import api, between, dispatch, resolve
-from .forms import Form, Halves, Mlp, one_line, weight_and_bias
+from .forms import Asks, Form, Halves, Mlp, one_line, weight_and_bias
 from .namespaces import Namespaces, Reads, Unwatchable, namespaces_of, of_child, what_changed
 from .neighbours import Block
 from .parts import Refusal, find, guard, hook_reason, stale_reason
@@ -258,19 +258,21 @@ def _call_reason(
     if _has_any_global_hook():
         return "a global module hook is registered"
     reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module)
-    if reason is None and not isinstance(form, Block) and form.asks:
-        reason = _mixed_reason(form, module)
+    if reason is None and not isinstance(form, Block) and form.asks is not None:
+        reason = _unproven_reason(form, form.asks, module, x)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
         reason = _no_kernel_reason(x)
     return reason
 
 
-def _mixed_reason(form: Form, module: nn.Module) -> str | None:
-    """What its forward asks for, and its children or parameters do not have alike: it was proven
-    where they do."""
-    if "requires_grad" in form.asks and len({p.requires_grad for p in module.parameters()}) > 1:
-        return "its forward asks which tensors need gradients, and some of its parameters do not"
-    if "training" in form.asks:
+def _unproven_reason(form: Form, asks: Asks, module: nn.Module, x: Tensor) -> str | None:
+    """Which flags that its forward reads have values for which its form was not proven."""
+    if asks.gradients is not None:
+        needed = {p.requires_grad for p in module.parameters()}
+        now = torch.is_grad_enabled(), x.requires_grad, True in needed
+        if len(needed) > 1 or now not in asks.gradients:
+            return "its forward asks what needs gradients, and is not known for what does now"
+    if asks.training:
         children = (find(module, part.path) for part in form.parts)
         if any(child.training is not module.training for child in children):
             return "its forward asks for the mode, and some of its children are in another one"

@@ -176,6 +176,24 @@ def channel_scale(
     return _scale(p, u, gate, after, residual, alpha, beta, False)
 
 
+def channel_affine(
+    x: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    *,
+    before: str | None = None,
+    after: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``after(alpha before(x) + beta + residual)``; alpha and beta are ``[C]``."""
+    p = _prologue(x, before, None, False)
+    scale, shift = per_channel(alpha, p.dim()), per_channel(beta, p.dim())
+    y = _multiply_add(p, scale, shift, False)
+    if residual is not None:
+        y = y.add_(residual) if _may_overwrite(y, residual) else y + residual
+    return _finish(after, y)
+
+
 def squeeze_excite(
     x: Tensor,
     w1: Tensor | None,

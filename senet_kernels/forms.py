@@ -15,6 +15,20 @@ from .parts import LINEAR, Foreign, Part, Path
 from .pointwise import POINTWISE
 
 
+class Asks(NamedTuple):
+    """Flags that a forward reads, and for which of their values its form was proven."""
+
+    training: bool = False  # the mode: where all children are in the module's
+    #: Whether gradients are enabled, x needs one, and all parameters do; None: it does not ask.
+    gradients: frozenset[tuple[bool, bool, bool]] | None = None
+
+    def and_(self, other: Asks) -> Asks:
+        """Where both are proven."""
+        mine, theirs = self.gradients, other.gradients
+        both = theirs if mine is None else mine if theirs is None else mine & theirs
+        return Asks(self.training or other.training, both)
+
+
 class Mlp(NamedTuple):
     """A block whose excitation is one or two layers: ``squeeze_excite`` computes all of it."""
 
@@ -30,8 +44,7 @@ class Mlp(NamedTuple):
     # Whether it follows autocast; one that leaves it, or casts by itself, runs there as it is.
     autocast: bool = True
     kinds: tuple[type[nn.Module], ...] = ()  # the classes of its children
-    # Flags that its forward reads, and that were proven where all of it has them alike.
-    asks: frozenset[str] = frozenset()
+    asks: Asks | None = None
 
 
 class Halves(NamedTuple):
@@ -42,7 +55,7 @@ class Halves(NamedTuple):
     parts: tuple[Part, ...]
     ranks: tuple[int, ...] = (4,)
     kinds: tuple[type[nn.Module], ...] = ()
-    asks: frozenset[str] = frozenset()
+    asks: Asks | None = None
 
 
 Form = Mlp | Halves

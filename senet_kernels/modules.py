@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function
 
-from . import api, dispatch, fallback, resolve, validation
+from . import api, dispatch, fallback, reference, resolve, validation
 from .forms import own_parameter, weight_and_bias
 from .parts import LINEAR, hook_reason
 from .pointwise import POINTWISE, check_name
@@ -283,6 +283,18 @@ class FusedSEBlock(nn.Module):
         if self.alpha is None or self.beta is None:
             raise TypeError(
                 "fc2: expected a layer, got None; a block without has excitation='constant'"
+            )
+        if not is_proxy(x) and not dispatch.may_run_kernels(
+            x, self.backend, resolve.is_compiling()
+        ):
+            validation.check_affine(x, (self.alpha, self.beta))
+            if residual is not None:
+                validation.check_like_x("residual", residual, x, tuple(x.shape), "that of x")
+            if not reference.autocast_is_on(x.device.type):
+                given = {"alpha": self.alpha, "beta": self.beta, "residual": residual}
+                validation.check_same_dtype(x, given)
+            return fallback.channel_affine(
+                x, self.alpha, self.beta, before=self.before, after=self.after, residual=residual
             )
         u = torch.cat((self.alpha, self.beta)).expand(x.shape[0], -1)
         return api.channel_scale(

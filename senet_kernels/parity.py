@@ -27,9 +27,10 @@ Fuse = Callable[[nn.Module], Any]
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in what a model returns: lists, dictionaries and dataclasses of them."""
+    """Every tensor in what a model returns, lists, dictionaries and dataclasses of them, with the
+    numbers of sparse, nested and quantised ones in plain tensors."""
     if isinstance(value, Tensor):
-        yield value
+        yield _plain(value)
         return
     inner: Any = ()
     if isinstance(value, Mapping):
@@ -40,6 +41,14 @@ def tensors(value: Any) -> Iterator[Tensor]:
         inner = [getattr(value, field.name) for field in fields(value)]
     for item in inner:
         yield from tensors(item)
+
+
+def _plain(t: Tensor) -> Tensor:
+    if t.is_nested:
+        parts = [_plain(part).flatten() for part in t.unbind()]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=t.dtype, device=t.device)
+    t = t.dequantize() if t.is_quantized else t
+    return t if t.layout is torch.strided else t.to_dense()
 
 
 def _is_lazy(parameter: Any) -> bool:
@@ -347,6 +356,7 @@ class Outputs(NamedTuple):
     usual: float  # what is allowed
     noise: float = 0.0  # what rounding alone makes of it, where it was asked
     failure: str | None = None
+    nothing: str | None = None  # why these differences say nothing
 
     @property
     def tolerance(self) -> float:
@@ -379,7 +389,7 @@ def outputs(
             return Outputs(math.inf, 0.0, failure=f"it fails: {one_line(error)}")
         apart, usual = _apart(before, after), max(map(tolerance, before), default=1e-3)
         if apart <= usual or math.isnan(apart):
-            return Outputs(apart, usual)
+            return Outputs(apart, usual, nothing=_says_nothing(before))
         # A network without norms, or one that picks boxes, may make that of rounding alone.
         unfuse_se_blocks(model)
         noise = [_apart(before, _run_with_noise(model, x, names, n)) for n in range(3)]
@@ -389,6 +399,14 @@ def outputs(
     finally:
         model.eval()
         fuse(model)
+
+
+def _says_nothing(outputs: list[Tensor]) -> str | None:
+    if not any(y.numel() for y in outputs):
+        return "there are no numbers in it to compare"
+    if not any(bool(y.isfinite().any()) for y in outputs):
+        return "there are no finite numbers in it to compare"
+    return None
 
 
 def _run(model: nn.Module, x: Tensor) -> list[Tensor]:

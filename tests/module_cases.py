@@ -769,6 +769,46 @@ class IdleDropout(Case):
         return x * self.drop(self.gate(x))
 
 
+class AssertsItsExtents(Case):
+    cause = "branches on the extents"
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[3] < 1000, "a large map"
+        return x * self.gate(x)
+
+
+class MarksRanges(Case):
+    cause = "ranges for profilers .record_function"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.profiler.record_function("se"):
+            return x * self.gate(x)
+
+
+class AsksForTheDefaultDtype(Case):
+    cause = "settings of the process .get_default_dtype"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return y if torch.get_default_dtype() == torch.float32 else 2 * y
+
+
+class AsksForDeterminism(Case):
+    cause = "settings of the process"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if torch.are_deterministic_algorithms_enabled() else y
+
+
+class AsksWhetherItIsALeaf(Case):
+    cause = "how a tensor was made .is_leaf"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if x.is_leaf else y
+
+
 CASES: tuple[type[nn.Module], ...] = tuple(
     kind
     for kind in list(globals().values())

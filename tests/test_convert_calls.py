@@ -611,3 +611,73 @@ def test_fusing_another_model_does_not_recompile() -> None:
     assert fuse_se_blocks(other).replaced
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled(x)
+
+
+class ConstantGates(nn.Module):
+    """Gates are constants where a weight needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.drop, self.fc2 = nn.Conv2d(16, 4, 1), nn.Dropout(), nn.Conv2d(4, 16, 1)
+
+    def gate(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fc1.weight.requires_grad:
+            return x * self.gate(x)
+        with torch.no_grad():
+            g = self.gate(x)
+        return x * g
+
+
+class Asserting(ConstantGates):
+    """Not to be run with gradients and frozen weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.fc1.weight.requires_grad or not torch.is_grad_enabled()
+        return x * self.gate(x)
+
+
+class OfAChildsMode(ConstantGates):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return y if self.drop.training == self.training else 2 * y
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", [ConstantGates, Asserting, OfAChildsMode])
+def test_flags_that_a_forward_asks_for(kind: Callable[[], nn.Module], compiled: bool) -> None:
+    """Frozen in part or as a whole, children in another mode: proven, or the original."""
+    plain, fused = _pair(kind)
+    changes: dict[str, Callable[[Any], Any]] = {
+        "nothing": lambda m: m,
+        "first layer": lambda m: m.fc1.requires_grad_(False),
+        "all": lambda m: m.requires_grad_(False),
+        "second layer": lambda m: m.requires_grad_(True).fc2.requires_grad_(False),
+        "mode of a child": lambda m: m.drop.eval(),
+    }
+    calls: list[Any] = [plain, fused]
+    if compiled:
+        torch._dynamo.reset()
+        calls = [torch.compile(m, backend="eager") for m in (plain, fused)]
+    x = torch.randn(2, 16, 5, 5)
+    for change in changes.values():
+        for module in (plain, fused):
+            change(module)
+        _same(*calls, x)
+        with torch.no_grad():
+            outcomes = [call(x) for call in calls]
+            torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+
+
+def test_the_layout_of_channels_outside_images() -> None:
+    """A product is laid out as its first factor, which is the gates in torchvision's module."""
+    plain = library("torchvision").ops.SqueezeExcitation(16, 4)
+    fused = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    x = torch.randn(16, 3, 5, 5).transpose(0, 1)
+    for given in (x, x[:1], x.to(memory_format=torch.channels_last), x.contiguous(), x[:, :, ::2]):
+        expected, y = plain(given), fused(given)
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)

@@ -239,6 +239,37 @@ def test_no_more_operators_and_bytes_than_with_linear_layers(
     assert not [name for name in count(eager.functional).all if "senet_kernels" in name]
 
 
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
+@pytest.mark.parametrize(("after", "added"), [(None, False), ("relu", True), ("silu", True)])
+def test_no_more_operators_and_bytes_with_constant_gates(
+    after: str | None, added: bool, backward: bool
+) -> None:
+    block = FusedSEBlock(32, excitation="constant", after=after)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_()
+    alpha, beta = (p[:, None, None] for p in (block.alpha, block.beta) if p is not None)
+    x = torch.randn(4, 32, 6, 5)
+    residual = torch.randn_like(x) if added else None
+    function: Any = {None: lambda y: y, "relu": F.relu, "silu": F.silu}[after]
+
+    def eager(t: Tensor) -> Tensor:
+        y = t * alpha + beta
+        return function(y if residual is None else y + residual)  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(block(x, residual), eager(x))
+    ours, theirs = (
+        _operators(fn, x, backward=backward) for fn in (partial(block, residual=residual), eager)
+    )
+    assert len(ours.computing) <= len(theirs.computing), ours.computing
+    assert ours.bytes <= theirs.bytes
+    with pytest.raises(ValueError, match="residual: expected"):
+        block(x, x[:1])
+    with pytest.raises(TypeError, match="dtype"):
+        block(x.double())
+
+
 class _ScaleAndShift(nn.Module):
     """The block of Leela Chess Zero with linear layers."""
 

@@ -312,6 +312,12 @@ HIDING: dict[str, Callable[[], nn.Module]] = {
     "the first tensor of a dictionary": lambda: Then(lambda y: {"size": torch.ones(2), "out": y}),
     "a dataclass": lambda: Then(lambda y: Found(torch.ones(1), y)),
     "nothing": lambda: Then(lambda y: None),
+    "sparse": lambda: Then(lambda y: y.to_sparse()),
+    "sparse rows": lambda: Then(lambda y: y.flatten(1).to_sparse_csr()),
+    "sparse and a number": lambda: Then(lambda y: {"s": y.relu().to_sparse(), "n": y.mean()}),
+    "nested": lambda: Then(lambda y: torch.nested.as_nested_tensor(list(y))),
+    "complex": lambda: Then(lambda y: torch.view_as_complex(torch.stack((y, -y), -1))),
+    "numbers of Python": lambda: Then(lambda y: {"a": 1.0, "b": [y.shape]}),
     "steep": lambda: Then(lambda y: torch.sin(1e5 * y)),  # makes much of rounding
     "softmax": lambda: Then(lambda y: (1e-9 * y).flatten(1).softmax(1)),
 }  # fmt: skip
@@ -347,6 +353,19 @@ def test_a_right_block_passes_and_a_wrong_one_shows(
     assert code == 1, out
     assert "WRONG" in out
     assert "inference" not in out
+
+
+@pytest.mark.parametrize(("kind", "said"), [
+    ("nothing", "there are no numbers in it"), ("numbers of Python", "there are no numbers in it"),
+    ("NaN", "there are no finite numbers in it"), ("sparse", "largest difference"),
+])  # fmt: skip
+def test_what_is_said_of_outputs(
+    kind: str, said: str, try_: Callable[..., tuple[int, str]]
+) -> None:
+    _, out = try_(HIDING[kind])
+    for title in ("output", "output in training mode"):
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{title}: "))
+        assert line.startswith(f"{title}: {said}")
 
 
 _EXCITE = converted._excite

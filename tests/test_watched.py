@@ -255,3 +255,204 @@ def test_no_argument_is_a_proxy_because_a_mode_is_on() -> None:
 
     with Observing():
         assert proxies(torch.ones(1), None, [3], (torch.ones(1), None)) == ()
+
+
+# ---- code, and what it finds elsewhere, changed after fusing ----
+
+FACTOR = 1.0
+
+
+def _pooled(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True)
+
+
+def _highest(x: Tensor) -> Tensor:
+    return x.amax((2, 3), keepdim=True)
+
+
+class Leaky(nn.Module):
+    slope = 0.0
+
+    def apply_to(self, x: Tensor) -> Any:
+        return F.relu(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.apply_to(x) if self.slope == 0 else F.leaky_relu(x, self.slope)
+
+
+class OfGlobal(SE):
+    def forward(self, x: Tensor) -> Any:
+        return x * (self.gate(self.fc2(self.act(self.fc1(_pooled(x))))) * FACTOR)
+
+
+class OfDefault(SE):
+    def forward(self, x: Tensor, k: float = 1.0, *, more: float = 1.0) -> Any:
+        return x * (self.gate(self.fc2(self.act(self.fc1(_pooled(x))))) * k * more)
+
+
+class OfClass(SE):
+    config = {"factor": 1.0}  # noqa: RUF012
+
+    def forward(self, x: Tensor) -> Any:
+        return x * (self.gate(self.fc2(self.act(self.fc1(_pooled(x))))) * self.config["factor"])
+
+
+class OfAnyName(SE):
+    kind = "mean"
+
+    def squeeze_mean(self, x: Tensor) -> Tensor:
+        return _pooled(x)
+
+    def forward(self, x: Tensor) -> Any:
+        z = getattr(self, f"squeeze_{self.kind}")(x)
+        return x * self.gate(self.fc2(self.act(self.fc1(z))))
+
+
+class Tried(SE):
+    def forward(self, x: Tensor) -> Any:
+        try:
+            k = self.factor
+        except AttributeError:
+            k = 1.0
+        return x * (self.gate(self.fc2(self.act(self.fc1(_pooled(x))))) * k)
+
+
+class OfChild(SE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = Leaky()  # type: ignore[assignment]
+
+
+class Inherits(OfDefault):
+    pass
+
+
+class Mixed:
+    def pooled(self, x: Tensor) -> Tensor:
+        return _pooled(x)
+
+
+class AfterModule(nn.Module, Mixed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(self.pooled(x)))))
+
+
+def _enclosed() -> tuple[type[SE], Callable[[Any], None]]:
+    factor = 1.0
+
+    class OfClosure(SE):
+        def forward(self, x: Tensor) -> Any:
+            return x * (self.gate(self.fc2(self.act(self.fc1(_pooled(x))))) * factor)
+
+    def change(_: Any) -> None:
+        nonlocal factor
+        factor = 3.0
+
+    return OfClosure, change
+
+
+def _doubling(was: Any) -> Any:
+    return lambda *args, **kwargs: 2 * was(*args, **kwargs)
+
+
+def _other(self: Any, x: Tensor) -> Tensor:
+    return x * self.gate(self.fc2(self.act(self.fc1(_highest(x)))))
+
+
+#: A class, and what monkeypatch does after fusing: an owner, a name, another value.
+_CHANGES: dict[str, tuple[type[nn.Module], Any, str, Any]] = {
+    "code": (SE, SE.forward, "__code__", _other.__code__),
+    "code of a helper": (OfGlobal, _pooled, "__code__", _highest.__code__),
+    "defaults": (OfDefault, OfDefault.forward, "__defaults__", (3.0,)),
+    "keyword defaults": (OfDefault, OfDefault.forward, "__kwdefaults__", {"more": 3.0}),
+    "defaults of a base": (Inherits, OfDefault.forward, "__defaults__", (3.0,)),
+    "a forward of its own": (Inherits, Inherits, "forward", _other),
+    "global number": (OfGlobal, "FACTOR", "", 3.0),
+    "global function": (OfGlobal, "_pooled", "", _highest),
+    "dict of the class": (OfClass, OfClass.config, "factor", 3.0),
+    "a name made at run time": (OfAnyName, OfAnyName, "squeeze_mean",
+                                lambda self, x: _highest(x)),
+    "setting of a child's class": (OfChild, Leaky, "slope", 0.5),
+    "method of a child's class": (OfChild, Leaky, "apply_to", lambda self, x: F.gelu(x)),
+    "a base after Module": (AfterModule, Mixed, "pooled", lambda self, x: _highest(x)),
+    "function of torch": (AfterModule, torch, "sigmoid", torch.tanh),
+    "function of a layer": (SE, F, "relu", lambda x, inplace=False: F.gelu(x)),
+    "function of a function of a layer": (SE, torch, "relu", F.gelu),
+    "method of tensors": (AfterModule, Tensor, "mean",
+                          lambda x, *args, **kwargs: x.amax((2, 3), keepdim=True)),
+    "call of every module": (SE, nn.Module, "__call__", _doubling(nn.Module.__call__)),
+    "call of a class of layers": (SE, nn.Conv2d, "__call__", _doubling(nn.Conv2d.__call__)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_code_that_changes_after_fusing(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, owner, name, value = _CHANGES[change]
+    torch.manual_seed(0)
+    plain = kind()
+    fused = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    assert _stale_reason(fused) is None
+    x = torch.randn(2, 16, 5, 5)
+    before = plain(x)
+    if isinstance(owner, str):
+        monkeypatch.setitem(globals(), owner, value)
+    elif isinstance(owner, dict):
+        monkeypatch.setitem(owner, name, value)
+    else:
+        monkeypatch.setattr(owner, name, value, raising=False)
+    assert not torch.allclose(plain(x), before)
+    _same(plain, fused, x)
+    monkeypatch.undo()
+    assert _stale_reason(fused) is None
+
+
+def test_a_closure_that_changes_after_fusing() -> None:
+    kind, change = _enclosed()
+    plain = kind()
+    fused = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    change(None)
+    _same(plain, fused, torch.randn(2, 16, 5, 5))
+
+
+def test_an_attribute_that_is_tried() -> None:
+    plain: Any = Tried()
+    fused: Any = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    plain.factor = fused.factor = 3.0
+    _same(plain, fused, torch.randn(2, 16, 5, 5))
+
+
+def test_the_order_of_a_sequential() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gates = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1),
+                nn.Sigmoid(),
+            )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Any:
+            y: Tensor = x * self.gates(x)
+            return y
+
+    plain = Gated()
+    fused = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    for module in (plain, fused):
+        children: Any = module.gates._modules
+        for name in "24":
+            children[name] = children.pop(name)
+    _same(plain, fused, torch.randn(2, 16, 5, 5))
+
+
+def test_what_python_notes_on_a_class_is_no_change() -> None:
+    plain, fused = _pair()
+    copy.deepcopy(plain)  # copyreg caches __slotnames__ there
+    assert SE.__annotations__ is not None
+    assert _stale_reason(fused) is None
