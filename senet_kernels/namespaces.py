@@ -8,6 +8,8 @@ it is read before each call of a converted module, one C call for each place (:f
 
 from __future__ import annotations
 
+import copyreg
+import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -123,6 +125,14 @@ def _own_names(namespace: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(n for n in namespace if not n.startswith("__") or n in _PROTOCOLS)
 
 
+def _let_python_note(cls: type) -> None:
+    """Have Python put on a class what it does when the first instance is copied and when somebody
+    asks for annotations: later, its number of names would say that there is a new one."""
+    note: Any = getattr(copyreg, "_slotnames", id)
+    note(cls)
+    inspect.get_annotations(cls)
+
+
 def _has_names(names: frozenset[str], namespace: Mapping[str, Any]) -> bool:
     """Whether it is only Python's own that is new, as what ``copyreg`` notes on a class."""
     return names == _own_names(namespace)
@@ -150,6 +160,7 @@ class Namespaces:
         self.packages.update(map(_package, classes_of(kind)))
         for cls in classes_of(kind):
             of_class: Any = vars(cls)
+            _let_python_note(cls)
             self.names[id(cls)] = of_class, _own_names(of_class)
             for name in of_class:
                 if name in ("forward", *_PROTOCOLS) or (
