@@ -313,10 +313,7 @@ HIDING: dict[str, Callable[[], nn.Module]] = {
     "a dataclass": lambda: Then(lambda y: Found(torch.ones(1), y)),
     "nothing": lambda: Then(lambda y: None),
     "sparse": lambda: Then(lambda y: y.to_sparse()),
-    "sparse rows": lambda: Then(lambda y: y.flatten(1).to_sparse_csr()),
     "sparse and a number": lambda: Then(lambda y: {"s": y.relu().to_sparse(), "n": y.mean()}),
-    "nested": lambda: Then(lambda y: torch.nested.as_nested_tensor(list(y))),
-    "complex": lambda: Then(lambda y: torch.view_as_complex(torch.stack((y, -y), -1))),
     "numbers of Python": lambda: Then(lambda y: {"a": 1.0, "b": [y.shape]}),
     "steep": lambda: Then(lambda y: torch.sin(1e5 * y)),  # makes much of rounding
     "softmax": lambda: Then(lambda y: (1e-9 * y).flatten(1).softmax(1)),
