@@ -158,11 +158,27 @@ def missing_feature(backend: str, call: Call) -> str | None:
 
 
 def format_table() -> str:
-    """The feature table as text, a line per feature."""
-    heads = [f"{backend} ({device})" for backend, device in COLUMNS]
-    width = max(map(len, FEATURES))
-    lines = ["  ".join([" " * width, *heads, "fallback", "reference"])]
+    """The feature table as text: what every backend fuses, and a line for each exception."""
+    fused = [name for name, cells in FEATURES.items() if set(cells) == {FUSED}]
+    families = ("dtype", "activation", "gate", "before", "after")
+    by_family: dict[str, list[str]] = {}
+    for name in fused:
+        family, _, function = name.partition(" ")
+        if family in families and function:
+            by_family.setdefault(family, []).append(function)
+        else:
+            by_family.setdefault("", []).append(name)
+    shared: dict[str, list[str]] = {}  # the functions, and who takes them
+    for family, functions in by_family.items():
+        shared.setdefault(", ".join(functions), []).append(family)
+    columns = ", ".join(f"{backend} ({device})" for backend, device in COLUMNS)
+    lines = [f"fused by {columns}; computed by fallback and reference:"]
+    lines += [
+        f"  {', '.join(takers)}{': ' if any(takers) else ''}{functions}"
+        for functions, takers in shared.items()
+    ]
     for name, cells in FEATURES.items():
-        padded = [cell.ljust(len(head)) for cell, head in zip(cells, heads, strict=True)]
-        lines.append("  ".join([name.ljust(width), *padded, "yes".ljust(len("fallback")), "yes"]))
+        for (backend, device), cell in zip(COLUMNS, cells, strict=True):
+            if cell != FUSED:
+                lines.append(f"not by {backend} ({device}), which {cell}: {name}")
     return "\n".join(lines)
