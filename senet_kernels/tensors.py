@@ -83,7 +83,9 @@ def foreign_class(weight: Any) -> str | None:
 def is_proxy(x: Any) -> bool:
     """Whether x is no tensor and records what is done to it, as torch.fx's Proxy."""
     # Not has_torch_function, which says yes of anything while a mode is on.
-    return not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__")
+    if x is None or isinstance(x, Tensor):  # Dynamo of torch 2.11 has no hasattr of None's class
+        return False
+    return hasattr(type(x), "__torch_function__")
 
 
 def proxies(*arguments: Any) -> tuple[Any, ...]:
