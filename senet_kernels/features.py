@@ -88,8 +88,9 @@ def is_wide(x: Tensor, inner: int, outputs: int, affine: bool) -> bool:
 def is_huge(x: Tensor) -> bool:
     """Whether an image of x is beyond what the kernels for a GPU count in."""
     # Not by x.numel(): torch.export would bind a dynamic batch to it.
-    channels, elements = x.shape[1], 1
-    for extent in x.shape[1:]:
+    shape = x.shape
+    elements = channels = shape[1]
+    for extent in shape[2:]:
         elements *= extent
     if elements <= NEVER_HUGE:
         return False
