@@ -6,7 +6,7 @@ test exercises every cell. A backend adds a column; a feature adds a row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,8 +88,9 @@ def is_wide(x: Tensor, inner: int, outputs: int, affine: bool) -> bool:
 def is_huge(x: Tensor) -> bool:
     """Whether an image of x is beyond what the kernels for a GPU count in."""
     # Not by x.numel(): torch.export would bind a dynamic batch to it.
-    channels, elements = x.shape[1], 1
-    for extent in x.shape[1:]:
+    shape = x.shape
+    elements = channels = shape[1]
+    for extent in shape[2:]:
         elements *= extent
     if elements <= NEVER_HUGE:
         return False
@@ -140,21 +141,38 @@ def required_features(call: Call) -> list[str]:
 
 def missing_feature(backend: str, call: Call) -> str | None:
     """Why the table says ``backend`` does not take this call; None when it does."""
+    # What is about extents may be of symbols, which are asked outside of what Dynamo keeps.
+    facts = (False if not fact else True for fact in call[5:11])  # noqa: SIM211
+    missing = _missing_in_table(
+        backend, call.device, call.dtype, call.param_dtype, *call.options, call.form, *facts,
+        call.subclass,
+    )  # fmt: skip
+    if missing is None and call.huge and (backend, call.device) != ("native", "cpu"):
+        return f"it does not take {_HUGE}"
+    if missing is None and call.wide and (backend, call.device) == ("native", "cuda"):
+        return "it does not take so many channels and hidden channels: they exceed shared memory"
+    return missing
+
+
+def _missing_in_table(backend: str, *properties: Any) -> str | None:
+    options, rest = Options(*properties[3:7]), properties[7:-1]
+    call = Call._make((*properties[:3], options, *rest, False, False, properties[-1]))
     if call.subclass is not None:
         return f"it has no kernels for tensors of class {call.subclass}"
     if (backend, call.device) not in COLUMNS:
         return f"it has no kernels for device type {call.device!r}"
     column = COLUMNS.index((backend, call.device))
-    if call.huge and (backend, call.device) != ("native", "cpu"):
-        return f"it does not take {_HUGE}"
-    if call.wide and (backend, call.device) == ("native", "cuda"):
-        return "it does not take so many channels and hidden channels: they exceed shared memory"
     for name in required_features(call):
         if name not in FEATURES:
             return f"it does not support {name}"
         if FEATURES[name][column] != FUSED:
             return f"it has no fused kernel for: {name}"
     return None
+
+
+# Of the table and the call alone: Dynamo keeps the answer, as of torch.compiler's
+# assume_constant_result, in place of guards on the table before each compiled call.
+_missing_in_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def format_table() -> str:

@@ -159,6 +159,12 @@ def _source(name: str) -> str:
     return re.sub(r"\b[LG]\['([^']*)'\]", r"\1", name)
 
 
+#: What Dynamo itself puts around a graph: its call, and, for PyTorch's profiler, its time.
+_DYNAMOS = (
+    "__compiled_fn", "__import_torch_dot__dynamo", "__import_torch_dot_autograd_dot_profiler",
+)  # fmt: skip
+
+
 def _check_code(code: types.CodeType) -> None:
     """Refuse code around the graph that does more than to call it."""
     for step in dis.get_instructions(code):
@@ -166,10 +172,7 @@ def _check_code(code: types.CodeType) -> None:
         stores = step.opname.startswith(("STORE_", "DELETE_")) and "FAST" not in step.opname
         if "hook" in name and step.opname.startswith("LOAD_"):
             raise NotCaptured("its forward registers a hook on a tensor")
-        if stores or (
-            step.opname == "LOAD_GLOBAL"
-            and not name.startswith(("__compiled_fn", "__import_torch_dot__dynamo"))
-        ):
+        if stores or (step.opname == "LOAD_GLOBAL" and not name.startswith(_DYNAMOS)):
             what = "sets an attribute" if step.opname == "STORE_ATTR" else "does more than compute"
             raise NotCaptured(f"its forward {what} ({step.opname} {name})")
 
