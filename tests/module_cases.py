@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from senet_kernels.validation import DTYPES
+
 C, R = 16, 4
 LOG: list[Any] = []
 TABLE: dict[str, Any] = {}
@@ -29,6 +31,8 @@ class Registry:
 class Case(nn.Module):
     #: What the report says; None: it is fused.
     cause: ClassVar[str | None] = None
+    #: Where it is fused: others are left to its own forward.
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
 
     def __init__(self) -> None:
         super().__init__()
@@ -630,18 +634,18 @@ class GateOfAllStrides(Case):
         return self.gate(x).expand_as(x).contiguous() * x
 
 
-class ComputesInFloat(Case):
-    cause = "cast|float"
+class RoundsItsGate(Case):
+    cause = r"bfloat16, a cast"
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.excite(self.mean(x.float()).type_as(self.a.weight))
+        return x * self.gate(x).bfloat16().to(x.dtype)
 
 
-class ReturnsFloat(Case):
-    cause = "float"
+class RoundsItsInput(Case):
+    cause = "bfloat16"
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x * self.gate(x)).float()
+        return x.bfloat16().to(x.dtype) * self.gate(x)
 
 
 class AutocastInside(Case):
@@ -758,6 +762,45 @@ class AsksWhatDoesNotMatter(Case):
 class KernelOfTheExtents(Case):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.excite(F.avg_pool2d(x, x.shape[2:]))
+
+
+class MeanInFloat(Case):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(self.mean(x.float()).type_as(self.a.weight))
+
+
+class MeanOfDtypeFloat(Case):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(x.mean((2, 3), keepdim=True, dtype=torch.float32).to(x.dtype))
+
+
+class AllInFloat(Case):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w1, b1, w2, b2 = (p.float() for p in self.parameters())
+        v = x.float()
+        h = F.relu(F.conv2d(self.mean(v), w1, b1))
+        return (v * F.conv2d(h, w2, b2).sigmoid() + v).to(x.dtype)
+
+
+class GateInFloat(Case):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.b(F.relu(self.a(self.mean(x))))
+        return (x * u.float().sigmoid()).to(x.dtype)
+
+
+class ReturnsFloat(Case):
+    dtypes = (torch.float32,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.gate(x)).float()
 
 
 class IdleDropout(Case):

@@ -114,7 +114,7 @@ def _read(reader: Reader, x_name: str, g_name: str) -> Match:
         z = reader.squeezed(z)
     if z is not x:
         source = reader.through_views(z)  # a copy or a cast to its own dtype
-        if source not in (x, reader.past_idle(x)) or not known_equal(shape_of(z)[:2], shape[:2]):
+        if source not in (x, reader.past_casts(x)) or not known_equal(shape_of(z)[:2], shape[:2]):
             raise Mismatch(_another(flow, z, x))
     _check_context(flow, [*reader.inner, end])
     _check_users(flow, reader.inner, end)

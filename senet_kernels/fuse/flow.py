@@ -37,6 +37,11 @@ def tensor_of(node: Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def dtype_of(node: Node) -> torch.dtype | None:
+    tensor = tensor_of(node)
+    return None if tensor is None else tensor.dtype
+
+
 def shape_of(node: Node) -> tuple[Any, ...]:
     tensor = tensor_of(node)
     return () if tensor is None else tuple(tensor.shape)

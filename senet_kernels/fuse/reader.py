@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -48,6 +49,18 @@ def is_idle(node: Node, op: Op) -> bool:
         and not op.inplace
         and same_kind(node, op.get("input"))
     )
+
+
+def is_cast(node: Node, op: Op) -> bool:
+    """Whether an operation gives what it is given but for the rounding between float32 and a half
+    precision. :func:`.grow.why_rounded` says whether that may be left out."""
+    if op.name not in CASTS or op.inplace or not isinstance(op.get("input"), Node):
+        return False
+    source, result = tensor_of(op.get("input")), tensor_of(node)
+    if source is None or result is None or source.device != result.device:
+        return False
+    other = {source.dtype, result.dtype} - {torch.float32}
+    return len(other) == 1 and other <= HALF
 
 
 def words(node: Any) -> str:
@@ -105,7 +118,7 @@ class Reader:
                 if not _takes_all(part, shape[dim:]):
                     break
             elif op.name in CASTS or is_number(op.get("other")):
-                if not is_idle(node, op):
+                if not is_idle(node, op) and not is_cast(node, op):
                     break
             elif op.name in ("mean", "sum"):
                 if not _is_of_one(op):
@@ -119,9 +132,9 @@ class Reader:
             node = source
         return node
 
-    def past_idle(self, node: Node) -> Node:
-        """What idle operations are made of."""
-        while (op := self.flow.op(node)) is not None and is_idle(node, op):
+    def past_casts(self, node: Node) -> Node:
+        """What casts and idle operations are made of."""
+        while (op := self.flow.op(node)) is not None and (is_idle(node, op) or is_cast(node, op)):
             node = self.input_of(node)
         return node
 
@@ -351,11 +364,19 @@ class Reader:
             raise Mismatch(
                 f"{words(node)} stands where the squeeze (a mean over space) is expected"
             )
-        if op.get("dtype") is not None:
-            raise Mismatch(f"{node} is computed in another dtype")
+        self.check_dtype(node, op)
         x = self.input_of(node)
         self.take(node)
         return self._over_space(node, x, op)
+
+    def check_dtype(self, node: Node, op: Op) -> None:
+        """Refuse a reduction in a dtype of its own, but that of its input, or float32 of a half
+        precision, in which the kernels compute."""
+        given, dtype = tensor_of(op.get("input")), op.get("dtype")
+        if dtype is None or (given is not None and dtype == given.dtype):
+            return
+        if given is None or dtype != torch.float32 or given.dtype not in HALF:
+            raise Mismatch(f"{node} is computed in another dtype")
 
     def _over_space(self, node: Node, x: Any, op: Op) -> Node:
         """What is reduced over all its spatial dimensions, maybe in steps."""
@@ -410,6 +431,7 @@ class Reader:
         return x
 
 
+HALF = frozenset((torch.bfloat16, torch.float16))
 _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "convolution"))
 _FLATTENING = frozenset(("view", "reshape", "flatten"))
 #: What clips, and slope, intercept, lower and upper bound of ``clip(slope u + intercept)``. The

@@ -16,7 +16,7 @@ from senet_kernels import api, public_ops
 
 from .find import Match, find, is_near
 from .flow import Flow, tensor_of
-from .grow import grow, why_not
+from .grow import grow, take_casts, why_not, why_rounded
 from .reader import Mismatch
 from .report import Finding, GraphReport, place_of
 
@@ -80,7 +80,8 @@ def rewrite(graph: Graph, *, norm_in_training: bool, door: Door = COMPILE) -> Gr
 
 def _match(flow: Flow, node: Node, norm_in_training: bool, door: Door) -> Match:
     match = find(flow, node)
-    reason = why_not(flow, match)
+    take_casts(flow, match)
+    reason = why_not(flow, match) or why_rounded(flow, match)
     if reason is not None:
         raise Mismatch(reason)
     grow(flow, match, norm_in_training, steps=door.steps, affine=not door.is_graph)

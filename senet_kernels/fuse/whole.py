@@ -12,9 +12,9 @@ from .capture import Capture
 from .chain import Steps, read_chain
 from .find import Match, find
 from .flow import Flow, shape_of, tensor_of
-from .grow import take_residual, why_not
+from .grow import take_casts, take_residual, why_not, why_rounded
 from .halves import HalvesMatch, find_halves
-from .reader import Mismatch, Reader, is_idle, known_equal, words
+from .reader import Mismatch, Reader, known_equal, words
 from .spelling import CASTS, written
 
 
@@ -61,7 +61,10 @@ def read_whole(capture: Capture) -> Whole:
         raise Mismatch(f"it returns {words(output.args[0][0])}")
     if not _keeps_strides(capture):
         raise Mismatch("its output has other strides than channels-last input")
-    casts = casts or any(op is not None and op.name in CASTS for op in map(flow.op, nodes))
+    casts = casts or any(
+        op is not None and (op.name in CASTS or op.get("dtype") is not None)
+        for op in map(flow.op, nodes)
+    )
     if casts and steps is not None:
         raise Mismatch("it casts, around an excitation that is not one or two layers")
     return Whole(match, residual, casts, steps)
@@ -72,14 +75,17 @@ def _complete(flow: Flow, match: Match, x: Node) -> bool:
     reason = why_not(flow, match)
     if reason is not None:
         raise Mismatch(reason)
-    _take_idle(flow, match)
+    take_casts(flow, match)
     take_residual(flow, match)
-    _take_idle(flow, match)
+    take_casts(flow, match)
     match.w1, match.b1, match.w2, match.b2 = (
         _parameter(flow, match, node) for node in (match.w1, match.b1, match.w2, match.b2)
     )
     if match.residual not in (None, x):
         raise Mismatch(f"it adds {words(match.residual)}")
+    reason = why_rounded(flow, match)
+    if reason is not None:
+        raise Mismatch(reason)
     return match.residual is not None
 
 
@@ -138,24 +144,6 @@ def _one_match(flow: Flow, graph: Graph) -> Match:
     nothing = Mismatch("it multiplies no channels of [B, C, *spatial] by numbers")
     deepest = max(mismatches, key=lambda m: m.depth, default=nothing)
     raise deepest if deepest.depth else nothing
-
-
-def _take_idle(flow: Flow, match: Match) -> None:
-    """Casts of x and of the output to the dtype that they have, products by 1."""
-    while len(match.end.users) == 1:
-        (user,) = match.end.users
-        op = flow.op(user)
-        if op is None or not is_idle(user, op):
-            break
-        match.inner.append(match.end)
-        match.end = user
-    while (op := flow.op(match.x)) is not None and is_idle(match.x, op):
-        if not all(user in match.nodes for user in match.x.users):
-            break
-        residual = match.residual is match.x
-        match.inner.append(match.x)
-        match.x = op.get("input")
-        match.residual = match.x if residual else match.residual
 
 
 def _check_writes(flow: Flow, capture: Capture, called: set[Node]) -> None:
