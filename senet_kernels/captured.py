@@ -339,7 +339,7 @@ def _read(module: nn.Module, rank: int, setting: _Setting) -> tuple[_Reading, _C
     """One capture, and what it shows."""
     from .fuse.capture import NotCaptured, capture
     from .fuse.find import Match
-    from .fuse.reader import Mismatch
+    from .fuse.nodes import Mismatch
     from .fuse.whole import read_whole
 
     copied = _copy(module, setting)

@@ -166,6 +166,13 @@ class Flow:
 
     # ---- questions ----
 
+    def products(self) -> list[Node]:
+        """The products of tensors, in order."""
+        return [
+            node for node, op in self.ops.items()
+            if op is not None and op.name == "mul" and tensor_of(node) is not None
+        ]  # fmt: skip
+
     def op(self, node: Any) -> Op | None:
         return self.ops.get(node) if isinstance(node, Node) else None
 
@@ -232,6 +239,7 @@ class Flow:
 
     def forget(self, node: Node) -> None:
         """Strike out a node that has been erased."""
+        self.ops[node] = None
         for key in self._storages.pop(node):
             self._holders[key].remove(node)
             self._writes[key] = [w for w in self._writes[key] if w[1] is not node]

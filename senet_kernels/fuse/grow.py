@@ -12,7 +12,8 @@ from senet_kernels.pointwise import ACTIVATIONS
 
 from .find import Match
 from .flow import Flow, dtype_of, shape_of, tensor_of
-from .reader import Mismatch, Reader, is_cast, is_idle, is_number, known_equal, same_kind, words
+from .nodes import Mismatch, is_cast, is_idle, is_number, known_equal, same_kind, words
+from .reader import Reader
 from .spelling import CASTS
 
 

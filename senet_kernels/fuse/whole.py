@@ -11,10 +11,11 @@ from torch.fx import Graph, Node
 from .capture import Capture
 from .chain import Steps, read_chain
 from .find import Match, find
-from .flow import Flow, shape_of, tensor_of
+from .flow import Flow, shape_of
 from .grow import take_casts, take_residual, why_not, why_rounded
 from .halves import HalvesMatch, find_halves
-from .reader import Mismatch, Reader, known_equal, words
+from .nodes import Mismatch, known_equal, words
+from .reader import Reader
 from .spelling import CASTS, written
 
 
@@ -39,9 +40,9 @@ def read_whole(capture: Capture) -> Whole:
     steps: Steps | None = None
     match: Match | HalvesMatch
     try:
-        match = _one_match(flow, graph)
+        match = _one_match(flow)
     except Mismatch as mismatch:
-        found = _one_chain(flow, graph)
+        found = _one_chain(flow)
         if found is None:
             _check_writes(flow, capture, set())
             raise mismatch
@@ -89,15 +90,10 @@ def _complete(flow: Flow, match: Match, x: Node) -> bool:
     return match.residual is not None
 
 
-def _one_chain(
-    flow: Flow, graph: Graph
-) -> tuple[HalvesMatch, Steps, set[Node]] | None:  # fmt: skip
+def _one_chain(flow: Flow) -> tuple[HalvesMatch, Steps, set[Node]] | None:
     """The one product whose gates come of a chain of children."""
     found = []
-    for node in graph.nodes:
-        op = flow.op(node)
-        if op is None or op.name != "mul" or tensor_of(node) is None:
-            continue
+    for node in flow.products():
         try:
             match = find_halves(flow, node)
             steps, nodes = read_chain(flow, match)
@@ -126,24 +122,24 @@ def _leave_autocast(graph: Graph) -> bool:
     return bool(entered)
 
 
-def _one_match(flow: Flow, graph: Graph) -> Match:
-    found: list[Match] = []
-    mismatches: list[Mismatch] = []
-    for node in graph.nodes:
-        op = flow.op(node)
-        if op is None or op.name != "mul" or tensor_of(node) is None:
-            continue
-        try:
-            found.append(find(flow, node))
-        except Mismatch as mismatch:
-            mismatches.append(mismatch)
+def _one_match(flow: Flow) -> Match:
+    read = [_match_or_reason(flow, node) for node in flow.products()]
+    found = [match for match in read if isinstance(match, Match)]
     if len(found) == 1:
         return found[0]
     if found:
         raise Mismatch(f"it consists of {len(found)} excitations")
     nothing = Mismatch("it multiplies no channels of [B, C, *spatial] by numbers")
-    deepest = max(mismatches, key=lambda m: m.depth, default=nothing)
+    reasons = (reason for reason in read if isinstance(reason, Mismatch))
+    deepest = max(reasons, key=lambda m: m.depth, default=nothing)
     raise deepest if deepest.depth else nothing
+
+
+def _match_or_reason(flow: Flow, node: Node) -> Match | Mismatch:
+    try:
+        return find(flow, node)
+    except Mismatch as mismatch:
+        return mismatch
 
 
 def _check_writes(flow: Flow, capture: Capture, called: set[Node]) -> None:
