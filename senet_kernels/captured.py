@@ -138,8 +138,7 @@ class _Setting(NamedTuple):
 _SINGLE = torch.float32
 _OF_DTYPES = frozenset((
     "dtype", "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "finfo",
-    "to", "type", "type_as", "float", "half", "double", "bfloat16", "get_default_dtype",
-    "float16", "float32", "float64",
+    "to", "type", "type_as", "float", "half", "double", "bfloat16", "float16", "float32", "float64",
 ))  # fmt: skip
 _OF_GRADIENTS = frozenset((
     "is_grad_enabled", "requires_grad", "requires_grad_", "is_leaf", "grad", "grad_fn",
@@ -150,6 +149,12 @@ _OF_LAYOUT = frozenset((
 ))  # fmt: skip
 _OF_DEVICES = frozenset((
     "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device",
+))  # fmt: skip
+#: Switches of PyTorch's, and what a tensor or a module may be or have beside its numbers.
+_UNSEEN = frozenset((
+    "are_deterministic_algorithms_enabled", "get_deterministic_debug_mode", "backends", "cudnn",
+    "mkldnn", "get_default_dtype", "Parameter", "retains_grad", "_forward_hooks",
+    "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 ))  # fmt: skip
 _OF_COMPILERS = re.compile(r"is_(\w+_)?(compiling|exporting)")
 _OF_AUTOCAST = re.compile(r"autocast|\bamp\b")
@@ -304,6 +309,9 @@ def _check_words(words: set[str]) -> None:
         raise Refusal(
             f"its forward asks for a device ({', '.join(sorted(asked))}), and was seen on one alone"
         )
+    asked = words & _UNSEEN
+    if asked:
+        raise Refusal(f"its forward asks for {', '.join(sorted(asked))}, which may change unseen")
     asked = set(filter(_OF_COMPILERS.fullmatch, words))
     if asked:
         raise Refusal(f"its forward asks whether it is being compiled ({', '.join(sorted(asked))})")

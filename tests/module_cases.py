@@ -5,8 +5,11 @@ not, what the true cause is (a regular expression for the report)."""
 from __future__ import annotations
 
 import collections
+import itertools
+import logging
 import os
 import random
+import time
 import types
 import warnings
 from typing import Any, ClassVar
@@ -22,6 +25,7 @@ LOG: list[Any] = []
 TABLE: dict[str, Any] = {}
 CALLS = 0
 FACTOR = [1.0]
+LOGGER = logging.getLogger("excitation")
 
 
 class Registry:
@@ -519,7 +523,135 @@ class ReadsAnObject(Case):
         return 2 * y if self.config.twice else y
 
 
+class ReadsTheDefaultDtype(Case):
+    cause = "get_default_dtype"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).to(torch.get_default_dtype())
+
+
+class BranchesOnDeterminism(Case):
+    cause = "deterministic"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if torch.are_deterministic_algorithms_enabled() else y
+
+
+class BranchesOnABackend(Case):
+    cause = "mkldnn"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return y if torch.backends.mkldnn.enabled else 2 * y
+
+
+class BranchesOnParameters(Case):
+    cause = "Parameter"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if isinstance(x, nn.Parameter) else y
+
+
+class BranchesOnAMark(Case):
+    cause = "attribute of x"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if hasattr(x, "tag") else y
+
+
+class ReadsAMark(Case):
+    cause = "attribute of x"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x * self.gate(x) * getattr(x, "factor", 1)
+        return y
+
+
+class BranchesOnHooks(Case):
+    cause = "_forward_hooks"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if len(self._forward_hooks) else y
+
+
+class BranchesOnRetainedGradients(Case):
+    cause = "retains_grad"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if x.retains_grad else y
+
+
+class ReadsADefault(Case):
+    cause = "factor"
+
+    def forward(self, x: Tensor, factor: list[float] = [1.0]) -> Tensor:  # noqa: B006
+        return x * self.gate(x) * factor[0]
+
+
+class KeepsADefault(Case):
+    cause = "changes.* seen"
+
+    def forward(self, x: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
+        seen.append(1)
+        return x * self.gate(x)
+
+
+class BranchesOnTheClock(Case):
+    cause = r"Dynamo cannot trace.*time"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return y if time.time() > 0 else 2 * y
+
+
+class AdvancesAnIterator(Case):
+    cause = r"changes.* self\.calls"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = itertools.count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        next(self.calls)
+        return x * self.gate(x)
+
+
+class Logs(Case):
+    cause = "Dynamo cannot trace.*logging"
+
+    def forward(self, x: Tensor) -> Tensor:
+        LOGGER.debug("excited")
+        return x * self.gate(x)
+
+
+class SeedsTheGenerator(Case):
+    cause = "manual_seed"
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return x * self.gate(x)
+
+
 # ---- other arithmetic ----
+
+
+class GateOfTheNextImage(Case):
+    cause = "roll"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).roll(1, 0)
+
+
+class GatesReversed(Case):
+    cause = "flip"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).flip(1)
 
 
 class ReturnsAPair(Case):
