@@ -264,7 +264,7 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool]
     words: set[str] = set()
     training, extents = [True], [False]
     done: dict[_Setting, _Reading] = {}
-    # One that casts is left to its own forward for dtypes in which it would round otherwise.
+    # One that casts to float32 runs its own forward in float64, and where that raises.
     casts, refused = False, set[torch.dtype]()
     follows = True
     while True:
@@ -284,7 +284,8 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool]
         except Refusal as refusal:
             if not done and setting.training:
                 _check_training(module, rank, setting, refusal)
-            if done and casts and setting.dtype is not _SINGLE:
+            wide = setting.dtype is torch.float64 or isinstance(refusal, _Fails)
+            if done and casts and setting.dtype is not _SINGLE and wide:
                 refused.add(setting.dtype)
                 continue
             if done:

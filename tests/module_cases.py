@@ -766,6 +766,13 @@ class GateOfAllStrides(Case):
         return self.gate(x).expand_as(x).contiguous() * x
 
 
+class ReturnsFloat(Case):
+    cause = "float"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.gate(x)).float()
+
+
 class RoundsItsGate(Case):
     cause = r"bfloat16, a cast"
 
@@ -926,13 +933,6 @@ class GateInFloat(Case):
     def forward(self, x: Tensor) -> Tensor:
         u = self.b(F.relu(self.a(self.mean(x))))
         return (x * u.float().sigmoid()).to(x.dtype)
-
-
-class ReturnsFloat(Case):
-    dtypes = (torch.float32,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.gate(x)).float()
 
 
 class IdleDropout(Case):
