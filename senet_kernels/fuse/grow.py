@@ -95,7 +95,7 @@ def why_rounded(flow: Flow, match: Match) -> str | None:
     x, end = tensor_of(match.x), tensor_of(match.end)
     assert x is not None
     assert end is not None
-    for node in match.nodes:
+    for node in sorted(match.nodes, key=flow.order.__getitem__):
         op = flow.op(node)
         source = None if op is None else op.get("input")
         if op is None or not isinstance(source, Node) or op.name not in (*CASTS, "mean", "sum"):
