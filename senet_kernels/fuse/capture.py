@@ -189,6 +189,12 @@ def _check_guard(guard: Any, scope: Any) -> None:
     """Refuse to depend on what may change between calls and is not seen then: state outside the
     module, and state of objects that it holds."""
     name, kind = guard.name, guard.create_fn_name()
+    own = _OWN.match(name)
+    argument = None if own is None else scope.local_scope.get(own[1])
+    if isinstance(argument, (list, set)):  # a default of its own: no caller gives it
+        raise NotCaptured(f"its forward reads {_source(name)}, which may change unseen")
+    if kind == "HASATTR" and isinstance(argument, Tensor):
+        raise NotCaptured(f"its forward asks for an attribute of {_source(name)} that it has not")
     if kind in _CODE or not name:
         return
     if name.startswith("G["):
@@ -203,7 +209,6 @@ def _check_guard(guard: Any, scope: Any) -> None:
         if not rest and isinstance(value, (int, float, complex, str, tuple, type(None))):
             return
         raise NotCaptured(f"its forward reads {_source(name)}, which may change unseen")
-    own = _OWN.match(name)
     if own is None or not own[3].startswith("."):
         return
     # An attribute of an attribute that is no module, parameter, hook or plain container.
