@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .forms import Asks, Halves, Mlp, class_name, one_line, own_input
 from .parts import Foreign, Part, Path, Refusal, descendants, find, hook_reason, part_of
+from .validation import DTYPES
 from .watched import classes_of
 
 _SOUNDS_LIKE_SE = re.compile(
@@ -132,10 +133,9 @@ class _Setting(NamedTuple):
 
 _UNIFORM = ((True, True, True), (False, False, False))
 _SINGLE = torch.float32
-_DTYPES = (_SINGLE, torch.float64, torch.bfloat16, torch.float16)
 _OF_DTYPES = frozenset((
     "dtype", "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "finfo",
-    "to", "type", "type_as", "float", "half", "double", "bfloat16",
+    "to", "type", "type_as", "float", "half", "double", "bfloat16", "float16", "float32", "float64",
 ))  # fmt: skip
 _OF_GRADIENTS = frozenset(("is_grad_enabled", "requires_grad"))
 _OF_LAYOUT = frozenset((
@@ -146,11 +146,16 @@ _OF_DEVICES = frozenset((
 ))  # fmt: skip
 _OF_HISTORY = frozenset((
     "requires_grad_", "is_leaf", "grad", "grad_fn", "is_inference", "is_inference_mode_enabled",
+    "retains_grad",
 ))  # fmt: skip
 _OF_PROCESS = frozenset((
     "are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled",
     "get_deterministic_debug_mode", "get_default_dtype", "get_default_device", "get_num_threads",
-    "get_float32_matmul_precision", "is_anomaly_enabled", "backends",
+    "get_float32_matmul_precision", "is_anomaly_enabled", "backends", "cudnn", "mkldnn",
+))  # fmt: skip
+#: What a tensor or a module may be or have beside its numbers.
+_UNSEEN = frozenset((
+    "Parameter", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 ))  # fmt: skip
 _OF_PROFILERS = frozenset(("record_function", "nvtx", "itt"))
 #: What a forward may not ask for, or do: it was seen in one state, and nothing tells of others.
@@ -158,6 +163,7 @@ _REFUSED = (
     (_OF_DEVICES, "asks for a device ({}), and was seen on one alone"),
     (_OF_HISTORY, "asks how a tensor was made ({}), which is seen in one way alone"),
     (_OF_PROCESS, "asks for settings of the process ({}), which may change unseen"),
+    (_UNSEEN, "asks for {}, which may change unseen"),
     (_OF_PROFILERS, "marks ranges for profilers ({}), which would be lost"),
 )
 _OF_COMPILERS = re.compile(r"is_(\w+_)?(compiling|exporting)")
@@ -187,6 +193,7 @@ class _Reading(NamedTuple):
     residual: bool
     names: tuple[str | None, ...] = ()  # of weights and biases
     chain: Chain | None = None  # where the excitation is not one or two layers
+    dtypes: tuple[torch.dtype, ...] = DTYPES  # of x that it was read for
 
 
 @contextmanager
@@ -275,18 +282,20 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool,
     training, extents = [True], [False]
     done: dict[_Setting, _Reading | None] = {}
     unproven: set[tuple[bool, bool, bool]] = set()
+    # One that casts to float32 runs its own forward in float64, and where that raises.
+    casts, refused = False, set[torch.dtype]()
     follows = True
     while True:
         gradients = (True, False) if words & _OF_GRADIENTS else (True,)
         choices = (
             training,
             *((gradients,) * 3),
-            _DTYPES if words & _OF_DTYPES else (_SINGLE,),
+            DTYPES if words & _OF_DTYPES else (_SINGLE,),
             (False, True) if words & _OF_LAYOUT else (False,),
             extents,
         )
         settings = (_Setting(*choice) for choice in itertools.product(*choices))
-        setting = next((s for s in settings if s not in done), None)
+        setting = next((s for s in settings if s not in done and s.dtype not in refused), None)
         if setting is None:
             break
         is_optional = setting.needs() not in _UNIFORM
@@ -299,6 +308,10 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool,
                 continue
             if not done and setting.training:
                 _check_training(module, rank, setting, refusal)
+            wide = setting.dtype is torch.float64 or isinstance(refusal, _Fails)
+            if done and casts and setting.dtype is not _SINGLE and wide:
+                refused.add(setting.dtype)
+                continue
             if done:
                 raise type(refusal)(f"{setting}: {refusal}") from refusal
             raise
@@ -311,13 +324,15 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool,
         words |= captured.words
         training = [True, False] if captured.reads_training else training
         extents = extents if captured.any_extents else [False, True]
-        follows = follows and not captured.casts and not any(map(_OF_AUTOCAST.search, words))
+        casts = casts or captured.casts
+        follows = follows and not any(map(_OF_AUTOCAST.search, words))
         _check_words(words)
     needs = {(a, b, c) for a in gradients for b in gradients for c in gradients} - unproven
     asks = Asks(len(training) > 1, frozenset(needs) if len(gradients) > 1 else None)
     found = next(iter(done.values()))
     assert found is not None
-    return found, follows, asks
+    dtypes = tuple(dtype for dtype in DTYPES if dtype not in refused)
+    return found._replace(dtypes=dtypes), follows and not casts, asks
 
 
 def _check_words(words: set[str]) -> None:
@@ -359,7 +374,7 @@ def _read(module: nn.Module, rank: int, setting: _Setting) -> tuple[_Reading, _C
     """One capture, and what it shows."""
     from .fuse.capture import NotCaptured, capture
     from .fuse.find import Match
-    from .fuse.reader import Mismatch
+    from .fuse.nodes import Mismatch
     from .fuse.whole import read_whole
 
     copied = _copy(module, setting)
@@ -443,7 +458,7 @@ def _form_of(module: nn.Module, found: _Reading, ranks: tuple[int, ...], autocas
     fc1 = None if w1 is None else _layer(module, w1, b1)
     return Mlp(
         fc1, _layer(module, w2, b2), found.activation, found.gate, parts_around(module, None),
-        own_input if found.residual else None, ranks, None, autocast,
+        own_input if found.residual else None, ranks, None, autocast, dtypes=found.dtypes,
     )  # fmt: skip
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .parts import LINEAR, Foreign, Part, Path
 from .pointwise import POINTWISE
+from .validation import DTYPES
 
 
 class Asks(NamedTuple):
@@ -45,6 +47,7 @@ class Mlp(NamedTuple):
     autocast: bool = True
     kinds: tuple[type[nn.Module], ...] = ()  # the classes of its children
     asks: Asks | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES  # of x; one that casts may compute otherwise in some
 
 
 class Halves(NamedTuple):

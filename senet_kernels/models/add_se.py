@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from senet_kernels.convert import Entry, report
 from senet_kernels.forms import class_name, pointwise_name
 from senet_kernels.modules import FusedSEBlock
 from senet_kernels.neighbours import source_hash
 from senet_kernels.parts import Foreign, Refusal, hook_reason
+from senet_kernels.report import Entry, listing
 
 from .factory import ARCHITECTURES, with_se
 from .resnet import BasicBlock, Bottleneck, ResNet
@@ -67,7 +67,8 @@ class AdditionReport(NamedTuple):
     refused: tuple[Entry, ...]
 
     def __str__(self) -> str:
-        return report(added=self.added, refused=self.refused)
+        counts = f"added {len(self.added)}, refused {len(self.refused)}"
+        return "\n".join([counts, *listing(zip(self._fields, self, strict=True))])
 
 
 class _Plan(NamedTuple):
