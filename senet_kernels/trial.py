@@ -284,7 +284,7 @@ def times(
     """
     rounds: list[tuple[float, float]] = []
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    start, load, longest = time.perf_counter(), OtherLoad(), 0.0
+    start, others, longest = time.perf_counter(), OtherLoad(), 0.0
     while not rounds or time.perf_counter() - start + longest < seconds:
         begin = time.perf_counter()
         turns = [(unfuse_se_blocks, 0), (fuse, 1)]
@@ -302,7 +302,7 @@ def times(
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    return _summary(rounds, load.read())
+    return _summary(rounds, others.read())
 
 
 def _timed(model: nn.Module, x: Tensor, step: Callable[[nn.Module, Tensor], None]) -> float:
@@ -315,13 +315,13 @@ def _timed(model: nn.Module, x: Tensor, step: Callable[[nn.Module, Tensor], None
     return time.perf_counter() - begin
 
 
-def _summary(rounds: list[tuple[float, float]], load: float | None) -> Times:
+def _summary(rounds: list[tuple[float, float]], busy: float | None) -> Times:
     ratios = sorted(original / fused for original, fused in rounds)
     left_out = _left_out(len(ratios))
     return Times(
         statistics.median(original for original, _ in rounds),
         statistics.median(fused for _, fused in rounds),
-        statistics.median(ratios), ratios[left_out], ratios[-1 - left_out], len(ratios), load,
+        statistics.median(ratios), ratios[left_out], ratios[-1 - left_out], len(ratios), busy,
     )  # fmt: skip
 
 
