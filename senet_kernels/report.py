@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -50,9 +49,11 @@ def listing(sections: Iterable[tuple[str, tuple[Entry, ...]]], *, each: bool = F
 
 
 def _collapsed(entries: tuple[Entry, ...]) -> Iterator[tuple[str, str, str]]:
-    for (kind, note), count in Counter((e.kind, e.note) for e in entries).items():
-        first = next(e.name for e in entries if (e.kind, e.note) == (kind, note))
-        yield (first or "(the model)") if count == 1 else f"{count} x", kind, note
+    names: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        names.setdefault((entry.kind, entry.note), []).append(entry.name or "(the model)")
+    for (kind, note), found in names.items():
+        yield found[0] if len(found) == 1 else f"{len(found)} x", kind, note
 
 
 class FusionReport(NamedTuple):

@@ -65,8 +65,8 @@ def _of_timm(source: str, name: str) -> Any:
             "is on a hub, and nothing is downloaded here: build it in a function, and give "
             "MODULE:CALLABLE"
         )
-    timm = load("timm", "create_model")
-    if urlsplit(name).scheme == "" and name.partition(".")[0] not in timm.list_models():
+    timm = load("timm", "create_model", "is_model")
+    if urlsplit(name).scheme == "" and not timm.is_model(name):
         raise TrialError(f"is not in timm{_near_names(name, ('timm',))}")
     return timm.create_model(name, pretrained=False)
 

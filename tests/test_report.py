@@ -128,6 +128,13 @@ def test_near_names_of_timm(name: str, said: str) -> None:
     assert said in str(error.value)
 
 
+def test_a_name_that_timm_keeps_for_old_scripts() -> None:
+    """It is in no list of models, and makes one all the same."""
+    library("timm")
+    with pytest.warns(UserWarning, match="Mapping deprecated model"):
+        assert isinstance(trial.make("timm:tf_efficientnet_b0_ns", "cpu"), nn.Module)
+
+
 # -- times
 
 
