@@ -34,11 +34,11 @@ from .validation import DTYPES
 from .watched import code_of
 
 
-def _stale_reason(module: Any) -> str | None:
+def _stale_reason(module: Any, form: Form | Block) -> str | None:
     """What is not as it was when the module was fused: of its class and code, of itself, of its
     children."""
-    form = module.__dict__["_senet_form"]
-    reads = module._reads.get(form.kinds) or _reads_of(type(module), form.kinds)
+    cls = type(module)
+    reads = cls._reads.get(form.kinds) or _reads_of(cls, form.kinds)
     return what_changed(reads) or stale_reason(module, form.parts)
 
 
@@ -106,14 +106,14 @@ class Fused(nn.Module):
         if (
             not isinstance(form, Mlp)
             or hook_reason(se)
-            or (_changed_as_compiled(se, form) if compiling else _stale_reason(se))
+            or (_changed_as_compiled(se, form) if compiling else _stale_reason(se, form))
             or not dispatch.may_run_kernels(x, se._senet_backend, compiling)
         ):
             return NotImplemented
         return block.run(block, self, x, partial(_excite_within, se, form))
 
     def _stale_reason_at_trace_time(self) -> str | None:
-        return _stale_reason(self)
+        return None if self._senet_form is None else _stale_reason(self, self._senet_form)
 
     # Dynamo runs it, and keeps the answer: torch.compiler.assume_constant_result, which would
     # import Dynamo.
@@ -257,7 +257,7 @@ def _call_reason(
         return f"x is a {kind}"
     if _has_any_global_hook():
         return "a global module hook is registered"
-    reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module)
+    reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module, form)
     if reason is None and not isinstance(form, Block) and form.asks is not None:
         reason = _unproven_reason(form, form.asks, module, x)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
@@ -293,7 +293,8 @@ def _is_transposed(x: Tensor) -> bool:
     it would bind."""
     if resolve.is_compiling() or type(x) is not Tensor or x.layout is not torch.strided:
         return False
-    return x.stride(0) < x.stride(1)
+    image, channel, *_ = x.stride()
+    return image < channel
 
 
 #: A product takes the layout of its first factor, which may be the gates: contiguous.
@@ -306,16 +307,17 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
         kind = foreign_class(w2) or foreign_class(w1)
         if kind is not None:
             return f"its layers have weights of class {kind}"
+    rows = w2.shape  # a shape is read in half the time of an extent
     try:
-        channels = (w2 if w1 is None else w1).size(1)
+        channels = (rows if w1 is None else w1.shape)[1]
     except IndexError:  # freed
         return "its layers have no matrices for weights"
-    if x.is_nested or x.size(1) != channels:
+    if x.is_nested or x.shape[1] != channels:
         return f"x has {x.size(1)} channels, its layers have {channels}"
     if _is_transposed(x):
         return _TRANSPOSED
-    if w2.size(0) != channels:  # twice as many would be taken for scale and shift
-        return f"its last layer has {w2.size(0)} outputs for {channels} channels"
+    if rows[0] != channels:  # twice as many would be taken for scale and shift
+        return f"its last layer has {rows[0]} outputs for {channels} channels"
     if form.autocast and x.dtype is w2.dtype:
         return None
     if autocast_is_on(x.device.type):

@@ -27,7 +27,16 @@ from .watched import as_it_is, classes_of, is_setting
 
 #: A reader, where it reads, what it gave, and whether something else is right as well.
 Read = tuple[Callable[[Any], Any], Any, Any, Callable[[Any], bool] | None]
-Reads = tuple[Read, ...]
+
+
+class Reads(NamedTuple):
+    """What is read before each call. A class with another number of names may have a new one that
+    its code asks for; which names it had says whether it has."""
+
+    places: tuple[Read, ...]
+    classes: tuple[Any, ...]  # their namespaces
+    sizes: tuple[int, ...]  # of each, how many names it had
+    names: tuple[frozenset[str], ...]
 
 
 class Unwatchable(Exception):
@@ -131,11 +140,6 @@ def _let_python_note(cls: type) -> None:
     note: Any = getattr(copyreg, "_slotnames", id)
     note(cls)
     inspect.get_annotations(cls)
-
-
-def _has_names(names: frozenset[str], namespace: Mapping[str, Any]) -> bool:
-    """Whether it is only Python's own that is new, as what ``copyreg`` notes on a class."""
-    return names == _own_names(namespace)
 
 
 def _calls_are_torchs(namespace: Mapping[str, Any]) -> bool:
@@ -249,17 +253,14 @@ class Namespaces:
         """A read for each place."""
         found: list[Read] = []
         for key, (namespace, given) in self.items.items():
-            names = _two(given)
             excuse = _calls_are_torchs if key == id(nn.Module) else None
-            found.append((itemgetter(*names), namespace, tuple(given[n] for n in names), excuse))
-        for namespace, own in self.names.values():
-            found.append((len, namespace, len(namespace), partial(_has_names, own)))
+            found.append((*_reader(itemgetter, given, namespace), excuse))
         if self.of_tensors:
-            names = _two(self.of_tensors)
-            values = tuple(self.of_tensors[n] for n in names)
-            found.append((attrgetter(*names), Tensor, values, None))
+            found.append((*_reader(attrgetter, self.of_tensors, Tensor), None))
         found += [(read, owner, values, None) for read, owner, values in self.objects.values()]
-        return tuple(found)
+        classes = tuple(namespace for namespace, _ in self.names.values())
+        names = tuple(own for _, own in self.names.values())
+        return Reads(tuple(found), classes, tuple(map(len, classes)), names)
 
 
 _OF_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
@@ -267,10 +268,18 @@ _OF_CELL = attrgetter("cell_contents", "cell_contents")
 _NOTHING = object()
 
 
-def _two(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names, at least two: of one, itemgetter gives no tuple."""
-    names = tuple(values)
-    return names if len(names) > 1 else (*names, *names)
+def _reader(
+    getter: Callable[..., Callable[[Any], Any]], given: Mapping[str, Any], owner: Any
+) -> tuple[Callable[[Any], Any], Any, Any]:
+    """The first three of a :data:`Read`. A tuple equals one with the same objects, whatever ``==``
+    of them is (a tensor, or False of NaN), so that of one name the value is read twice; a function
+    alone is compared alone, in less time."""
+    names, values = tuple(given), tuple(given.values())
+    if len(names) > 1:
+        return getter(*names), owner, values
+    if isinstance(values[0], FunctionType):
+        return getter(*names), owner, values[0]
+    return getter(*names, *names), owner, values * 2
 
 
 def _copied(value: Any) -> Any:
@@ -316,9 +325,13 @@ def of_child(kind: type[nn.Module]) -> Namespaces:
 def what_changed(reads: Reads) -> str | None:
     """The first place that is not as it was; None if there is none."""
     try:
-        for read, owner, values, excuse in reads:
+        for read, owner, values, excuse in reads.places:
             if read(owner) != values and (excuse is None or not excuse(owner)):
                 return _said(owner)
+        if tuple(map(len, reads.classes)) != reads.sizes:
+            for owner, names in zip(reads.classes, reads.names, strict=True):
+                if _own_names(owner) != names:  # it may be Python's own that is new
+                    return _said(owner)
     # Gone; or a tensor, which is not compared.
     except (AttributeError, KeyError, RuntimeError, ValueError):
         return _said(owner)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from operator import itemgetter, not_
+from operator import itemgetter
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -40,7 +40,9 @@ class Part(NamedTuple):
     known: frozenset[str]
     asked: Asked
     lookups: tuple[tuple[str, Any], ...]
-    quick: tuple[Path, type | None, tuple[str, ...], Callable[[Any], Any], Any, int, int | None]
+    quick: tuple[
+        Path, type | None, tuple[str, ...], Callable[[Any], Any] | None, Any, int, int | None
+    ]
 
 
 def hook_reason(module: nn.Module) -> str | None:
@@ -56,9 +58,6 @@ def hook_reason(module: nn.Module) -> str | None:
     ):
         return "has hooks"
     return None
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def find(module: nn.Module, path: Path) -> Foreign:
@@ -99,10 +98,7 @@ def part_of(module: nn.Module, path: Path) -> Part:
     settings = {
         name: _watched(asked, name, value) for name, value in facts.items() if name not in ignored
     }
-    # Hooks of the module itself fire as ever: it is called.
-    hooks: dict[str, Any] = {name: {} for name in (_HOOKS if path else ())}
-    names = (*settings, *hooks)
-    values = (*settings.values(), *hooks.values())
+    names, values = tuple(settings), tuple(settings.values())
     ours = frozenset() if path else _OURS
     known = frozenset(facts) | ours
     if not path and ({"type", "__class__"} & asked.names) - known:
@@ -172,10 +168,12 @@ _ABSENT, _METHOD, _STATIC = "nothing of this name", "a method of the class", "an
 _UNGUARDED = "an object"
 
 
-def _reader(names: tuple[str, ...], values: tuple[Any, ...]) -> tuple[Callable[[Any], Any], Any]:
-    """Reads these names of a mapping at once; and what it gives."""
+def _reader(
+    names: tuple[str, ...], values: tuple[Any, ...]
+) -> tuple[Callable[[Any], Any] | None, Any]:
+    """Reads these names of a mapping at once; and what it gives. None: there are no names."""
     if not names:
-        return not_, False  # the cheapest reader of nothing: of a mapping that is never empty
+        return None, ()
     if len(names) == 1:  # itemgetter would give no tuple
         names, values = names * 2, values * 2
     return itemgetter(*names), values
@@ -197,13 +195,22 @@ def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
                 child = facts["_modules"][name]
                 facts = child.__dict__
             if (
-                read(facts) == values
-                and tuple(facts["_modules"]) == children
+                (read is None or read(facts) == values)
+                and (tuple(facts["_modules"]) == children if children else not facts["_modules"])
                 and (len(facts) == known or not _hidden(child, part))
                 and (
-                    (type(child) is kind and "forward" not in facts)
-                    if own is None
-                    else len(facts["_parameters"]) + len(facts["_buffers"]) == own
+                    len(facts["_parameters"]) + len(facts["_buffers"]) == own
+                    if own is not None
+                    # Hooks of the module itself fire as ever: it is called. The rest of this is
+                    # `not hook_reason(child)`, without the call.
+                    else type(child) is kind
+                    and "forward" not in facts
+                    and not (
+                        facts["_forward_hooks"]
+                        or facts["_forward_pre_hooks"]
+                        or facts["_backward_hooks"]
+                        or facts["_backward_pre_hooks"]
+                    )
                 )
             ):
                 continue
@@ -228,7 +235,7 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
                 if not _finds(child, name, value):
                     return False
             for name, value in zip(part.names, part.values, strict=True):
-                if name not in _HOOKS and is_guarded(value) and getattr(child, name) != value:
+                if is_guarded(value) and getattr(child, name) != value:
                     return False
             if part.path and not _finds(child, "forward", _METHOD):
                 return False

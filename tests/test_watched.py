@@ -139,8 +139,9 @@ def test_changed_in_place(name: str, compiled: bool) -> None:
     report = fuse_se_blocks(fused)
     assert bool(report.replaced) == (name in _FUSED)
     if report.replaced:
-        assert _stale_reason(fused) is None
-        assert _stale_reason(copy.deepcopy(fused)) is None
+        assert _stale_reason(fused, fused._senet_form) is None
+        again = copy.deepcopy(fused)
+        assert _stale_reason(again, again._senet_form) is None
     else:
         assert report.refused
     x = torch.randn(2, 16, 5, 5)
@@ -154,9 +155,9 @@ def test_pickled_with_its_configuration() -> None:
     fused = ConfiguredSE(collections.OrderedDict(v=1.0), _of_key)
     assert fuse_se_blocks(fused).replaced
     again = pickle.loads(pickle.dumps(fused))
-    assert _stale_reason(again) is None
+    assert _stale_reason(again, again._senet_form) is None
     _set_key(again.config)
-    assert _stale_reason(again) is not None
+    assert _stale_reason(again, again._senet_form) is not None
 
 
 def test_what_is_too_large_is_refused() -> None:
@@ -396,7 +397,7 @@ def test_code_that_changes_after_fusing(change: str, monkeypatch: pytest.MonkeyP
     plain = kind()
     fused = copy.deepcopy(plain)
     assert fuse_se_blocks(fused).replaced
-    assert _stale_reason(fused) is None
+    assert _stale_reason(fused, fused._senet_form) is None
     x = torch.randn(2, 16, 5, 5)
     before = plain(x)
     if isinstance(owner, str):
@@ -408,7 +409,7 @@ def test_code_that_changes_after_fusing(change: str, monkeypatch: pytest.MonkeyP
     assert not torch.allclose(plain(x), before)
     _same(plain, fused, x)
     monkeypatch.undo()
-    assert _stale_reason(fused) is None
+    assert _stale_reason(fused, fused._senet_form) is None
 
 
 def test_a_closure_that_changes_after_fusing() -> None:
@@ -455,4 +456,4 @@ def test_what_python_notes_on_a_class_is_no_change() -> None:
     plain, fused = _pair()
     copy.deepcopy(plain)  # copyreg caches __slotnames__ there
     assert SE.__annotations__ is not None
-    assert _stale_reason(fused) is None
+    assert _stale_reason(fused, fused._senet_form) is None
