@@ -79,6 +79,8 @@ class Fused(nn.Module):
                 x, backend, compiling
             )
         ):
+            if not kwargs and len(args) == 1:  # in fewer instructions
+                return self._original.forward(self, x)
             return self._original.forward(self, *args, **kwargs)
         plain, more, lengths = args, kwargs, None
         if isinstance(form, Mlp) and form.lengths is not None:
