@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import __version__, _command_line, parity, trial, trust, workloads
+from . import __version__, _command_line, parity, timing, trial, trust, workloads
 from ._command_line import command
 from .backends.triton.runtime import architecture
 from .convert import fuse_se_blocks
@@ -73,9 +73,9 @@ def _fuse(
     if not _is_right(model, x, [entry.name for entry in report.replaced], fuse):
         return 1
     what = f"batch {batch}, {'x'.join(map(str, spatial)) or 'no positions'}, {device}"
-    for title, step in (("inference", trial.infer), ("training step", trial.train)):
+    for title, step in (("inference", timing.infer), ("training step", timing.train)):
         try:
-            found = trial.times(model, x, step, fuse, seconds, partial(_progress_of, title))
+            found = timing.times(model, x, step, fuse, seconds, partial(_progress_of, title))
         except Exception as error:  # as a norm's of one image of one position, in training
             _progress("")
             print(f"{title}: does not run: {type(error).__name__}: {error}")
@@ -99,7 +99,7 @@ def _progress_of(title: str, done: str) -> None:
 _QUIET = 0.2
 
 
-def _of_times(title: str, found: trial.Times, what: str) -> str:
+def _of_times(title: str, found: timing.Times, what: str) -> str:
     interval = "95 % interval" if found.rounds > 5 else "all rounds within"
     text = (
         f"{title}: {1e3 * found.original:.2f} ms before, {1e3 * found.fused:.2f} ms after, "
