@@ -9,7 +9,8 @@ comes what the record, a path from the file's folder, gives: ``TABLE`` is ``laye
 ``sweep`` for all there is to say, ``layers-short`` for means, losses and the first plot,
 ``models-short`` for times and price alone, ``models-gain`` for a line for each network; with
 ``-zh`` at the end the latter and ``layers-short`` in Chinese; ``losses`` for what is slower than
-what it has to beat, ``verdict`` for the means alone, both of records of any kind.
+what it has to beat, ``verdict`` for the means alone, both of records of any kind; ``results`` for
+those of several records of networks or of layers as one table.
 ``--check`` changes nothing and only says whether the blocks are what the records give (exit code 1
 if not).
 """
@@ -29,15 +30,16 @@ from . import digest, plots, records, summary
 from .digest import Lines
 from .page import KINDS, warnings
 from .summary import Record
-from .verdict import verdict
+from .verdict import results, verdict
 
 BLOCK = re.compile(
-    r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+) -->\n).*?(<!-- benchmark:end -->)",
+    r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+(?: \S+)*?) -->\n)"
+    r".*?(<!-- benchmark:end -->)",
     re.DOTALL,
 )
 TABLES = (
     "layers", "layers-short", "layers-short-zh", "models", "models-short", "models-gain",
-    "models-gain-zh", "sweep", "losses", "verdict",
+    "models-gain-zh", "sweep", "losses", "verdict", "results",
 )  # fmt: skip
 MOST_LOSSES = 8
 MOST_LOSSES_IN_SHORT = 3
@@ -213,6 +215,9 @@ def renewed(text: str, start: Path) -> str:
         table, path = match["table"], start / match["record"]
         if table not in TABLES:
             raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
+        if table == "results":
+            several = [records.read(start / name) for name in match["record"].split()]
+            return "\n".join([match[1] + "\n".join(_table(results(several))), match[4]])
         record = records.read(path)
         if table.partition("-")[0] not in (record["kind"], "losses", "verdict"):
             raise ValueError(f"{match['record']}: has {record['kind']}, {table} was asked for")

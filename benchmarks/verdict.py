@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import median
+from typing import NamedTuple
 
-from . import summary
+from . import processors, summary
+from .digest import Lines
 from .stats import geomean
 from .summary import Record
 
@@ -25,32 +27,56 @@ def _modes(record: Record) -> list[str]:
     return list(dict.fromkeys(entry["mode"] for entry in record["results"]))
 
 
-def _of_models(record: Record) -> Iterator[str]:
+class Gain(NamedTuple):
+    """Of the whole networks of a record in one mode."""
+
+    mean: float  # geometric, of the speed of the fused networks over the originals'
+    low: float
+    high: float
+    count: int
+    price: tuple[float, float] | None  # of SE, before and after: medians, per cent
+
+
+def gain(record: Record, mode: str) -> Gain | None:
+    """What fusing gains whole networks; None without a figure."""
     metric = summary.metric_of(record)
+    entries = [e for e in record["results"] if e["mode"] == mode]
+    found = [summary.ratio(e, metric, "fused", "original") for e in entries]
+    known = [figure["ratio"] for figure in found if figure is not None]
+    if not known:
+        return None
+    both = [(summary.price(e, metric, "original"), summary.price(e, metric, "fused"))
+            for e in entries]  # fmt: skip
+    prices = [(before[0], after[0]) for before, after in both if before and after]
+    before, after = (median(column) for column in zip(*prices, strict=True)) if prices else (0, 0)
+    price = (before, after) if prices else None
+    return Gain(geomean(known), min(known), max(known), len(known), price)
+
+
+def _of_models(record: Record) -> Iterator[str]:
     for mode in _modes(record):
-        entries = [e for e in record["results"] if e["mode"] == mode]
-        found = [summary.ratio(e, metric, "fused", "original") for e in entries]
-        known = [figure["ratio"] for figure in found if figure is not None]
-        if not known:
+        found = gain(record, mode)
+        if found is None:
             continue
-        text = f"{_capital(mode)}: fused networks run at {geomean(known):.2f}× the speed"
-        if len(known) > 1:
-            text += f" ({min(known):.2f} to {max(known):.2f})"
-        both = [(summary.price(e, metric, "original"), summary.price(e, metric, "fused"))
-                for e in entries]  # fmt: skip
-        prices = [(before[0], after[0]) for before, after in both if before and after]
-        if prices:
-            before, after = (median(column) for column in zip(*prices, strict=True))
+        text = f"{_capital(mode)}: fused networks run at {found.mean:.2f}× the speed"
+        if found.count > 1:
+            text += f" ({found.low:.2f} to {found.high:.2f})"
+        if found.price:
+            before, after = found.price
             text += f", the price of SE from {before:.0f} % to {after:.0f} % in the median"
         yield text
+
+
+def _overall(record: Record, mode: str, contender: str) -> dict[str, summary.Row]:
+    """The means over all layers, of each dtype; the last row of a dtype is that of all batches."""
+    rows = [r for r in summary.rows(record, mode) if r.contender == contender]
+    return {row.dtype: row for row in rows if row.network == "all layers"}
 
 
 def _of_layers(record: Record) -> Iterator[str]:
     for contender in record["contenders"]:
         for mode in _modes(record):
-            rows = [r for r in summary.rows(record, mode) if r.contender == contender]
-            # The last row of each type is that of all batches.
-            overall = {r.dtype: r for r in rows if r.network == "all layers"}
+            overall = _overall(record, mode, contender)
             for dtype, row in overall.items():
                 speeds = row.speedup.items()
                 means = [f"{mean.text('×')} that of {name}" for name, mean in speeds if mean.layers]
@@ -76,3 +102,50 @@ def _of_sweep(record: Record) -> Iterator[str]:
 
 
 _PARTS = {"models": _of_models, "layers": _of_layers, "sweep": _of_sweep}
+
+
+# -- several records
+
+
+def results(records: Sequence[Record]) -> Lines:
+    """A line for each record and mode: of networks their gain, of layers their speed.
+
+    Raises:
+        ValueError: they are of several kinds, or of a kind that has no such table.
+    """
+    kinds = {record["kind"] for record in records}
+    if kinds == {"models"}:
+        return _results_of_models(records)
+    if kinds == {"layers"}:
+        return _results_of_layers(records)
+    raise ValueError(f"expected records of models, or of layers, got {', '.join(sorted(kinds))}")
+
+
+def _results_of_models(records: Sequence[Record]) -> Lines:
+    head = ["machine", "networks", "mode", "speed, fused", "of a network", "price of SE"]
+    out = [head]
+    for record in records:
+        networks = len({entry["network"] for entry in record["results"]})
+        for mode in _modes(record):
+            if found := gain(record, mode):
+                before, after = found.price or (math.nan, math.nan)
+                price = f"{before:.0f} % to {after:.0f} %" if found.price else "n/a"
+                span = f"{found.low:.2f} to {found.high:.2f}"
+                name = processors.name(record["environment"])
+                out.append([name, str(networks), mode, f"{found.mean:.2f}×", span, price])
+    return out
+
+
+def _results_of_layers(records: Sequence[Record]) -> Lines:
+    baselines = list(dict.fromkeys(n for r in records for n in summary.baselines_of(r, "")))
+    out = [["machine", "layers", "mode", *(f"vs `{name}`" for name in baselines), "lost"]]
+    for record in records:
+        lost = f"{len(summary.losses(record))} of {summary.comparisons(record)}"
+        for contender in record["contenders"]:
+            for mode in _modes(record):
+                for row in _overall(record, mode, contender).values():
+                    means = {name: mean.text("×") for name, mean in row.speedup.items()}
+                    cells = [means.get(name, "n/a") for name in baselines]
+                    name = processors.name(record["environment"])
+                    out.append([name, str(row.layers), mode, *cells, lost])
+    return out
