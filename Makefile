@@ -176,8 +176,8 @@ $(STAMPS)/models: tools/torchvision_ops.py | $(STAMPS)/torch
 	@echo '==> model libraries for the tests'; time { \
 	  if $(PY) -c 'import sys, torch; sys.exit(not torch.__version__.startswith("2.13.0") or \
 	    sys.version_info < (3, 11))'; then \
-	    index="$$($(PY) -c 'import torch; print("" if torch.version.cuda else "$(CPU_INDEX)")')"; \
 	    $(PY) $(PIP) pillow numpy; \
+	    index="$$($(PY) -c 'import torch; print("" if torch.version.cuda else "$(CPU_INDEX)")')"; \
 	    $(PY) $(PIP) --retries 0 --timeout 10 --no-deps $${index:+--extra-index-url "$$index"} \
 	      $(MODELS_ALONE) 2>/dev/null || $(PY) $(PIP) --no-deps $(MODELS_ALONE); \
 	    $(PY) $(PIP) $(MODELS); \

@@ -58,7 +58,7 @@ CHINESE = (
     (r"\bgraph built\b", "建图"),
     (r"\bvs\b", "对"),
     (r"\| layers \|", "| 层数 |"),
-    (r"\btime / limit\b", "时间 / limit"),
+    (r"\btime / limit\b", "时间 / 下限"),
     (r"\b(\d+) threads\b", r"\1 线程"),
     (r"^!\[Speed-up per layer\]", "![各层的加速比]"),
     (r"^!\[Speed-up of whole networks\]", "![整网加速比]"),
