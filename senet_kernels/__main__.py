@@ -95,19 +95,18 @@ def _progress_of(title: str, done: str) -> None:
     _progress(f"{title}: {done}")
 
 
-#: Cores that others keep busy beside a measurement that is to be trusted.
-_QUIET = 0.2
-
-
 def _of_times(title: str, found: timing.Times, what: str) -> str:
-    interval = "95 % interval" if found.rounds > 5 else "all rounds within"
+    busy = found.cores_busy_elsewhere
+    interval = f"95 % interval {found.low:.2f} to {found.high:.2f}, {found.rounds} rounds"
+    if found.rounds == 1:
+        interval = "1 round, no interval: more --seconds give one"
+    elif timing.is_busy(busy):
+        interval = f"interval {found.low:.2f} to {found.high:.2f}, {found.rounds} rounds"
     text = (
         f"{title}: {1e3 * found.original:.2f} ms before, {1e3 * found.fused:.2f} ms after, "
-        f"{found.ratio:.2f}x, {interval} {found.low:.2f} to {found.high:.2f}, "
-        f"{found.rounds} round{'s' if found.rounds > 1 else ''} ({what})"
+        f"{found.ratio:.2f}x, {interval} ({what})"
     )
-    busy = found.cores_busy_elsewhere
-    if busy is not None and busy > _QUIET:
+    if timing.is_busy(busy):
         text += f"\n{title}: other processes used {busy:.1f} cores meanwhile: do not trust this"
     return text
 

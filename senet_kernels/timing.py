@@ -69,7 +69,7 @@ class Times(NamedTuple):
     original: float  # the median
     fused: float
     ratio: float  # original over fused: the median over the rounds
-    low: float  # its 95 % interval; of fewer than 6 rounds, all that was seen
+    low: float  # its interval, see summary
     high: float
     rounds: int
     cores_busy_elsewhere: float | None  # see OtherLoad
@@ -121,15 +121,41 @@ def _timed(model: nn.Module, x: Tensor, step: Callable[[nn.Module, Tensor], None
     return time.perf_counter() - begin
 
 
+#: Cores that others keep busy beside a measurement that is to be trusted.
+QUIET = 0.2
+#: Quantiles of Student's distribution for 95 %, by the number of samples.
+_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
 def summary(rounds: list[tuple[float, float]], busy: float | None) -> Times:
-    """Of rounds of (original, fused) seconds, and the cores that others kept busy."""
+    """Of rounds of (original, fused) seconds, and the cores that others kept busy.
+
+    The interval is of 95 %: from 6 rounds on by binomial ranks, of fewer Student's, for logarithms
+    of the ratios; of one round it is from 0 to infinity. Where others kept cores busy, which delays
+    the two unequally, all rounds lie in it.
+    """
     ratios = sorted(original / fused for original, fused in rounds)
-    left_out = _left_out(len(ratios))
+    middle, count = statistics.median(ratios), len(ratios)
+    low, high = 0.0, math.inf
+    if count in _STUDENT:
+        logs = [math.log(ratio) for ratio in ratios]
+        reach = _STUDENT[count] * statistics.stdev(logs) / math.sqrt(count)
+        low, high = (math.exp(statistics.fmean(logs) + side * reach) for side in (-1, 1))
+    elif count > 1:
+        left_out = _left_out(count)
+        low, high = ratios[left_out], ratios[-1 - left_out]
+    if count > 1 and is_busy(busy):
+        low, high = min(low, ratios[0]), max(high, ratios[-1])
     return Times(
         statistics.median(original for original, _ in rounds),
         statistics.median(fused for _, fused in rounds),
-        statistics.median(ratios), ratios[left_out], ratios[-1 - left_out], len(ratios), busy,
+        middle, min(low, middle), max(high, middle), count, busy,
     )  # fmt: skip
+
+
+def is_busy(cores: float | None) -> bool:
+    """Whether others kept so many cores busy that times are not to be trusted."""
+    return cores is not None and cores > QUIET
 
 
 def _left_out(count: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from typing import Any
@@ -147,9 +148,9 @@ def test_a_name_that_timm_keeps_for_old_scripts() -> None:
 
 
 def test_interval_of_the_median() -> None:
-    """Binomial ranks: it holds the true median in 19 of 20 cases, and is no wider than needed."""
+    """It holds the true median in 19 of 20 cases, and is no wider than needed."""
     generator = random.Random(0)
-    for count in (6, 9, 20, 51):
+    for count in (2, 3, 5, 6, 9, 20, 51):
         held = 0
         for _ in range(1000):
             rounds = [(generator.lognormvariate(0.3, 1), 1.0) for _ in range(count)]
@@ -157,8 +158,19 @@ def test_interval_of_the_median() -> None:
             assert found.low <= found.ratio <= found.high
             held += found.low <= 2.718281828**0.3 <= found.high
         assert 0.93 < held / 1000 < 0.995
-    few = timing.summary([(1.0, 1.0), (3.0, 1.0)], None)
-    assert (few.ratio, few.low, few.high, few.rounds) == (2.0, 1.0, 3.0, 2)
+    one = timing.summary([(3.0, 1.0)], None)
+    assert (one.ratio, one.low, one.high, one.rounds) == (3.0, 0.0, math.inf, 1)
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 20])
+def test_beside_others_all_rounds_are_in_the_interval(count: int) -> None:
+    rounds = [(1.0 + i, 1.0) for i in range(count)]
+    quiet, busy = (timing.summary(rounds, cores) for cores in (timing.QUIET, 1.0))
+    assert busy.low <= 1.0
+    assert busy.high >= count
+    assert busy.low <= quiet.low
+    assert busy.high >= quiet.high
+    assert count < 20 or quiet.low > 1.0
 
 
 def test_times_end_when_they_are_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +207,8 @@ def test_a_busy_machine_is_told() -> None:
     assert told(1.3, 6).endswith(
         "\ninference: other processes used 1.3 cores meanwhile: do not trust this"
     )
-    assert "all rounds within 1.50 to 2.50, 1 round (" in told(0.0, 1)
+    assert ", 2.00x, interval 1.50 to 2.50, 6 rounds (" in told(1.3, 6)
+    assert ", 2.00x, 1 round, no interval: more --seconds give one (" in told(0.0, 1)
 
 
 def test_load_of_others_is_not_our_own() -> None:
