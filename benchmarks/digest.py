@@ -53,12 +53,10 @@ def time_text(microseconds: float) -> str:
 
 
 def ratio_text(figure: dict[str, float] | None) -> str:
-    """A speed-up; without its interval where that is within 3 %."""
+    """A speed-up and its interval."""
     if figure is None:
         return "n/a"
     low, high = figure["ci_low"], figure["ci_high"]
-    if high - low <= 0.06 * figure["ratio"]:
-        return f"{figure['ratio']:.2f}×"
     return f"{figure['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
 
 
