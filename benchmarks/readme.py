@@ -65,7 +65,7 @@ CHINESE = (
     (r"\| network \|", "| 网络 |"),
     (r", fused\b", "，融合后"),
     (r"\bprice of SE, ", "SE 的代价，"),
-    (r"(\d) % to (-?\d+) %", r"\1 % → \2 %"),
+    (r"(\d)\s%\sto\s(-?\d+)\s%", "\\1\u00a0%\u00a0→\u00a0\\2\u00a0%"),
     (r"\.$", "。"),
 )
 
@@ -77,8 +77,11 @@ def _in_chinese(text: str) -> str:
 
 
 def _table(lines: Lines) -> list[str]:
+    """In Markdown. Figures are not broken between lines: 1.02× [1.00, 1.08]."""
     head, *rest = lines
-    rows = ["| " + " | ".join(line) + " |" for line in rest]
+    figure = re.compile(r"\**[+-]?\d[^a-z]*(?:(?:to|of) [^a-z]*)?")
+    kept = [[c.replace(" ", "\u00a0") if figure.fullmatch(c) else c for c in line] for line in rest]
+    rows = ["| " + " | ".join(line) + " |" for line in kept]
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows]
 
 
