@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 # The CPU build of torch comes without Triton, whose interpreter the tests use; this one pairs with
 # the torch above.
 TRITON ?= triton==3.7.1
@@ -153,7 +154,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@echo '==> $(TORCH)'; time { \
 	  if $(PY) -c 'import torch' 2>/dev/null; then echo '    already there'; \
 	  elif ! command -v nvidia-smi >/dev/null && $(PY) $(PIP) --retries 0 --timeout 10 \
-	    --extra-index-url https://download.pytorch.org/whl/cpu '$(TORCH)' 2>/dev/null; then :; \
+	    --extra-index-url $(CPU_INDEX) '$(TORCH)' 2>/dev/null; then :; \
 	  else $(PY) $(PIP) '$(TORCH)'; fi; \
 	  $(PY) $(PIP) 'setuptools>=77' ninja; touch $@; }
 
@@ -168,13 +169,21 @@ $(STAMPS)/bench: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
 	@echo '==> senet_kernels[bench], native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(PY) $(PIP) --no-build-isolation -e '.[bench]'; cat senet_kernels/_build.json; touch $@; }
 
-# torchvision belongs to one release of torch, and this transformers is not for Python 3.10: with
-# others these tests are left out.
-$(STAMPS)/models: | $(STAMPS)/torch
+# torchvision belongs to one release of torch, and to one kind of build, which has to be of torch's
+# index; and this transformers is not for Python 3.10. With others these tests are left out. Where
+# torchvision does not import all the same it goes out again, and timm, which needs it, with it.
+$(STAMPS)/models: tools/torchvision_ops.py | $(STAMPS)/torch
 	@echo '==> model libraries for the tests'; time { \
 	  if $(PY) -c 'import sys, torch; sys.exit(not torch.__version__.startswith("2.13.0") or \
 	    sys.version_info < (3, 11))'; then \
-	    $(PY) $(PIP) pillow numpy && $(PY) $(PIP) --no-deps $(MODELS_ALONE) && $(PY) $(PIP) $(MODELS); \
+	    $(PY) $(PIP) pillow numpy; \
+	    index="$$($(PY) -c 'import torch; print("" if torch.version.cuda else "$(CPU_INDEX)")')"; \
+	    $(PY) $(PIP) --retries 0 --timeout 10 --no-deps $${index:+--extra-index-url "$$index"} \
+	      $(MODELS_ALONE) 2>/dev/null || $(PY) $(PIP) --no-deps $(MODELS_ALONE); \
+	    $(PY) $(PIP) $(MODELS); \
+	    $(PY) tools/torchvision_ops.py || { \
+	      $(PY) -m pip uninstall -qq -y torchvision timm; \
+	      echo '    torchvision and timm are left out, and the tests and examples of their models'; }; \
 	  else echo '    left out: they are for torch 2.13.0 and Python 3.11 or later'; fi; touch $@; }
 
 # Left out where nvcc is there, or nothing native is wanted; without a network, so be it.

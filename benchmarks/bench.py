@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from senet_kernels import use_backend
-from senet_kernels.trial import OtherLoad
+from senet_kernels.timing import OtherLoad
 
 from . import stats
 from .compiling import CompileAccount, graphs_so_far

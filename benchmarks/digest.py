@@ -26,7 +26,7 @@ def _blocks_of_results(record: Record) -> Iterator[tuple[str, Lines]]:
         modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
         yield from ((f"{mode}: time and speed-up", model_times(record, mode)) for mode in modes)
         if _timed(record, ["no-se"], summary.metric_of(record)):
-            yield "the price of SE", model_prices(record)
+            yield from ((f"{mode}: the price of SE", model_prices(record, mode)) for mode in modes)
         yield "memory and calls of a step", model_costs(record)
     elif record["kind"] == "sweep":
         yield "where the fastest changes", sweep_crossovers(record)
@@ -36,9 +36,12 @@ def _blocks_of_results(record: Record) -> Iterator[tuple[str, Lines]]:
                 sweep_ends(record, mode),
             )
     else:
-        yield "layers", layers(record)
-        if any(regimes := list(regime_lines(record))[1:]):
-            yield "regimes", [next(iter(regime_lines(record))), *regimes]
+        modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
+        for mode in modes:
+            yield f"{mode}: speed-up of layers", layers(record, mode)
+        for mode in modes:
+            if len(lines := regime_lines(record, mode)) > 1:
+                yield f"{mode}: by what decides the time", lines
 
 
 def time_text(microseconds: float) -> str:
@@ -50,12 +53,10 @@ def time_text(microseconds: float) -> str:
 
 
 def ratio_text(figure: dict[str, float] | None) -> str:
-    """A speed-up; without its interval where that is within 3 %."""
+    """A speed-up and its interval."""
     if figure is None:
         return "n/a"
     low, high = figure["ci_low"], figure["ci_high"]
-    if high - low <= 0.06 * figure["ratio"]:
-        return f"{figure['ratio']:.2f}×"
     return f"{figure['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
 
 
@@ -77,51 +78,37 @@ def _wrong(entry: Entry, name: str) -> bool:
 
 
 def _row_cells(row: Row, baselines: Sequence[str]) -> list[str]:
-    return [*(row.speedup[name].text("×") for name in baselines), row.over_limit.text("×")]
+    """A contender that is a baseline too has no speed-up over itself."""
+    cells = [row.speedup[name].text("×") if name in row.speedup else "" for name in baselines]
+    return [*cells, row.over_limit.text("×")]
 
 
-def layers(record: Record) -> Lines:
-    """Networks and layouts down, modes and baselines across, one contender after the other."""
-    out: Lines = []
-    for contender in record["contenders"]:
-        lines = contender_lines(record, contender)
-        out += lines if not out else lines[1:]
-    return out
-
-
-def contender_lines(record: Record, contender: str) -> Lines:
-    """The table of one contender."""
-    baselines = summary.baselines_of(record, contender)
-    modes = list(dict.fromkeys(entry["mode"] for entry in record["results"]))
-    lines: dict[tuple[str, str, str], list[str]] = {}
-    for mode in modes:
-        for row in summary.rows(record, mode):
-            if row.contender == contender:
-                key = (row.network, row.layout, row.type)
-                lines.setdefault(key, []).extend(_row_cells(row, baselines))
-    kinds = {key[2] for key in lines}
-    head = ["network", "layout", *(["type"] if len(kinds) > 1 else [])]
-    for mode in modes:
-        head += [f"{mode}: vs {name}" for name in baselines] + ["time / limit"]
-    out = [head]
-    for (network, layout, kind), cells in lines.items():
-        start = [network, layout, *([kind] if len(kinds) > 1 else [])]
-        line = [*start, *cells]
-        out.append([f"**{c}**" for c in line] if network == "all layers" else line)
-    return out
-
-
-def regime_lines(record: Record) -> Iterator[list[str]]:
-    """One line per regime and mode, over all networks and layouts."""
-    contenders = record["contenders"]
+def layers(record: Record, mode: str) -> Lines:
+    """Networks and layouts down, baselines across, one contender after the other."""
     baselines = summary.baselines_of(record, "")
-    yield ["regime", "mode", "contender", "layers", *(f"vs {n}" for n in baselines), "time / limit"]
-    for mode in dict.fromkeys(entry["mode"] for entry in record["results"]):
-        for row in summary.regime_rows(record, mode):
-            if row.contender in contenders:
-                cells = [row.speedup[n].text("×") if n in row.speedup else "" for n in baselines]
-                what = TITLES[row.network]
-                yield [what, mode, row.contender, str(row.layers), *cells, row.over_limit.text("×")]
+    rows = list(summary.rows(record, mode))
+    kinds = len({row.type for row in rows}) > 1
+    own = len(record["contenders"]) > 1
+    out = [["network", "layout", *(["contender"] if own else []), *(["type"] if kinds else []),
+            *(f"vs {name}" for name in baselines), "time / limit"]]  # fmt: skip
+    for row in rows:
+        start = [row.network, row.layout, *([row.contender] if own else [])]
+        line = [*start, *([row.type] if kinds else []), *_row_cells(row, baselines)]
+        out.append([f"**{c}**" for c in line] if row.network == "all layers" else line)
+    return out
+
+
+def regime_lines(record: Record, mode: str) -> Lines:
+    """One line per regime, over all networks and layouts."""
+    baselines = summary.baselines_of(record, "")
+    rows = list(summary.regime_rows(record, mode))
+    kinds = len({row.type for row in rows}) > 1
+    out = [["regime", "contender", *(["type"] if kinds else []), "layers",
+            *(f"vs {name}" for name in baselines), "time / limit"]]  # fmt: skip
+    for row in rows:
+        start = [TITLES[row.network], row.contender, *([row.type] if kinds else [])]
+        out.append([*start, str(row.layers), *_row_cells(row, baselines)])
+    return out
 
 
 def small_call(record: Record) -> Lines:
@@ -166,21 +153,23 @@ def model_times(record: Record, mode: str) -> Lines:
     return out
 
 
-def model_prices(record: Record) -> Lines:
+def model_prices(record: Record, mode: str) -> Lines:
     """Per cent of time that SE adds to the network without it."""
     metric, long = summary.metric_of(record), _kinds(record)
     names = [n for n in _timed(record, record["providers"], metric)
              if n not in ("no-se", "compile-no-se")]  # fmt: skip
     plain = [n for n in names if n not in BASE or "compile-no-se" in record["providers"]]
-    out = [["network", "mode", "without SE", *plain]]
+    out = [["network", "without SE", *plain]]
     for entry in record["results"]:
+        if entry["mode"] != mode:
+            continue
         cells = []
         for name in plain:
             found = summary.price(entry, metric, name)
             cells.append("n/a" if found is None
                          else f"{found[0]:+.0f} % [{found[1]:+.0f}, {found[2]:+.0f}]")  # fmt: skip
         without = time_text(summary.microseconds(entry, metric, "no-se"))
-        out.append([_name(entry, long), entry["mode"], without, *cells])
+        out.append([_name(entry, long), without, *cells])
     return out
 
 

@@ -1,7 +1,7 @@
 """``python -m benchmarks report [RECORD ...]``: tables, CSV, plots and one HTML page.
 
 Without a record, those committed in ``benchmarks/results``. The page has everything in it: it can
-be sent, and opened without a network.
+be sent, and opened without a network. ``--pictures`` draws the plots beside each record instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from senet_kernels._command_line import Parser, make_writable
 from . import digest, extras, plots, records, summary
 from .options import LOCAL_RESULTS
 from .summary import Record
+from .verdict import verdict
 
+#: Headings of the records, in the order of the page: what matters most to most first.
+KINDS = {"models": "Whole networks", "layers": "Layers", "sweep": "One layer, its extents growing"}
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
@@ -61,7 +64,9 @@ def _section(record: Record, name: str, images: list[tuple[str, Path]]) -> dict[
     commit = f", commit {env['commit'][:10]}" if env["commit"] else ""
     return {
         "name": name,
-        "kind": record["kind"],
+        "title": KINDS[record["kind"]],
+        "machine": plots.style.machine(record),
+        "verdict": verdict(record),
         "what": f"{plots.style.where(record)}, {env['date'][:10]}{commit}",
         "command": record["command"],
         "warnings": warnings(record),
@@ -71,7 +76,7 @@ def _section(record: Record, name: str, images: list[tuple[str, Path]]) -> dict[
         ],
         "tables": [
             {
-                "title": title,
+                "title": f"{title[0].upper()}{title[1:]}",
                 "lines": [[c.replace("**", "").replace("`", "") for c in line] for line in lines],
             }
             for title, lines in digest.blocks(record)
@@ -90,7 +95,8 @@ def _section(record: Record, name: str, images: list[tuple[str, Path]]) -> dict[
 def render(found: Sequence[tuple[Path, Record]], folder: Path) -> str:
     """The page; plots are drawn into ``folder`` on the way."""
     sections = []
-    for path, record in found:
+    kinds = list(KINDS)
+    for path, record in sorted(found, key=lambda pair: kinds.index(pair[1]["kind"])):
         drawn = plots.draw(record, folder / path.name)
         titles = {p: plots.TITLES[record["kind"], p.stem.removeprefix(path.stem)] for p in drawn}
         sections.append(_section(record, path.stem, [(titles[p], p) for p in drawn]))
@@ -100,10 +106,22 @@ def render(found: Sequence[tuple[Path, Record]], folder: Path) -> str:
     return template.render(records=sections)
 
 
+def _renew_pictures(found: Sequence[tuple[Path, Record]]) -> int:
+    if reason := extras.why_left_out("plots"):
+        print(f"--pictures: {reason}", file=sys.stderr)
+        return 2
+    for path, record in found:
+        print("written:", *plots.draw(record, path))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("records", nargs="*", type=Path, metavar="RECORD")
     parser.add_argument("--out", type=Path, default=LOCAL_RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--pictures", action="store_true", help="renew the plots beside the records, nothing else"
+    )
     parser.add_argument("--quiet", action="store_true", help="no tables on the terminal")
     args = parser.parse_args(argv)
     if extras.lacks("page"):
@@ -115,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, records.InvalidRecord) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    if args.pictures:
+        return _renew_pictures(found)
     try:
         make_writable(args.out)
     except OSError as error:

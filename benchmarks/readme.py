@@ -1,6 +1,6 @@
-"""``python -m benchmarks.readme FILE.md ...``: renew the figures in Markdown files.
+"""``python -m benchmarks.readme [FILE.md ...]``: renew the figures in Markdown files.
 
-A file says itself what goes where. Between
+Without a file, in all of the repository that have some. A file says itself what goes where. Between
 
     <!-- benchmark:begin TABLE RECORD.json -->
     <!-- benchmark:end -->
@@ -8,7 +8,9 @@ A file says itself what goes where. Between
 comes what the record, a path from the file's folder, gives: ``TABLE`` is ``layers``, ``models`` or
 ``sweep`` for all there is to say, ``layers-short`` for means, losses and the first plot,
 ``models-short`` for times and price alone, ``models-gain`` for a line for each network; with
-``-zh`` at the end the latter and ``layers-short`` in Chinese.
+``-zh`` at the end the latter and ``layers-short`` in Chinese; ``losses`` for what is slower than
+what it has to beat, ``verdict`` for the means alone, both of records of any kind; ``results`` for
+those of several records of networks or of layers as one table.
 ``--check`` changes nothing and only says whether the blocks are what the records give (exit code 1
 if not).
 """
@@ -26,16 +28,18 @@ from senet_kernels._command_line import Parser
 
 from . import digest, plots, records, summary
 from .digest import Lines
-from .page import warnings
+from .page import KINDS, warnings
 from .summary import Record
+from .verdict import results, verdict
 
 BLOCK = re.compile(
-    r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+) -->\n).*?(<!-- benchmark:end -->)",
+    r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+(?: \S+)*?) -->\n)"
+    r".*?(<!-- benchmark:end -->)",
     re.DOTALL,
 )
 TABLES = (
     "layers", "layers-short", "layers-short-zh", "models", "models-short", "models-gain",
-    "models-gain-zh", "sweep",
+    "models-gain-zh", "sweep", "losses", "verdict", "results",
 )  # fmt: skip
 MOST_LOSSES = 8
 MOST_LOSSES_IN_SHORT = 3
@@ -54,14 +58,14 @@ CHINESE = (
     (r"\bgraph built\b", "建图"),
     (r"\bvs\b", "对"),
     (r"\| layers \|", "| 层数 |"),
-    (r"\btime / limit\b", "时间 / limit"),
+    (r"\btime / limit\b", "时间 / 下限"),
     (r"\b(\d+) threads\b", r"\1 线程"),
     (r"^!\[Speed-up per layer\]", "![各层的加速比]"),
     (r"^!\[Speed-up of whole networks\]", "![整网加速比]"),
     (r"\| network \|", "| 网络 |"),
     (r", fused\b", "，融合后"),
     (r"\bprice of SE, ", "SE 的代价，"),
-    (r"(\d) % to (-?\d+) %", r"\1 % → \2 %"),
+    (r"(\d)\s%\sto\s(-?\d+)\s%", "\\1\u00a0%\u00a0→\u00a0\\2\u00a0%"),
     (r"\.$", "。"),
 )
 
@@ -73,9 +77,16 @@ def _in_chinese(text: str) -> str:
 
 
 def _table(lines: Lines) -> list[str]:
+    """In Markdown. Figures are not broken between lines: 1.02× [1.00, 1.08]."""
     head, *rest = lines
-    rows = ["| " + " | ".join(line) + " |" for line in rest]
+    figure = re.compile(r"\**[+-]?\d[^a-z]*(?:(?:to|of) [^a-z]*)?")
+    kept = [[c.replace(" ", "\u00a0") if figure.fullmatch(c) else c for c in line] for line in rest]
+    rows = ["| " + " | ".join(line) + " |" for line in kept]
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows]
+
+
+def _capital(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def _stamp(record: Record) -> str:
@@ -100,16 +111,34 @@ def _losses(record: Record, most: int = MOST_LOSSES) -> str:
     return f"Losses beyond 5 %, {len(found)} in all: {named}{tail}."
 
 
+def _all_losses(record: Record) -> list[str]:
+    """A line for each case; the comparisons lost in it, the worst first."""
+    found = summary.losses(record)
+    if not found:
+        return ["", _losses(record)]
+    every = summary.comparisons(record)
+    lines = [["case", "mode", "", "vs", "speed-up", "95 % interval"]]
+    for contender, baseline, entry, figure in found:
+        interval = f"{figure['ci_low']:.2f} to {figure['ci_high']:.2f}"
+        speed = f"{figure['ratio']:.2f}×"
+        case = summary.case_name(entry)
+        lines.append([case, entry["mode"], f"`{contender}`", f"`{baseline}`", speed, interval])
+    return ["", f"{len(found)} of {every} comparisons are lost by more than 5 %:", "",
+            *_table(lines)]  # fmt: skip
+
+
 def _layers(record: Record) -> list[str]:
     out: list[str] = []
-    for contender in record["contenders"]:
-        lines = digest.contender_lines(record, contender)
-        out += ["", f"Speed-up of `{contender}`:", "", *_table(lines)]
+    modes = list(dict.fromkeys(entry["mode"] for entry in record["results"]))
+    contenders = " and ".join(f"`{name}`" for name in record["contenders"])
+    for mode in modes:
+        out += ["", f"{_capital(mode)}, speed-up of {contenders}:", ""]
+        out += _table(digest.layers(record, mode))
     out += ["", NOTE]
-    regimes = list(digest.regime_lines(record))
-    if len(regimes) > 1:
-        out += ["", "The same by what decides the time, over all networks and layouts:", ""]
-        out += _table(regimes)
+    for mode in modes:
+        if len(lines := digest.regime_lines(record, mode)) > 1:
+            out += ["", f"{_capital(mode)}, by what decides the time, over all networks:", ""]
+            out += _table(lines)
     out += ["", _losses(record)]
     if record["small_call"]:
         first = record["small_call"][0]
@@ -138,13 +167,17 @@ def _others(record: Record, short: bool) -> list[str]:
     for title, lines in digest.blocks(record):
         if short and title.startswith("memory"):
             continue
-        out += ["", f"{title[0].upper()}{title[1:]}:", "", *_table(lines)]
+        out += ["", f"{_capital(title)}:", "", *_table(lines)]
     return [*out, "", _losses(record)]
 
 
 def render(record: Record, table: str, images: Sequence[tuple[str, str]]) -> str:
     """The block between the marks; ``images`` are (title, path)."""
+    if table == "verdict":
+        return f"**{KINDS[record['kind']]}, {plots.style.machine(record)}.** {verdict(record)}"
     out = [_stamp(record)]
+    if table == "losses":
+        return "\n".join([*out, *_all_losses(record)])
     if table == "layers":
         out += _layers(record)
     elif table.startswith("layers-short"):
@@ -185,8 +218,11 @@ def renewed(text: str, start: Path) -> str:
         table, path = match["table"], start / match["record"]
         if table not in TABLES:
             raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
+        if table == "results":
+            several = [records.read(start / name) for name in match["record"].split()]
+            return "\n".join([match[1] + "\n".join(_table(results(several))), match[4]])
         record = records.read(path)
-        if table.partition("-")[0] != record["kind"]:
+        if table.partition("-")[0] not in (record["kind"], "losses", "verdict"):
             raise ValueError(f"{match['record']}: has {record['kind']}, {table} was asked for")
         body = render(record, table, _images(path, record, start))
         if table.endswith("-zh"):
@@ -199,21 +235,29 @@ def renewed(text: str, start: Path) -> str:
     return new
 
 
+def documents() -> list[Path]:
+    """The Markdown files of the repository that show figures of records."""
+    root = Path(__file__).parent.parent
+    every = sorted([*root.glob("*.md"), *root.glob("docs/*.md")])
+    return [path for path in every if BLOCK.search(path.read_text(encoding="utf-8"))]
+
+
 def renew_files(
-    prog: str, doc: str | None, renew: Callable[[str, Path], str], argv: Sequence[str] | None
-) -> int:
+    prog: str, doc: str | None, renew: Callable[[str, Path], str], argv: Sequence[str] | None,
+    every: Sequence[Path] = (),
+) -> int:  # fmt: skip
     """The command line of what renews blocks in Markdown files; returns the exit status.
 
-    ``renew`` takes a text and the file's folder.
+    ``renew`` takes a text and the file's folder; ``every`` are the files where none is given.
     """
     parser = Parser(
         prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.md")
+    parser.add_argument("files", nargs="*" if every else "+", type=Path, metavar="FILE.md")
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(argv)
     changed = False
-    for path in args.files:
+    for path in args.files or every:
         old = path.read_text(encoding="utf-8")
         try:
             new = renew(old, path.resolve().parent)
@@ -227,7 +271,7 @@ def renew_files(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return renew_files("python -m benchmarks.readme", __doc__, renewed, argv)
+    return renew_files("python -m benchmarks.readme", __doc__, renewed, argv, documents())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which resource decides the time of a layer: latency, cache or memory (docs/performance.md)."""
+"""Which resource decides the time of a layer: latency, cache or memory (docs/tuning.md)."""
 
 from __future__ import annotations
 

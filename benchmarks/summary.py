@@ -300,6 +300,16 @@ def losses(record: Record) -> list[tuple[str, str, Entry, dict[str, float]]]:
     return sorted(found, key=lambda item: item[3]["ratio"])
 
 
+def comparisons(record: Record) -> int:
+    """How many figures :func:`losses` has looked at."""
+    return sum(
+        _must_beat(record, contender, baseline)
+        for entry in entries_of(record)
+        for contender, over in entry.get("speedup", {}).get(metric_of(record), {}).items()
+        for baseline in over
+    )
+
+
 def case_name(entry: Entry) -> str:
     """What was measured, in a few words."""
     layout = SHORT_LAYOUT[entry["layout"]]

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import digest, summary
+from . import digest, processors, summary
 from .summary import Mean, Record, Row
 
 MOST_LOSSES = 20
@@ -105,8 +105,11 @@ def print_report(record: Record, console: Console) -> None:
     env = record["environment"]
     blocks = dict.fromkeys((e["dtype"], e["batch"]) for e in record["results"])
     what = ", ".join(f"{dtype} batch {batch}" for dtype, batch in blocks)
-    where = env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {env['threads']} threads"
-    console.print(f"\n[bold]{where}[/], torch {env['torch']}{', ' + what if what else ''}")
+    device = processors.name(env) if env["device"] == "cpu" else env["device"]
+    threads = f", {env['threads']} threads" if env["device"] == "cpu" else ""
+    console.print(
+        f"\n[bold]{device}{threads}[/], torch {env['torch']}{', ' + what if what else ''}"
+    )
     if record["kind"] == "layers":
         _print_layers(record, console)
     else:

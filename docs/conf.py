@@ -20,6 +20,8 @@ version = release = senet_kernels.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_title = f"senet_kernels {version}"
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"

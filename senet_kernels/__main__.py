@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import __version__, _command_line, parity, trial, trust, workloads
+from . import __version__, _command_line, parity, timing, trial, trust, workloads
 from ._command_line import command
 from .backends.triton.runtime import architecture
 from .convert import fuse_se_blocks
@@ -73,9 +73,9 @@ def _fuse(
     if not _is_right(model, x, [entry.name for entry in report.replaced], fuse):
         return 1
     what = f"batch {batch}, {'x'.join(map(str, spatial)) or 'no positions'}, {device}"
-    for title, step in (("inference", trial.infer), ("training step", trial.train)):
+    for title, step in (("inference", timing.infer), ("training step", timing.train)):
         try:
-            found = trial.times(model, x, step, fuse, seconds, partial(_progress_of, title))
+            found = timing.times(model, x, step, fuse, seconds, partial(_progress_of, title))
         except Exception as error:  # as a norm's of one image of one position, in training
             _progress("")
             print(f"{title}: does not run: {type(error).__name__}: {error}")
@@ -95,19 +95,18 @@ def _progress_of(title: str, done: str) -> None:
     _progress(f"{title}: {done}")
 
 
-#: Cores that others keep busy beside a measurement that is to be trusted.
-_QUIET = 0.2
-
-
-def _of_times(title: str, found: trial.Times, what: str) -> str:
-    interval = "95 % interval" if found.rounds > 5 else "all rounds within"
+def _of_times(title: str, found: timing.Times, what: str) -> str:
+    busy = found.cores_busy_elsewhere
+    interval = f"95 % interval {found.low:.2f} to {found.high:.2f}, {found.rounds} rounds"
+    if found.rounds == 1:
+        interval = "1 round, no interval: more --seconds give one"
+    elif timing.is_busy(busy):
+        interval = f"interval {found.low:.2f} to {found.high:.2f}, {found.rounds} rounds"
     text = (
         f"{title}: {1e3 * found.original:.2f} ms before, {1e3 * found.fused:.2f} ms after, "
-        f"{found.ratio:.2f}x, {interval} {found.low:.2f} to {found.high:.2f}, "
-        f"{found.rounds} round{'s' if found.rounds > 1 else ''} ({what})"
+        f"{found.ratio:.2f}x, {interval} ({what})"
     )
-    busy = found.cores_busy_elsewhere
-    if busy is not None and busy > _QUIET:
+    if timing.is_busy(busy):
         text += f"\n{title}: other processes used {busy:.1f} cores meanwhile: do not trust this"
     return text
 

@@ -105,7 +105,7 @@ class _Scale(torch.autograd.Function):
 
 
 #: From how many elements of x on the Functions here are faster than PyTorch's operators on a CPU
-#: (docs/performance.md has the measurements).
+#: (docs/tuning-log.md has the measurements).
 WORTH = 1 << 18
 #: The same in words, for reports.
 WHERE = (

@@ -382,7 +382,7 @@ def run(
     Arguments and errors are those of :func:`senet_kernels.squeeze_excite`.
     """
     # The short way, for usual calls on the CPU: what checking costs counts there, above all after
-    # layers that have flushed the caches Python runs from (docs/performance.md). The op checks
+    # layers that have flushed the caches Python runs from (docs/tuning-log.md). The op checks
     # shapes, devices and dtypes itself; where it fails, the long way may know a better message.
     compiling = is_compiling()
     if (

@@ -275,7 +275,7 @@ def test_models(tiny: None, run: Callable[..., tuple[int, Any]]) -> None:
     calls = {n: p["launches"]["operators"] for n, p in training["providers"].items()}
     assert calls["neighbours"] < calls["original"]
     titles = [title for title, _ in digest.blocks(record)]
-    assert "the price of SE" in titles
+    assert "forward: the price of SE" in titles
 
 
 def test_a_wrong_network_has_no_figure(

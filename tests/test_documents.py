@@ -3,8 +3,13 @@ somewhere."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import runpy
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -34,6 +39,34 @@ def test_code_runs(path: Path, tmp_path: Path) -> None:
                 session.pycon(block)
     for reason in session.left_out:
         print("left out:", reason)
+
+
+@pytest.fixture(scope="module")
+def readers_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a new environment with what is installed here, made ready as ``make`` does it: no
+    help from the tests with libraries that do not import."""
+    for library in ("timm", "torchvision"):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"not installed: {library}")
+    folder = tmp_path_factory.mktemp("reader") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    Path(own.stdout.strip(), "installed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    subprocess.run([python, ROOT / "tools" / "torchvision_ops.py"], check=True)
+    return python
+
+
+@pytest.mark.slow  # an environment, and processes that import everything
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "docs/index.md"])
+def test_snippets_run_without_our_help(name: str, readers_python: Path, tmp_path: Path) -> None:
+    blocks = [b for b in markdown.blocks(ROOT / name) if b.language == "python"]
+    assert blocks
+    script = tmp_path / "snippets.py"
+    script.write_text("\n".join(block.text for block in blocks), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([readers_python, script], cwd=tmp_path, env=environment, check=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

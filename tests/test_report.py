@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from typing import Any
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from models import library
-from senet_kernels import FusedSEBlock, __main__, backends, fuse_se_blocks, trial, use_backend
+from senet_kernels import (
+    FusedSEBlock,
+    __main__,
+    backends,
+    fuse_se_blocks,
+    timing,
+    trial,
+    use_backend,
+)
 from senet_kernels._command_line import Parser, near
 
 
@@ -139,24 +148,35 @@ def test_a_name_that_timm_keeps_for_old_scripts() -> None:
 
 
 def test_interval_of_the_median() -> None:
-    """Binomial ranks: it holds the true median in 19 of 20 cases, and is no wider than needed."""
+    """It holds the true median in 19 of 20 cases, and is no wider than needed."""
     generator = random.Random(0)
-    for count in (6, 9, 20, 51):
+    for count in (2, 3, 5, 6, 9, 20, 51):
         held = 0
         for _ in range(1000):
             rounds = [(generator.lognormvariate(0.3, 1), 1.0) for _ in range(count)]
-            found = trial._summary(rounds, None)
+            found = timing.summary(rounds, None)
             assert found.low <= found.ratio <= found.high
             held += found.low <= 2.718281828**0.3 <= found.high
         assert 0.93 < held / 1000 < 0.995
-    few = trial._summary([(1.0, 1.0), (3.0, 1.0)], None)
-    assert (few.ratio, few.low, few.high, few.rounds) == (2.0, 1.0, 3.0, 2)
+    one = timing.summary([(3.0, 1.0)], None)
+    assert (one.ratio, one.low, one.high, one.rounds) == (3.0, 0.0, math.inf, 1)
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 20])
+def test_beside_others_all_rounds_are_in_the_interval(count: int) -> None:
+    rounds = [(1.0 + i, 1.0) for i in range(count)]
+    quiet, busy = (timing.summary(rounds, cores) for cores in (timing.QUIET, 1.0))
+    assert busy.low <= 1.0
+    assert busy.high >= count
+    assert busy.low <= quiet.low
+    assert busy.high >= quiet.high
+    assert count < 20 or quiet.low > 1.0
 
 
 def test_times_end_when_they_are_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """No round is begun that would not end in time; each order of the two comes by turns."""
     now = [0.0]
-    monkeypatch.setattr(trial.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     model, order = nn.Sequential(nn.Conv2d(3, 8, 1), Gate()), []
 
     def step(model: nn.Module, x: Tensor) -> None:
@@ -166,16 +186,16 @@ def test_times_end_when_they_are_to(monkeypatch: pytest.MonkeyPatch) -> None:
 
     shown: list[str] = []
     x = torch.zeros(1, 3, 2, 2)
-    found = trial.times(model, x, step, fuse_se_blocks, 19, shown.append)
+    found = timing.times(model, x, step, fuse_se_blocks, 19, shown.append)
     assert (found.original, found.fused, found.ratio, found.rounds) == (2, 1, 2, 3)
     assert order[::2] == [False, True, True, False, False, True]
     assert shown[-1] == "round 3, 18 of 19 s"
-    assert trial.times(model, x, step, fuse_se_blocks, 0).rounds == 1
+    assert timing.times(model, x, step, fuse_se_blocks, 0).rounds == 1
 
 
 def test_a_busy_machine_is_told() -> None:
     def told(busy: float | None, rounds: int) -> str:
-        times = trial.Times(0.2, 0.1, 2.0, 1.5, 2.5, rounds, busy)
+        times = timing.Times(0.2, 0.1, 2.0, 1.5, 2.5, rounds, busy)
         return __main__._of_times("inference", times, "batch 8, 12x12, cpu")
 
     quiet = told(0.1, 6)
@@ -187,15 +207,16 @@ def test_a_busy_machine_is_told() -> None:
     assert told(1.3, 6).endswith(
         "\ninference: other processes used 1.3 cores meanwhile: do not trust this"
     )
-    assert "all rounds within 1.50 to 2.50, 1 round (" in told(0.0, 1)
+    assert ", 2.00x, interval 1.50 to 2.50, 6 rounds (" in told(1.3, 6)
+    assert ", 2.00x, 1 round, no interval: more --seconds give one (" in told(0.0, 1)
 
 
 def test_load_of_others_is_not_our_own() -> None:
-    load = trial.OtherLoad()
-    begin = trial.time.perf_counter()
+    load = timing.OtherLoad()
+    begin = timing.time.perf_counter()
     total: Any = 0
-    while trial.time.perf_counter() - begin < 0.2:
+    while timing.time.perf_counter() - begin < 0.2:
         total = statistics.fmean([total, 1])
     busy = load.read()
-    cores = trial.os.cpu_count() or 1
+    cores = timing.os.cpu_count() or 1
     assert busy is None or 0 <= busy <= cores

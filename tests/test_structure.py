@@ -16,7 +16,7 @@ PACKAGE = "senet_kernels"
 #: From the user down. A module imports from its own layer and from later ones.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "selftest", "flops", "train", "workloads"),
-    ("trial",),
+    ("timing", "trial"),
     ("parity",),
     ("",),  # senet_kernels/__init__.py
     ("models",),

@@ -503,7 +503,7 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
         ({"warmup_epochs": float("inf")}, "--warmup-epochs: expected at least 0, got inf"),
         ({"lr": float("nan")}, "--lr: expected 0 to"),
         ({"learning_rate": 0.1}, "there is no option 'learning_rate'"),
-        ({"epoch": 3}, r"there is no option 'epoch' \(did you mean epochs\?\)"),
+        ({"epoch": 3}, r"there is no option 'epoch', did you mean epochs or step_epochs\?"),
         ({"epochs": "3"}, "--epochs: expected int, got str"),
         ({"epochs": True}, "--epochs: expected int, got bool"),
         ({"batch_size": 1, "image_size": 2}, "expected at least 2 images per process"),

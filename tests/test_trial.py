@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import library
-from senet_kernels import between, converted, parity, trial
+from senet_kernels import between, converted, parity, timing, trial
 from senet_kernels.__main__ import main
 
 OPTIONS = ("--size", "12", "--batch", "2", "--seconds", "0", "--device", "cpu")
@@ -519,7 +519,7 @@ def test_a_block_is_fused_in_the_mode_it_is_timed_in(
 ) -> None:
     """Whether timm's DropPath joins depends on it."""
     seen: list[tuple[bool, Any]] = []
-    fuse = trial.times
+    fuse = timing.times
 
     def times(model: nn.Module, x: Tensor, step: Any, switch: Any, *rest: Any) -> Any:
         def recorded(model: nn.Module) -> Any:
@@ -528,9 +528,9 @@ def test_a_block_is_fused_in_the_mode_it_is_timed_in(
 
         return fuse(model, x, step, recorded, *rest)
 
-    monkeypatch.setattr(trial, "times", times)
+    monkeypatch.setattr(timing, "times", times)
     assert try_(lambda: _seq(nn.Conv2d(5, 8, 3), Gate()))[0] == 0
-    assert {mode is (step is trial.train) for mode, step in seen} == {True}
+    assert {mode is (step is timing.train) for mode, step in seen} == {True}
 
 
 def test_outputs_without_gradients_and_a_block_called_otherwise(
@@ -538,7 +538,7 @@ def test_outputs_without_gradients_and_a_block_called_otherwise(
 ) -> None:
     code, out = try_(lambda: Then(lambda y: y.argmax(1)))
     assert code == 0, out
-    assert "training step: does not run: TrialError: no output has a gradient" in out
+    assert "training step: does not run: RuntimeError: no output has a gradient" in out
     model = Then(lambda y: y)
     model.forward = lambda x: model.net[2].forward(model.net[0](x))  # type: ignore[method-assign]
     code, out = try_(lambda: model)

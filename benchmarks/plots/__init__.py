@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.extras import why_left_out
 from benchmarks.summary import Record
 
 from . import bars, models, roofline, sweep
 
-DRAWINGS = {
+DRAWINGS: dict[str, tuple[tuple[str, Any], ...]] = {
     "layers": (("", bars.draw), ("-roofline", roofline.draw)),
     "models": (("", models.draw_speed), ("-price", models.draw_price)),
-    "sweep": (("", sweep.draw),),
+    "sweep": (
+        ("", partial(sweep.draw, mode="forward")),
+        ("-backward", partial(sweep.draw, mode="backward")),
+        ("-training", partial(sweep.draw, mode="forward+backward")),
+    ),
 }
 TITLES = {
     ("layers", ""): "Speed-up per layer",
-    ("layers", "-roofline"): "Roofline: bytes per second against a copy",
+    ("layers", "-roofline"): "Roofline: effective bandwidth against a copy",
     ("models", ""): "Speed-up of whole networks",
     ("models", "-price"): "The price of SE",
-    ("sweep", ""): "Cost of a layer as its extents grow",
+    ("sweep", ""): "Speed-up of a layer as its extents grow, forward",
+    ("sweep", "-backward"): "Speed-up of a layer as its extents grow, backward",
+    ("sweep", "-training"): "Speed-up of a layer as its extents grow, forward and backward",
 }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks import summary
 from benchmarks.summary import SHORT_LAYOUT, Entry, Record
 
-from .style import COLOURS, FALLBACK, pyplot, quiet_axis, where
+from .style import COLOURS, FALLBACK, pyplot, quiet_axis, set_title, wide_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +46,8 @@ def _dots(
         1, len(panels), sharex=True, sharey=True, squeeze=False, layout="constrained",
         figsize=(3.6 + 3.2 * len(panels), 1.4 + 0.14 * len(rows) * (len(names) + 1)),
     )  # fmt: skip
+    ends = _range(list(found.values()), line)
+    axes[0, 0].set_xlim(*ends)
     for axis, panel in zip(axes[0], panels, strict=True):
         for entry in record["results"]:
             if (entry["mode"], entry["dtype"], entry["layout"]) == panel:
@@ -53,27 +55,33 @@ def _dots(
                 for k, name in enumerate(names):
                     if (id(entry), name) in found:
                         place = row - 0.35 + 0.7 * (k + 0.5) / len(names)
-                        _dot(axis, place, found[id(entry), name], COLOURS.get(name, FALLBACK))
+                        colour = COLOURS.get(name, FALLBACK)
+                        _dot(axis, place, found[id(entry), name], colour, ends)
         axis.axvline(line, color="#374151", linewidth=1.2, linestyle="--", zorder=1)
+        for row in range(0, len(rows), 2):  # which dots belong to one network
+            axis.axhspan(row - 0.5, row + 0.5, color="#f3f4f6", zorder=0, linewidth=0)
         axis.set_title(f"{panel[0]}, {panel[1]}, {SHORT_LAYOUT[panel[2]]}", loc="left", fontsize=10)
         axis.set_xlabel(label, fontsize=8)
         quiet_axis(axis, "x")
-    axes[0, 0].set_xlim(*_range(list(found.values()), line))
     texts = [f"{network}, batch {batch}" if several else network for network, batch in rows]
     axes[0, 0].set_yticks(range(len(rows)), texts, fontsize=8)
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.suptitle(f"{title}, {where(record)}", fontsize=10)
-    handles = [plt.Line2D([], [], marker="o", color=COLOURS.get(n, FALLBACK), label=n)
-               for n in names]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), fontsize=8)
+    set_title(figure, record, title)
+    wide_legend(figure, {
+        n: plt.Line2D([], [], marker="o", color=COLOURS.get(n, FALLBACK)) for n in names
+    })  # fmt: skip
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
 
 
-def _dot(axis: Axes, place: float, figure: Found, colour: str) -> None:
+def _dot(axis: Axes, place: float, figure: Found, colour: str, ends: tuple[float, float]) -> None:
+    """A figure and its interval; an arrowhead where that goes on beyond the axis."""
     middle, low, high = figure
     axis.plot([low, high], [place, place], color=colour, linewidth=1.6, alpha=0.6, zorder=2)
+    for beyond, end, mark in ((low < ends[0], ends[0], "<"), (high > ends[1], ends[1], ">")):
+        if beyond:
+            axis.plot([end], [place], mark, markersize=5, color=colour, clip_on=False, zorder=3)
     axis.plot([middle], [place], marker="o", markersize=4.5, color=colour, zorder=3)
 
 
@@ -96,7 +104,15 @@ def draw_speed(record: Record, path: Path) -> bool:
         return None if found is None else (found["ratio"], found["ci_low"], found["ci_high"])
 
     label = "speed-up over the original (bar: 95 % interval)"
-    return _dots(record, path, names, value, "Whole networks", label, 1)
+    return _dots(
+        record,
+        path,
+        names,
+        value,
+        "Speed-up of whole networks: right of the line is faster",
+        label,
+        1,
+    )
 
 
 def draw_price(record: Record, path: Path) -> bool:
@@ -108,4 +124,6 @@ def draw_price(record: Record, path: Path) -> bool:
         return summary.price(entry, metric, name)
 
     label = "% over the network without SE (bar: 95 % interval)"
-    return _dots(record, path, names, value, "The price of SE", label, 0)
+    return _dots(
+        record, path, names, value, "The price of SE: time beyond the network without it", label, 0
+    )

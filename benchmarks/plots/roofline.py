@@ -1,16 +1,36 @@
-"""Bytes per second of the least traffic, against size, and the copy as the roof."""
+"""Effective bandwidth (the least traffic over the time) against size, and the copy as the roof."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from benchmarks import summary
 from benchmarks.regimes import REGIMES, regime
 from benchmarks.summary import SHORT_LAYOUT, Record
 
-from .style import COLOURS, FALLBACK, pyplot, quiet_axis, where
+from .style import COLOURS, FALLBACK, plain_ticks, pyplot, quiet_axis, set_title, wide_legend
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def _name_regimes(axis: Axes, sizes: list[int], record: Record) -> None:
+    """The regimes at the top of the axis, dotted lines between them."""
+    found = {r: [s / 1e6 for s in sizes if regime(s, record["environment"]) == r] for r in REGIMES}
+    spans = [(name, own[0], own[-1]) for name, own in found.items() if own]
+    edges = [math.sqrt(a[2] * b[1]) for a, b in pairwise(spans)]
+    for edge in edges:
+        axis.axvline(edge, color="#9ca3af", linewidth=0.8, linestyle=":")
+    lows = [sizes[0] / 1e6, *edges] if spans else []
+    for (name, *_), low, high in zip(spans, lows, [*edges, sizes[-1] / 1e6], strict=False):
+        axis.annotate(
+            name, (math.sqrt(low * high), 1), xycoords=("data", "axes fraction"), xytext=(0, -2),
+            textcoords="offset points", ha="center", va="top", fontsize=7, color="#6b7280",
+        )  # fmt: skip
 
 
 def draw(record: Record, path: Path) -> bool:
@@ -55,24 +75,16 @@ def draw(record: Record, path: Path) -> bool:
             axis.set_yscale("log")
             axis.set_title(f"{mode}, {SHORT_LAYOUT[layout]}", loc="left", fontsize=10)
             quiet_axis(axis, "both")
-            found = {
-                r: [
-                    e["bytes"] / 1e6
-                    for e in chosen
-                    if regime(e["bytes"], record["environment"]) == r
-                ]
-                for r in REGIMES
-            }
-            ends = [max(v) for v in found.values() if v]
-            for end in ends[:-1]:
-                axis.axvline(end * 1.12, color="#9ca3af", linewidth=0.8, linestyle=":")
+            plain_ticks(axis.xaxis)
+            plain_ticks(axis.yaxis)
+            _name_regimes(axis, sorted({e["bytes"] for e in chosen}), record)
     for axis in axes[-1]:
-        axis.set_xlabel("size of x, MB (dotted: between regimes)", fontsize=8)
+        axis.set_xlabel("size of x, MB", fontsize=8)
     for axis in axes[:, 0]:
-        axis.set_ylabel("GB/s of the least traffic", fontsize=8)
-    figure.suptitle(f"Roofline against a copy \u2013 {where(record)}", fontsize=11)
+        axis.set_ylabel("effective bandwidth, GB/s", fontsize=8)
+    set_title(figure, record, "Roofline: the least bytes there are to move, over the time it took")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
+    wide_legend(figure, dict(zip(names, handles, strict=True)))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True

@@ -1,62 +1,86 @@
-"""Time of one layer along each axis, and where the fastest changes."""
+"""One layer, each of its extents growing alone: how many times as fast as eager."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import summary
 from benchmarks.summary import SHORT_LAYOUT, Record
 
-from .style import COLOURS, FALLBACK, pyplot, quiet_axis, where
+from .style import COLOURS, FALLBACK, plain_ticks, pyplot, quiet_axis, set_title, wide_legend
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LABELS = {
+    "batch": "batch: images", "channels": "channels",
+    "positions": "positions: height times width", "hidden": "hidden channels",
+}  # fmt: skip
+STYLES = ("-", "--", ":", "-.")
 
 
-def draw(record: Record, path: Path) -> bool:
-    """Write the picture; False where the record has nothing to draw."""
-    if not record["results"]:
+def draw(record: Record, path: Path, mode: str) -> bool:
+    """Write the picture of a mode, a panel for each axis; False where there is nothing to draw."""
+    baselines = summary.baselines_of(record, "")
+    if not baselines or not any(e["mode"] == mode for e in record["results"]):
         return False
     plt = pyplot()
-    metric = summary.metric_of(record)
+    over = baselines[0]
+    names = [name for name in record["providers"] if name != over]
+    kinds = list(dict.fromkeys((a["dtype"], a["layout"]) for a in record["axes"]))
     axes_names = list(dict.fromkeys(axis["axis"] for axis in record["axes"]))
-    modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
-    rows = [
-        (mode, *kind)
-        for mode in modes
-        for kind in dict.fromkeys((e["dtype"], e["layout"]) for e in record["results"])
-    ]
+    columns = min(2, len(axes_names))
+    lines = math.ceil(len(axes_names) / columns)
     figure, axes = plt.subplots(
-        len(rows), len(axes_names), figsize=(3.4 * len(axes_names), 2.7 * len(rows) + 0.6),
-        squeeze=False, layout="constrained",
+        lines, columns, figsize=(1 + 4 * columns, 1.3 + 2.8 * lines), sharey=True, squeeze=False,
+        layout="constrained",
     )  # fmt: skip
-    names = [*record["providers"], summary.LIMIT]
-    for line, (mode, dtype, layout) in zip(axes, rows, strict=True):
-        for axis, name_of_axis in zip(line, axes_names, strict=True):
-            points = summary.sweep_points(record, name_of_axis, mode, dtype, layout)
+    found: dict[str, object] = {}
+    for axis in axes.flat[len(axes_names) :]:
+        axis.remove()
+    for axis, extent in zip(axes.flat, axes_names, strict=False):
+        for (dtype, layout), style in zip(kinds, STYLES * len(kinds), strict=False):
+            points = summary.sweep_points(record, extent, mode, dtype, layout)
             for name in names:
-                times = [(v, summary.microseconds(e, metric, name)) for v, e in points]
-                times = [t for t in times if math.isfinite(t[1])]
-                if times:
-                    axis.plot(
-                        *zip(*times, strict=True), "--" if name == summary.LIMIT else "o-",
-                        color=COLOURS.get(name, FALLBACK), markersize=3, linewidth=1.3, label=name,
-                    )  # fmt: skip
-            for crossing in summary.crossovers(points, record["providers"], metric):
-                axis.axvline(crossing.at, color="#9ca3af", linewidth=0.8, linestyle=":")
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_title(f"{name_of_axis}: {mode}, {SHORT_LAYOUT[layout]}", loc="left",
-                           fontsize=8)  # fmt: skip
-            quiet_axis(axis, "both")
-        line[0].set_ylabel("µs", fontsize=8)
+                line = _line(axis, record, points, name, over, style)
+                kind = SHORT_LAYOUT[layout] if len({d for d, _ in kinds}) == 1 else dtype
+                if line is not None:
+                    found[f"{name}, {kind}" if len(kinds) > 1 else name] = line
+        axis.axhline(1, color="#374151", linewidth=1, linestyle="--", zorder=1)
+        axis.set_xscale("log", base=2)
+        plain_ticks(axis.xaxis)
+        axis.set_xlabel(LABELS.get(extent, extent), fontsize=9)
+        quiet_axis(axis, "both")
+    axes[0, 0].set_ylim(bottom=0)
+    for row in axes:
+        row[0].set_ylabel(f"speed-up over {over}", fontsize=8)
     base, side = record["base"], record["base"]["side"]
     at = f"{base['batch']}x{base['channels']}x{side}x{side}, {base['hidden']} hidden"
-    figure.suptitle(f"One extent of {at} growing (dotted: the fastest changes) \u2013 "
-                    f"{where(record)}", fontsize=10)  # fmt: skip
-    found: dict[str, object] = {}
-    for axis in axes.flat:
-        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(name, handle)
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=8, fontsize=8)
-    figure.savefig(path, dpi=100)
+    set_title(figure, record, f"One extent of {at} growing, {mode}: speed relative to {over}")
+    order = sorted(found, key=lambda label: names.index(label.partition(",")[0]))
+    wide_legend(figure, {label: found[label] for label in order})
+    figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def _line(
+    axis: Axes, record: Record, points: list[tuple[int, summary.Entry]], name: str, over: str,
+    style: str,
+) -> object | None:  # fmt: skip
+    """A provider's speed-ups along an axis; None where it has none."""
+    metric = summary.metric_of(record)
+    ratios = [
+        (value, summary.microseconds(e, metric, over) / summary.microseconds(e, metric, name))
+        for value, e in points
+    ]
+    ratios = [pair for pair in ratios if math.isfinite(pair[1])]
+    if not ratios:
+        return None
+    (line,) = axis.plot(
+        *zip(*ratios, strict=True), style, marker="o", color=COLOURS.get(name, FALLBACK),
+        markersize=3, linewidth=1.4,
+    )  # fmt: skip
+    return line

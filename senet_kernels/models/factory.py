@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from inspect import signature
 from typing import Any
 
+from senet_kernels._command_line import near
 from senet_kernels.layers import divisible
 from senet_kernels.modules import EXCITATIONS, FusedSEBlock
 
@@ -77,9 +77,8 @@ def _check_options(
 ) -> Architecture:  # fmt: skip
     """The architecture of that name, if the arguments of :func:`create_model` fit it."""
     if name not in ARCHITECTURES:
-        close = difflib.get_close_matches(str(name), ARCHITECTURES, 3)
-        hint = f" (did you mean {', '.join(close)}?)" if close else ""
         known = ", ".join(list_models())
+        hint = near(str(name), list(ARCHITECTURES))
         raise ValueError(f"name: expected one of {known}, got {name!r}{hint}")
     architecture = ARCHITECTURES[name]
     check_count("num_classes", num_classes, 0)

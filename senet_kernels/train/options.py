@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import math
 import os
 import textwrap
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from senet_kernels._command_line import Parser
+from senet_kernels._command_line import Parser, near
 from senet_kernels.models import list_models
 
 from .errors import TrainError
@@ -163,9 +162,7 @@ class Options:
         values: dict[str, Any] = {}
         for name, value in given.items():
             if name not in fields:
-                close = difflib.get_close_matches(name, fields, 1)
-                hint = f" (did you mean {close[0]}?)" if close else ""
-                raise TrainError(f"there is no option {name!r}{hint}")
+                raise TrainError(f"there is no option {name!r}{near(name, list(fields))}")
             value = os.fspath(value) if isinstance(value, os.PathLike) else value
             legal = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
             wanted = legal[fields[name]]

@@ -17,6 +17,10 @@ BLUE, ORANGE, GREY = "#2563eb", "#f59e0b", "#6b7280"
 def draw(rows: list[Row], path: Path) -> bool:
     """Loss, accuracy and learning rate over epochs; matplotlib must import.
 
+    Args:
+        rows: the lines of ``metrics.jsonl``.
+        path: of the picture.
+
     Returns:
         Whether it was drawn: not without a finished epoch.
     """
@@ -24,25 +28,60 @@ def draw(rows: list[Row], path: Path) -> bool:
     if not epochs:
         return False
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    run = next((row for row in rows if row["kind"] == "run"), {})
+    figure = Figure(figsize=(12, 3.9), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
     x = [row["epoch"] for row in epochs]
-    for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
-        for part, colour in (("train", GREY), ("test", BLUE)):
-            axis.plot(x, [row[f"{part}_{name}"] for row in epochs], color=colour, label=part)
-        axis.set_ylabel(name)  # in training with label smoothing and augmentation
-        axis.legend(frameon=False)
-    rate.plot(x, [row["lr"] for row in epochs], color=ORANGE)
+    mark = "o" if len(x) == 1 else ""
+    best = max(epochs, key=lambda row: row["test_accuracy"])  # the first of the best, as best.pt
+    for axis, name, factor, label in (
+        (loss, "loss", 1, "cross-entropy"), (accuracy, "accuracy", 100, "accuracy, %"),
+    ):  # fmt: skip
+        for part, text, colour in (
+            ("train", _train_label(run, name), GREY),
+            ("test", "test", BLUE),
+        ):
+            values = [factor * row[f"{part}_{name}"] for row in epochs]
+            axis.plot(x, values, color=colour, label=text, marker=mark)
+        axis.set_ylabel(label)
+    accuracy.plot(
+        [best["epoch"]], [100 * best["test_accuracy"]], "o", color=BLUE,
+        label=f"best: {100 * best['test_accuracy']:.1f} % (epoch {best['epoch']})",
+    )  # fmt: skip
+    rate.plot(x, [row["lr"] for row in epochs], color=ORANGE, marker=mark)
     rate.set_ylabel("learning rate")
+    for axis in (loss, accuracy):
+        axis.legend(frameon=False, fontsize=9)
     for axis in (loss, accuracy, rate):
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         _mark_stages(axis, epochs)
+    figure.suptitle(_title(run), fontsize=11)
     unfinished = path.with_name(path.name + ".part")
     figure.savefig(unfinished, format="png", dpi=120)
     os.replace(unfinished, path)
     return True
+
+
+def _title(run: Row) -> str:
+    """The network, its data and the size of the run, as far as they are recorded."""
+    options = run.get("options", {})
+    parts = [options.get("model"), run.get("data")]
+    if "batch" in run:
+        parts.append(f"batch {run['batch']}")
+    parts.append(options.get("precision"))
+    return ", ".join(map(str, filter(None, parts))) or "Training"
+
+
+def _train_label(run: Row, name: str) -> str:
+    """What the training curve is of: not what the test curve is of."""
+    options = run.get("options", {})
+    ways = ["label smoothing"] if name == "loss" and options.get("label_smoothing") else []
+    ways += ["augmented"] if options.get("augment", "none") != "none" else []
+    return f"train ({', '.join(ways)})" if ways else "train"
 
 
 def _mark_stages(axis: Any, epochs: list[Row]) -> None:

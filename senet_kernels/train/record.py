@@ -104,6 +104,11 @@ class Record:
                 self.board_failure = one_line(error)
 
     @property
+    def rows(self) -> list[Row]:
+        """All lines, in their order."""
+        return list(self._rows)
+
+    @property
     def epochs(self) -> list[Row]:
         """The rows of all finished epochs."""
         return [row for row in self._rows if row["kind"] == "epoch"]

@@ -337,7 +337,7 @@ class Run:
         else:
             self._say(f"stopped at step {self.progress.steps}; --resume {self.folder} goes on")
         if self.extras.curves:
-            plots.draw(self.record.epochs, self.folder / record.CURVES)
+            plots.draw(self.record.rows, self.folder / record.CURVES)
         self.record.close()
         return summary
 
