@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import senet_kernels
 from senet_kernels import FusedSEBlock
+from senet_kernels.trial import OtherLoad
 
 from . import stats
 from .providers import Call
-from .timing import CpuTimer, OtherLoad, Rounds, keep_freed_memory, measure
+from .timing import CpuTimer, Rounds, keep_freed_memory, measure
 
 #: Batch, channels, positions.
 SHAPES = ("2x64x4x4", "8x256x14x14", "8x672x7x7", "8x1024x14x14", "8x256x56x56")
