@@ -182,7 +182,7 @@ def model_gains(record: Record) -> Lines:
     rows: dict[str, dict[str, list[str]]] = {}
     for entry in record["results"]:
         before, after = (summary.price(entry, metric, name) for name in ("original", "fused"))
-        price = f"{before[0]:.0f} % to {after[0]:.0f} %" if before and after else "n/a"
+        price = f"{before[0]:.0f} % → {after[0]:.0f} %" if before and after else "n/a"
         gain = ratio_text(summary.ratio(entry, metric, "fused", "original"))
         rows.setdefault(_name(entry, long), {})[entry["mode"]] = [gain, price]
     none = ["n/a", "n/a"]

@@ -52,9 +52,13 @@ NOTE = (
 CHINESE = (
     (r"^Losses beyond 5 %, (\d+) in all: ", r"慢 5 % 以上的情形，共 \1 处："),
     (r"; and (\d+) smaller ones in the record", r"；其余 \1 处较小的见记录"),
-    (r"^Nothing is slower than what it has to beat by more than 5 %", "没有一处比对手慢 5 % 以上"),
-    (r"\bforward\+backward\b", "前向+反向"),
-    (r"\bforward\b", "前向"),
+    (r"^Of (\d+) comparisons none is lost by more than 5 %", r"\1 项比较中没有一项慢 5 % 以上"),
+    (r"(?i)\bforward\+backward\b", "前向+反向"),
+    (r"(?i)\bforward\b", "前向"),
+    (r": fused networks run at (\S+) the speed \((\S+) to (\S+)\)",
+     r"：融合后网络的速度是原来的 \1（\2 到 \3）"),
+    (r", the price of SE from (\d+) % to (\d+) % in the median",
+     "，SE 的代价（中位数）\\1\u00a0%\u00a0→\u00a0\\2\u00a0%"),
     (r"\bgraph built\b", "建图"),
     (r"\bvs\b", "对"),
     (r"\| layers \|", "| 层数 |"),
@@ -65,7 +69,6 @@ CHINESE = (
     (r"\| network \|", "| 网络 |"),
     (r", fused\b", "，融合后"),
     (r"\bprice of SE, ", "SE 的代价，"),
-    (r"(\d)\s%\sto\s(-?\d+)\s%", "\\1\u00a0%\u00a0→\u00a0\\2\u00a0%"),
     (r"\.$", "。"),
 )
 
@@ -104,7 +107,7 @@ def _stamp(record: Record) -> str:
 def _losses(record: Record, most: int = MOST_LOSSES) -> str:
     found = summary.losses(record)
     if not found:
-        return "Nothing is slower than what it has to beat by more than 5 %."
+        return f"Of {summary.comparisons(record)} comparisons none is lost by more than 5 %."
     named = "; ".join(summary.loss_text(loss) for loss in found[:most])
     more = len(found) - most
     tail = f"; and {more} smaller ones in the record" if more > 0 else ""
@@ -184,7 +187,7 @@ def render(record: Record, table: str, images: Sequence[tuple[str, str]]) -> str
         out += _layers_short(record)
         images = images[:1]
     elif table.startswith("models-gain"):
-        out += ["", *_table(digest.model_gains(record))]
+        out += ["", verdict(record), "", *_table(digest.model_gains(record))]
         images = images[:1]
     else:
         out += _others(record, table.endswith("-short"))
