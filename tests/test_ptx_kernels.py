@@ -190,10 +190,10 @@ def test_what_has_not_changed_is_not_compiled_again(
 @pytest.mark.parametrize(
     ("kernel", "declared"),
     [
-        ("_ZN5senet3gpu14forward_kernelILi2ELb1ELin1EEEvNS0_13ForwardLaunchE",
-         "forward_kernel<2, true, -1>(const __grid_constant__ ForwardLaunch)"),
-        ("_ZN5senet3gpu15backward_kernelILi8ELb0ELi3EEEvNS0_14BackwardLaunchE",
-         "backward_kernel<8, false, 3>(const __grid_constant__ BackwardLaunch)"),
+        ("_ZN5senet3gpu14forward_kernelILi2ELb1ELin1ELi0EEEvNS0_13ForwardLaunchE",
+         "forward_kernel<2, true, -1, 0>(const __grid_constant__ ForwardLaunch)"),
+        ("_ZN5senet3gpu15backward_kernelILi8ELb0ELi3ELi0EEEvNS0_14BackwardLaunchE",
+         "backward_kernel<8, false, 3, 0>(const __grid_constant__ BackwardLaunch)"),
         ("_ZN5senet3gpu16gradients_kernelIdEEvNS0_15GradientsLaunchE",
          "gradients_kernel<double>(const __grid_constant__ GradientsLaunch)"),
     ],

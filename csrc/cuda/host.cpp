@@ -115,6 +115,11 @@ std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
   task.affine = call[11] != 0;
   task.needs_daffine = task.backward && task.affine;
   task.aligned = call[12] != 0;
+  // Of a call with a residual where that is what `after` is for.
+  task.plain = !task.affine && task.shape.outputs <= task.shape.channels &&
+               (options.after == Fn::identity ||
+                (options.after == Fn::relu &&
+                 (!task.backward || task.shape.channels_last || task.shape.positions % 8 == 0)));
   if (device.size() == 1) {
     const OnDevice guard(number(device[0]));
     return gpu::describe(gpu::plan_of(task, device_index(number(device[0]))));
