@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from senet_kernels import use_backend
+from senet_kernels.trial import OtherLoad
 
 from . import stats
 from .compiling import CompileAccount, graphs_so_far
 from .environment import clocks, stamp
 from .options import Options, without_option
 from .providers import Call, backend_to_ask_for, one_line
-from .timing import CpuTimer, CudaTimer, GraphTimer, OtherLoad, Rounds, Timer, measure
+from .timing import CpuTimer, CudaTimer, GraphTimer, Rounds, Timer, measure
 
 SCHEMA = "senet_kernels.benchmark/2"
 OVERRUN = 1.15  # of the budget; past it only what is always measured goes on

@@ -184,6 +184,24 @@ def model_prices(record: Record) -> Lines:
     return out
 
 
+def model_gains(record: Record) -> Lines:
+    """A line for each network: what fusing gains, and the price of SE before and after, by mode."""
+    metric, long = summary.metric_of(record), _kinds(record)
+    modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
+    prices = [f"price of SE, {mode}" for mode in modes]
+    out = [["network", *(f"{mode}, fused" for mode in modes), *prices]]
+    rows: dict[str, dict[str, list[str]]] = {}
+    for entry in record["results"]:
+        before, after = (summary.price(entry, metric, name) for name in ("original", "fused"))
+        price = f"{before[0]:.0f} % to {after[0]:.0f} %" if before and after else "n/a"
+        gain = ratio_text(summary.ratio(entry, metric, "fused", "original"))
+        rows.setdefault(_name(entry, long), {})[entry["mode"]] = [gain, price]
+    none = ["n/a", "n/a"]
+    for name, found in rows.items():
+        out.append([name, *(found.get(mode, none)[i] for i in (0, 1) for mode in modes)])
+    return out
+
+
 def _megabytes(entry: Entry, name: str, what: str) -> str:
     value = entry["providers"].get(name, {}).get(what)
     return "n/a" if value is None else f"{value / 1e6:.1f}"

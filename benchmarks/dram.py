@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from senet_kernels._command_line import Parser
+
 from . import records
 from .problem import FORWARD, Case, Problem
 from .providers import make_call, make_provider
@@ -138,7 +140,7 @@ def fill(path: Path, device: str, budget: float) -> tuple[int, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dram", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.dram", description=__doc__)
     parser.add_argument("record", nargs="?", type=Path)
     parser.add_argument("--budget", type=float, default=120.0)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])

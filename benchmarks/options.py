@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from senet_kernels._command_line import count, seconds
+from senet_kernels._command_line import Parser, count, seconds
 
 from .networks import COMPILE_WITHOUT, FULL_ONLY, NETWORKS, VARIANTS, NetworkSpec
 from .problem import BACKWARD, DTYPES, FORWARD, LAYOUTS, TRAINING
@@ -104,7 +104,7 @@ def _common(
 
 
 def _parser(kind: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m benchmarks {kind}",
         description={
             "layers": "Squeeze-excite layers of real networks: the fused backends beside eager "

@@ -6,14 +6,13 @@ be sent, and opened without a network.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from senet_kernels._command_line import make_writable
+from senet_kernels._command_line import Parser, make_writable
 
 from . import digest, extras, plots, records, summary
 from .options import LOCAL_RESULTS
@@ -102,7 +101,7 @@ def render(found: Sequence[tuple[Path, Record]], folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser = Parser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("records", nargs="*", type=Path, metavar="RECORD")
     parser.add_argument("--out", type=Path, default=LOCAL_RESULTS, metavar="DIR")
     parser.add_argument("--quiet", action="store_true", help="no tables on the terminal")

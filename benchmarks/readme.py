@@ -7,7 +7,8 @@ A file says itself what goes where. Between
 
 comes what the record, a path from the file's folder, gives: ``TABLE`` is ``layers``, ``models`` or
 ``sweep`` for all there is to say, ``layers-short`` for means, losses and the first plot,
-``layers-short-zh`` for the same in Chinese, or ``models-short`` for times and price alone.
+``models-short`` for times and price alone, ``models-gain`` for a line for each network; with
+``-zh`` at the end the latter and ``layers-short`` in Chinese.
 ``--check`` changes nothing and only says whether the blocks are what the records give (exit code 1
 if not).
 """
@@ -21,6 +22,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from senet_kernels._command_line import Parser
+
 from . import digest, plots, records, summary
 from .digest import Lines
 from .page import warnings
@@ -30,7 +33,10 @@ BLOCK = re.compile(
     r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+) -->\n).*?(<!-- benchmark:end -->)",
     re.DOTALL,
 )
-TABLES = ("layers", "layers-short", "layers-short-zh", "models", "models-short", "sweep")
+TABLES = (
+    "layers", "layers-short", "layers-short-zh", "models", "models-short", "models-gain",
+    "models-gain-zh", "sweep",
+)  # fmt: skip
 MOST_LOSSES = 8
 MOST_LOSSES_IN_SHORT = 3
 NOTE = (
@@ -38,7 +44,7 @@ NOTE = (
     "figure. Limit: the least traffic at the speed of `x.clone()` in the same run."
 )
 
-#: What the words of ``layers-short`` are in Chinese; figures, names and commands stay.
+#: What the words of the short tables are in Chinese; figures, names and commands stay.
 CHINESE = (
     (r"^Losses beyond 5 %, (\d+) in all: ", r"慢 5 % 以上的情形，共 \1 处："),
     (r"; and (\d+) smaller ones in the record", r"；其余 \1 处较小的见记录"),
@@ -51,6 +57,11 @@ CHINESE = (
     (r"\btime / limit\b", "时间 / limit"),
     (r"\b(\d+) threads\b", r"\1 线程"),
     (r"^!\[Speed-up per layer\]", "![各层的加速比]"),
+    (r"^!\[Speed-up of whole networks\]", "![整网加速比]"),
+    (r"\| network \|", "| 网络 |"),
+    (r", fused\b", "，融合后"),
+    (r"\bprice of SE, ", "SE 的代价，"),
+    (r"(\d) % to (-?\d+) %", r"\1 % → \2 %"),
     (r"\.$", "。"),
 )
 
@@ -139,6 +150,9 @@ def render(record: Record, table: str, images: Sequence[tuple[str, str]]) -> str
     elif table.startswith("layers-short"):
         out += _layers_short(record)
         images = images[:1]
+    elif table.startswith("models-gain"):
+        out += ["", *_table(digest.model_gains(record))]
+        images = images[:1]
     else:
         out += _others(record, table.endswith("-short"))
     for text in warnings(record):
@@ -192,7 +206,7 @@ def renew_files(
 
     ``renew`` takes a text and the file's folder.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.md")

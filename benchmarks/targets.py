@@ -6,13 +6,14 @@ Figures of a CPU are shown and decide nothing. Not yet run on a GPU.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
+
+from senet_kernels._command_line import Parser
 
 from . import records, summary
 from .layer_run import LayerBench
@@ -269,7 +270,7 @@ def text(found: Sequence[Record]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks targets", description=__doc__)
+    parser = Parser(prog="python -m benchmarks targets", description=__doc__)
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORD")
     parser.add_argument("--out", type=Path, metavar="FILE", help="for the same as Markdown")
     args = parser.parse_args(argv)

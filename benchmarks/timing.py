@@ -190,34 +190,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class OtherLoad:
-    """Cores that other processes kept busy between creation and ``read``; None if unknown.
-
-    A neighbour on the same cores makes every OpenMP barrier wait for its time slice, which turns a
-    millisecond into tens: such a measurement must be told from a quiet one.
-    """
-
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float] | None:
-        try:
-            with open("/proc/stat") as file:
-                ticks = [int(word) for word in file.readline().split()[1:9]]
-        except (OSError, ValueError):
-            return None
-        idle = ticks[3] + ticks[4]
-        busy = (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy - time.process_time()
-
-    def read(self) -> float | None:
-        end = self._now()
-        if self._start is None or end is None or end[0] - self._start[0] < 0.05:
-            return None
-        return max(0.0, (end[1] - self._start[1]) / (end[0] - self._start[0]))
-
-
 @dataclass
 class Rounds:
     """How long to go on: at least ``least`` rounds, then until time is up or ``most`` are done."""

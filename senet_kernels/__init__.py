@@ -12,7 +12,7 @@ from ._version import __version__
 from .api import Explanation, channel_scale, explain, pack_options, squeeze, squeeze_excite
 from .autograd import NativeSEFunction, TritonSEFunction
 from .autotune import autotune_in_inductor
-from .convert import FusionReport, fuse_se_blocks, unfuse_se_blocks
+from .convert import fuse_se_blocks, unfuse_se_blocks
 from .dispatch import Backends, BackendUnavailableError, backends, use_backend
 from .fuse import GraphReport, compile_report, inductor_options
 from .layers import TimmSE, TorchvisionSE
@@ -21,6 +21,7 @@ from .modules import FusedSEBlock
 from .pointwise import ACTIVATIONS, GATES
 from .public_kernels import keep_in_inductor as _keep_public_ops_in_inductor
 from .public_kernels import register as _register_public_ops
+from .report import FusionReport
 from .settle import KernelMistrustError
 from .trust import KernelMistrustWarning
 from .trust.verify import verify

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from . import __version__, _command_line, parity, trial, trust, workloads
 from ._command_line import command
-from .api import explain
 from .backends.triton.runtime import architecture
 from .convert import fuse_se_blocks
 from .dispatch import backends
@@ -52,8 +51,9 @@ def _selftest() -> int:
 
 
 def _fuse(
-    name: str, size: int | None, batch: int, device: str, seconds: float, neighbours: bool
-) -> int:
+    name: str, size: int | None, batch: int, device: str, seconds: float, neighbours: bool,
+    verbose: bool,
+) -> int:  # fmt: skip
     """What fuse_se_blocks replaces in a model, how equal the results are, and the time of both."""
     torch.manual_seed(0)
     try:
@@ -64,29 +64,58 @@ def _fuse(
     parity.wake(model)
     fuse = partial(fuse_se_blocks, neighbours=neighbours)
     report = fuse(model)
-    print(report)
+    print(report.details() if verbose else report, flush=True)
     if not report.replaced:
+        if not report.refused:
+            print("senet_kernels.add_se_blocks(model) puts SE blocks into ResNets and ResNeXts")
         return 1
-    print(_backend_on(device))
+    _progress("comparing the blocks")
     if not _is_right(model, x, [entry.name for entry in report.replaced], fuse):
         return 1
     what = f"batch {batch}, {'x'.join(map(str, spatial)) or 'no positions'}, {device}"
     for title, step in (("inference", trial.infer), ("training step", trial.train)):
         try:
-            fused, original = trial.times(model, x, step, fuse, seconds)
+            found = trial.times(model, x, step, fuse, seconds, partial(_progress_of, title))
         except Exception as error:  # as a norm's of one image of one position, in training
+            _progress("")
             print(f"{title}: does not run: {type(error).__name__}: {error}")
             continue
-        print(
-            f"{title}: {1e3 * original:.2f} ms before, {1e3 * fused:.2f} ms after, "
-            f"{original / fused:.2f}x ({what})"
-        )
+        _progress("")
+        print(_of_times(title, found, what), flush=True)
     return 0
+
+
+def _progress(text: str) -> None:
+    """Show what is being done, on a line that the next text replaces; on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _progress_of(title: str, done: str) -> None:
+    _progress(f"{title}: {done}")
+
+
+#: Cores that others keep busy beside a measurement that is to be trusted.
+_QUIET = 0.2
+
+
+def _of_times(title: str, found: trial.Times, what: str) -> str:
+    interval = "95 % interval" if found.rounds > 5 else "all rounds within"
+    text = (
+        f"{title}: {1e3 * found.original:.2f} ms before, {1e3 * found.fused:.2f} ms after, "
+        f"{found.ratio:.2f}x, {interval} {found.low:.2f} to {found.high:.2f}, "
+        f"{found.rounds} round{'s' if found.rounds > 1 else ''} ({what})"
+    )
+    busy = found.cores_busy_elsewhere
+    if busy is not None and busy > _QUIET:
+        text += f"\n{title}: other processes used {busy:.1f} cores meanwhile: do not trust this"
+    return text
 
 
 def _is_right(model: nn.Module, x: Tensor, names: list[str], fuse: parity.Fuse) -> bool:
     """Whether blocks and network give the same as before; says how equal they are."""
     count, found = parity.blocks(model, x, names, fuse)
+    _progress("")
     wrong = [apart for apart in found if not apart.is_right]
     if found:
         largest = max((a.apart[0] for a in found), key=lambda d: (math.isnan(d), d))
@@ -117,16 +146,6 @@ def _is_right(model: nn.Module, x: Tensor, names: list[str], fuse: parity.Fuse) 
     return is_right
 
 
-def _backend_on(device: str) -> str:
-    """What calls there run on, and, where that is the fallback, why no kernel takes them."""
-    w = torch.ones(8, 8, device=device)
-    answer = explain(torch.ones(1, 8, 2, 2, device=device), w, None, w, None)
-    lines = [f"runs on: {answer.backend}"]
-    if answer.backend == "fallback":
-        lines += [f"not on {name}: {reason}" for name, reason in answer.passed_over]
-    return "\n".join(lines)
-
-
 def _device(text: str) -> str:
     if text.partition(":")[0] not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
@@ -141,7 +160,7 @@ def _device(text: str) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m senet_kernels", description=__doc__)
+    parser = _command_line.Parser(prog="python -m senet_kernels", description=__doc__)
     parser.add_argument("--version", action="version", version=f"senet_kernels {__version__}")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("report", help="versions, devices, backends and features (the default)")
@@ -154,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="positions of the input per spatial dimension (one: 1024, two: 224, three: 32)",
     )  # fmt: skip
     fuse.add_argument("--batch", type=count, default=8, help="images (8)")
-    fuse.add_argument("--seconds", type=duration, default=10, help="per timing (10)")
+    fuse.add_argument(
+        "--seconds", type=duration, default=10, help="for each of the two timings, about (10)"
+    )
+    fuse.add_argument("--verbose", action="store_true", help="a line for each block")
     fuse.add_argument("--neighbours", action="store_true", help="the steps around the blocks too")
     verify = commands.add_parser(
         "verify", help="prove the GPU kernels for the layers of networks on this card"
@@ -183,7 +205,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = getattr(torch, args.dtype)
         return workloads.run(args.device, dtype, args.batch, args.compiled, args.network)
     if args.command == "fuse":
-        return _fuse(args.model, args.size, args.batch, args.device, args.seconds, args.neighbours)
+        return _fuse(
+            args.model, args.size, args.batch, args.device, args.seconds, args.neighbours,
+            args.verbose,
+        )  # fmt: skip
     return _selftest() if args.command == "selftest" else _report()
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import Any, NoReturn
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
@@ -50,6 +52,54 @@ def _stdout_is_closed() -> bool:
     poll = select.poll()
     poll.register(output, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose errors are one line with the nearest name, and whose options have
+    one spelling: without abbreviations, which a new option would make ambiguous."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The arguments; an unknown one ends the process with its nearest name."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser = self._used(found)
+            names = [name for action in parser._actions for name in action.option_strings]
+            known = {name.strip("-"): name for name in names}
+            given = unknown[0].partition("=")[0].strip("-")
+            self.error(f"{unknown[0]}: no such option{near(given, known)}")
+        return found
+
+    def _used(self, found: argparse.Namespace) -> argparse.ArgumentParser:
+        """The parser of the command that was given, or this one."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                chosen = getattr(found, action.dest, None)
+                return action.choices.get(chosen, self) if chosen else self
+        return self
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = list(map(str, action.choices))
+            hint = near(str(value), names) or f", expected one of {', '.join(names)}"
+            raise argparse.ArgumentError(action, f"{value!r} is no choice{hint}")
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with a line."""
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def near(name: str, known: Iterable[str] | Mapping[str, str]) -> str:
+    """``", did you mean ...?"`` with the nearest of the known names; empty without one.
+
+    Args:
+        known: names, or the names compared with, each with what to show for it.
+    """
+    shown = known if isinstance(known, Mapping) else {each: each for each in known}
+    found = [shown[each] for each in difflib.get_close_matches(name, list(shown), n=3)]
+    return f", did you mean {' or '.join(found)}?" if found else ""
 
 
 def count(text: str) -> int:

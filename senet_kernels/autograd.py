@@ -319,10 +319,20 @@ def _forward(
     return result
 
 
+#: Where before_affine is among the tensors that forward keeps.
+_AFFINE = 8
+
+
 def _plain_backward(backend: str, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     # Grad mode is on in here only under create_graph=True.
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    gradients = _backward(backend, ctx.options, ctx.needs, ctx.saved_tensors, dy, differentiable)
+    tensors = ctx.saved_tensors
+    if tensors[_AFFINE] is not None and torch.compiler.is_compiling():
+        # AOTAutograd keeps for backward what an op that it cannot fuse reads there. What a fusible
+        # one reads, here neg of neg, it computes again: from the statistics that a BatchNorm keeps.
+        pair = (t.neg().neg() for t in tensors[_AFFINE : _AFFINE + 2])
+        tensors = (*tensors[:_AFFINE], *pair, *tensors[_AFFINE + 2 :])
+    gradients = _backward(backend, ctx.options, ctx.needs, tensors, dy, differentiable)
     return _in_argument_order(gradients, ctx.arguments)
 
 

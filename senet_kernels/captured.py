@@ -29,6 +29,7 @@ from .forms import (
     own_input,
     part_of,
 )
+from .validation import DTYPES
 
 _SOUNDS_LIKE_SE = re.compile(
     r"(?i:squeeze(?!bert|net|former)|excit)|(^|[a-z_])SE([A-Z_]|$)|^E?SE|(^|[a-z_])E?Se([A-Z_]|$)"
@@ -135,10 +136,9 @@ class _Setting(NamedTuple):
 
 
 _SINGLE = torch.float32
-_DTYPES = (_SINGLE, torch.float64, torch.bfloat16, torch.float16)
 _OF_DTYPES = frozenset((
     "dtype", "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "finfo",
-    "to", "type", "type_as", "float", "half", "double", "bfloat16", "get_default_dtype",
+    "to", "type", "type_as", "float", "half", "double", "bfloat16", "float16", "float32", "float64",
 ))  # fmt: skip
 _OF_GRADIENTS = frozenset((
     "is_grad_enabled", "requires_grad", "requires_grad_", "is_leaf", "grad", "grad_fn",
@@ -149,6 +149,12 @@ _OF_LAYOUT = frozenset((
 ))  # fmt: skip
 _OF_DEVICES = frozenset((
     "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device",
+))  # fmt: skip
+#: Switches of PyTorch's, and what a tensor or a module may be or have beside its numbers.
+_UNSEEN = frozenset((
+    "are_deterministic_algorithms_enabled", "get_deterministic_debug_mode", "backends", "cudnn",
+    "mkldnn", "get_default_dtype", "Parameter", "retains_grad", "_forward_hooks",
+    "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 ))  # fmt: skip
 _OF_COMPILERS = re.compile(r"is_(\w+_)?(compiling|exporting)")
 _OF_AUTOCAST = re.compile(r"autocast|\bamp\b")
@@ -177,6 +183,7 @@ class _Reading(NamedTuple):
     residual: bool
     names: tuple[str | None, ...] = ()  # of weights and biases
     chain: Chain | None = None  # where the excitation is not one or two layers
+    dtypes: tuple[torch.dtype, ...] = DTYPES  # of x that it was read for
 
 
 @contextmanager
@@ -257,17 +264,19 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool]
     words: set[str] = set()
     training, extents = [True], [False]
     done: dict[_Setting, _Reading] = {}
+    # One that casts to float32 runs its own forward in float64, and where that raises.
+    casts, refused = False, set[torch.dtype]()
     follows = True
     while True:
         choices = (
             training,
             (True, False) if words & _OF_GRADIENTS else (True,),
-            _DTYPES if words & _OF_DTYPES else (_SINGLE,),
+            DTYPES if words & _OF_DTYPES else (_SINGLE,),
             (False, True) if words & _OF_LAYOUT else (False,),
             extents,
         )
         settings = (_Setting(*choice) for choice in itertools.product(*choices))
-        setting = next((s for s in settings if s not in done), None)
+        setting = next((s for s in settings if s not in done and s.dtype not in refused), None)
         if setting is None:
             break
         try:
@@ -275,6 +284,10 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool]
         except Refusal as refusal:
             if not done and setting.training:
                 _check_training(module, rank, setting, refusal)
+            wide = setting.dtype is torch.float64 or isinstance(refusal, _Fails)
+            if done and casts and setting.dtype is not _SINGLE and wide:
+                refused.add(setting.dtype)
+                continue
             if done:
                 raise type(refusal)(f"{setting}: {refusal}") from refusal
             raise
@@ -284,9 +297,11 @@ def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool]
         words |= captured.words
         training = [True, False] if captured.reads_training else training
         extents = extents if captured.any_extents else [False, True]
-        follows = follows and not captured.casts and not any(map(_OF_AUTOCAST.search, words))
+        casts = casts or captured.casts
+        follows = follows and not any(map(_OF_AUTOCAST.search, words))
         _check_words(words)
-    return next(iter(done.values())), follows
+    dtypes = tuple(dtype for dtype in DTYPES if dtype not in refused)
+    return next(iter(done.values()))._replace(dtypes=dtypes), follows and not casts
 
 
 def _check_words(words: set[str]) -> None:
@@ -295,6 +310,9 @@ def _check_words(words: set[str]) -> None:
         raise Refusal(
             f"its forward asks for a device ({', '.join(sorted(asked))}), and was seen on one alone"
         )
+    asked = words & _UNSEEN
+    if asked:
+        raise Refusal(f"its forward asks for {', '.join(sorted(asked))}, which may change unseen")
     asked = set(filter(_OF_COMPILERS.fullmatch, words))
     if asked:
         raise Refusal(f"its forward asks whether it is being compiled ({', '.join(sorted(asked))})")
@@ -330,7 +348,7 @@ def _read(module: nn.Module, rank: int, setting: _Setting) -> tuple[_Reading, _C
     """One capture, and what it shows."""
     from .fuse.capture import NotCaptured, capture
     from .fuse.find import Match
-    from .fuse.reader import Mismatch
+    from .fuse.nodes import Mismatch
     from .fuse.whole import read_whole
 
     copied = _copy(module, setting)
@@ -416,7 +434,7 @@ def _form_of(
     fc1 = None if w1 is None else _layer(module, w1, b1)
     return Mlp(
         fc1, _layer(module, w2, b2), found.activation, found.gate, parts_around(module, None),
-        own_input if found.residual else None, ranks, None, autocast,
+        own_input if found.residual else None, ranks, None, autocast, found.dtypes,
     )  # fmt: skip
 
 

@@ -10,11 +10,12 @@ replaced since, the module's original forward runs (:mod:`senet_kernels.converte
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from . import between, dispatch
@@ -23,43 +24,15 @@ from .forms import (
     Form,
     Mlp,
     Refusal,
+    find,
     one_line,
 )
 from .neighbours import Block, recognise_block
 from .recognise import Passed, Recogniser
+from .report import Entry, FusionReport, Placed
 
 if TYPE_CHECKING:  # it takes a while to import
     from torch.export import ExportedProgram
-
-
-class Entry(NamedTuple):
-    """One line of a report: a module by its name in the model, and what became of it."""
-
-    name: str
-    kind: str
-    note: str  # what it computes, or why it was refused
-
-
-def report(**sections: tuple[Entry, ...]) -> str:
-    """Entries as text: a line of counts, then a line for each."""
-    lines = [", ".join(f"{title} {len(entries)}" for title, entries in sections.items())]
-    for title, entries in sections.items():
-        rows = [(title, e.name or "(the model)", e.kind, e.note) for e in entries]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
-        for *cells, note in rows:
-            padded = (c.ljust(w) for c, w in zip(cells, widths, strict=True))
-            lines.append("  ".join([*padded, note]))
-    return "\n".join(lines)
-
-
-class FusionReport(NamedTuple):
-    """What :func:`fuse_se_blocks` did. Print it to read it."""
-
-    replaced: tuple[Entry, ...]
-    refused: tuple[Entry, ...]
-
-    def __str__(self) -> str:
-        return report(replaced=self.replaced, refused=self.refused)
 
 
 def _describe(form: Form) -> str:
@@ -127,15 +100,27 @@ class _Plan:
                 if not isinstance(module, Fused):
                     fused_class(type(module))
             except Refusal as refusal:
-                self.refused.append(Entry(name, _kind(module), f"neighbours: {refusal}"))
+                self.refused.append(Entry(name, _kind(module), f"neighbours: {refusal}", True))
             else:
                 assert isinstance(block, Block)
                 self.forms[module] = block
-                self.replaced.append(Entry(name, _kind(module), f"neighbours: {block.note}"))
+                self.replaced.append(Entry(name, _kind(module), f"neighbours: {block.note}", True))
 
     def _is_found(self, module: nn.Module) -> bool:
         form = self.forms.get(module)
         return isinstance(form, Mlp) and form.residual is None
+
+    def placed(self, backend: str | None) -> Iterator[Placed]:
+        """Where the layers of the SE blocks are."""
+        for module, form in self.forms.items():
+            if isinstance(form, Mlp):
+                weight = find(module, form.fc2).weight
+                if (
+                    isinstance(weight, Tensor)
+                    and not is_lazy(weight)
+                    and weight.is_floating_point()
+                ):
+                    yield Placed(weight.device, weight.dtype, weight.shape[0], backend)
 
     def carry_out(self, backend: str | None) -> None:
         """Convert the modules, all or none.
@@ -237,7 +222,7 @@ def fuse_se_blocks(
     if strict:
         _check_strict(plan.refused)
     plan.carry_out(backend)
-    return FusionReport(tuple(plan.replaced), tuple(plan.refused))
+    return FusionReport(tuple(plan.replaced), tuple(plan.refused), tuple(plan.placed(backend)))
 
 
 def is_program(model: Any) -> bool:
@@ -279,7 +264,8 @@ def _fuse_program(
         for old, new in zip(outputs, _outputs(graph), strict=True):
             if old != new:
                 program.graph_signature.replace_all_uses(old, new)
-    return FusionReport(*(tuple(Entry(f.node, f.where, f.note) for f in part) for part in found))
+    fused, refused = (tuple(Entry(f.node, f.where, f.note) for f in part) for part in found)
+    return FusionReport(fused, refused)
 
 
 def _outputs(graph: GraphModule) -> list[str]:

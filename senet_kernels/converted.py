@@ -289,6 +289,8 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
         return None
     if autocast_is_on(x.device.type):
         return None if form.autocast else "it does not compute as autocast would have it"
+    if x.dtype not in form.dtypes:
+        return f"its own forward rounds otherwise in {x.dtype}"
     # Outside autocast the original casts, or raises what its user knows.
     return None if x.dtype is w2.dtype else f"x is {x.dtype}, its parameters are {w2.dtype}"
 

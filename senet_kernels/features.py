@@ -6,7 +6,7 @@ test exercises every cell. A backend adds a column; a feature adds a row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,8 +88,9 @@ def is_wide(x: Tensor, inner: int, outputs: int, affine: bool) -> bool:
 def is_huge(x: Tensor) -> bool:
     """Whether an image of x is beyond what the kernels for a GPU count in."""
     # Not by x.numel(): torch.export would bind a dynamic batch to it.
-    channels, elements = x.shape[1], 1
-    for extent in x.shape[1:]:
+    shape = x.shape
+    elements = channels = shape[1]
+    for extent in shape[2:]:
         elements *= extent
     if elements <= NEVER_HUGE:
         return False
@@ -140,15 +141,27 @@ def required_features(call: Call) -> list[str]:
 
 def missing_feature(backend: str, call: Call) -> str | None:
     """Why the table says ``backend`` does not take this call; None when it does."""
+    # What is about extents may be of symbols, which are asked outside of what Dynamo keeps.
+    facts = (False if not fact else True for fact in call[5:11])  # noqa: SIM211
+    missing = _missing_in_table(
+        backend, call.device, call.dtype, call.param_dtype, *call.options, call.form, *facts,
+        call.subclass,
+    )  # fmt: skip
+    if missing is None and call.huge and (backend, call.device) != ("native", "cpu"):
+        return f"it does not take {_HUGE}"
+    if missing is None and call.wide and (backend, call.device) == ("native", "cuda"):
+        return "it does not take so many channels and hidden channels: they exceed shared memory"
+    return missing
+
+
+def _missing_in_table(backend: str, *properties: Any) -> str | None:
+    options, rest = Options(*properties[3:7]), properties[7:-1]
+    call = Call._make((*properties[:3], options, *rest, False, False, properties[-1]))
     if call.subclass is not None:
         return f"it has no kernels for tensors of class {call.subclass}"
     if (backend, call.device) not in COLUMNS:
         return f"it has no kernels for device type {call.device!r}"
     column = COLUMNS.index((backend, call.device))
-    if call.huge and (backend, call.device) != ("native", "cpu"):
-        return f"it does not take {_HUGE}"
-    if call.wide and (backend, call.device) == ("native", "cuda"):
-        return "it does not take so many channels and hidden channels: they exceed shared memory"
     for name in required_features(call):
         if name not in FEATURES:
             return f"it does not support {name}"
@@ -157,12 +170,33 @@ def missing_feature(backend: str, call: Call) -> str | None:
     return None
 
 
+# Of the table and the call alone: Dynamo keeps the answer, as of torch.compiler's
+# assume_constant_result, in place of guards on the table before each compiled call.
+_missing_in_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def format_table() -> str:
-    """The feature table as text, a line per feature."""
-    heads = [f"{backend} ({device})" for backend, device in COLUMNS]
-    width = max(map(len, FEATURES))
-    lines = ["  ".join([" " * width, *heads, "fallback", "reference"])]
+    """The feature table as text: what every backend fuses, and a line for each exception."""
+    fused = [name for name, cells in FEATURES.items() if set(cells) == {FUSED}]
+    families = ("dtype", "activation", "gate", "before", "after")
+    by_family: dict[str, list[str]] = {}
+    for name in fused:
+        family, _, function = name.partition(" ")
+        if family in families and function:
+            by_family.setdefault(family, []).append(function)
+        else:
+            by_family.setdefault("", []).append(name)
+    shared: dict[str, list[str]] = {}  # the functions, and who takes them
+    for family, functions in by_family.items():
+        shared.setdefault(", ".join(functions), []).append(family)
+    columns = ", ".join(f"{backend} ({device})" for backend, device in COLUMNS)
+    lines = [f"fused by {columns}; computed by fallback and reference:"]
+    lines += [
+        f"  {', '.join(takers)}{': ' if any(takers) else ''}{functions}"
+        for functions, takers in shared.items()
+    ]
     for name, cells in FEATURES.items():
-        padded = [cell.ljust(len(head)) for cell, head in zip(cells, heads, strict=True)]
-        lines.append("  ".join([name.ljust(width), *padded, "yes".ljust(len("fallback")), "yes"]))
+        for (backend, device), cell in zip(COLUMNS, cells, strict=True):
+            if cell != FUSED:
+                lines.append(f"not by {backend} ({device}), which {cell}: {name}")
     return "\n".join(lines)

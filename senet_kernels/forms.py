@@ -12,11 +12,13 @@ from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .pointwise import POINTWISE
+from .validation import DTYPES
 from .watched import as_it_is, classes_of, is_guarded, is_setting
 
 Path = tuple[str, ...]  # names of children, from a module downwards
@@ -61,6 +63,7 @@ class Mlp(NamedTuple):
     lengths: Callable[[Tensor, Tensor], Tensor] | None = None
     # Whether it follows autocast; one that leaves it, or casts by itself, runs there as it is.
     autocast: bool = True
+    dtypes: tuple[torch.dtype, ...] = DTYPES  # of x; one that casts may compute otherwise in some
 
 
 class Halves(NamedTuple):

@@ -118,10 +118,18 @@ def check_name(argument: str, value: str | None) -> str:
 
 def pack(options: Options) -> int:
     """The integer that ops and kernels take: four bits each, activation lowest."""
+    return _pack(*options)
+
+
+def _pack(*names: str) -> int:
     code = 0
-    for position, name in enumerate(options):
+    for position, name in enumerate(names):
         code |= POINTWISE[name].code << (4 * position)
     return code
+
+
+# Dynamo keeps the result, without guards on the table.
+_pack._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unpack(code: int) -> Options:

@@ -123,7 +123,7 @@ def resolve(
     x = tensors[0]
     assert x is not None
     kind = (
-        x.device.type,
+        "cpu" if x.is_cpu else x.device.type,  # a device and its name are made anew each time
         *dtypes,
         names,
         (

@@ -83,7 +83,9 @@ def foreign_class(weight: Any) -> str | None:
 def is_proxy(x: Any) -> bool:
     """Whether x is no tensor and records what is done to it, as torch.fx's Proxy."""
     # Not has_torch_function, which says yes of anything while a mode is on.
-    return not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__")
+    if x is None or isinstance(x, Tensor):  # Dynamo of torch 2.11 has no hasattr of None's class
+        return False
+    return hasattr(type(x), "__torch_function__")
 
 
 def proxies(*arguments: Any) -> tuple[Any, ...]:
@@ -98,11 +100,18 @@ def is_captured() -> bool:
     """Whether calls are recorded in a graph that is run, and perhaps trained, elsewhere: by
     ``torch.export``, ``make_fx``. Not under torch.compile, whose graphs stay in this process."""
     if _is_compiling():
-        return torch.compiler.is_exporting()
+        return _is_exporting()
     # make_fx has a mode of one kind or the other.
     modes = dispatch_modes() or function_modes()
     return bool(modes) and get_proxy_mode() is not None
 
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Dynamo calls it: that of torch 2.11 takes the question itself to be True under torch.compile too.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # Looked up once: asked before many a call. No call is captured where torch is not compiling and
 # both of these are 0.

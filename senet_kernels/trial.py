@@ -4,6 +4,8 @@ it gives the same with and without ``fuse_se_blocks``, and how long both take.""
 from __future__ import annotations
 
 import inspect
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from ._libraries import Unusable, load, one_line
+from ._command_line import near
+from ._libraries import Unusable, load, one_line, why_not
 from .convert import unfuse_se_blocks
 from .parity import tensors
 
@@ -39,7 +42,9 @@ def make(name: str, device: str) -> nn.Module:
     """
     source, _, rest = name.partition(":")
     if not rest:
-        raise TrialError("is not one of timm:NAME, torchvision:NAME and MODULE:CALLABLE")
+        raise TrialError(
+            f"is not one of timm:NAME, torchvision:NAME and MODULE:CALLABLE{_near_names(name)}"
+        )
     try:
         model = _SOURCES.get(source, _of_module)(source, rest)
         if isinstance(model, nn.Module):
@@ -60,12 +65,29 @@ def _of_timm(source: str, name: str) -> Any:
             "is on a hub, and nothing is downloaded here: build it in a function, and give "
             "MODULE:CALLABLE"
         )
-    return load("timm", "create_model").create_model(name, pretrained=False)
+    timm = load("timm", "create_model", "is_model")
+    if urlsplit(name).scheme == "" and not timm.is_model(name):
+        raise TrialError(f"is not in timm{_near_names(name, ('timm',))}")
+    return timm.create_model(name, pretrained=False)
 
 
 def _of_torchvision(source: str, name: str) -> Any:
-    build = load("torchvision.models", "get_model_builder").get_model_builder(name)
+    models = load("torchvision.models", "get_model_builder", "list_models")
+    if name.lower() not in models.list_models():
+        raise TrialError(f"is not in torchvision{_near_names(name, ('torchvision',))}")
+    build = models.get_model_builder(name)
     return build(**_without_weights(build))
+
+
+def _near_names(name: str, sources: tuple[str, ...] = ("timm", "torchvision")) -> str:
+    """The names of libraries' models, as far as these are there, that are nearest to one."""
+    known: dict[str, str] = {}  # by the name alone, the first library's
+    for source, module in (("torchvision", "torchvision.models"), ("timm", "timm")):
+        if source in sources and why_not(module, "list_models") is None:
+            known |= {model: f"{source}:{model}" for model in load(module).list_models()}
+    if name in known:
+        return f", did you mean {known[name]}?"
+    return near(name, known)
 
 
 def _of_module(source: str, name: str) -> Any:
@@ -207,36 +229,110 @@ def train(model: nn.Module, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
+class OtherLoad:
+    """Cores that other processes kept busy between creation and ``read``; None if unknown.
+
+    A neighbour on the same cores makes every OpenMP barrier wait for its time slice, which turns a
+    millisecond into tens: such a measurement must be told from a quiet one.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        try:
+            with open("/proc/stat") as file:
+                ticks = [int(word) for word in file.readline().split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        idle = ticks[3] + ticks[4]
+        busy = (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy - time.process_time()
+
+    def read(self) -> float | None:
+        end = self._now()
+        if self._start is None or end is None or end[0] - self._start[0] < 0.05:
+            return None
+        return max(0.0, (end[1] - self._start[1]) / (end[0] - self._start[0]))
+
+
+class Times(NamedTuple):
+    """Of a step, in seconds, and how much faster the fused model is."""
+
+    original: float  # the median
+    fused: float
+    ratio: float  # original over fused: the median over the rounds
+    low: float  # its 95 % interval; of fewer than 6 rounds, all that was seen
+    high: float
+    rounds: int
+    cores_busy_elsewhere: float | None  # see OtherLoad
+
+
 def times(
     model: nn.Module,
     x: Tensor,
     step: Callable[[nn.Module, Tensor], None],
     fuse: Callable[[nn.Module], object],
     seconds: float,
-) -> tuple[float, float]:
-    """Median seconds of a step, fused and original, turn by turn; ``train`` runs in train mode.
+    progress: Callable[[str], None] = lambda _: None,
+) -> Times:
+    """A step, original and fused, turn by turn, for about ``seconds``: one round at least, and none
+    begun that would not end in time. ``train`` runs in train mode.
 
     BatchNorm's statistics are those of before afterwards.
     """
-    fused: list[float] = []
-    original: list[float] = []
-    start = time.perf_counter()
+    rounds: list[tuple[float, float]] = []
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    while len(fused) < 3 or time.perf_counter() - start < seconds:
-        for turn, switch in ((original, unfuse_se_blocks), (fused, fuse)):
+    start, others, longest = time.perf_counter(), OtherLoad(), 0.0
+    while not rounds or time.perf_counter() - start + longest < seconds:
+        begin = time.perf_counter()
+        turns = [(unfuse_se_blocks, 0), (fuse, 1)]
+        took = [0.0, 0.0]
+        # Whoever comes second finds other caches: each does in turn.
+        for switch, i in turns if len(rounds) % 2 == 0 else turns[::-1]:
             # The mode first: what a module is replaced by may depend on it.
             model.train(step is train)
             switch(model)
-            step(model, x)
-            _wait(x)
-            begin = time.perf_counter()
-            step(model, x)
-            _wait(x)
-            turn.append(time.perf_counter() - begin)
+            took[i] = _timed(model, x, step)
+        rounds.append((took[0], took[1]))
+        longest = max(longest, time.perf_counter() - begin)
+        progress(f"round {len(rounds)}, {time.perf_counter() - start:.0f} of {seconds:.0f} s")
+    fuse(model)
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    return statistics.median(fused), statistics.median(original)
+    return _summary(rounds, others.read())
+
+
+def _timed(model: nn.Module, x: Tensor, step: Callable[[nn.Module, Tensor], None]) -> float:
+    """Seconds of a step, the second one after a switch: the first takes its snapshots."""
+    step(model, x)
+    _wait(x)
+    begin = time.perf_counter()
+    step(model, x)
+    _wait(x)
+    return time.perf_counter() - begin
+
+
+def _summary(rounds: list[tuple[float, float]], busy: float | None) -> Times:
+    ratios = sorted(original / fused for original, fused in rounds)
+    left_out = _left_out(len(ratios))
+    return Times(
+        statistics.median(original for original, _ in rounds),
+        statistics.median(fused for _, fused in rounds),
+        statistics.median(ratios), ratios[left_out], ratios[-1 - left_out], len(ratios), busy,
+    )  # fmt: skip
+
+
+def _left_out(count: int) -> int:
+    """How many of ``count`` sorted samples lie outside the 95 % interval of the median, on each
+    side: by binomial ranks, which assume no distribution."""
+    left_out, tail = 0, 0.5**count
+    while tail <= 0.025:  # of the median below the sample of this rank
+        left_out += 1
+        tail += math.comb(count, left_out) * 0.5**count
+    return max(left_out - 1, 0)
 
 
 def _wait(x: Tensor) -> None:

@@ -482,6 +482,43 @@ class MeanInAnotherDtype(Case):
         return x * torch.sigmoid(self.b(F.relu(self.a(z))))
 
 
+class SqueezeInFloat(Case):
+    fused = 1
+    dtype = torch.bfloat16
+    tolerance = 2e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.float().mean((2, 3), keepdim=True).to(x.dtype)
+        return F.relu(x * self.b(F.relu(self.a(z))).float().sigmoid().to(x.dtype) + x)
+
+
+class ProductInFloat(Case):
+    fused = 1
+    dtype = torch.bfloat16
+    tolerance = 2e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() * self.gate(x).float()).to(x.dtype)
+
+
+class ProductLeftInFloat(Case):
+    cause = "is of torch.float32, x of torch.bfloat16"
+    dtype = torch.bfloat16
+    tolerance = 2e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).float()
+
+
+class GateRounded(Case):
+    cause = "a cast .*is of torch.bfloat16"
+    dtype = torch.float32
+    tolerance = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).bfloat16().float()
+
+
 class CastToItsOwnDtype(Case):
     fused = 1
 

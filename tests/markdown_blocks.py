@@ -14,13 +14,15 @@ import runpy
 import shlex
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+from unittest import mock
 
 from markdown_it import MarkdownIt
 
-from senet_kernels import _libraries
+from senet_kernels import _command_line, _libraries
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,8 +31,8 @@ else:  # pytest brings it there
 
 ROOT = Path(__file__).parent.parent
 
-#: Blocks that are no code: what a program prints, or a figure.
-PLAIN = ("", "text", "json")
+#: Blocks that are no code: what a program prints, a figure, a reference.
+PLAIN = ("", "text", "json", "bibtex")
 #: Libraries that a block may need and a reader need not have.
 OPTIONAL = (
     "timm", "torchvision", "transformers", "matplotlib", "sklearn", "triton", "onnxruntime",
@@ -96,7 +98,7 @@ def broken_link(path: Path, target: str) -> str | None:
     """What is wrong with a link inside the project; None for what is right or outside."""
     if re.match(r"[a-z]+:", target):
         return None
-    file, _, anchor = target.partition("#")
+    file, _, anchor = urllib.parse.unquote(target).partition("#")
     other = (path.parent / file).resolve() if file else path
     if not other.exists():
         return f"{target}: no such file"
@@ -195,21 +197,21 @@ def _dry_run(words: list[str]) -> None:
         assert not arguments, f"{file.name} takes no arguments, got {arguments}"
         compile(source, file, "exec")
         return
-    argv, parse = sys.argv, argparse.ArgumentParser.parse_args
-    sys.argv = [str(file), *arguments]
-    argparse.ArgumentParser.parse_args = _stop  # type: ignore[assignment, method-assign]
-    try:
-        if name:
-            runpy.run_module(name, run_name="__main__", alter_sys=False)
-        else:
-            runpy.run_path(str(file), run_name="__main__")
-    except _Parsed:
-        return
-    except SystemExit as error:  # it has no parser, and has run
-        if error.code:
-            raise AssertionError(f"{' '.join(words)}: {error}") from error
-    finally:
-        sys.argv, argparse.ArgumentParser.parse_args = argv, parse  # type: ignore[method-assign]
+    with (
+        mock.patch.object(sys, "argv", [str(file), *arguments]),
+        mock.patch.object(argparse.ArgumentParser, "parse_args", _stop),
+        mock.patch.object(_command_line.Parser, "parse_args", _stop),
+    ):
+        try:
+            if name:
+                runpy.run_module(name, run_name="__main__", alter_sys=False)
+            else:
+                runpy.run_path(str(file), run_name="__main__")
+        except _Parsed:
+            return
+        except SystemExit as error:  # it has no parser, and has run
+            if error.code:
+                raise AssertionError(f"{' '.join(words)}: {error}") from error
 
 
 def _check_pip(words: list[str]) -> None:

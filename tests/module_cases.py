@@ -5,8 +5,11 @@ not, what the true cause is (a regular expression for the report)."""
 from __future__ import annotations
 
 import collections
+import itertools
+import logging
 import os
 import random
+import time
 import types
 import warnings
 from typing import Any, ClassVar
@@ -15,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from senet_kernels.validation import DTYPES
+
 C, R = 16, 4
 LOG: list[Any] = []
 TABLE: dict[str, Any] = {}
 CALLS = 0
 FACTOR = [1.0]
+LOGGER = logging.getLogger("excitation")
 
 
 class Registry:
@@ -29,6 +35,8 @@ class Registry:
 class Case(nn.Module):
     #: What the report says; None: it is fused.
     cause: ClassVar[str | None] = None
+    #: Where it is fused: others are left to its own forward.
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
 
     def __init__(self) -> None:
         super().__init__()
@@ -515,7 +523,135 @@ class ReadsAnObject(Case):
         return 2 * y if self.config.twice else y
 
 
+class ReadsTheDefaultDtype(Case):
+    cause = "get_default_dtype"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).to(torch.get_default_dtype())
+
+
+class BranchesOnDeterminism(Case):
+    cause = "deterministic"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if torch.are_deterministic_algorithms_enabled() else y
+
+
+class BranchesOnABackend(Case):
+    cause = "mkldnn"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return y if torch.backends.mkldnn.enabled else 2 * y
+
+
+class BranchesOnParameters(Case):
+    cause = "Parameter"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if isinstance(x, nn.Parameter) else y
+
+
+class BranchesOnAMark(Case):
+    cause = "attribute of x"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if hasattr(x, "tag") else y
+
+
+class ReadsAMark(Case):
+    cause = "attribute of x"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x * self.gate(x) * getattr(x, "factor", 1)
+        return y
+
+
+class BranchesOnHooks(Case):
+    cause = "_forward_hooks"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if len(self._forward_hooks) else y
+
+
+class BranchesOnRetainedGradients(Case):
+    cause = "retains_grad"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return 2 * y if x.retains_grad else y
+
+
+class ReadsADefault(Case):
+    cause = "factor"
+
+    def forward(self, x: Tensor, factor: list[float] = [1.0]) -> Tensor:  # noqa: B006
+        return x * self.gate(x) * factor[0]
+
+
+class KeepsADefault(Case):
+    cause = "changes.* seen"
+
+    def forward(self, x: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
+        seen.append(1)
+        return x * self.gate(x)
+
+
+class BranchesOnTheClock(Case):
+    cause = r"Dynamo cannot trace.*time"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gate(x)
+        return y if time.time() > 0 else 2 * y
+
+
+class AdvancesAnIterator(Case):
+    cause = r"changes.* self\.calls"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = itertools.count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        next(self.calls)
+        return x * self.gate(x)
+
+
+class Logs(Case):
+    cause = "Dynamo cannot trace.*logging"
+
+    def forward(self, x: Tensor) -> Tensor:
+        LOGGER.debug("excited")
+        return x * self.gate(x)
+
+
+class SeedsTheGenerator(Case):
+    cause = "manual_seed"
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return x * self.gate(x)
+
+
 # ---- other arithmetic ----
+
+
+class GateOfTheNextImage(Case):
+    cause = "roll"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).roll(1, 0)
+
+
+class GatesReversed(Case):
+    cause = "flip"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).flip(1)
 
 
 class ReturnsAPair(Case):
@@ -630,18 +766,25 @@ class GateOfAllStrides(Case):
         return self.gate(x).expand_as(x).contiguous() * x
 
 
-class ComputesInFloat(Case):
-    cause = "cast|float"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.excite(self.mean(x.float()).type_as(self.a.weight))
-
-
 class ReturnsFloat(Case):
     cause = "float"
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.gate(x)).float()
+
+
+class RoundsItsGate(Case):
+    cause = r"bfloat16, a cast"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).bfloat16().to(x.dtype)
+
+
+class RoundsItsInput(Case):
+    cause = "bfloat16"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype) * self.gate(x)
 
 
 class AutocastInside(Case):
@@ -758,6 +901,38 @@ class AsksWhatDoesNotMatter(Case):
 class KernelOfTheExtents(Case):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.excite(F.avg_pool2d(x, x.shape[2:]))
+
+
+class MeanInFloat(Case):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(self.mean(x.float()).type_as(self.a.weight))
+
+
+class MeanOfDtypeFloat(Case):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(x.mean((2, 3), keepdim=True, dtype=torch.float32).to(x.dtype))
+
+
+class AllInFloat(Case):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w1, b1, w2, b2 = (p.float() for p in self.parameters())
+        v = x.float()
+        h = F.relu(F.conv2d(self.mean(v), w1, b1))
+        return (v * F.conv2d(h, w2, b2).sigmoid() + v).to(x.dtype)
+
+
+class GateInFloat(Case):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.b(F.relu(self.a(self.mean(x))))
+        return (x * u.float().sigmoid()).to(x.dtype)
 
 
 class IdleDropout(Case):

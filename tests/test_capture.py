@@ -4,6 +4,7 @@ network with fused blocks is that of the network written out."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -125,6 +126,41 @@ def test_a_program_reads_like_the_formula(strict: bool) -> None:
         assert f"senet_kernels.{private}" not in text
 
 
+@each_of_few
+def test_extents_that_tracing_takes_for_constants(case: Case) -> None:
+    """0 and 1, where the batch and the extents of space may be anything."""
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(
+        case.net(), case.inputs(),
+        dynamic_shapes=({0: auto, 2: auto, 3: auto}, {0: auto})[: 1 + case.lengths],
+    )  # fmt: skip
+    captured, plain = own(program.module()), own(case.net(plain=True))
+    (x,) = case.inputs()
+    for part in (x[:1], x[:0], x[:, :, :1], x[:1, :, :1, :1]):
+        if len(part) == 0 and case.name == "converted-halves":
+            continue  # timm's module itself has no view of no images
+        assert_same(gradients(captured, (part,)), gradients(plain, (part,)))
+
+
+@each_of_few
+def test_other_parameters(case: Case) -> None:
+    """In a copy, in place of its own by ``functional_call``, and loaded into a program."""
+    net, plain = case.net(), case.net(plain=True)
+    program = export(case, net=net)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.25)
+    other = {n: p.detach().clone().requires_grad_() for n, p in plain.named_parameters()}
+    module, inputs = copy.deepcopy(program).module(), case.inputs()
+    right = gradients(own(plain), inputs)
+    by_call = (lambda *given: torch.func.functional_call(module, other, given)), other
+    assert_same(gradients(by_call, inputs), right)
+    loaded = copy.deepcopy(module)
+    loaded.load_state_dict(other, strict=False)
+    assert_same(gradients(own(loaded), inputs), right)
+    _trains(case, own(module))
+
+
 def test_halves_read_like_their_formulas() -> None:
     text = str(export(next(case for case in CASES if case.name == "halves-lengths")))
     assert "torch.ops.senet_kernels.squeeze.default(" in text
@@ -155,7 +191,8 @@ def test_a_backend_named_at_capture(name: str, where: str) -> None:
             _named(name, where, case)
         return
     program = _named(name, where, case)
-    assert captures.operators(program.graph_module) <= PUBLIC
+    recorded = set() if name in ("fallback", "reference") else {"squeeze_excite"}
+    assert captures.operators(program.graph_module) == recorded
     _trains(case, own(program.module()), second=True)
 
 

@@ -202,7 +202,7 @@ def test_fuse(
     options = ["--size", "12", "--batch", "2", "--seconds", "0"]
     assert main(["fuse", "my_models:with_se", *options]) == 0
     out = capsys.readouterr().out
-    assert "replaced 1, refused 0" in out
+    assert "1 SE block fused\n" in out
     assert "my_models.Gate" in out
     assert "output: largest difference" in out
     assert ("runs on: native" if backends()["native"] else "not on native: ") in out

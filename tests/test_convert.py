@@ -135,7 +135,7 @@ def test_known_home_made_form() -> None:
         ("3", "squeeze_excite: two layers, relu, gate hardsigmoid"),
     ]
     assert not report.refused
-    assert "replaced 2, refused 0" in str(report)
+    assert "2 SE blocks fused\n" in str(report)
     assert "SELayer" in str(report)
     _assert_same(model, _x(2, 3, 11, 9))
 
@@ -239,7 +239,7 @@ def test_what_computes_something_else_is_refused(name: str) -> None:
 def test_an_mlp_is_no_excitation() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     report = fuse_se_blocks(model)
-    assert str(report) == "replaced 0, refused 0"
+    assert str(report) == "no SE block found"
 
 
 def test_what_the_oddities_vary_is_accepted() -> None:

@@ -108,6 +108,8 @@ def run_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     for command in (["-S", DEPLOY, "-B", build, prefix], ["--build", build]):
         done = _command("cmake", *command)
+        if "cannot find the CUDA" in done.stderr:
+            pytest.skip("this torch has CUDA, and CMake finds no CUDA toolkit for it")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return build / "run_package"
 

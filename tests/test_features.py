@@ -223,7 +223,8 @@ def test_explain_computes_nothing(record_ops: Callable[[], set[str]]) -> None:
 def test_table_prints() -> None:
     text = format_table()
     for row in FEATURES:
-        assert row in text
+        family, _, function = row.partition(" ")
+        assert row in text or any(family in line and function in line for line in text.splitlines())
     shown = repr(backends())
     assert text in shown
     for name in backends():
@@ -277,3 +278,17 @@ def test_limits_of_shapes_are_documented() -> None:
         assert [is_wide(x, both + more, 1024, False) for more in (0, 1)] == [False, True]
         if share == 1:
             assert hidden == of_512
+
+
+def test_table_prints_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = (FUSED, FALLS_BACK, *[FUSED] * (len(COLUMNS) - 2))
+    for row in ("lengths", "gate tanh"):
+        monkeypatch.setitem(FEATURES, row, cells)
+    fused, *exceptions = format_table().split("\nnot by ")
+    assert "tanh" not in fused.splitlines()[-1]
+    assert "lengths" not in fused
+    backend, device = COLUMNS[1]
+    expected = [
+        f"{backend} ({device}), which falls back: {row}" for row in ("lengths", "gate tanh")
+    ]
+    assert exceptions == expected

@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 import senet_kernels
 from checkout import ROOT
 from graph_compare import compare, rewritten
+from models import library
 from senet_kernels import (
     GraphReport,
     __version__,
@@ -251,6 +252,55 @@ def test_the_entry_point_is_the_backend() -> None:
     assert 'senet_kernels = "senet_kernels.fuse:compile_backend"' in text
     assert senet_kernels.fuse.compile_backend.__name__ == "compile_backend"
     assert "senet_kernels" in torch.compiler.list_backends()
+
+
+def _kept(model: nn.Module, x: Tensor, patches: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that a compiled forward keeps for backward besides parameters, and those of masks.
+    AOTAutograd decides on them; what it makes runs without Inductor's code."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        return compile_fx(
+            module, inputs, inner_compile=lambda graph, *_, **__: graph,
+            config_patches={"force_disable_caches": True, **patches},
+        )  # fmt: skip
+
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    torch._dynamo.reset()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = torch.compile(model, backend=backend)(x)
+    del y
+    sizes = [(t.untyped_storage().nbytes(), t.dtype) for t in kept.values()]
+    return sum(n for n, _ in sizes), sum(n for n, dtype in sizes if dtype == torch.uint8)
+
+
+def _network(name: str) -> nn.Module:
+    return library("timm").create_model(name)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["block", *(pytest.param(n, marks=pytest.mark.slow)
+                for n in ("mobilenetv3_large_100", "efficientnet_b0", "seresnet50"))],
+)  # fmt: skip
+def test_no_more_is_kept_for_backward_than_by_inductor_alone(name: str) -> None:
+    """But for a bit an element where a ReLU after the block joins."""
+    torch.manual_seed(0)
+    model = (Block() if name == "block" else _network(name)).train()
+    x = torch.randn((3, C, 5, 4) if name == "block" else (2, 3, 64, 64))
+    reports: list[GraphReport] = []
+    plain, _ = _kept(copy.deepcopy(model), x, {})
+    fused, masks = _kept(copy.deepcopy(model), x, inductor_options(report=reports.append))
+    assert reports[0].fused
+    assert bool(masks) == (name in ("block", "seresnet50"))
+    assert fused - masks <= plain
 
 
 _PROGRAM = """

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # senet_kernels/__init__.py
     ("models",),
     ("autotune", "convert", "layers", "modules"),
-    ("converted",),
+    ("converted", "report"),
     ("recognise",),
     ("captured", "neighbours"),
     ("forms", "fuse"),

@@ -159,6 +159,12 @@ def _source(name: str) -> str:
     return re.sub(r"\b[LG]\['([^']*)'\]", r"\1", name)
 
 
+#: What Dynamo itself puts around a graph: its call, and, for PyTorch's profiler, its time.
+_DYNAMOS = (
+    "__compiled_fn", "__import_torch_dot__dynamo", "__import_torch_dot_autograd_dot_profiler",
+)  # fmt: skip
+
+
 def _check_code(code: types.CodeType) -> None:
     """Refuse code around the graph that does more than to call it."""
     for step in dis.get_instructions(code):
@@ -166,10 +172,7 @@ def _check_code(code: types.CodeType) -> None:
         stores = step.opname.startswith(("STORE_", "DELETE_")) and "FAST" not in step.opname
         if "hook" in name and step.opname.startswith("LOAD_"):
             raise NotCaptured("its forward registers a hook on a tensor")
-        if stores or (
-            step.opname == "LOAD_GLOBAL"
-            and not name.startswith(("__compiled_fn", "__import_torch_dot__dynamo"))
-        ):
+        if stores or (step.opname == "LOAD_GLOBAL" and not name.startswith(_DYNAMOS)):
             what = "sets an attribute" if step.opname == "STORE_ATTR" else "does more than compute"
             raise NotCaptured(f"its forward {what} ({step.opname} {name})")
 
@@ -186,6 +189,12 @@ def _check_guard(guard: Any, scope: Any) -> None:
     """Refuse to depend on what may change between calls and is not seen then: state outside the
     module, and state of objects that it holds."""
     name, kind = guard.name, guard.create_fn_name()
+    own = _OWN.match(name)
+    argument = None if own is None else scope.local_scope.get(own[1])
+    if isinstance(argument, (list, set)):  # a default of its own: no caller gives it
+        raise NotCaptured(f"its forward reads {_source(name)}, which may change unseen")
+    if kind == "HASATTR" and isinstance(argument, Tensor):
+        raise NotCaptured(f"its forward asks for an attribute of {_source(name)} that it has not")
     if kind in _CODE or not name:
         return
     if name.startswith("G["):
@@ -200,7 +209,6 @@ def _check_guard(guard: Any, scope: Any) -> None:
         if not rest and isinstance(value, (int, float, complex, str, tuple, type(None))):
             return
         raise NotCaptured(f"its forward reads {_source(name)}, which may change unseen")
-    own = _OWN.match(name)
     if own is None or not own[3].startswith("."):
         return
     # An attribute of an attribute that is no module, parameter, hook or plain container.

@@ -10,7 +10,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .flow import Flow, shape_of
 from .halves import HalvesMatch
-from .reader import Mismatch, Reader, words
+from .nodes import Mismatch, words
+from .reader import Reader
 
 #: The shape that the first child takes, extents 0 and 1 of the mean by their numbers, None for an
 #: extent of 1; and children by their paths, in the order they are called.

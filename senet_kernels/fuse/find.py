@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from senet_kernels.pointwise import ACTIVATIONS
 
 from .flow import Flow, shape_of, tensor_of
-from .reader import Mismatch, Reader, is_pool, is_vector, known_equal, words
+from .nodes import Mismatch, check_context, check_users, is_vector, known_equal, sources, words
+from .reader import Reader, read_product
+from .squeeze import is_pool, squeezed
 
 
 @dataclass
@@ -47,35 +48,14 @@ def find(flow: Flow, end: Node) -> Match:
     Raises:
         Mismatch: there is none; the message says why.
     """
-    op = flow.op(end)
-    assert op is not None
-    reasons: list[Mismatch] = []
-    for x_name, g_name in (("input", "other"), ("other", "input")):
-        x, g = op.get(x_name), op.get(g_name)
-        if not isinstance(x, Node) or not isinstance(g, Node):
-            continue
-        reader = Reader(flow, end)
-        try:
-            return _read(reader, x_name, g_name)
-        except Mismatch as mismatch:
-            mismatch.depth = len(reader.inner) + (len(shape_of(x)) > 2)
-            reasons.append(mismatch)
-    raise max(reasons, key=lambda m: m.depth, default=Mismatch("it is no product of two tensors"))
+    return read_product(flow, end, _read)
 
 
-def _read(reader: Reader, x_name: str, g_name: str) -> Match:
+def _read(reader: Reader, x: Node, g: Node) -> Match:
     flow, end = reader.flow, reader.end
-    x, g = reader.input_of(end, x_name), reader.input_of(end, g_name)
     shape = shape_of(end)
-    if len(shape) < 3 or not known_equal(shape_of(x), shape):
-        raise Mismatch(f"{x} does not have the shape of the product")
     batch, channels = shape[:2]
-    vector = reader.through_views(g)
-    if not _broadcasts(g, vector, shape):
-        raise Mismatch(
-            f"{g} is {_text(shape_of(g))}, where one number per image and channel, "
-            f"{_text((*shape[:2], *(1,) * (len(shape) - 2)))}, is expected"
-        )
+    vector = reader.vector_of(x, g)
     vector, is_weighted_sum = reader.plus_one(vector)  # x (1 + g) is x g + x
     gate, u = reader.read_gate(vector)
     u = reader.through_views(u)
@@ -93,7 +73,7 @@ def _read(reader: Reader, x_name: str, g_name: str) -> Match:
     h = reader.through_views(h)
     before_layer = len(reader.inner)
     if is_pool(flow, h):
-        z = reader.squeezed(h)
+        z = squeezed(reader, h)
         if not statically_known_true(shape_of(w2)[1] == channels):
             raise Mismatch(f"the weight of {u} has not C columns")
     else:
@@ -111,13 +91,13 @@ def _read(reader: Reader, x_name: str, g_name: str) -> Match:
             raise Mismatch(f"{hidden} is not [B, R]")
         if not statically_known_true(shape_of(w1)[1] == channels):
             raise Mismatch(f"the weight of {hidden} has not C columns")
-        z = reader.squeezed(z)
+        z = squeezed(reader, z)
     if z is not x:
         source = reader.through_views(z)  # a copy or a cast to its own dtype
-        if source not in (x, reader.past_idle(x)) or not known_equal(shape_of(z)[:2], shape[:2]):
+        if source not in (x, reader.past_casts(x)) or not known_equal(shape_of(z)[:2], shape[:2]):
             raise Mismatch(_another(flow, z, x))
-    _check_context(flow, [*reader.inner, end])
-    _check_users(flow, reader.inner, end)
+    check_context(flow, [*reader.inner, end])
+    check_users(reader.inner, {*reader.inner, end})
     return Match(
         x, w1, b1, w2, b2, activation, gate, end, reader.inner, shift=half is not None,
         residual=x if is_weighted_sum else None, absorbed=["residual"] if is_weighted_sum else [],
@@ -149,39 +129,10 @@ def _read_shift(
     return reader.through_views(u), total
 
 
-def _text(shape: Sequence[Any]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
-
-
 def _another(flow: Flow, z: Node, x: Node) -> str:
     if flow.origin.get(z) is not None and flow.origin.get(z) is flow.origin.get(x):
         return f"{z} is overwritten between squeeze and product"
     return f"{words(z)} is squeezed, and is not the tensor that is scaled, {x}"
-
-
-def _broadcasts(g: Node, vector: Node, shape: tuple[Any, ...]) -> bool:
-    """Whether a factor is one number per image and channel, and its views keep it so."""
-    given = shape_of(g)
-    aligned = (*shape[:2], *(1,) * (len(shape) - 2))
-    if known_equal(given, aligned):
-        return True
-    return known_equal(given, shape) and is_vector(vector, *shape[:2])
-
-
-def _check_context(flow: Flow, nodes: list[Node]) -> None:
-    contexts = [flow.context[n] for n in nodes]
-    for what, i in (("autocast", 0), ("the gradient mode", 1), ("a mode", 2)):
-        if any(c[i] != contexts[0][i] for c in contexts):
-            raise Mismatch(f"{what} changes inside")
-
-
-def _check_users(flow: Flow, inner: list[Node], end: Node) -> None:
-    mine = {*inner, end}
-    for node in inner:
-        for user in node.users:
-            if user not in mine:
-                who = "what the graph returns" if user.op == "output" else str(user)
-                raise Mismatch(f"{node} is used elsewhere, by {who}")
 
 
 def is_near(flow: Flow, end: Node) -> bool:
@@ -196,27 +147,9 @@ def is_near(flow: Flow, end: Node) -> bool:
         given = shape_of(node)
         if known_equal(given, (*shape[:2], *(1,) * (len(shape) - 2))):
             return True
-        if not known_equal(given, shape) and _comes_from_a_pool(flow, node):
+        if not known_equal(given, shape) and any(is_pool(flow, n) for n in sources(node)):
             return True
         step = flow.op(node)
         if step is not None and step.name in ("expand", "expand_as"):
             return True
     return False
-
-
-def _comes_from_a_pool(flow: Flow, node: Node) -> bool:
-    seen: set[Node] = set()
-    stack = [node]
-    while stack and len(seen) < _NEAR:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if is_pool(flow, node):
-            return True
-        stack.extend(n for n in node.all_input_nodes if tensor_of(n) is not None)
-    return False
-
-
-#: Nodes that are looked through for a squeeze.
-_NEAR = 40

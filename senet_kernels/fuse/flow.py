@@ -37,6 +37,11 @@ def tensor_of(node: Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def dtype_of(node: Node) -> torch.dtype | None:
+    tensor = tensor_of(node)
+    return None if tensor is None else tensor.dtype
+
+
 def shape_of(node: Node) -> tuple[Any, ...]:
     tensor = tensor_of(node)
     return () if tensor is None else tuple(tensor.shape)
@@ -161,6 +166,13 @@ class Flow:
 
     # ---- questions ----
 
+    def products(self) -> list[Node]:
+        """The products of tensors, in order."""
+        return [
+            node for node, op in self.ops.items()
+            if op is not None and op.name == "mul" and tensor_of(node) is not None
+        ]  # fmt: skip
+
     def op(self, node: Any) -> Op | None:
         return self.ops.get(node) if isinstance(node, Node) else None
 
@@ -227,6 +239,7 @@ class Flow:
 
     def forget(self, node: Node) -> None:
         """Strike out a node that has been erased."""
+        self.ops[node] = None
         for key in self._storages.pop(node):
             self._holders[key].remove(node)
             self._writes[key] = [w for w in self._writes[key] if w[1] is not node]

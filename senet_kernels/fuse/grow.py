@@ -11,8 +11,10 @@ from torch.fx import Node
 from senet_kernels.pointwise import ACTIVATIONS
 
 from .find import Match
-from .flow import Flow, shape_of, tensor_of
-from .reader import Mismatch, Reader, is_number, known_equal, same_kind
+from .flow import Flow, dtype_of, shape_of, tensor_of
+from .nodes import Mismatch, is_cast, is_idle, is_number, known_equal, same_kind, words
+from .reader import Reader
+from .spelling import CASTS
 
 
 def grow(
@@ -39,6 +41,74 @@ def take_residual(flow: Flow, match: Match) -> None:
     _attempt(flow, match, _take_residual)
 
 
+def take_casts(flow: Flow, match: Match) -> None:
+    """Take in what leaves x and the output as they are: casts to the dtype that they have, products
+    by 1, and casts of x to float32 and of the output back."""
+    _attempt(flow, match, _take_casts)
+
+
+def _take_casts(flow: Flow, match: Match) -> str:
+    _take_idle(flow, match)
+    end, cast = _only_user(match.end), flow.op(match.x)
+    op = flow.op(end)
+    if end is not None and op is not None and is_cast(end, op):
+        widened = cast is not None and is_cast(match.x, cast) and _is_within(match, match.x)
+        source = cast.get("input") if cast is not None and widened else match.x
+        if same_kind(source, end):
+            match.inner.append(match.end)
+            match.end = end
+            if source is not match.x:
+                _set_x(match, source)
+            _take_idle(flow, match)
+    return ""
+
+
+def _take_idle(flow: Flow, match: Match) -> None:
+    while (user := _only_user(match.end)) is not None:
+        op = flow.op(user)
+        if op is None or not is_idle(user, op):
+            break
+        match.inner.append(match.end)
+        match.end = user
+    while (op := flow.op(match.x)) is not None and is_idle(match.x, op):
+        if not _is_within(match, match.x):
+            break
+        _set_x(match, op.get("input"))
+
+
+def _is_within(match: Match, node: Node) -> bool:
+    """Whether nothing but the match reads a node."""
+    nodes = match.nodes
+    return all(user in nodes for user in node.users)
+
+
+def _set_x(match: Match, source: Node) -> None:
+    """Let what x was computed of be x."""
+    match.residual = source if match.residual is match.x else match.residual
+    match.inner.append(match.x)
+    match.x = source
+
+
+def why_rounded(flow: Flow, match: Match) -> str | None:
+    """Why the kernels, which compute in float32 at least and round the output once, would not give
+    what a match gives; None where they do so, or where it rounds more often."""
+    x, end = tensor_of(match.x), tensor_of(match.end)
+    assert x is not None
+    assert end is not None
+    for node in sorted(match.nodes, key=flow.order.__getitem__):
+        op = flow.op(node)
+        source = None if op is None else op.get("input")
+        if op is None or not isinstance(source, Node) or op.name not in (*CASTS, "mean", "sum"):
+            continue
+        if not same_kind(node, source) and (
+            {dtype_of(node), dtype_of(source)} != {x.dtype, torch.float32}
+        ):
+            return f"{words(node)} is of {dtype_of(node)}, x of {x.dtype}"
+    if x.dtype != end.dtype:
+        return f"{words(match.end)} is of {end.dtype}, x of {x.dtype}"
+    return None
+
+
 def _attempt(flow: Flow, match: Match, step: Callable[[Flow, Match], str | None]) -> None:
     """One step; undone where it cannot be."""
     saved = dict(vars(match))
@@ -49,7 +119,7 @@ def _attempt(flow: Flow, match: Match, step: Callable[[Flow, Match], str | None]
         taken = None
     if taken is None or not _may_stay(flow, match):
         vars(match).update(saved)
-    else:
+    elif taken:
         match.absorbed.append(taken)
 
 
@@ -120,8 +190,7 @@ def _take_after(flow: Flow, match: Match) -> str | None:
 
 def _is_mine(match: Match, node: Node) -> bool:
     """Whether only the squeeze and the product read a node, as the tensor that is scaled."""
-    nodes = match.nodes
-    return node is not match.residual and all(u in nodes for u in node.users)
+    return node is not match.residual and _is_within(match, node)
 
 
 def _take_before(flow: Flow, match: Match) -> str | None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from .flow import Flow, shape_of
-from .reader import Mismatch, Reader, is_pool, is_vector, known_equal
+from .nodes import Mismatch, check_context, check_users, is_vector, sources
+from .reader import Reader, read_product
+from .squeeze import is_pool, squeezed
 
 
 @dataclass
@@ -30,42 +32,21 @@ def find_halves(flow: Flow, end: Node) -> HalvesMatch:
     Raises:
         Mismatch: there are none; the message says why.
     """
-    op = flow.op(end)
-    assert op is not None
-    reason = Mismatch("it is no product of two tensors")
-    for x_name, g_name in (("input", "other"), ("other", "input")):
-        if not isinstance(op.get(x_name), Node) or not isinstance(op.get(g_name), Node):
-            continue
-        try:
-            return _read(flow, end, x_name, g_name)
-        except Mismatch as mismatch:
-            reason = mismatch
-    raise reason
+    return read_product(flow, end, _read)
 
 
-def _read(flow: Flow, end: Node, x_name: str, g_name: str) -> HalvesMatch:
-    reader = Reader(flow, end)
-    x, g = reader.input_of(end, x_name), reader.input_of(end, g_name)
+def _read(reader: Reader, x: Node, g: Node) -> HalvesMatch:
+    flow, end = reader.flow, reader.end
     shape = shape_of(end)
-    if len(shape) < 3 or not known_equal(shape_of(x), shape):
-        raise Mismatch(f"{x} does not have the shape of the product")
-    vector = reader.through_views(g)
-    if not known_equal(shape_of(g), (*shape[:2], *(1,) * (len(shape) - 2))) and not (
-        known_equal(shape_of(g), shape) and is_vector(vector, *shape[:2])
-    ):
-        raise Mismatch(f"{g} is not one number per image and channel")
+    vector = reader.vector_of(x, g)
     gate, u = reader.read_gate(vector)
     if not is_vector(u, *shape[:2]):
         raise Mismatch(f"{u} is not [B, C]")
     pool, squeeze = _pool_of(flow, end, u, x)
     middle = _between(flow, pool, u)
-    mine = {*middle, pool, *squeeze}
-    for node in (*squeeze, *reader.inner):
-        others = {*mine, *reader.inner, end}
-        if any(user not in others for user in node.users):
-            raise Mismatch(f"{node} is used elsewhere")
-    if flow.context[pool] != flow.context[end]:
-        raise Mismatch("autocast or the gradient mode changes inside")
+    around = [*squeeze, *reader.inner]
+    check_users(around, {*middle, *around, pool, end})
+    check_context(flow, [pool, end])
     if flow.writer(x, squeeze[-1], end) is not None:
         raise Mismatch(f"{x} is overwritten between squeeze and product")
     return HalvesMatch(x, pool, u, gate, end, squeeze, middle, reader.inner)
@@ -73,19 +54,11 @@ def _read(flow: Flow, end: Node, x_name: str, g_name: str) -> HalvesMatch:
 
 def _pool_of(flow: Flow, end: Node, u: Node, x: Node) -> tuple[Node, list[Node]]:
     """The mean of x that u comes of."""
-    seen: set[Node] = set()
-    stack = [u]
-    while stack and len(seen) < _MOST:
-        node = stack.pop()
-        if node in seen or node is x:
-            continue
-        seen.add(node)
+    for node in sources(u, x):
         if is_pool(flow, node) and is_vector(node, *shape_of(x)[:2]):
             reader = Reader(flow, end)
-            source = reader.squeezed(node)
-            if source is x and len(shape_of(node)) >= 2:
+            if squeezed(reader, node) is x and len(shape_of(node)) >= 2:
                 return node, reader.inner
-        stack += [n for n in node.all_input_nodes if n.op not in ("placeholder", "get_attr")]
     raise Mismatch(f"{u} comes of no mean of {x}")
 
 
@@ -103,7 +76,3 @@ def _between(flow: Flow, pool: Node, u: Node) -> list[Node]:
             needed.add(node)
             stack += node.all_input_nodes
     return sorted(needed, key=flow.order.__getitem__)
-
-
-#: Nodes that are looked through for a mean.
-_MOST = 40

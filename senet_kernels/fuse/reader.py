@@ -3,63 +3,27 @@ of its spellings."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from senet_kernels.pointwise import ACTIVATIONS, GATES
 
 from .flow import Flow, shape_of, tensor_of
+from .nodes import (
+    Mismatch,
+    is_cast,
+    is_idle,
+    is_number,
+    is_vector,
+    known_equal,
+    shape_text,
+    value_of,
+    words,
+)
 from .spelling import CASTS, VIEWS, Op, is_idle_dropout
-
-
-class Mismatch(Exception):
-    """Why a product is not that of a squeeze-and-excitation; ``depth`` is how far it looked so."""
-
-    depth = 0
-
-
-def known_equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether shapes are equal for all extents the graph is for, without a new guard."""
-    return len(a) == len(b) and all(
-        statically_known_true(p == q) for p, q in zip(a, b, strict=True)
-    )
-
-
-def same_kind(a: Any, b: Any) -> bool:
-    """Whether two nodes are tensors of one dtype and device."""
-    s, t = (tensor_of(n) if isinstance(n, Node) else None for n in (a, b))
-    return s is not None and t is not None and s.dtype == t.dtype and s.device == t.device
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_idle(node: Node, op: Op) -> bool:
-    """Whether an operation gives what it is given: a cast to the same dtype, a product by 1."""
-    one = op.name in ("mul", "div") and is_number(op.get("other")) and op.get("other") == 1
-    return (
-        (op.name in CASTS or (one and not op.get("rounding_mode")))
-        and not op.inplace
-        and same_kind(node, op.get("input"))
-    )
-
-
-def words(node: Any) -> str:
-    """A node as a message names it."""
-    if not isinstance(node, Node):
-        return repr(node)
-    if node.op in ("placeholder", "get_attr"):
-        return f"{node}, an input of the graph,"
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name in CASTS:
-        return f"{node}, a cast ({name}),"
-    return f"{node}, the result of {name or node.target},"
 
 
 class Reader:
@@ -105,7 +69,7 @@ class Reader:
                 if not _takes_all(part, shape[dim:]):
                     break
             elif op.name in CASTS or is_number(op.get("other")):
-                if not is_idle(node, op):
+                if not is_idle(node, op) and not is_cast(node, op):
                     break
             elif op.name in ("mean", "sum"):
                 if not _is_of_one(op):
@@ -119,11 +83,27 @@ class Reader:
             node = source
         return node
 
-    def past_idle(self, node: Node) -> Node:
-        """What idle operations are made of."""
-        while (op := self.flow.op(node)) is not None and is_idle(node, op):
+    def past_casts(self, node: Node) -> Node:
+        """What casts and idle operations are made of."""
+        while (op := self.flow.op(node)) is not None and (is_idle(node, op) or is_cast(node, op)):
             node = self.input_of(node)
         return node
+
+    def vector_of(self, x: Node, g: Node) -> Node:
+        """The ``[B, C]`` vector, up to extents of 1, that the factor g of x is a view of."""
+        shape = shape_of(self.end)
+        if len(shape) < 3 or not known_equal(shape_of(x), shape):
+            raise Mismatch(f"{x} does not have the shape of the product")
+        vector: Node = self.through_views(g)
+        aligned = (*shape[:2], *(1,) * (len(shape) - 2))
+        if not known_equal(shape_of(g), aligned) and not (
+            known_equal(shape_of(g), shape) and is_vector(vector, *shape[:2])
+        ):
+            raise Mismatch(
+                f"{g} is {shape_text(shape_of(g))}, where one number per image and channel, "
+                f"{shape_text(aligned)}, is expected"
+            )
+        return vector
 
     # ---- layers ----
 
@@ -162,9 +142,7 @@ class Reader:
         self.take(node)
         return x, weight, bias if isinstance(bias, Node) else None
 
-    def _matrix_product(
-        self, node: Node, op: Op, outputs: Any
-    ) -> tuple[Node, Node, Node | None]:  # fmt: skip
+    def _matrix_product(self, node: Node, op: Op, outputs: Any) -> tuple[Node, Node, Node | None]:
         """A linear layer as exported programs have it: ``bias + x weight.T``."""
         bias = op.get("input") if op.name == "addmm" else None
         x = self.input_of(node, "input" if bias is None else "mat1")
@@ -309,109 +287,33 @@ class Reader:
                     return self.through_views(source), True
         return node, False
 
-    # ---- the squeeze ----
 
-    def squeezed(self, node: Any) -> Node:
-        """The map of which a node is the mean over space."""
-        node = self.through_views(node)
-        op = self.flow.op(node)
-        name = "" if op is None else op.name
-        if op is None or not op.known:
-            raise Mismatch(
-                f"{words(node)} stands where the squeeze (a mean over space) is expected"
-            )
-        if name.startswith("adaptive_avg_pool"):
-            size = op.get("output_size")
-            if any(s != 1 for s in (size if isinstance(size, (tuple, list)) else (size,))):
-                raise Mismatch(f"{node} pools to {size}, not to 1")
-            x = self.input_of(node)
-            self.take(node)
-            return self._whole(node, x)
-        if name.startswith("avg_pool"):
-            return self._average(node, op)
-        count: Any = None
-        if name in ("div", "mul"):
-            total, scale = op.get("input"), op.get("other")
-            inner = self.flow.op(total)
-            if inner is None or inner.name != "sum":
-                raise Mismatch(f"{words(node)} stands where the squeeze is expected")
-            self.input_of(node)
-            self.take(node)
-            extents = [*shape_of(inner.get("input"))[2:]]
-            count = math.prod(extents) if extents else 0
-            scale = _value(scale)
-            right = not isinstance(scale, Tensor) and (
-                statically_known_true(scale == count) if name == "div"
-                else is_number(scale) and isinstance(count, int) and scale == 1 / count
-            )  # fmt: skip
-            if not right:
-                raise Mismatch(f"{total} is a sum that is not divided by the number of positions")
-            node, op = total, inner
-        elif name != "mean":
-            raise Mismatch(
-                f"{words(node)} stands where the squeeze (a mean over space) is expected"
-            )
-        if op.get("dtype") is not None:
-            raise Mismatch(f"{node} is computed in another dtype")
-        x = self.input_of(node)
-        self.take(node)
-        return self._over_space(node, x, op)
+T = TypeVar("T")
 
-    def _over_space(self, node: Node, x: Any, op: Op) -> Node:
-        """What is reduced over all its spatial dimensions, maybe in steps."""
-        rank, dims = len(shape_of(x)), op.get("dim")
-        if not isinstance(x, Node) or dims is None:
-            raise Mismatch(f"{node} is the mean of all elements")
-        dims = sorted(d % rank for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
-        inner = self.flow.op(x)
-        space = list(range(2, rank))
-        if dims == space and rank == 3 and inner is not None and inner.name in _FLATTENING:
-            source = self.input_of(x)  # x.flatten(2).mean(-1)
-            assert isinstance(source, Node)
-            given = shape_of(source)
-            if len(given) > 2 and known_equal(given[:2], shape_of(x)[:2]):
-                self.take(x)
-                return source
-        if op.name == "mean" and inner is not None and inner.name == "mean":
-            outer, source = inner.get("dim"), inner.get("input")  # x.mean(3).mean(2)
-            keep = bool(inner.get("keepdim", False))
-            outer = [outer] if not isinstance(outer, (tuple, list)) else list(outer)
-            whole = len(shape_of(source))
-            if whole > 3 and None not in outer:
-                outer = sorted(d % whole for d in outer)
-                mine = dims if keep else [_before_reduction(d, outer) for d in dims]
-                if sorted({*outer, *mine}) == list(range(2, whole)):
-                    self.input_of(x)
-                    self.take(x)
-                    return self._whole(node, source)
-        if dims != space or rank < 3:
-            raise Mismatch(f"{node} is a {op.name} over dimensions {dims}, expected {space}")
-        return x
 
-    def _average(self, node: Node, op: Op) -> Node:
-        x, kernel = self.input_of(node), op.get("kernel_size")
-        space = shape_of(x)[2:]
-        kernel = _value(kernel)
-        kernel = tuple(kernel) if isinstance(kernel, (tuple, list)) else (kernel,) * len(space)
-        padding = op.get("padding", 0)
-        padding = padding if isinstance(padding, (tuple, list)) else (padding,)
-        if (
-            not known_equal([_value(k) for k in kernel], space)
-            or any(p != 0 for p in padding)
-            or op.get("divisor_override") is not None
-        ):
-            raise Mismatch(f"{node} is an average over a window, not over all positions")
-        self.take(node)
-        return self._whole(node, x)
+def read_product(flow: Flow, end: Node, read: Callable[[Reader, Node, Node], T]) -> T:
+    """What ``read(reader, x, g)`` makes of a product, with either factor for x.
 
-    def _whole(self, node: Node, x: Any) -> Node:
-        if not isinstance(x, Node) or len(shape_of(x)) < 3:
-            raise Mismatch(f"{node} does not pool a map")
-        return x
+    Raises:
+        Mismatch: it makes nothing of it; of the two reasons that which was found last.
+    """
+    op = flow.op(end)
+    assert op is not None
+    reasons = [Mismatch("it is no product of two tensors")]
+    for names in (("input", "other"), ("other", "input")):
+        x, g = map(op.get, names)
+        if not isinstance(x, Node) or not isinstance(g, Node):
+            continue
+        reader = Reader(flow, end)
+        try:
+            return read(reader, *(reader.input_of(end, name) for name in names))
+        except Mismatch as mismatch:
+            mismatch.depth = len(reader.inner) + (len(shape_of(x)) > 2)
+            reasons.append(mismatch)
+    raise max(reasons[1:], key=lambda m: m.depth, default=reasons[0])
 
 
 _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "convolution"))
-_FLATTENING = frozenset(("view", "reshape", "flatten"))
 #: What clips, and slope, intercept, lower and upper bound of ``clip(slope u + intercept)``. The
 #: gradient of clamp at its ends is 1, that of relu6 and hardtanh 0.
 _HARD = {
@@ -450,40 +352,7 @@ def _takes_all(index: Any, shape: Sequence[Any]) -> bool:
         extent = next(extents, None)
         if not isinstance(i, slice) or i.step not in (None, 1) or i.start not in (None, 0):
             return False
-        stop = None if i.stop == 2**63 - 1 else _value(i.stop)  # the last, as aten says it
+        stop = None if i.stop == 2**63 - 1 else value_of(i.stop)  # the last, as aten says it
         if stop is not None and not statically_known_true(stop >= extent):
             return False
     return True
-
-
-def _before_reduction(dim: int, reduced: list[int]) -> int:
-    """The dimension that ``dim`` was before these were taken out."""
-    for r in reduced:
-        dim += r <= dim
-    return dim
-
-
-def _value(value: Any) -> Any:
-    """A number of the program, or the symbol that stands for it."""
-    if isinstance(value, Node):
-        return value.meta.get("example_value", value.meta.get("val"))
-    return value
-
-
-def is_vector(node: Node, batch: Any, channels: Any) -> bool:
-    """Whether a tensor is ``[B, C]`` up to extents of 1."""
-
-    def long(extents: Sequence[Any]) -> list[Any]:
-        return [e for e in extents if not statically_known_true(e == 1)]
-
-    return known_equal(long(shape_of(node)), long((batch, channels)))
-
-
-def is_pool(flow: Flow, node: Any) -> bool:
-    op = flow.op(node)
-    if op is None:
-        return False
-    if op.name in ("div", "mul"):
-        inner = flow.op(op.get("input"))
-        return inner is not None and inner.name == "sum"
-    return op.name == "mean" or op.name.startswith(("adaptive_avg_pool", "avg_pool"))

@@ -16,8 +16,8 @@ from senet_kernels import api, public_ops
 
 from .find import Match, find, is_near
 from .flow import Flow, tensor_of
-from .grow import grow, why_not
-from .reader import Mismatch
+from .grow import grow, take_casts, why_not, why_rounded
+from .nodes import Mismatch
 from .report import Finding, GraphReport, place_of
 
 
@@ -56,13 +56,11 @@ def rewrite(graph: Graph, *, norm_in_training: bool, door: Door = COMPILE) -> Gr
         norm_in_training: whether a BatchNorm that computes its statistics joins.
         door: what the calls are to be, and what joins them.
     """
-    products = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     flow = Flow(graph)
     fused: list[Finding] = []
     refused: list[Finding] = []
-    for node in products:
-        op = flow.op(node)
-        if op is None or op.name != "mul" or node not in flow.order or tensor_of(node) is None:
+    for node in flow.products():
+        if flow.op(node) is None:  # part of one that was fused
             continue
         place = place_of(node)
         try:
@@ -80,7 +78,8 @@ def rewrite(graph: Graph, *, norm_in_training: bool, door: Door = COMPILE) -> Gr
 
 def _match(flow: Flow, node: Node, norm_in_training: bool, door: Door) -> Match:
     match = find(flow, node)
-    reason = why_not(flow, match)
+    take_casts(flow, match)
+    reason = why_not(flow, match) or why_rounded(flow, match)
     if reason is not None:
         raise Mismatch(reason)
     grow(flow, match, norm_in_training, steps=door.steps, affine=not door.is_graph)

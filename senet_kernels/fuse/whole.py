@@ -11,10 +11,11 @@ from torch.fx import Graph, Node
 from .capture import Capture
 from .chain import Steps, read_chain
 from .find import Match, find
-from .flow import Flow, shape_of, tensor_of
-from .grow import take_residual, why_not
+from .flow import Flow, shape_of
+from .grow import take_casts, take_residual, why_not, why_rounded
 from .halves import HalvesMatch, find_halves
-from .reader import Mismatch, Reader, is_idle, known_equal, words
+from .nodes import Mismatch, known_equal, words
+from .reader import Reader
 from .spelling import CASTS, written
 
 
@@ -39,9 +40,9 @@ def read_whole(capture: Capture) -> Whole:
     steps: Steps | None = None
     match: Match | HalvesMatch
     try:
-        match = _one_match(flow, graph)
+        match = _one_match(flow)
     except Mismatch as mismatch:
-        found = _one_chain(flow, graph)
+        found = _one_chain(flow)
         if found is None:
             _check_writes(flow, capture, set())
             raise mismatch
@@ -61,7 +62,10 @@ def read_whole(capture: Capture) -> Whole:
         raise Mismatch(f"it returns {words(output.args[0][0])}")
     if not _keeps_strides(capture):
         raise Mismatch("its output has other strides than channels-last input")
-    casts = casts or any(op is not None and op.name in CASTS for op in map(flow.op, nodes))
+    casts = casts or any(
+        op is not None and (op.name in CASTS or op.get("dtype") is not None)
+        for op in map(flow.op, nodes)
+    )
     if casts and steps is not None:
         raise Mismatch("it casts, around an excitation that is not one or two layers")
     return Whole(match, residual, casts, steps)
@@ -72,26 +76,24 @@ def _complete(flow: Flow, match: Match, x: Node) -> bool:
     reason = why_not(flow, match)
     if reason is not None:
         raise Mismatch(reason)
-    _take_idle(flow, match)
+    take_casts(flow, match)
     take_residual(flow, match)
-    _take_idle(flow, match)
+    take_casts(flow, match)
     match.w1, match.b1, match.w2, match.b2 = (
         _parameter(flow, match, node) for node in (match.w1, match.b1, match.w2, match.b2)
     )
     if match.residual not in (None, x):
         raise Mismatch(f"it adds {words(match.residual)}")
+    reason = why_rounded(flow, match)
+    if reason is not None:
+        raise Mismatch(reason)
     return match.residual is not None
 
 
-def _one_chain(
-    flow: Flow, graph: Graph
-) -> tuple[HalvesMatch, Steps, set[Node]] | None:  # fmt: skip
+def _one_chain(flow: Flow) -> tuple[HalvesMatch, Steps, set[Node]] | None:
     """The one product whose gates come of a chain of children."""
     found = []
-    for node in graph.nodes:
-        op = flow.op(node)
-        if op is None or op.name != "mul" or tensor_of(node) is None:
-            continue
+    for node in flow.products():
         try:
             match = find_halves(flow, node)
             steps, nodes = read_chain(flow, match)
@@ -120,42 +122,24 @@ def _leave_autocast(graph: Graph) -> bool:
     return bool(entered)
 
 
-def _one_match(flow: Flow, graph: Graph) -> Match:
-    found: list[Match] = []
-    mismatches: list[Mismatch] = []
-    for node in graph.nodes:
-        op = flow.op(node)
-        if op is None or op.name != "mul" or tensor_of(node) is None:
-            continue
-        try:
-            found.append(find(flow, node))
-        except Mismatch as mismatch:
-            mismatches.append(mismatch)
+def _one_match(flow: Flow) -> Match:
+    read = [_match_or_reason(flow, node) for node in flow.products()]
+    found = [match for match in read if isinstance(match, Match)]
     if len(found) == 1:
         return found[0]
     if found:
         raise Mismatch(f"it consists of {len(found)} excitations")
     nothing = Mismatch("it multiplies no channels of [B, C, *spatial] by numbers")
-    deepest = max(mismatches, key=lambda m: m.depth, default=nothing)
+    reasons = (reason for reason in read if isinstance(reason, Mismatch))
+    deepest = max(reasons, key=lambda m: m.depth, default=nothing)
     raise deepest if deepest.depth else nothing
 
 
-def _take_idle(flow: Flow, match: Match) -> None:
-    """Casts of x and of the output to the dtype that they have, products by 1."""
-    while len(match.end.users) == 1:
-        (user,) = match.end.users
-        op = flow.op(user)
-        if op is None or not is_idle(user, op):
-            break
-        match.inner.append(match.end)
-        match.end = user
-    while (op := flow.op(match.x)) is not None and is_idle(match.x, op):
-        if not all(user in match.nodes for user in match.x.users):
-            break
-        residual = match.residual is match.x
-        match.inner.append(match.x)
-        match.x = op.get("input")
-        match.residual = match.x if residual else match.residual
+def _match_or_reason(flow: Flow, node: Node) -> Match | Mismatch:
+    try:
+        return find(flow, node)
+    except Mismatch as mismatch:
+        return mismatch
 
 
 def _check_writes(flow: Flow, capture: Capture, called: set[Node]) -> None:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from senet_kernels.convert import Entry, report
 from senet_kernels.forms import Foreign, Refusal, class_name, hook_reason, pointwise_name
 from senet_kernels.modules import FusedSEBlock
 from senet_kernels.neighbours import source_hash
+from senet_kernels.report import Entry, listing
 
 from .factory import ARCHITECTURES, with_se
 from .resnet import BasicBlock, Bottleneck, ResNet
@@ -66,7 +66,8 @@ class AdditionReport(NamedTuple):
     refused: tuple[Entry, ...]
 
     def __str__(self) -> str:
-        return report(added=self.added, refused=self.refused)
+        counts = f"added {len(self.added)}, refused {len(self.refused)}"
+        return "\n".join([counts, *listing(zip(self._fields, self, strict=True))])
 
 
 class _Plan(NamedTuple):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from senet_kernels._command_line import Parser
 from senet_kernels.models import list_models
 
 from .errors import TrainError
@@ -261,7 +262,7 @@ networks:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """What was given on the command line: ``given`` (of the options), ``resume``, ``evaluate``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m senet_kernels.train",
         usage="%(prog)s [options]",
         description="Train a network of the SENet family. Defaults are in brackets; without\n"
