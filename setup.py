@@ -234,12 +234,8 @@ rule cxx
         units.append(("cxx", Path("csrc/cuda/plan.cpp"), "cuda_plan", []))
         link_flags += cuda_link_flags(nvcc)
         units += [("nvcc", source, f"cuda_{source.stem}", []) for source in CUDA_SOURCES]
-        command = [
-            nvcc,
-            *cuda_compile_flags(nvcc),
-            "-ccbin",
-            cxx[-1],
-        ]  # the last word of "ccache g++"
+        host = cxx[-1]  # the last word of "ccache g++"
+        command = [nvcc, *cuda_compile_flags(nvcc), "-ccbin", host]
         rules += f"""\
 rule nvcc
   command = {quote(command)} $flags -MD -MF $out.d -c $in -o $out

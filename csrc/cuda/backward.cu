@@ -8,7 +8,6 @@ namespace gpu {
 namespace {
 
 struct BackwardKernels {
-  static constexpr bool kLean = true;
   template <int kBytes, bool kVector, int kBefore, Way kWay>
   static auto kernel() {
     return backward_kernel<kBytes, kVector, kBefore, static_cast<int>(kWay)>;

@@ -7,7 +7,6 @@ namespace gpu {
 namespace {
 
 struct ForwardKernels {
-  static constexpr bool kLean = true;
   template <int kBytes, bool kVector, int kBefore, Way kWay>
   static auto kernel() {
     return forward_kernel<kBytes, kVector, kBefore, static_cast<int>(kWay)>;

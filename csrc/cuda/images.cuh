@@ -120,11 +120,18 @@ struct Ring {
   const Plan& p;
 
   SENET_DEVICE char* slot(uint32_t i) const {
-    return shared_memory() + p.at.slots + (i % p.slots) * slot_bytes();
+    return shared_memory() + p.at.slots + static_cast<int>(i - round(i) * p.slots) * slot_bytes();
   }
-  SENET_DEVICE int64_t slot_bytes() const { return (p.shared - p.at.slots) / p.slots; }
+  SENET_DEVICE int slot_bytes() const { return per_slot(p.shared - p.at.slots); }
   SENET_DEVICE Mbarrier* arrival(uint32_t i) const {
-    return reinterpret_cast<Mbarrier*>(shared_memory() + p.at.barriers) + i % p.slots;
+    return reinterpret_cast<Mbarrier*>(shared_memory() + p.at.barriers) + (i - round(i) * p.slots);
+  }
+  // How often the ring has gone round before image i.
+  SENET_DEVICE uint32_t round(uint32_t i) const { return per_slot(i); }
+  // n / p.slots, of which a plan has three at most: a division by any number takes 20 instructions.
+  template <class T>
+  SENET_DEVICE T per_slot(T n) const {
+    return p.slots == 1 ? n : (p.slots == 2 ? n / 2 : n / 3);
   }
 
   // Of the slice.
@@ -196,7 +203,7 @@ struct Ring {
   SENET_DEVICE void wait(uint32_t i) const {
     if constexpr (kHasClusters) {
       if (p.bulk) {
-        mbarrier_wait(arrival(i), (i / p.slots) & 1);
+        mbarrier_wait(arrival(i), round(i) & 1);
         return;
       }
     }
@@ -244,6 +251,11 @@ struct Sectors {
 inline __device__ __noinline__ void prefetch_rows(const char* from, int rows, int64_t row,
                                                   int64_t pitch) {
   const int threads = static_cast<int>(blockDim.x);
+  if (rows == 1) {
+    const char* const end = from + row;
+    for (from += kSector * threadIdx.x; from < end; from += kSector * threads) prefetch_l2(from);
+    return;
+  }
   for (Sectors s(static_cast<int>(threadIdx.x), threads, row); s.row < rows; s.next(threads)) {
     prefetch_l2(from + s.row * pitch + int64_t(kSector) * s.column);
   }

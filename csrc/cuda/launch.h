@@ -211,47 +211,37 @@ Room room_for(void (*kernel)(const Args), Prepared& prepared, const Plan& plan, 
 }
 
 // Calls f(kernel, prepared) with the instance of Kernels that a call needs. The functions `before`
-// that networks have are instances of their own for 16-bit types, two of them for float: of the
-// lean kernels where there are some, which the plan chooses; of all others else.
+// that networks have are instances of their own of the lean kernels, which the plan chooses: for
+// 16-bit types all of them, for float two. The other kernels take any function.
 template <class Kernels, int kBytes, bool kVector, Fn kBefore, Way kWay, class F>
 auto with(F f) {
   static Prepared prepared;
   return f(Kernels::template kernel<kBytes, kVector, static_cast<int>(kBefore), kWay>(), prepared);
 }
 template <class Kernels, int kBytes, Way kWay, class F>
-auto with_before(Fn before, F f) {
+auto with_lean(Fn before, F f) {
   if constexpr (kBytes == 2) {
     if (before == Fn::relu) return with<Kernels, kBytes, true, Fn::relu, kWay>(f);
     if (before == Fn::hardswish) return with<Kernels, kBytes, true, Fn::hardswish, kWay>(f);
   }
   if (before == Fn::silu) return with<Kernels, kBytes, true, Fn::silu, kWay>(f);
-  if constexpr (kWay == Way::general) {
-    if (before != Fn::identity) return with<Kernels, kBytes, true, kAny, kWay>(f);
-  }
   return with<Kernels, kBytes, true, Fn::identity, kWay>(f);
 }
 template <class Kernels, int kBytes, class F>
-auto with_vectors(Fn before, F f) {
-  if constexpr (Kernels::kLean) {
-    return with<Kernels, kBytes, true, kAny, Way::general>(f);
-  } else {
-    return with_before<Kernels, kBytes, Way::general>(before, f);
-  }
+auto with_general(bool vector, F f) {
+  return vector ? with<Kernels, kBytes, true, kAny, Way::general>(f)
+                : with<Kernels, kBytes, false, kAny, Way::general>(f);
 }
 template <class Kernels, class F>
 auto with_instance(DType dtype, Fn before, const Plan& plan, F f) {
   if (dtype == DType::f64) return with<Kernels, 8, false, kAny, Way::general>(f);
-  if constexpr (Kernels::kLean) {
-    if (plan.lean && dtype == DType::f32) return with_before<Kernels, 4, Way::lean>(before, f);
-    if (plan.lean && dtype == DType::bf16) return with_before<Kernels, 2, Way::lean>(before, f);
-    if (plan.lean) return with_before<Kernels, 2, Way::lean_f16>(before, f);
-  }
   if (dtype == DType::f32) {
-    return plan.vector ? with_vectors<Kernels, 4>(before, f)
-                       : with<Kernels, 4, false, kAny, Way::general>(f);
+    return plan.lean ? with_lean<Kernels, 4, Way::lean>(before, f)
+                     : with_general<Kernels, 4>(plan.vector, f);
   }
-  return plan.vector ? with_vectors<Kernels, 2>(before, f)
-                     : with<Kernels, 2, false, kAny, Way::general>(f);
+  if (!plan.lean) return with_general<Kernels, 2>(plan.vector, f);
+  return dtype == DType::bf16 ? with_lean<Kernels, 2, Way::lean>(before, f)
+                              : with_lean<Kernels, 2, Way::lean_f16>(before, f);
 }
 
 // Calls f(kernel, prepared) with every instance of Kernels, with some of them more than once.
