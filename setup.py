@@ -163,9 +163,18 @@ def why_no_cuda() -> str | None:
     return why_no_cpu()
 
 
-def cuda_compile_flags() -> list[str]:
+def nvcc_release(nvcc: str) -> tuple[int, ...]:
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", output)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def cuda_compile_flags(nvcc: str) -> list[str]:
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+    if nvcc_release(nvcc) >= (13, 0):
+        # A third of the size. Every driver that runs CUDA 13 unpacks it, older ones do not.
+        flags.append("--compress-mode=size")
     for arch in CUDA_ARCHITECTURES.replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
         if not match:
@@ -225,7 +234,8 @@ rule cxx
         units.append(("cxx", Path("csrc/cuda/plan.cpp"), "cuda_plan", []))
         link_flags += cuda_link_flags(nvcc)
         units += [("nvcc", source, f"cuda_{source.stem}", []) for source in CUDA_SOURCES]
-        command = [nvcc, *cuda_compile_flags(), "-ccbin", cxx[-1]]  # the last word of "ccache g++"
+        host = cxx[-1]  # the last word of "ccache g++"
+        command = [nvcc, *cuda_compile_flags(nvcc), "-ccbin", host]
         rules += f"""\
 rule nvcc
   command = {quote(command)} $flags -MD -MF $out.d -c $in -o $out

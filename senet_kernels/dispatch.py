@@ -160,7 +160,7 @@ def _may_be_proven(backend: str, x: Tensor, compiling: bool) -> bool:
 def notes(backend: str, call: Call, x: Tensor, w1: Tensor | None, w2: Tensor) -> tuple[str, ...]:
     """What ``backend`` has to say about how it would run a call of the whole operation."""
     say = getattr(_MODULES.get(backend), "notes", None)
-    return () if say is None else tuple(say(x, w1, w2, call.options, call.affine))
+    return () if say is None else tuple(say(x, w1, w2, call.options, call.operands))
 
 
 def refuse_kernels(what: str, argument: str | None) -> None:

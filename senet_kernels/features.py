@@ -119,6 +119,14 @@ class Call(NamedTuple):
     wide: bool = False  # see is_wide
     subclass: str | None = None  # whose operators are its own, see tensors.wrapper_class
 
+    @property
+    def operands(self) -> frozenset[str]:
+        """The optional arguments that a plan of the kernels may depend on, of those given."""
+        names = (
+            (self.affine, "before_affine"), (self.lengths, "lengths"), (self.residual, "residual"),
+        )  # fmt: skip
+        return frozenset(name for given, name in names if given)
+
 
 def required_features(call: Call) -> list[str]:
     """The rows of the table that a call needs."""

@@ -236,6 +236,54 @@ def test_every_instruction_names_its_line() -> None:
                      17: "mov.u32 %r1, 3;", 18: "ret;"}  # fmt: skip
 
 
+# Two numbers of bfloat16, times three.
+_FOLDED = """.version 9.0
+.target sm_90a
+.address_size 64
+.visible .entry tripled(
+    .param .u64 tripled_param_0
+)
+{
+    .reg .b16 %rs<3>;
+    .reg .b32 %r<7>;
+    .reg .f32 %f<5>;
+    .reg .b64 %rd<3>;
+    ld.param.u64 %rd1, [tripled_param_0];
+    cvta.to.global.u64 %rd2, %rd1;
+    ld.global.u32 %r1, [%rd2];
+    shl.b32 %r2, %r1, 16;
+    and.b32 %r3, %r1, -65536;
+    mov.b32 %f1, %r2;
+    mov.b32 %f2, %r3;
+    mul.f32 %f3, %f1, 0f40400000;
+    mul.f32 %f4, %f2, 0f40400000;
+    cvt.rn.bf16.f32 %rs1, %f3;
+    cvt.rn.bf16.f32 %rs2, %f4;
+    mov.b32 %r4, {%rs1, %rs2};
+    st.global.u32 [%rd2], %r4;
+    ret;
+}
+"""
+
+
+@needs_compilers
+def test_what_ptxas_makes_fewer_instructions_of() -> None:
+    """Bits that change their type, and halves that are put side by side, are no instruction; two
+    roundings are one."""
+    from tools.cost.machine_code import compiled
+    from tools.cost.ptx import Text, machine_instructions
+
+    names = [i.name for i in compiled(_FOLDED, "90a", "tripled").program.instructions]
+    work = names[names.index("LDG") : names.index("STG") + 1]
+    assert len(work) == 7
+    assert (work.count("FMUL"), work.count("F2FP")) == (2, 1)
+    first = next(n for n, line in enumerate(_FOLDED.split("\n"), 1) if "ld.param" in line)
+    around = 3  # of the parameter, two, and the return
+    assert Text(_FOLDED, [first]).expected == [len(work) + around]
+    assert machine_instructions("mov.u32 %r1, %tid.x;") == 1
+    assert machine_instructions("mov.b32 %r1, 16;") == 1
+
+
 def _layer(shape: str) -> Any:
     from tools.cost.record import layers
 
@@ -253,7 +301,10 @@ _LOOPS = [
 @needs_compilers
 @pytest.mark.parametrize(("direction", "kernel", "loop", "layout"), _LOOPS)
 def test_loops_are_as_long_as_in_ptx(direction: str, kernel: str, loop: str, layout: str) -> None:
-    """Instructions in an iteration: executed PTX and machine code agree within a quarter."""
+    """Instructions in an iteration: executed PTX and machine code agree within a fifth. In PTX a
+    bit cast is an instruction, and rounding two numbers to bfloat16 is three; in the loops over x
+    that is a third of them. Of these it is known how many ptxas leaves, see the test above; within
+    a fifth is the rest, sums of 64 bits above all, which are one or two."""
     from tools.cost import cuda
 
     found = [
@@ -264,7 +315,7 @@ def test_loops_are_as_long_as_in_ptx(direction: str, kernel: str, loop: str, lay
         if x.name == loop
     ]
     assert found
-    assert found[0].instructions == pytest.approx(found[0].ptx, rel=0.25)
+    assert found[0].instructions == pytest.approx(found[0].ptx, rel=0.2)
 
 
 @needs_compilers

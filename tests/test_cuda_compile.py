@@ -30,15 +30,23 @@ _TARGETS = ("75", "80", "90a", "100", "120")
 _FULLY = "90a"  # in the gate; of the others a few kernels, and all in the slow tests
 # What csrc/cuda/plan.cpp counts on; fp64 need only be right.
 _MOST_REGISTERS = {"forward": 128, "backward": 168}
+_LEAN_REGISTERS = 128  # two blocks of 256 threads on a multiprocessor
 # One of each kind: a quick look at the targets that are not compiled fully in the gate.
-_KINDS = ("2, true, 0", "4, true, -1", "2, false, -1", "8, false, -1")
+_KINDS = ("2, true, 0, 1", "2, true, 0, 2", "4, true, 3, 1", "2, true, -1, 0", "2, false, -1, 0",
+          "8, false, -1, 0")  # fmt: skip
+# The last argument of forward and backward kernels, as csrc/cuda/plan.h numbers the ways.
+_WAYS = {"": "", "0": "", "1": ", lean", "2": ", lean fp16"}
+_OTHERS = [target for target in _TARGETS if target != _FULLY]
 # Each kind of either source by one of the other targets: ptxas takes seconds for a kernel.
 _FEW: dict[str, dict[str, Sequence[str]]] = {
-    target: {"forward": _KINDS[i : i + 1], "backward": _KINDS[i - 1 :][:1],
+    target: {"forward": _KINDS[i :: len(_OTHERS)],
+             "backward": _KINDS[(i + 1) % len(_OTHERS) :: len(_OTHERS)],
              "gradients": ("float", "double")[i % 2 :][:1]}
-    for i, target in enumerate(t for t in _TARGETS if t != _FULLY)
+    for i, target in enumerate(_OTHERS)
 }  # fmt: skip
-_KERNEL = re.compile(r"(forward|backward|gradients)_kernelI(?:Li(\d)ELb([01])ELi(n?\d+)E|([fd]))")
+_KERNEL = re.compile(
+    r"(forward|backward|gradients)_kernelI(?:Li(\d)ELb([01])ELi(n?\d+)E(?:Li(\d)E)?|([fd]))"
+)
 
 
 def _version() -> str:
@@ -105,7 +113,7 @@ def compile_for(
         mangled = part.split("'")[1]
         match = _KERNEL.search(mangled)
         assert match, mangled
-        kind, size, vector, before, of = match.groups()
+        kind, size, vector, before, way, of = match.groups(default="")
         # Of the kernel and of the functions that it calls.
         stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", part)
         registers = re.search(r"Used (\d+) registers", part)
@@ -113,6 +121,7 @@ def compile_for(
         assert stacks
         body = bodies[mangled]
         name = f"{kind} {of}" if of else f"{kind} {size} bytes, before {before.replace('n', '-')}"
+        name += _WAYS[way]
         kernels.append(
             Kernel(
                 name,
@@ -143,7 +152,8 @@ def _check(kernels: list[Kernel]) -> None:
         assert kernel.shared == 0, kernel
         assert kernel.prefetches == (kernel.bytes > 0), kernel
         if kernel.bytes in (2, 4):
-            assert kernel.registers <= _MOST_REGISTERS[source], kernel
+            most = _LEAN_REGISTERS if "lean" in kernel.name else _MOST_REGISTERS[source]
+            assert kernel.registers <= most, kernel
         if kernel.vector:
             # x in sums over rows and over columns, unrolled twice, then x and the residual; dy and
             # x in the same. y, or dx and d_residual. Eight floats are two vectors.
@@ -183,7 +193,8 @@ def test_every_target_compiles_a_kernel_of_each_source() -> None:
     for kernels in compiled:
         assert {k.name.split()[0] for k in kernels} == {"forward", "backward", "gradients"}
         _check(kernels)
-    assert len({kernel.name for kernels in compiled for kernel in kernels}) == 2 * len(_KINDS) + 2
+    kinds = {(kernel.name, kernel.vector) for kernels in compiled for kernel in kernels}
+    assert len(kinds) == 2 * len(_KINDS) + 2
 
 
 def test_the_page_is_of_every_target() -> None:
@@ -222,9 +233,11 @@ def _head(version: str) -> list[str]:
         "Not yet run on a GPU: this is what the compiler says. The same is a test: no spills, no",
         "more registers than the launch plan counts on (fp64 apart), and to global memory 16-byte",
         "accesses on the aligned path (`vectors`), none off it; and so is that this page is right,",
-        "where nvcc is the same. In the gate for sm_90a; for each of the others three kernels are",
+        "where nvcc is the same. In the gate for sm_90a; for each of the others a few kernels are",
         "compiled there, every kind for one of them. `before` is the code of the function in",
-        "`senet_kernels/pointwise.py` that a kernel is specialised for, -1 is any.", "",
+        "`senet_kernels/pointwise.py` that a kernel is specialised for, -1 is any. Lean kernels",
+        "are those of `csrc/cuda/lean.cuh`; fp16 has its own, else 2 bytes are both 16-bit types.",
+        "",
         "Accesses are counted in the PTX of a kernel, without the functions it calls: the products",
         "with the weights. Global loads are of images: x, dy and the residual. Shared loads are of",
         "slices of images that stay there, and of vectors over channels; of them the test asks",

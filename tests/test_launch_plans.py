@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import cuda_on_cpu
+import policies
 from benchmarks import regimes
 from benchmarks.workloads import load_networks
 from policies import PLAN, POLICIES, parsed
+from problems import Spec, build
 from senet_kernels import explain, features, squeeze_excite
 from senet_kernels.backends import native
 from senet_kernels.backends.native import Gpu, launch_plan
@@ -39,7 +44,8 @@ def _plan(
 ) -> str:  # fmt: skip
     x = _tensor(256, channels, side, side, last=last)
     w1, w2 = _tensor(hidden, channels), _tensor(channels, hidden)
-    return launch_plan(x, w1, w2, after=after, backward=backward, gpu=gpu)
+    given = ("residual",) if after == "relu" else ()
+    return launch_plan(x, w1, w2, after=after, given=given, backward=backward, gpu=gpu)
 
 
 def test_the_layers_of_se_resnet_50() -> None:
@@ -82,6 +88,51 @@ def test_a_plan_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "expected exchange, blocks" in _plan(H100, 1024, 64, 14)
 
 
+# Calls, and which of their passes take the lean loops.
+_SMALL = Spec((2, 16, 6, 8), 4, torch.bfloat16)
+_BOTH, _NEITHER = ("forward", "backward"), ()
+_LEAN: tuple[tuple[Spec, tuple[str, ...]], ...] = (
+    (_SMALL, _BOTH),
+    (replace(_SMALL, layout="channels_last", before="hardswish"), _BOTH),
+    (replace(_SMALL, residual="contiguous", after="relu"), _BOTH),
+    (replace(_SMALL, residual="contiguous"), ("backward",)),
+    (replace(_SMALL, after="relu"), ("backward",)),
+    (replace(_SMALL, shape=(2, 16, 5, 7), residual="contiguous", after="relu"), ("forward",)),
+    (replace(_SMALL, after="silu"), _NEITHER),
+    (replace(_SMALL, lengths=True), _NEITHER),
+    (replace(_SMALL, affine=True), _NEITHER),
+    (replace(_SMALL, shift=True), _NEITHER),
+    (replace(_SMALL, before="gelu"), _NEITHER),
+    (replace(_SMALL, dtype=torch.float32, before="silu"), _BOTH),
+    (replace(_SMALL, dtype=torch.float32, before="relu"), _NEITHER),
+    (replace(_SMALL, shape=(2, 16, 1, 7)), _NEITHER),
+)
+
+
+@pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=str(cuda_on_cpu.why_not()))
+@pytest.mark.parametrize(("spec", "lean"), _LEAN, ids=str)
+def test_lean_loops_are_named_where_they_run(spec: Spec, lean: tuple[str, ...]) -> None:
+    """By the plan's words, and by the kernels that are launched on a simulated device."""
+    problem = build(spec)
+    with cuda_on_cpu.plugged_in(device=policies.H100) as simulation:
+        problem.run(squeeze_excite, backend="native")
+        launches = "\n".join(simulation.take_launches())
+    launched = re.findall(r"(forward|backward)_kernel<.*, (\d)>", launches)
+    assert {direction for direction, _ in launched} == set(_BOTH)
+    assert {direction for direction, way in launched if way != "0"} == set(lean)
+    optional = {"lengths": spec.lengths, "residual": spec.residual, "before_affine": spec.affine}
+    given = [name for name, value in optional.items() if value]
+    x, w1, w2 = (problem.tensors[name] for name in ("x", "w1", "w2"))
+    assert x is not None
+    assert w2 is not None
+    for direction in _BOTH:
+        plan = launch_plan(
+            x, w1, w2, before=spec.before, after=spec.after, given=given,
+            backward=direction == "backward", gpu=H100,
+        )  # fmt: skip
+        assert ("lean loops" in plan) == (direction in lean), plan
+
+
 # Exchange, axis, residency, and whether weights are kept.
 _Kind = tuple[str, str, bool, bool]
 
@@ -111,7 +162,8 @@ def test_every_kind_of_plan_for_real_layers_is_forced_by_a_policy() -> None:
         w1 = _tensor(inner, layer.channels) if layer.hidden else None
         w2 = _tensor(layer.channels * (1 + layer.shift), inner)
         after = layer.after or "identity"
-        plan = launch_plan(x, w1, w2, after=after, backward=backward, gpu=gpu)
+        given = ("residual",) if layer.add else ()
+        plan = launch_plan(x, w1, w2, after=after, given=given, backward=backward, gpu=gpu)
         chosen[_kind(plan)] = f"{layer}, {batch=}, {last=}, {backward=} on sm_{gpu.capability}"
     assert len(chosen) > 10
     forced = set(map(_forced_kind, POLICIES))
@@ -146,9 +198,8 @@ def test_what_is_not_too_wide_has_a_plan(gpu: Gpu) -> None:
             ):
                 x = _tensor(batch, channels, side, side, dtype=dtype, last=last)
                 # relu: bits of its mask are gathered in shared memory
-                plan = launch_plan(
-                    x, w1, w2, after="relu", affine=affine, backward=backward, gpu=gpu
-                )
+                given = ("before_affine",) if affine else ("residual",)
+                plan = launch_plan(x, w1, w2, after="relu", given=given, backward=backward, gpu=gpu)
                 where = f"{list(x.shape)}, R={hidden}, {shift=}, {affine=}, {last=}, {backward=}"
                 assert not plan.startswith("no plan"), f"{where}: {plan}"
 

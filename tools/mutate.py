@@ -68,6 +68,7 @@ class Stage:
     environment: dict[str, str]
 
 
+_SIMULATED = ("tests/test_cuda_on_cpu.py", "tests/test_cuda_on_cpu_lean.py")
 _INTERPRETED = {"TRITON_INTERPRET": "1"}
 #: What each backend's mutants meet. The slow tests, where asked for, are for those that the gate
 #: lets live.
@@ -79,7 +80,7 @@ STAGES = {
     ],
     "cuda": [
         Stage("gate", [*_GATE, *_OF_CUDA, *_KERNEL_TESTS, *_MORE_TESTS], {}),
-        Stage("gate", [*_GATE, "-k", "not sanit", "tests/test_cuda_on_cpu.py"], {}),
+        Stage("gate", [*_GATE, "-k", "not sanit", *_SIMULATED], {}),
         Stage("gate", [*_GATE, "-k", "clean_under_sanit", "tests/test_cuda_on_cpu.py"], {}),
         Stage("slow", [*_SLOW, *_OF_CUDA, *_KERNEL_TESTS], {}),
     ],

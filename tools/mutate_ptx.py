@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# In half precision, with 16-byte accesses and no function before: what a network's layer runs.
+# In bfloat16, with 16-byte accesses and no function before: what a network's layer runs.
 KERNELS = {
-    "forward": "_ZN5senet3gpu14forward_kernelILi2ELb1ELi0EEEvNS0_13ForwardLaunchE",
-    "backward": "_ZN5senet3gpu15backward_kernelILi2ELb1ELi0EEEvNS0_14BackwardLaunchE",
+    "forward": "_ZN5senet3gpu14forward_kernelILi2ELb1ELi0ELi1EEEvNS0_13ForwardLaunchE",
+    "backward": "_ZN5senet3gpu15backward_kernelILi2ELb1ELi0ELi1EEEvNS0_14BackwardLaunchE",
     "gradients": "_ZN5senet3gpu16gradients_kernelIfEEvNS0_15GradientsLaunchE",
 }
 # What is taken out, and what remains.

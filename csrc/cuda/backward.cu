@@ -8,9 +8,9 @@ namespace gpu {
 namespace {
 
 struct BackwardKernels {
-  template <int kBytes, bool kVector, int kBefore>
+  template <int kBytes, bool kVector, int kBefore, Way kWay>
   static auto kernel() {
-    return backward_kernel<kBytes, kVector, kBefore>;
+    return backward_kernel<kBytes, kVector, kBefore, static_cast<int>(kWay)>;
   }
 };
 
@@ -91,7 +91,7 @@ const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, 
   }
   if (args.shape.batch > 0) {
     const char* error = with_instance<BackwardKernels>(
-        args.dtype, args.options.before, plan.vector, [&](auto* kernel, Prepared& prepared) {
+        args.dtype, args.options.before, plan, [&](auto* kernel, Prepared& prepared) {
           return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, index,
                         stream);
         });
@@ -101,7 +101,7 @@ const char* backward(const BackwardArgs& args, const Plan& plan, void* scratch, 
 }
 
 Room backward_room(const Task& task, const Plan& plan, int index, const Device& device) {
-  return with_instance<BackwardKernels>(task.dtype, task.before, plan.vector,
+  return with_instance<BackwardKernels>(task.dtype, task.before, plan,
                                         [&](auto* kernel, Prepared& prepared) {
                                           return room_for(kernel, prepared, plan, index, device);
                                         });

@@ -102,7 +102,8 @@ Plan plan_of(const Task& t, int index) {
                    static_cast<int64_t>(t.parameter_dtype),
                    static_cast<int64_t>(t.before),
                    t.shape.channels_last + 2 * t.backward + 4 * t.aligned + 8 * t.masks +
-                       16 * t.needs_dx + 32 * t.needs_ds + 64 * t.affine + 128 * t.needs_daffine};
+                       16 * t.needs_dx + 32 * t.needs_ds + 64 * t.affine + 128 * t.needs_daffine +
+                       256 * t.plain};
   struct Hash {
     size_t operator()(const Key& k) const {
       uint64_t h = 14695981039346656037u;  // FNV-1a, a number at a time
@@ -148,6 +149,9 @@ Task task_of(const ForwardArgs& a) {
               (!a.y || is_aligned({a.y, a.y_stride}, size));
   t.masks = a.options.after == Fn::relu;
   t.affine = a.parameters.affine_scale != nullptr;
+  const bool adds = a.residual.data != nullptr;
+  t.plain = !a.lengths && !t.affine && a.shape.outputs <= a.shape.channels &&
+            (a.shape.form == Form::squeeze || a.options.after == (adds ? Fn::relu : Fn::identity));
   return t;
 }
 
@@ -166,6 +170,10 @@ Task task_of(const BackwardArgs& a) {
   t.needs_ds = a.dalpha || a.dbeta;
   t.affine = a.parameters.affine_scale != nullptr;
   t.needs_daffine = a.daffine_scale || a.daffine_shift;
+  const bool masks = a.mask && (a.shape.channels_last || a.shape.positions % 8 == 0);
+  const bool follows = a.options.after == Fn::identity ? !a.dresidual : masks;
+  t.plain = !a.lengths && !t.affine && a.shape.outputs <= a.shape.channels && a.dx && a.dy.data &&
+            a.shape.form != Form::squeeze && follows;
   return t;
 }
 

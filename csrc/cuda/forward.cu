@@ -7,10 +7,11 @@ namespace gpu {
 namespace {
 
 struct ForwardKernels {
-  template <int kBytes, bool kVector, int kBefore>
+  template <int kBytes, bool kVector, int kBefore, Way kWay>
   static auto kernel() {
-    return forward_kernel<kBytes, kVector, kBefore>;
+    return forward_kernel<kBytes, kVector, kBefore, static_cast<int>(kWay)>;
   }
+  static auto of_networks() { return kernel<2, true, static_cast<int>(Fn::identity), Way::lean>(); }
 };
 
 }  // namespace
@@ -23,13 +24,13 @@ const char* forward(const ForwardArgs& args, const Plan& plan, void* scratch, in
   preload(once, index, stream, [](auto prepare) { with_every_instance<ForwardKernels>(prepare); });
   const ForwardLaunch l{args, plan, static_cast<char*>(scratch)};
   return with_instance<ForwardKernels>(
-      args.dtype, args.options.before, plan.vector, [&](auto* kernel, Prepared& prepared) {
+      args.dtype, args.options.before, plan, [&](auto* kernel, Prepared& prepared) {
         return launch(kernel, prepared, plan, int64_t(plan.groups) * plan.blocks, l, index, stream);
       });
 }
 
 Room forward_room(const Task& task, const Plan& plan, int index, const Device& device) {
-  return with_instance<ForwardKernels>(task.dtype, task.before, plan.vector,
+  return with_instance<ForwardKernels>(task.dtype, task.before, plan,
                                        [&](auto* kernel, Prepared& prepared) {
                                          return room_for(kernel, prepared, plan, index, device);
                                        });
@@ -38,7 +39,7 @@ Room forward_room(const Task& task, const Plan& plan, int index, const Device& d
 // A library built for sm_80 runs on sm_90 too, from PTX, but then has no clusters.
 cudaError_t compiled_capability(int* capability, const Device& device) {
   cudaFuncAttributes attributes{};
-  auto* const kernel = ForwardKernels::kernel<2, true, static_cast<int>(Fn::identity)>();
+  auto* const kernel = ForwardKernels::of_networks();
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error == cudaSuccess && attributes.ptxVersion < device.capability) {
     *capability = attributes.ptxVersion;
@@ -51,7 +52,7 @@ int largest_cluster(const Device& device) {
   plan.exchange = Exchange::cluster;
   plan.threads = kForwardThreads;
   plan.shared = static_cast<int>(device.shared_per_block);
-  auto* const kernel = ForwardKernels::kernel<2, true, static_cast<int>(Fn::identity)>();
+  auto* const kernel = ForwardKernels::of_networks();
   const void* symbol = reinterpret_cast<const void*>(kernel);
   cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
   cudaFuncSetAttribute(symbol, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "images.cuh"
-#include "sums.cuh"
+#include "passes_forward.cuh"
 
 namespace senet {
 namespace gpu {
@@ -45,9 +45,10 @@ inline __device__ __noinline__ void write_bytes(const uint8_t* units, uint32_t f
   }
 }
 
-template <int kBytes, bool kVector, Fn kBefore>
+template <int kBytes, bool kVector, Fn kBefore, Way kWay>
 class ForwardBlock {
   using A = typename Accumulation<kBytes>::Type;
+  using K = Lean<kBytes, kWay == Way::lean_f16, kBefore>;
   static constexpr bool kFast = kBytes == 2;
 
  public:
@@ -56,36 +57,27 @@ class ForwardBlock {
         s_(launch.a.shape),
         p_(launch.plan),
         half_(launch.a.dtype == DType::f16),
-        has_shift_(s_.outputs > s_.channels),
+        has_shift_(kWay == Way::general && s_.outputs > s_.channels),
         c_(static_cast<int>(s_.channels)),
-        sums_(array(p_.at.sums)),
-        scale_(array(p_.at.scale)),
-        shift_(array(p_.at.shift)),
-        hidden_(array(p_.at.hidden)),
-        scratch_(array(p_.at.scratch)),
-        team_(make_team<A>(p_, launch.scratch)),
-        view_(make_view(s_, p_, team_.rank)),
-        affine_(a_.parameters, p_, view_.channels) {
-    const Parameters& w = a_.parameters;
-    const bool two = s_.form == Form::two_layers;
-    const int c0 = view_.channels.begin, n = view_.channels.size();
-    const int r = static_cast<int>(s_.hidden), inner = static_cast<int>(s_.inner());
-    w1_ = matrix_at(w.w1, w.dtype, c_, c0);
-    gates_ = matrix_at(w.w2, w.dtype, inner, int64_t(c0) * inner);
-    shifts_ = matrix_at(w.w2, w.dtype, inner, int64_t(c_ + c0) * inner);
+        team_(make_team<A>(s_, p_, launch.scratch)),
+        affine_(a_.parameters, p_, channels(), kWay == Way::general) {
     if (!p_.weights) return;
-    char* at = shared_memory() + p_.at.weights;
-    if (two) keep(w1_, r, n, at);
-    keep(gates_, n, inner, at);
-    if (has_shift_) keep(shifts_, n, inner, at);
+    const Parameters& w = a_.parameters;
+    const int n = channels().size(), inner = static_cast<int>(s_.inner());
+    char* const at = shared_memory() + p_.at.weights;
+    if (s_.form == Form::two_layers) {
+      copy_weights(first_of(w), static_cast<int>(s_.hidden), n, at);
+    }
+    copy_weights(second_of(w, 0), n, inner, at + gates_at());
+    if (has_shift_) copy_weights(second_of(w, c_), n, inner, at + shifts_at());
   }
 
   SENET_DEVICE void run() {
-    const auto ask = [this](int64_t b) {
-      prefetch_slice<kBytes>(view_, image(a_.residual.data, b * a_.residual.stride));
+    const auto ask = [this](int64_t b) SENET_INLINE {
+      prefetch_slice<kBytes>(image(a_.residual.data, b * a_.residual.stride));
     };
-    each_image<kBytes, kVector>(s_, p_, view_, a_.x, team_, ask,
-                                [this](int64_t b, const char* slot) {
+    each_image<kBytes, kVector>(s_, p_, a_.x, team_, ask,
+                                [this](int64_t b, const char* slot) SENET_INLINE {
                                   const char* x = image(a_.x.data, b * a_.x.stride);
                                   if (s_.form != Form::scale) squeeze(b, x, slot);
                                   if (s_.form != Form::squeeze) {
@@ -96,38 +88,67 @@ class ForwardBlock {
   }
 
  private:
+  SENET_DEVICE static Range channels() { return self().view.channels; }
   SENET_DEVICE A* array(int offset) const { return reinterpret_cast<A*>(shared_memory() + offset); }
   SENET_DEVICE static const char* image(const void* data, int64_t element) {
     return data ? static_cast<const char*>(data) + element * kBytes : nullptr;
   }
+  // The matrices' parts for the channels of this block: as they are given, and where those that
+  // stay lie in shared memory. Worked out when they are needed, which takes no registers meanwhile.
+  SENET_DEVICE Matrix first_of(const Parameters& w) const {
+    return matrix_at(w.w1, w.dtype, c_, channels().begin);
+  }
+  SENET_DEVICE Matrix second_of(const Parameters& w, int row) const {
+    const int64_t inner = s_.inner();
+    return matrix_at(w.w2, w.dtype, inner, (row + channels().begin) * inner);
+  }
+  SENET_DEVICE int gates_at() const {
+    if (s_.form != Form::two_layers) return 0;
+    return kept_bytes(a_.parameters.dtype, static_cast<int>(s_.hidden), channels().size());
+  }
+  SENET_DEVICE int shifts_at() const {
+    const int inner = static_cast<int>(s_.inner());
+    return gates_at() + kept_bytes(a_.parameters.dtype, channels().size(), inner);
+  }
+  SENET_DEVICE Matrix kept(int offset, int columns) const {
+    return kept_matrix(shared_memory() + p_.at.weights + offset, a_.parameters.dtype, columns);
+  }
+  SENET_DEVICE Matrix w1() const {
+    return p_.weights ? kept(0, channels().size()) : first_of(a_.parameters);
+  }
+  SENET_DEVICE Matrix gates() const {
+    const int inner = static_cast<int>(s_.inner());
+    return p_.weights ? kept(gates_at(), inner) : second_of(a_.parameters, 0);
+  }
+  SENET_DEVICE Matrix shifts() const {
+    const int inner = static_cast<int>(s_.inner());
+    return p_.weights ? kept(shifts_at(), inner) : second_of(a_.parameters, c_);
+  }
+  // Arrays that a step alone needs: where they are is worked out in it, and no register keeps it
+  // meanwhile.
+  SENET_DEVICE A* sums() const { return array(opaque(p_.at.sums)); }
+  SENET_DEVICE A* hidden() const { return array(opaque(p_.at.hidden)); }
+  SENET_DEVICE A* scratch() const { return array(opaque(p_.at.scratch)); }
+  SENET_DEVICE A* factors() const { return array(opaque(p_.at.scale)); }  // of each channel
+  SENET_DEVICE A* addends() const { return array(opaque(p_.at.shift)); }
   // Whether each block has but its own channels of vectors over channels.
   SENET_DEVICE bool split_channels() const {
     return p_.exchange != Exchange::none && p_.axis == Axis::channels;
   }
   // Whether it falls to this block to write what all blocks of the image have.
-  SENET_DEVICE bool writes_shared() const { return team_.rank == 0; }
+  SENET_DEVICE bool writes_shared() const { return team_.rank() == 0; }
 
-  // The means z of the channels of this block, into sums_.
+  // The means z of the channels of this block, into sums().
   SENET_DEVICE void squeeze(int64_t b, const char* x, const char* slot) {
     const int n = counted(s_, a_.lengths, b);
     const bool split_space = p_.exchange != Exchange::none && p_.axis == Axis::space;
-    A* const to = split_space ? team_.mine() : sums_;
-    const auto term = [&](int64_t in_image, int64_t in_slice, int last, int channel, A* t) {
-      if (slot) {
-        load_unit<kBytes, kVector, From::shared>(slot + in_slice * kBytes, last, half_, t);
-      } else {
-        load_unit<kBytes, kVector, From::global>(x + in_image * kBytes, last, half_, t);
-      }
-      affine_.apply(view_, channel, t);
-#pragma unroll
-      for (int j = 0; j < kUnit; ++j) {
-        t[j] = kVector || j < last ? before_value<kBefore, kFast>(a_.options.before, t[j]) : A(0);
-      }
-    };
-    if (view_.last) {
-      sum_columns<kVector>(view_, n, scratch_, to, term);
+    const View view = self().view;
+    A* const sums = this->sums();
+    A* const to = split_space ? team_.mine() : sums;
+    if constexpr (kWay != Way::general) {
+      lean_squeeze<K>(view, p_, {slot, x + view.first * kBytes}, scratch(), to);
     } else {
-      sum_rows<kVector>(view_, p_, n, scratch_, to, term);
+      general_squeeze(n, x, slot, to);
     }
     if (split_space) {
       team_.meet();
@@ -136,71 +157,94 @@ class ForwardBlock {
     }
     const A positions = static_cast<A>(n);
     A* z = static_cast<A*>(a_.z);
-    if (z) z += b * c_ + view_.channels.begin;
+    if (z) z += b * c_ + channels().begin;
     const bool writes = z && (!split_space || writes_shared());
-    for (int c = threadIdx.x; c < view_.channels.size(); c += blockDim.x) {
-      const A mean = (split_space ? team_.total(c) : sums_[c]) / positions;
-      sums_[c] = mean;
+    for (int c = threadIdx.x; c < channels().size(); c += blockDim.x) {
+      const A mean = (split_space ? team_.total(c) : sums[c]) / positions;
+      sums[c] = mean;
       if (writes) z[c] = mean;
     }
     __syncthreads();
   }
+  SENET_DEVICE void general_squeeze(int n, const char* x, const char* slot, A* to) {
+    const View view = self().view;
+    const auto term = [&](int64_t in_image, int64_t in_slice, int last, int channel, A* t) {
+      if (slot) {
+        load_unit<kBytes, kVector, From::shared>(slot + in_slice * kBytes, last, half_, t);
+      } else {
+        load_unit<kBytes, kVector, From::global>(x + in_image * kBytes, last, half_, t);
+      }
+      affine_.apply(view, channel, t);
+      before_values<kBefore, kFast>(a_.options.before, t);
+      if constexpr (!kVector) {
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) t[j] = j < last ? t[j] : A(0);
+      }
+    };
+    if (view.last) {
+      sum_columns<kVector>(view, n, scratch(), to, term);
+    } else {
+      sum_rows<kVector>(view, p_, n, scratch(), to, term);
+    }
+  }
 
-  // scale_ and shift_ of the channels of this block.
+  // factors() and addends() of the channels of this block.
   SENET_DEVICE void excite(int64_t b) {
     const Parameters& w = a_.parameters;
-    const int n = view_.channels.size(), c0 = view_.channels.begin;
+    const int n = channels().size(), c0 = channels().begin;
     const int r = static_cast<int>(s_.hidden), inner = static_cast<int>(s_.inner());
-    const A* in = hidden_;
+    A *const sums = this->sums(), *const hidden = this->hidden();
+    A *const factors = this->factors(), *const addends = this->addends();
+    const A* in = hidden;
     if (s_.form == Form::two_layers) {
       A* h = a_.h && writes_shared() ? static_cast<A*>(a_.h) + b * r : nullptr;
       const bool split = split_channels();
-      rows_product(w1_, r, n, sums_, split ? team_.mine() : hidden_);
+      rows_product(w1(), r, n, sums, split ? team_.mine() : hidden);
       if (split) {
         team_.meet();
       } else {
         __syncthreads();
       }
       for (int i = threadIdx.x; i < r; i += blockDim.x) {
-        A sum = split ? team_.total(i) : hidden_[i];
+        A sum = split ? team_.total(i) : hidden[i];
         sum += parameter_or<A>(w.dtype, w.b1, i, A(0));
         if (h) h[i] = sum;
-        hidden_[i] = value_of<A>(a_.options.activation, sum);
+        hidden[i] = value_of<A>(a_.options.activation, sum);
       }
     } else if (s_.form == Form::one_layer) {
       if (split_channels()) {
         for (int c = threadIdx.x; c < c_; c += blockDim.x) {
           const bool ours = c >= c0 && c < c0 + n;
-          team_.mine()[c] = ours ? sums_[c - c0] : A(-0.0);
+          team_.mine()[c] = ours ? sums[c - c0] : A(-0.0);
         }
         team_.meet();
-        for (int c = threadIdx.x; c < c_; c += blockDim.x) hidden_[c] = team_.total(c);
+        for (int c = threadIdx.x; c < c_; c += blockDim.x) hidden[c] = team_.total(c);
       } else {
-        in = sums_;
+        in = sums;
       }
     }
     __syncthreads();
 
-    // u, into scale_ and shift_; of the scaling alone it is given.
+    // u, into factors() and addends(); of the scaling alone it is given.
     const bool given = s_.form == Form::scale;
     if (!given) {
-      rows_product(gates_, n, inner, in, scale_);
-      if (has_shift_) rows_product(shifts_, n, inner, in, shift_);
+      rows_product(gates(), n, inner, in, factors);
+      if (has_shift_) rows_product(shifts(), n, inner, in, addends);
       __syncthreads();
     }
     const bool writes = a_.u && !given && (p_.axis == Axis::channels || writes_shared());
     A* u = static_cast<A*>(a_.u) + b * s_.outputs + c0;
     for (int c = threadIdx.x; c < n; c += blockDim.x) {
-      const A gate = given ? u[c] : scale_[c] + parameter_or<A>(w.dtype, w.b2, c0 + c, A(0));
+      const A gate = given ? u[c] : factors[c] + parameter_or<A>(w.dtype, w.b2, c0 + c, A(0));
       A factor = value_of<A>(a_.options.gate, gate);
       if (w.beta) factor *= parameter_at<A>(w.dtype, w.beta, c0 + c);
       if (w.alpha) factor += parameter_at<A>(w.dtype, w.alpha, c0 + c);
-      scale_[c] = factor;
+      factors[c] = factor;
       if (writes) u[c] = gate;
       if (!has_shift_) continue;
       const A shift =
-          given ? u[c_ + c] : shift_[c] + parameter_or<A>(w.dtype, w.b2, c_ + c0 + c, A(0));
-      shift_[c] = shift;
+          given ? u[c_ + c] : addends[c] + parameter_or<A>(w.dtype, w.b2, c_ + c0 + c, A(0));
+      addends[c] = shift;
       if (writes) u[c_ + c] = shift;
     }
     __syncthreads();
@@ -212,15 +256,62 @@ class ForwardBlock {
   // a unit belong to several bytes (stretch > 0). They are gathered, a stretch of units at a time,
   // and one unit before it, with which the first byte may begin.
   SENET_DEVICE void scale(int64_t b, const char* x, const char* slot) {
-    Walk<kVector> at(view_);
+    if constexpr (kWay != Way::general) {
+      lean_scale_slice(b, x, slot);
+    } else {
+      general_scale(b, x, slot);
+    }
+  }
+  // Where the bits of units make up no bytes of the mask, they are gathered as in the general way,
+  // but always of whole bands, whose bytes they complete.
+  SENET_DEVICE void lean_scale_slice(int64_t b, const char* x, const char* slot) {
+    const View view = self().view;
+    const A* const scale = factors();
+    const int64_t first = b * s_.image() + view.first;
+    Streams s = {{slot, x + view.first * kBytes},
+                 image(a_.residual.data, b * a_.residual.stride + view.first),
+                 static_cast<char*>(a_.y) + (b * a_.y_stride + view.first) * kBytes,
+                 a_.mask ? a_.mask + first / kUnit : nullptr};
+    const auto visit = [&](const Place& at, const Steps& step, int n, auto factors)
+                           SENET_INLINE { lean_scale<K>(s, at, step, n, factors(scale)); };
+    if (view.last) {
+      visit_columns<K>(view, visit);
+      return;
+    }
+    if (p_.lanes == kLaneGroup) {
+      visit_rows<K>(view, p_, visit);
+      return;
+    }
+    const bool gathers = a_.mask && p_.stretch > 0;
+    const uint32_t all = static_cast<uint32_t>(view.outer) * view.inner / kUnit;
+    const uint32_t width = p_.band * view.inner / kUnit;
+    const uint32_t step = gathers ? p_.stretch / width * width : all;
+#pragma unroll 1
+    for (uint32_t unit = 0; unit < all; unit += step) {
+      const uint32_t end = unit + step < all ? unit + step : all;
+      if (gathers) s.mask = units() - unit;
+      visit_bands<K>(view, p_, unit, end, visit);
+      if (!gathers) break;
+      __syncthreads();
+      write_mask(b, unit, end);
+      __syncthreads();
+    }
+  }
+  SENET_DEVICE void write_mask(int64_t b, uint32_t first, uint32_t end) {
+    const View view = self().view;
+    write_bytes(units(), first, end, view.inner,
+                a_.mask + (b * s_.channels + channels().begin) * ((view.inner + 7) / 8));
+  }
+  SENET_DEVICE void general_scale(int64_t b, const char* x, const char* slot) {
+    const View view = self().view;
+    Walk<kVector> at(view);
     for (uint32_t end = p_.stretch;; end += p_.stretch) {
       const bool gathers = kVector && a_.mask && p_.stretch > 0;
       scale_units(b, x, slot, at, gathers ? p_.stretch : UINT32_MAX);
       if (!gathers) return;
-      const uint32_t all = static_cast<uint32_t>(int64_t(view_.outer) * view_.inner / kUnit);
+      const uint32_t all = static_cast<uint32_t>(int64_t(view.outer) * view.inner / kUnit);
       __syncthreads();
-      write_bytes(units(), end - p_.stretch, end < all ? end : all, view_.inner,
-                  a_.mask + (b * s_.channels + view_.channels.begin) * ((view_.inner + 7) / 8));
+      write_mask(b, end - p_.stretch, end < all ? end : all);
       if (end >= all) return;
       __syncthreads();
       // The thread that will write the last unit of the next stretch moves that of this one.
@@ -234,30 +325,31 @@ class ForwardBlock {
   // y of the units of this thread from `at` on that are among the next so many of the slice.
   SENET_DEVICE void scale_units(int64_t b, const char* x, const char* slot, Walk<kVector>& at,
                                 uint32_t stretch) {
+    const View view = self().view;
+    const A *const scale = factors(), *const shift = addends();
     const char* residual = image(a_.residual.data, b * a_.residual.stride);
     char* y = static_cast<char*>(a_.y) + b * a_.y_stride * kBytes;
-    const int64_t rows = view_.last ? s_.positions : s_.channels;
-    const int64_t bit_row = (view_.pitch + 7) / 8;
+    const int64_t rows = view.last ? s_.positions : s_.channels;
+    const int64_t bit_row = (view.pitch + 7) / 8;
     uint8_t* const mask = a_.mask + b * rows * bit_row;
     const Fn after = a_.options.after;
-    for (uint32_t unit = threadIdx.x; unit < stretch && at.inside(view_); unit += blockDim.x) {
-      const int count = at.count(view_);
-      const int64_t offset = at.in_image(view_) * kBytes;
+    for (uint32_t unit = threadIdx.x; unit < stretch && at.inside(view); unit += blockDim.x) {
+      const int count = at.count(view);
+      const int64_t offset = at.in_image(view) * kBytes;
       A v[kUnit], factor[kUnit];
       if (slot) {
-        load_unit<kBytes, kVector, From::shared>(slot + at.in_slice(view_) * kBytes, count, half_,
+        load_unit<kBytes, kVector, From::shared>(slot + at.in_slice(view) * kBytes, count, half_,
                                                  v);
       } else {
         load_unit<kBytes, kVector, From::stream>(x + offset, count, half_, v);
       }
-      affine_.apply(view_, at, v);
-      at.spread(view_, scale_, factor);
+      affine_.apply(view, at, v);
+      at.spread(view, scale, factor);
+      before_values<kBefore, kFast>(a_.options.before, v);
 #pragma unroll
-      for (int j = 0; j < kUnit; ++j) {
-        v[j] = before_value<kBefore, kFast>(a_.options.before, v[j]) * factor[j];
-      }
+      for (int j = 0; j < kUnit; ++j) v[j] *= factor[j];
       if (has_shift_) {
-        at.spread(view_, shift_, factor);
+        at.spread(view, shift, factor);
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) v[j] += factor[j];
       }
@@ -274,9 +366,8 @@ class ForwardBlock {
           units()[unit] = static_cast<uint8_t>(bits);
         } else {
           // Rows of a slice begin at whole bytes: such is the plan.
-          const int64_t row = (view_.last ? view_.positions.begin : view_.channels.begin) + at.row;
-          const int64_t column =
-              (view_.last ? view_.channels.begin : view_.positions.begin) + at.at;
+          const int64_t row = (view.last ? view.positions.begin : channels().begin) + at.row;
+          const int64_t column = (view.last ? view.channels.begin : view.positions.begin) + at.at;
           mask[row * bit_row + column / 8] = static_cast<uint8_t>(bits);
         }
       }
@@ -297,18 +388,17 @@ class ForwardBlock {
   const Plan& p_;
   const bool half_, has_shift_;
   const int c_;
-  A *const sums_, *const scale_, *const shift_, *const hidden_, *const scratch_;
   Team<A> team_;
-  const View view_;
   const Affine<A> affine_;
-  Matrix w1_, gates_, shifts_;
 };
 
-// kBefore: the code of a function; -1 is any of them.
-template <int kBytes, bool kVector, int kBefore>
-__global__ void __launch_bounds__(kForwardThreads, kBytes == 8 ? 1 : 2)
+// kBefore: the code of a function; -1 is any of them. kWay: of the loops over x.
+template <int kBytes, bool kVector, int kBefore, int kWay>
+__global__ void __launch_bounds__(kForwardThreads, kWay          ? 2
+                                                   : kBytes == 8 ? 1
+                                                                 : 2)
     forward_kernel(const __grid_constant__ ForwardLaunch launch) {
-  ForwardBlock<kBytes, kVector, static_cast<Fn>(kBefore)>(launch).run();
+  ForwardBlock<kBytes, kVector, static_cast<Fn>(kBefore), static_cast<Way>(kWay)>(launch).run();
 }
 
 }  // namespace gpu

@@ -100,8 +100,8 @@ const Host& cuda_host() {
 }
 
 std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
-  STD_TORCH_CHECK(call.size() == 13 && (device.size() == 1 || device.size() == 8),
-                  "native_plan: expected 13 numbers for the call, and 1 or 8 for the device");
+  STD_TORCH_CHECK(call.size() == 15 && (device.size() == 1 || device.size() == 8),
+                  "native_plan: expected 15 numbers for the call, and 1 or 8 for the device");
   const auto number = [](int64_t v) { return static_cast<int>(v); };
   const Options options = unpack_options(call[10]);
   gpu::Task task{};
@@ -115,6 +115,14 @@ std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device) {
   task.affine = call[11] != 0;
   task.needs_daffine = task.backward && task.affine;
   task.aligned = call[12] != 0;
+  // As task_of in device.cpp has it, of a backward pass that the gradient of x is wanted of.
+  const bool lengths = call[13] != 0, residual = call[14] != 0;
+  const bool follows = task.backward
+                           ? options.after == Fn::identity ||
+                                 (options.after == Fn::relu &&
+                                  (task.shape.channels_last || task.shape.positions % 8 == 0))
+                           : options.after == (residual ? Fn::relu : Fn::identity);
+  task.plain = !task.affine && !lengths && task.shape.outputs <= task.shape.channels && follows;
   if (device.size() == 1) {
     const OnDevice guard(number(device[0]));
     return gpu::describe(gpu::plan_of(task, device_index(number(device[0]))));

@@ -2,10 +2,31 @@
 // shared memory, and the loop.
 #pragma once
 
-#include "slice.cuh"
+#include "sums.cuh"
 
 namespace senet {
 namespace gpu {
+
+// ---- a block ----
+
+// What a block knows of itself, for all its images. It is in shared memory, and read where it is
+// needed: no register keeps it from one step to the next.
+struct Self {
+  View view;
+  int rank, group;  // of the block among those that share an image; of these among all
+};
+static_assert(sizeof(Self) <= kSelfBytes);
+
+SENET_DEVICE Self& self() { return *reinterpret_cast<Self*>(shared_memory()); }
+
+// Between the arrays of a block.
+SENET_DEVICE void guard_arrays(const Plan& p) {
+  if (kRedZone == 0 || threadIdx.x != 0) return;
+  const Carving& at = p.at;
+  const int begins[] = {at.sums,     at.scale,   at.shift, at.mean,    at.affine,   at.hidden,
+                        at.exchange, at.scratch, at.bits,  at.weights, at.barriers, at.slots};
+  for (int begin : begins) red_zone(shared_memory() + begin - kRedZone, kRedZone);
+}
 
 // ---- the blocks that share an image ----
 
@@ -14,74 +35,79 @@ namespace gpu {
 // here for the next image but one knows that the others have long read this one.
 template <class A>
 struct Team {
-  Exchange exchange;
-  int blocks, rank, length;
-  A* buffers;           // in shared memory: two of ours; in global memory: two of every rank
-  uint32_t* counter;    // of the group, in global memory
-  uint32_t images = 0;  // so far
+  const Plan& p;
+  char* const& scratch;  // of the launch, in global memory
+  uint32_t images = 0;   // so far
 
+  SENET_DEVICE int rank() const { return self().rank; }
+  // In shared memory: two vectors of ours; in global memory: two of every rank.
   SENET_DEVICE A* mine() const {
-    if (exchange == Exchange::grid) return buffers + ((images & 1) * blocks + rank) * length;
-    return buffers + (images & 1) * length;
+    if (p.exchange == Exchange::grid) return published() + int64_t(rank()) * p.exchanged;
+    return kept();
   }
   // After every thread has written its share of mine().
   SENET_DEVICE void meet() const {
-    if (exchange == Exchange::cluster) {
+    if (p.exchange == Exchange::cluster) {
       cluster_sync();
       return;
     }
     __syncthreads();
-    if (exchange == Exchange::none) return;
+    if (p.exchange == Exchange::none) return;
     if (threadIdx.x == 0) {
-      add_release(counter, 1);
-      wait_at_least(counter, (images + 1) * blocks);
+      add_release(counter(), 1);
+      wait_at_least(counter(), (images + 1) * p.blocks);
     }
     __syncthreads();
   }
   SENET_DEVICE A total(int i) const {
-    if (exchange == Exchange::none) return mine()[i];
+    if (p.exchange == Exchange::none) return kept()[i];
+    const int blocks = p.blocks;
     A sum = A(0);
-    for (int r = 0; r < blocks; ++r) {
-      if (exchange == Exchange::cluster) {
-        sum += *peer(mine() + i, r);
-      } else {
-        sum += __ldcg(buffers + ((images & 1) * blocks + r) * length + i);
-      }
+    if (p.exchange == Exchange::cluster) {
+      A* const at = kept() + i;
+#pragma unroll 4
+      for (int r = 0; r < blocks; ++r) sum += *peer(at, r);
+    } else {
+      const A* at = published() + i;
+      const int64_t next = p.exchanged;
+#pragma unroll 4
+      for (int r = 0; r < blocks; ++r, at += next) sum += __ldcg(at);
     }
     return sum;
   }
   SENET_DEVICE void next_image() { ++images; }
   // Before the block exits: others may still be reading its shared memory.
   SENET_DEVICE void leave() const {
-    if (exchange == Exchange::cluster) cluster_sync();
+    if (p.exchange == Exchange::cluster) cluster_sync();
+  }
+
+  SENET_DEVICE A* kept() const {
+    return reinterpret_cast<A*>(shared_memory() + p.at.exchange) + (images & 1) * p.exchanged;
+  }
+  SENET_DEVICE A* published() const {
+    const int64_t vectors = (int64_t(2) * self().group + (images & 1)) * p.blocks;
+    return reinterpret_cast<A*>(scratch + p.of_exchange) + vectors * p.exchanged;
+  }
+  SENET_DEVICE uint32_t* counter() const {
+    return reinterpret_cast<uint32_t*>(scratch + p.of_counters) + 32 * self().group;
   }
 };
 
-// Between the arrays of a block.
-SENET_DEVICE void guard_arrays(const Plan& p) {
-  if (kRedZone == 0 || threadIdx.x != 0) return;
-  const Carving& at = p.at;
-  const int begins[] = {at.scale,   at.shift, at.mean,    at.affine,   at.hidden, at.exchange,
-                        at.scratch, at.bits,  at.weights, at.barriers, at.slots};
-  for (int begin : begins) {
-    if (begin > 0) red_zone(shared_memory() + begin - kRedZone, kRedZone);
-  }
-}
-
+// Before anything else that a block does.
 template <class A>
-SENET_DEVICE Team<A> make_team(const Plan& p, char* scratch) {
+SENET_DEVICE Team<A> make_team(const Shape& s, const Plan& p, char* const& scratch) {
   guard_arrays(p);
-  const int rank = blockIdx.x % p.blocks, group = blockIdx.x / p.blocks;
-  Team<A> team{p.exchange, p.blocks, rank, p.exchanged, nullptr, nullptr};
-  if (p.exchange == Exchange::grid) {
-    team.buffers =
-        reinterpret_cast<A*>(scratch + p.of_exchange) + int64_t(2) * group * p.blocks * p.exchanged;
-    team.counter = reinterpret_cast<uint32_t*>(scratch + p.of_counters) + 32 * group;
+  const Team<A> team{p, scratch};
+  if (threadIdx.x == 0) {
+    const int rank = blockIdx.x % p.blocks, group = blockIdx.x / p.blocks;
+    self() = {make_view(s, p, rank), rank, group};
     // The scratch memory is as it came.
-    if (rank == 0 && threadIdx.x == 0) *team.counter = 0;
+    if (p.exchange == Exchange::grid && rank == 0) *team.counter() = 0;
+  }
+  if (p.exchange == Exchange::grid) {
     grid_sync();
   } else {
-    team.buffers = reinterpret_cast<A*>(shared_memory() + p.at.exchange);
+    __syncthreads();
   }
   return team;
 }
@@ -92,21 +118,27 @@ SENET_DEVICE Team<A> make_team(const Plan& p, char* scratch) {
 template <int kBytes>
 struct Ring {
   const Plan& p;
-  const View& v;
-  int64_t bytes;  // of the slice
 
   SENET_DEVICE char* slot(uint32_t i) const {
-    return shared_memory() + p.at.slots + (i % p.slots) * slot_bytes();
+    return shared_memory() + p.at.slots + static_cast<int>(i - round(i) * p.slots) * slot_bytes();
   }
-  SENET_DEVICE int64_t slot_bytes() const { return (p.shared - p.at.slots) / p.slots; }
+  SENET_DEVICE int slot_bytes() const { return per_slot(p.shared - p.at.slots); }
   SENET_DEVICE Mbarrier* arrival(uint32_t i) const {
-    return reinterpret_cast<Mbarrier*>(shared_memory() + p.at.barriers) + i % p.slots;
+    return reinterpret_cast<Mbarrier*>(shared_memory() + p.at.barriers) + (i - round(i) * p.slots);
+  }
+  // How often the ring has gone round before image i.
+  SENET_DEVICE uint32_t round(uint32_t i) const { return per_slot(i); }
+  // n / p.slots, of which a plan has three at most: a division by any number takes 20 instructions.
+  template <class T>
+  SENET_DEVICE T per_slot(T n) const {
+    return p.slots == 1 ? n : (p.slots == 2 ? n / 2 : n / 3);
   }
 
-  SENET_DEVICE Ring(const Plan& plan, const View& view)
-      : p(plan), v(view), bytes(int64_t(view.outer) * view.inner * kBytes) {}
+  // Of the slice.
+  SENET_DEVICE int64_t bytes_of(const View& v) const { return int64_t(v.outer) * v.inner * kBytes; }
 
   SENET_DEVICE void prepare() const {
+    const int64_t bytes = bytes_of(self().view);
     for (int i = 0; kRedZone > 0 && threadIdx.x == 0 && i < p.slots; ++i) {
       red_zone(slot(i) + bytes, slot_bytes() - bytes);
     }
@@ -122,6 +154,8 @@ struct Ring {
   // Starts to bring in the i-th image of this block, which begins at `image`; null: there is none.
   // All threads are done with the slot.
   SENET_DEVICE void start(uint32_t i, const char* image) const {
+    const View v = self().view;
+    const int64_t bytes = bytes_of(v);
     char* to = slot(i);
     const char* from = image ? image + v.first * kBytes : nullptr;
     const int64_t row = int64_t(v.inner) * kBytes, pitch = v.pitch * kBytes;
@@ -147,9 +181,19 @@ struct Ring {
           async_copy16(to + k, from + k);
         }
       } else {
-        const int per_row = static_cast<int>(row / 16);
-        for (int k = threadIdx.x; k < per_row * v.outer; k += blockDim.x) {
-          async_copy16(to + int64_t(16) * k, from + (k / per_row) * pitch + 16 * (k % per_row));
+        // A thread has a column of vectors, or some: nothing is divided in the loop.
+        Columns c(static_cast<int>(row / 16) * kUnit);
+        for (; c.mine(); c.k += c.parts > 1 ? c.units : static_cast<int>(blockDim.x)) {
+          char* there = to + c.part * row + 16 * c.k;
+          const char* here = from + c.part * pitch + 16 * c.k;
+          const int64_t step = c.parts * row, image_step = c.parts * pitch;
+          int n = c.part < v.outer ? (v.outer - c.part + c.parts - 1) / c.parts : 0;
+#pragma unroll 4
+          for (; n > 0; --n) {
+            async_copy16(there, here);
+            there += step;
+            here += image_step;
+          }
         }
       }
     }
@@ -159,7 +203,7 @@ struct Ring {
   SENET_DEVICE void wait(uint32_t i) const {
     if constexpr (kHasClusters) {
       if (p.bulk) {
-        mbarrier_wait(arrival(i), (i / p.slots) & 1);
+        mbarrier_wait(arrival(i), round(i) & 1);
         return;
       }
     }
@@ -207,6 +251,11 @@ struct Sectors {
 inline __device__ __noinline__ void prefetch_rows(const char* from, int rows, int64_t row,
                                                   int64_t pitch) {
   const int threads = static_cast<int>(blockDim.x);
+  if (rows == 1) {
+    const char* const end = from + row;
+    for (from += kSector * threadIdx.x; from < end; from += kSector * threads) prefetch_l2(from);
+    return;
+  }
   for (Sectors s(static_cast<int>(threadIdx.x), threads, row); s.row < rows; s.next(threads)) {
     prefetch_l2(from + s.row * pitch + int64_t(kSector) * s.column);
   }
@@ -215,7 +264,8 @@ inline __device__ __noinline__ void prefetch_rows(const char* from, int rows, in
 // Asks for the block's slice of an image, before a loop that reads it. A thread of such a loop has
 // one or two loads under way, and a multiprocessor fewer of them than memory needs to be busy.
 template <int kBytes>
-SENET_DEVICE void prefetch_slice(const View& v, const char* image) {
+SENET_DEVICE void prefetch_slice(const char* image) {
+  const View v = self().view;
   if (!image || v.outer == 0 || v.inner == 0) return;
   const int64_t row = int64_t(v.inner) * kBytes;
   const bool flat = !v.last || v.inner == v.pitch;
@@ -231,37 +281,34 @@ SENET_DEVICE void prefetch_slice(const View& v, const char* image) {
 // What stays is on its way images ahead, and so is what is read beside it. Otherwise only the image
 // at hand is asked for: it is read twice, and L2 need not have room for a second one.
 template <int kBytes, bool kVector, class A, class Ask, class Work>
-SENET_DEVICE void each_image(const Shape& s, const Plan& p, const View& v, const Images& from,
-                             Team<A>& team, Ask ask, Work work) {
-  const Ring<kBytes> ring(p, v);
-  const int64_t group = blockIdx.x / p.blocks;
-  const auto image = [&](uint32_t i) -> const char* {
-    const int64_t b = group + int64_t(i) * p.groups;
-    return b < s.batch ? static_cast<const char*>(from.data) + b * from.stride * kBytes : nullptr;
-  };
+SENET_DEVICE void each_image(const Shape& s, const Plan& p, const Images& from, Team<A>& team,
+                             Ask ask, Work work) {
+  const Ring<kBytes> ring{p};
+  const int64_t group = self().group;
   const bool resident = kVector && p.resident;
   const int ahead = resident ? p.slots - 1 : 0;
-  const auto start = [&](uint32_t i) {
-    const int64_t b = group + int64_t(i) * p.groups;
+  // Image b, the i-th of this block.
+  const auto start = [&](uint32_t i, int64_t b) {
+    const char* image = nullptr;
+    if (b < s.batch) image = static_cast<const char*>(from.data) + b * from.stride * kBytes;
     if (resident) {
-      ring.start(i, image(i));
+      ring.start(i, image);
     } else if (from.data) {
-      prefetch_slice<kBytes>(v, image(i));
+      prefetch_slice<kBytes>(image);
     }
     if (b < s.batch) ask(b);
   };
   if (resident) {
     ring.prepare();
-    for (int i = 0; i < ahead; ++i) start(i);
+    for (int i = 0; i < ahead; ++i) start(i, group + int64_t(i) * p.groups);
   }
   __syncthreads();  // what the constructors wrote
-  uint32_t i = 0;
-  for (int64_t b = group; b < s.batch; b += p.groups, ++i) {
+  for (int64_t b = group; b < s.batch; b += p.groups) {
     const char* slot = nullptr;
-    start(i + ahead);
+    start(team.images + ahead, b + int64_t(ahead) * p.groups);
     if (resident) {
-      ring.wait(i);
-      slot = ring.slot(i);
+      ring.wait(team.images);
+      slot = ring.slot(team.images);
     }
     work(b, slot);
     team.next_image();

@@ -211,38 +211,49 @@ Room room_for(void (*kernel)(const Args), Prepared& prepared, const Plan& plan, 
 }
 
 // Calls f(kernel, prepared) with the instance of Kernels that a call needs. The functions `before`
-// that networks have are instances of their own for 16-bit types, two of them for float.
-template <class Kernels, int kBytes, bool kVector, Fn kBefore, class F>
+// that networks have are instances of their own of the lean kernels, which the plan chooses: for
+// 16-bit types all of them, for float two. The other kernels take any function.
+template <class Kernels, int kBytes, bool kVector, Fn kBefore, Way kWay, class F>
 auto with(F f) {
   static Prepared prepared;
-  return f(Kernels::template kernel<kBytes, kVector, static_cast<int>(kBefore)>(), prepared);
+  return f(Kernels::template kernel<kBytes, kVector, static_cast<int>(kBefore), kWay>(), prepared);
+}
+template <class Kernels, int kBytes, Way kWay, class F>
+auto with_lean(Fn before, F f) {
+  if constexpr (kBytes == 2) {
+    if (before == Fn::relu) return with<Kernels, kBytes, true, Fn::relu, kWay>(f);
+    if (before == Fn::hardswish) return with<Kernels, kBytes, true, Fn::hardswish, kWay>(f);
+  }
+  if (before == Fn::silu) return with<Kernels, kBytes, true, Fn::silu, kWay>(f);
+  return with<Kernels, kBytes, true, Fn::identity, kWay>(f);
 }
 template <class Kernels, int kBytes, class F>
-auto with_before(Fn before, F f) {
-  if constexpr (kBytes == 2) {
-    if (before == Fn::relu) return with<Kernels, kBytes, true, Fn::relu>(f);
-    if (before == Fn::hardswish) return with<Kernels, kBytes, true, Fn::hardswish>(f);
-  }
-  if (before == Fn::identity) return with<Kernels, kBytes, true, Fn::identity>(f);
-  if (before == Fn::silu) return with<Kernels, kBytes, true, Fn::silu>(f);
-  return with<Kernels, kBytes, true, kAny>(f);
+auto with_general(bool vector, F f) {
+  return vector ? with<Kernels, kBytes, true, kAny, Way::general>(f)
+                : with<Kernels, kBytes, false, kAny, Way::general>(f);
 }
 template <class Kernels, class F>
-auto with_instance(DType dtype, Fn before, bool vector, F f) {
-  if (dtype == DType::f64) return with<Kernels, 8, false, kAny>(f);
+auto with_instance(DType dtype, Fn before, const Plan& plan, F f) {
+  if (dtype == DType::f64) return with<Kernels, 8, false, kAny, Way::general>(f);
   if (dtype == DType::f32) {
-    return vector ? with_before<Kernels, 4>(before, f) : with<Kernels, 4, false, kAny>(f);
+    return plan.lean ? with_lean<Kernels, 4, Way::lean>(before, f)
+                     : with_general<Kernels, 4>(plan.vector, f);
   }
-  return vector ? with_before<Kernels, 2>(before, f) : with<Kernels, 2, false, kAny>(f);
+  if (!plan.lean) return with_general<Kernels, 2>(plan.vector, f);
+  return dtype == DType::bf16 ? with_lean<Kernels, 2, Way::lean>(before, f)
+                              : with_lean<Kernels, 2, Way::lean_f16>(before, f);
 }
 
 // Calls f(kernel, prepared) with every instance of Kernels, with some of them more than once.
 template <class Kernels, class F>
 void with_every_instance(F f) {
-  for (DType dtype : {DType::f64, DType::f32, DType::f16}) {
-    for (bool vector : {true, false}) {
+  for (DType dtype : {DType::f64, DType::f32, DType::f16, DType::bf16}) {
+    for (int ways = 0; ways < 4; ++ways) {
+      Plan plan;
+      plan.vector = ways & 1;
+      plan.lean = ways == 3;
       for (int before = 0; before <= static_cast<int>(kLastFn); ++before) {
-        with_instance<Kernels>(dtype, static_cast<Fn>(before), vector, f);
+        with_instance<Kernels>(dtype, static_cast<Fn>(before), plan, f);
       }
     }
   }

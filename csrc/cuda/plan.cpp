@@ -17,10 +17,12 @@ constexpr int64_t kSmallestSlice = 8 << 10;
 constexpr int64_t kReserved = 1024;
 // Units of each thread between two writings of the mask's bytes: two barriers, and 4 KB for 256.
 constexpr int kTurns = 16;
+// Units from which on a row of whole units is for eight threads, lean.
+constexpr int64_t kLongRow = 64;
 // The most registers a thread has, by the kernels' launch bounds.
-int registers_of(const Task& t) {
+int registers_of(const Task& t, bool lean) {
   if (t.dtype == DType::f64) return 256;
-  return t.backward ? 168 : 128;
+  return t.backward && !lean ? 168 : 128;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -88,9 +90,12 @@ class Draft {
     // Sums over positions.
     p.lanes = 32;
     p.segments = 1;
+    p.band = plan.vector ? kUnit / static_cast<int>(std::gcd<int64_t>(n, kUnit)) : 1;
     int64_t scratch = 0;
     if (s_.channels_last) {
       scratch = kUnit * std::max<int64_t>(p.threads, ceil_div(channels, kUnit));
+    } else if (p.lean) {
+      scratch = share_rows(channels, positions / kUnit);
     } else {
       const int64_t units = ceil_div(positions, kUnit) + (p.vector && positions % kUnit ? 1 : 0);
       p.lanes = std::min(32, power_of_two(units));
@@ -106,9 +111,9 @@ class Draft {
       scratch = std::max(scratch, kUnit * std::max<int64_t>(p.threads, ceil_div(columns, kUnit)));
     }
 
-    int64_t bytes = 0;
+    int64_t bytes = kSelfBytes;
     const auto carve = [&bytes](int64_t n) {
-      const int64_t at = bytes ? bytes + kRedZone : 0;
+      const int64_t at = bytes + kRedZone;
       bytes = round_up(at + n, 16);
       return static_cast<int>(at);
     };
@@ -132,10 +137,11 @@ class Draft {
     shared_ = bytes;
     p.shared = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
     p.per_multiprocessor = static_cast<int>(std::max<int64_t>(
-        1, std::min({int64_t(d_.blocks_per_multiprocessor),
-                     d_.shared_per_multiprocessor / (shared_ + kReserved),
-                     int64_t(d_.registers_per_multiprocessor) / (registers_of(t_) * p.threads),
-                     int64_t(d_.threads_per_multiprocessor) / p.threads})));
+        1,
+        std::min({int64_t(d_.blocks_per_multiprocessor),
+                  d_.shared_per_multiprocessor / (shared_ + kReserved),
+                  int64_t(d_.registers_per_multiprocessor) / (registers_of(t_, p.lean) * p.threads),
+                  int64_t(d_.threads_per_multiprocessor) / p.threads})));
   }
 
   bool run_at_once() const {
@@ -144,6 +150,16 @@ class Draft {
   bool fits() const { return shared_ <= d_.shared_per_block; }
   int64_t slice_bytes() const { return slice_bytes_; }
   int64_t image_bytes() const { return s_.image() * element_; }
+
+  // Whether there is a lean kernel for the call, which only the task decides.
+  bool can_be_lean() const {
+    const bool function = t_.before == Fn::identity || t_.before == Fn::silu ||
+                          (element_ == 2 && (t_.before == Fn::relu || t_.before == Fn::hardswish));
+    const int64_t band = s_.channels_last ? 1 : kUnit / std::gcd<int64_t>(s_.positions, kUnit);
+    return plan.vector && t_.plain && function && s_.image() > 0 &&
+           image_bytes() < int64_t(1) << 30 && (s_.channels_last || s_.positions >= kUnit) &&
+           (!odd_rows_of_mask() || band * s_.positions / kUnit <= kTurns * 32);
+  }
 
   // The slices of both matrices, their rows padded to whole units.
   int64_t weight_bytes() const {
@@ -159,6 +175,19 @@ class Draft {
   }
 
  private:
+  // Lean: eight threads to a row of many units, or one; and where rows are few, to a segment of it.
+  // Returns how many sums of segments there are.
+  int64_t share_rows(int64_t rows, int64_t units) {
+    Plan& p = plan;
+    p.lanes = units >= kLongRow && p.band == 1 ? 8 : 1;
+    const int64_t tasks = p.threads / p.lanes;
+    // A thread comes to rows that begin alike, every band-th; and to the same segment of them.
+    while (2 * p.segments * rows <= tasks && tasks % (2 * p.segments * p.band) == 0 &&
+           units >= 8 * p.lanes * p.segments) {
+      p.segments *= 2;
+    }
+    return p.segments > 1 ? rows * p.segments : 0;
+  }
   // A row of the mask is whole bytes. Where a row of the image is not, a unit's bits are of several
   // bytes, and they are put together in shared memory: a byte per unit, and one before. Whether a
   // mask is written or not: the same sums, in the same order, with and without.
@@ -198,6 +227,7 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
   }
   Draft draft(task, device);
   Plan& p = draft.plan;
+  p.lean = policy.lean != 0 && draft.can_be_lean();
   const bool clusters = device.capability >= 90;
   const bool wants = policy.exchange > 0;
   const int64_t blocks_possible = clusters ? device.largest_cluster : (device.cooperative ? 32 : 1);
@@ -221,8 +251,9 @@ Plan make_plan(const Task& task, const Device& device, const Policy& policy) {
          draft.image_bytes() >= 2 * blocks * kSmallestSlice) {
     blocks *= 2;
   }
-  // As many as the registers of a multiprocessor have room for: twice 256, or once 384.
-  p.threads = task.backward && task.dtype != DType::f64 ? 384 : 256;
+  // As many as the registers of a multiprocessor have room for: twice 256, or once 384 where the
+  // general loops of the backward pass need more of them.
+  p.threads = task.backward && task.dtype != DType::f64 && !p.lean ? 384 : 256;
   if (policy.threads > 0) p.threads = policy.threads;
   // Both passes read the image: forward, and backward what it keeps of it, dy.
   const bool two_passes = s.form == Form::two_layers || s.form == Form::one_layer;
@@ -374,6 +405,7 @@ std::string describe(const Plan& p) {
   text += p.resident ? ", single pass" : ", two passes";
   if (p.slots > 1) text += ", next image prefetched";
   if (p.weights) text += ", weights kept";
+  if (p.lean) text += ", lean loops";
   if (!p.vector) text += ", element by element";
   return text;
 }
@@ -412,11 +444,12 @@ std::optional<Policy> named_policy() {
                  : name == "weights"  ? &policy.weights
                  : name == "threads"  ? &policy.threads
                  : name == "groups"   ? &policy.groups
+                 : name == "lean"     ? &policy.lean
                                       : nullptr;
     if (!field) {
       return wrong(
           "SENET_KERNELS_CUDA_PLAN: expected exchange, blocks, axis, resident, slots, weights, "
-          "threads or groups");
+          "threads, groups or lean");
     }
     const bool choice = field == &policy.exchange || field == &policy.axis;
     const bool bad = number < 0 || (choice && number > (field == &policy.axis ? 1 : 2)) ||

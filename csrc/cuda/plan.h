@@ -35,6 +35,9 @@ enum class Exchange : int {
   cluster,  // in each other's shared memory
   grid,     // through global memory, under a cooperative launch
 };
+// Which loops over x a kernel has: the general ones, or those of lean.cuh for a 16-bit or a float
+// dtype, of which fp16 has its own.
+enum class Way : int { general, lean, lean_f16 };
 // What a block's slice of an image is: some channels at all positions, or the reverse.
 enum class Axis : int { channels, space };
 
@@ -43,11 +46,13 @@ enum class Axis : int { channels, space };
 // -1 leaves the choice to the plan.
 struct Policy {
   int exchange = -1, blocks = -1, axis = -1, resident = -1, slots = -1, weights = -1;
-  int threads = -1, groups = -1;
+  int threads = -1, groups = -1, lean = -1;
   const char* error = nullptr;  // what is wrong with the text it was read from
 };
 
-// Where a block's arrays begin in its shared memory, in bytes.
+// Where a block's arrays begin in its shared memory, in bytes. First of all there is what the block
+// knows of itself (Self in images.cuh), in so many bytes.
+constexpr int kSelfBytes = 64;
 struct Carving {
   int sums, scale, shift, mean, affine, hidden, exchange, scratch, bits, weights, barriers, slots;
 };
@@ -70,6 +75,7 @@ struct Plan {
   bool resident = false;  // the slice stays in shared memory from the first pass to the second
   int slots = 0;          // ... and so many slices: the one in progress, and those being loaded
   bool bulk = false;      // ... brought in by bulk copies
+  bool lean = false;      // the loops of lean.cuh
   bool weights = false;   // slices of the weights stay in shared memory across images
   int per_multiprocessor = 1;  // blocks; as computed, or as the device said
 
@@ -78,6 +84,7 @@ struct Plan {
   int exchanged = 0;       // elements that a block publishes per image
   int lanes = 32;          // threads that share a row in a sum over positions
   int segments = 1;        // ... times so many groups of them, for few and long rows
+  int band = 1;            // lean: the fewest rows that are whole units
   int stretch = 0;  // units whose bits of the mask are gathered at a time; 0: they need not be
   Carving at{};
   int shared = 0;       // bytes per block
@@ -97,6 +104,9 @@ struct Task {
   bool masks;                  // forward: after="relu", whose bit mask may be wanted
   bool needs_dx, needs_ds;     // backward: of x, and for the gradients of alpha and beta
   bool affine, needs_daffine;  // before_affine, and its gradients
+  // y = p scale, or relu(p scale + residual), over all positions; backward with a mask whose bytes
+  // units are, and dx wanted.
+  bool plain;
 };
 
 Plan make_plan(const Task& task, const Device& device, const Policy& policy);

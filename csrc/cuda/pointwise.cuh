@@ -89,7 +89,10 @@ SENET_DEVICE A evaluate(Fn f, A x) {
       return s + x * s * (A(1) - s) * slope;
     }
     case Fn::hardswish:
-      if (kSlope) return x <= A(-3) ? A(0) : (x >= A(3) ? A(1) : x / A(3) + A(0.5));
+      if (kSlope) {
+        const A rise = (kFast ? x * A(1. / 3) : x / A(3)) + A(0.5);
+        return x <= A(-3) ? A(0) : (x >= A(3) ? A(1) : rise);
+      }
       return kFast ? x * clamp<A>(x + A(3), 0, 6) * A(1. / 6) : x * clamp<A>(x + A(3), 0, 6) / A(6);
     case Fn::leaky_relu:
       if (kSlope) return x > A(0) ? A(1) : A(0.01);
@@ -158,6 +161,11 @@ __device__ __noinline__ A chain_of(Fn f, A x, A m) {
   return chain<false>(f, x, m);
 }
 
+template <Fn kFn>
+struct FnConstant {
+  static constexpr Fn value = kFn;
+};
+
 // `before` as a template argument: one of the common functions, or kAny.
 template <Fn kFn, bool kFast, class A>
 SENET_DEVICE A before_value(Fn f, A x) {
@@ -165,6 +173,50 @@ SENET_DEVICE A before_value(Fn f, A x) {
     return f == Fn::identity ? x : value_of<A>(f, x);
   } else {
     return value<kFast>(kFn, x);
+  }
+}
+// In place, of the eight elements that a thread takes at a time. Of any function: those that
+// networks have in front are inlined.
+template <Fn kFn, bool kFast, class A>
+SENET_DEVICE void before_values(Fn f, A* x) {
+  constexpr int kElements = 8;
+  const auto inlined = [x](auto fn) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) x[j] = value<kFast>(decltype(fn)::value, x[j]);
+  };
+  if constexpr (kFn != kAny) {
+    inlined(FnConstant<kFn>{});
+  } else if (f == Fn::identity) {
+  } else if (f == Fn::relu) {
+    inlined(FnConstant<Fn::relu>{});
+  } else if (f == Fn::silu) {
+    inlined(FnConstant<Fn::silu>{});
+  } else if (f == Fn::hardswish) {
+    inlined(FnConstant<Fn::hardswish>{});
+  } else {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) x[j] = value_of<A>(f, x[j]);
+  }
+}
+template <Fn kFn, bool kFast, class A>
+SENET_DEVICE void before_chains(Fn f, const A* x, A* m) {
+  constexpr int kElements = 8;
+  const auto inlined = [x, m](auto fn) {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) m[j] = chain<kFast>(decltype(fn)::value, x[j], m[j]);
+  };
+  if constexpr (kFn != kAny) {
+    inlined(FnConstant<kFn>{});
+  } else if (f == Fn::identity) {
+  } else if (f == Fn::relu) {
+    inlined(FnConstant<Fn::relu>{});
+  } else if (f == Fn::silu) {
+    inlined(FnConstant<Fn::silu>{});
+  } else if (f == Fn::hardswish) {
+    inlined(FnConstant<Fn::hardswish>{});
+  } else {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) m[j] = chain_of<A>(f, x[j], m[j]);
   }
 }
 template <Fn kFn, bool kFast, class A>

@@ -32,6 +32,9 @@ constexpr bool kHasAsyncCopies = false;
 #endif
 
 #define SENET_DEVICE __device__ __forceinline__
+// The same for a lambda, behind its parameters. One that is not inlined needs what it captures in
+// memory.
+#define SENET_INLINE __attribute__((always_inline))
 
 // ---- 16-bit floating point, as bits ----
 // Own types rather than cuda_fp16.h and cuda_bf16.h, which take longer to compile than the kernels.
@@ -71,6 +74,14 @@ SENET_DEVICE bf16_t to_bf16(float v) {
 
 SENET_DEVICE float fast_exp(float v) { return __expf(v); }
 SENET_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+
+// The same bits, of which the compiler knows nothing: what is made of them before a loop it does
+// not work out anew in it.
+SENET_DEVICE uint32_t opaque(uint32_t bits) {
+  uint32_t same;
+  asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(bits));
+  return same;
+}
 
 // ---- 16 bytes at a time; addresses are multiples of 16 ----
 

@@ -119,10 +119,11 @@ struct Affine {
   const A *scale, *shift;
   bool there;
 
-  SENET_DEVICE Affine(const Parameters& w, const Plan& p, Range channels) {
+  // `possible`: whether the kernel has calls with one at all.
+  SENET_DEVICE Affine(const Parameters& w, const Plan& p, Range channels, bool possible = true) {
     A* a = reinterpret_cast<A*>(shared_memory() + p.at.affine);
     A* b = a + (p.local_channels + kUnit - 1) / kUnit * kUnit;
-    there = w.affine_scale != nullptr;
+    there = possible && w.affine_scale != nullptr;
     scale = a;
     shift = b;
     for (int c = threadIdx.x; there && c < channels.size(); c += blockDim.x) {

@@ -133,6 +133,14 @@ SENET_DEVICE void store_unit(char* p, int count, bool half, const A* v) {
   }
 }
 
+// Bits `from` .. `from` + 7 of a row of the mask; those outside of it are 0 or another row's.
+SENET_DEVICE uint32_t row_bits(const uint8_t* row, int64_t bytes, int from) {
+  const int byte = from >> 3, shift = from & 7;
+  uint32_t bits = byte >= 0 && byte < bytes ? row[byte] : 0u;
+  if (shift && byte + 1 >= 0 && byte + 1 < bytes) bits |= uint32_t(row[byte + 1]) << 8;
+  return bits >> shift;
+}
+
 // v[0..8) from an array in shared memory, at a multiple of 16 bytes: as threads read units side by
 // side, 32 bytes apart, in whole vectors, since single words would all be in four of the 32 banks.
 template <class A>
@@ -201,11 +209,12 @@ inline __device__ __noinline__ void copy_weights(Matrix m, int rows, int columns
     }
   }
 }
-// Moves m there, and `to` behind it. To be read after a barrier.
-SENET_DEVICE void keep(Matrix& m, int rows, int columns, char*& to) {
-  copy_weights(m, rows, columns, to);
-  m = {to, m.dtype, (columns + kUnit - 1) / kUnit * kUnit, true};
-  to += (rows * m.pitch * size_of(m.dtype) + 15) / 16 * 16;
+// What was copied there, to be read after a barrier; and how many bytes it takes.
+SENET_DEVICE Matrix kept_matrix(const char* p, DType dtype, int columns) {
+  return {p, dtype, (columns + kUnit - 1) / kUnit * kUnit, true};
+}
+SENET_DEVICE int kept_bytes(DType dtype, int rows, int columns) {
+  return (rows * ((columns + kUnit - 1) / kUnit * kUnit) * size_of(dtype) + 15) / 16 * 16;
 }
 
 // How the elements of a matrix are read: the size of one, and whether in whole vectors.

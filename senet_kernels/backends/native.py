@@ -8,6 +8,7 @@ or does not load, the reason is kept and importing goes on.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -100,7 +101,7 @@ def launch_plan(
     *,
     before: str = "identity",
     after: str = "identity",
-    affine: bool = False,
+    given: Collection[str] = (),
     backward: bool = False,
     gpu: Gpu | None = None,
 ) -> str:
@@ -109,7 +110,7 @@ def launch_plan(
     Args:
         x, w1, w2: as in ``squeeze_excite``; for a ``gpu`` that is not there, of any device.
         before, after: of the call; ``after="relu"`` may want a bit mask of x.
-        affine: whether there is a ``before_affine``.
+        given: those of ``before_affine``, ``lengths`` and ``residual`` that the call has.
         backward: the backward pass up to ``dx`` instead of the forward pass.
         gpu: plan for this one; None is the device of x, with what the CUDA runtime says of it.
 
@@ -134,8 +135,10 @@ def launch_plan(
         _DTYPES.index(w2.dtype),
         backward,
         pack(Options("identity", "identity", before, after)),
-        affine,
+        "before_affine" in given,
         gpu is not None or _is_aligned(x),
+        "lengths" in given,
+        "residual" in given,
     ]
     numbers = [int(v) for v in call]
     device = [x.device.index or 0] if gpu is None else [int(v) for v in gpu]
@@ -153,15 +156,17 @@ def _is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and stride % 8 == 0 and stride * x.element_size() % 16 == 0
 
 
-def notes(x: Tensor, w1: Tensor | None, w2: Tensor, options: Options, affine: bool) -> list[str]:
-    """How the CUDA kernels would be launched, for ``explain``."""
+def notes(
+    x: Tensor, w1: Tensor | None, w2: Tensor, options: Options, given: Collection[str]
+) -> list[str]:
+    """How the CUDA kernels would be launched, for ``explain``; ``given`` as for ``launch_plan``."""
     if x.device.type != "cuda":
         return []
 
     def plan(backward: bool) -> str:
         return launch_plan(
             x, w1, w2,
-            before=options.before, after=options.after, affine=affine, backward=backward,
+            before=options.before, after=options.after, given=given, backward=backward,
         )  # fmt: skip
 
     return [f"forward: {plan(False)}", f"backward: {plan(True)}"]

@@ -150,7 +150,7 @@ def kind_of(
         like = x if x.dtype == call.dtype else x.to(call.dtype)
         if w2.dtype != call.param_dtype:
             w1, w2 = None if w1 is None else w1.to(call.param_dtype), w2.to(call.param_dtype)
-        said = module.notes(like, w1, w2, call.options, call.affine)
+        said = module.notes(like, w1, w2, call.options, call.operands)
         plan = "; ".join(said if direction == TRAINING else said[:1])
         # A plan that names no exchange between blocks is one of kernels that do not wait.
         ask = getattr(module, "waits", None)

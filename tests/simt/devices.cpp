@@ -146,7 +146,7 @@ int main() {
         call("backward", [](const Host& h, int32_t i) { h.backward(BackwardArgs{}, i); });
         call("poison", [](const Host& h, int32_t i) { h.poison(nullptr, 64, i); });
         call("plan", [](const Host&, int32_t i) {
-          cuda_plan(std::vector<int64_t>(13), std::vector<int64_t>{i});
+          cuda_plan(std::vector<int64_t>(15), std::vector<int64_t>{i});
         });
       }
     }

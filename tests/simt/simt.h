@@ -112,6 +112,7 @@ inline uint32_t __float_as_uint(float value) {
 // ---- the seam ----
 
 #define SENET_DEVICE inline
+#define SENET_INLINE
 
 namespace senet {
 namespace gpu {
@@ -155,6 +156,8 @@ inline float fast_divide(float a, float b) {
   const float size = std::fabs(b);
   return size > 0x1p126f && size < INFINITY ? a * (b < 0 ? -0.0f : 0.0f) : a / b;
 }
+
+inline uint32_t opaque(uint32_t bits) { return bits; }
 
 inline void check_alignment(const void* p, const Where& where) {
   if (reinterpret_cast<uintptr_t>(p) % 16) {

@@ -49,7 +49,7 @@ class LoopCount(NamedTuple):
     name: str
     iterations: float
     instructions: float  # of the machine code, in an iteration
-    ptx: float  # of PTX, in an iteration of the same loop
+    ptx: float  # of PTX, in one of the same loop, less what becomes none (Text.expected)
     loads: int
     of: int
 
@@ -255,5 +255,5 @@ class Profile:
                 best, most = candidate, score
         if best is None:
             return 0.0
-        issued = sum(self.warps[b] * len(self.text.instructions[b]) for b in best.blocks)
+        issued = sum(self.warps[b] * self.text.expected[b] for b in best.blocks)
         return issued / self.warps[best.head]

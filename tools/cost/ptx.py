@@ -23,6 +23,9 @@ _PLACE = re.compile(r"([\w.]+):(\d+):\d+")
 _FUNCTION = re.compile(r"^[ \t]*(?:\.(?:visible|extern|weak)\s+)*\.(?:entry|func)\b[^(\n]*", re.M)
 _BRANCH = re.compile(r"(@!?\s*%\w+\s+)?bra(?:\.uni)?\s+(\$?[\w$]+)")
 _LEAVES = re.compile(r"(@!?\s*%\w+\s+)?(?:ret|exit|trap)\b")
+# Another type for the bits of a register, or two halves of one side by side.
+_SAME_BITS = re.compile(r"mov\.[bu]32\s+%\w+,\s*(?:%[frd]\d+|\{%\w+,\s*%\w+\});?$")
+_TO_HALF = re.compile(r"cvt\.rn\.(?:bf16|f16)\.f32\s")
 
 
 @functools.cache
@@ -40,6 +43,18 @@ def _functions(path: str) -> list[tuple[int, int, str]]:
 
 def _function_at(path: str, line: int) -> str:
     return next((name for first, last, name in _functions(path) if first <= line <= last), "")
+
+
+def machine_instructions(statement: str) -> float:
+    """How many instructions of machine code one of PTX becomes, as far as ptxas makes fewer of it.
+
+    A register has no type there: bits that are now of a float, or of two 16-bit numbers, stay where
+    they are. Two numbers are rounded to 16 bits by one instruction (F2FP.PACK_AB), which also puts
+    them side by side. Everything else counts once.
+    """
+    if _SAME_BITS.match(statement):
+        return 0.0
+    return 0.5 if _TO_HALF.match(statement) else 1.0
 
 
 class Frame(NamedTuple):
@@ -64,6 +79,8 @@ class Text:
         from ptx.translate import statements
 
         self.instructions: list[list[int]] = [[] for _ in leaders]  # lines of each block
+        #: of machine code, see :func:`machine_instructions`
+        self.expected: list[float] = [0.0 for _ in leaders]
         self.successors: list[list[int]] = [[] for _ in leaders]
         self.frames: dict[int, Frame] = {}
         self._statements = [
@@ -98,6 +115,7 @@ class Text:
             if not self.instructions[block] and previous is not None:
                 self.successors[previous].append(block)
             self.instructions[block].append(statement.line)
+            self.expected[block] += machine_instructions(text)
             previous = block
             if found := _BRANCH.match(text):
                 branches.append((block, found[2]))

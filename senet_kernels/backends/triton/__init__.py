@@ -81,14 +81,16 @@ def describe() -> str:
 
 
 def notes(
-    x: Tensor, w1: Tensor | None, w2: Tensor, options: Options, affine: bool
+    x: Tensor, w1: Tensor | None, w2: Tensor, options: Options, given: frozenset[str]
 ) -> tuple[str, ...]:
-    """How a call with these tensors would be cut: forward and, for all gradients, backward."""
+    """How a call with these tensors, and the optional arguments ``given``, would be cut: forward
+    and, for all gradients, backward."""
     from . import operands, plan
 
     kind = operands.examine((x, w1, None, w2), pack(options))
     cut = kind.shape, x.element_size(), kind.device
     masked, again = options.after == "relu", options.after_again
+    affine = "before_affine" in given
     crowded = plan.is_crowded(options.before, again)
     forward = plan.make_plan(*cut, masked=masked, crowded=crowded)
     backward = plan.make_plan(*cut, masked=masked, crowded=crowded, sums_in_dx=affine)
