@@ -55,10 +55,14 @@ CHINESE = (
     (r"^Of (\d+) comparisons none is lost by more than 5 %", r"\1 项比较中没有一项慢 5 % 以上"),
     (r"(?i)\bforward\+backward\b", "前向+反向"),
     (r"(?i)\bforward\b", "前向"),
-    (r": fused networks run at (\S+) the speed \((\S+) to (\S+)\)",
-     r"：融合后网络的速度是原来的 \1（\2 到 \3）"),
-    (r", the price of SE from (\d+) % to (\d+) % in the median",
-     "，SE 的代价（中位数）\\1\u00a0%\u00a0→\u00a0\\2\u00a0%"),
+    (
+        r": fused networks run at (\S+) the speed \((\S+) to (\S+)\)",
+        r"：融合后网络的速度是原来的 \1（\2 到 \3）",
+    ),
+    (
+        r", the price of SE from (\d+) % to (\d+) % in the median",
+        "，SE 的代价（中位数）\\1\u00a0%\u00a0→\u00a0\\2\u00a0%",
+    ),
     (r"\bgraph built\b", "建图"),
     (r"\bvs\b", "对"),
     (r"\| layers \|", "| 层数 |"),
