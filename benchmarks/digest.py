@@ -23,20 +23,20 @@ def blocks(record: Record) -> Iterator[tuple[str, Lines]]:
 
 def _blocks_of_results(record: Record) -> Iterator[tuple[str, Lines]]:
     if record["kind"] == "models":
-        modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
+        modes = summary.modes(record)
         yield from ((f"{mode}: time and speed-up", model_times(record, mode)) for mode in modes)
         if _timed(record, ["no-se"], summary.metric_of(record)):
             yield from ((f"{mode}: the price of SE", model_prices(record, mode)) for mode in modes)
         yield "memory and calls of a step", model_costs(record)
     elif record["kind"] == "sweep":
         yield "where the fastest changes", sweep_crossovers(record)
-        for mode in dict.fromkeys(e["mode"] for e in record["results"]):
+        for mode in summary.modes(record):
             yield (
                 f"{mode}: microseconds where each axis begins, half way, and where it ends",
                 sweep_ends(record, mode),
             )
     else:
-        modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
+        modes = summary.modes(record)
         for mode in modes:
             yield f"{mode}: speed-up of layers", layers(record, mode)
         for mode in modes:
@@ -176,7 +176,7 @@ def model_prices(record: Record, mode: str) -> Lines:
 def model_gains(record: Record) -> Lines:
     """A line for each network: what fusing gains, and the price of SE before and after, by mode."""
     metric, long = summary.metric_of(record), _kinds(record)
-    modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
+    modes = summary.modes(record)
     prices = [f"price of SE, {mode}" for mode in modes]
     out = [["network", *(f"{mode}, fused" for mode in modes), *prices]]
     rows: dict[str, dict[str, list[str]]] = {}
@@ -225,7 +225,7 @@ def model_costs(record: Record) -> Lines:
 
 
 def _lines_of(record: Record) -> Iterator[tuple[str, str, str, str]]:
-    for mode in dict.fromkeys(e["mode"] for e in record["results"]):
+    for mode in summary.modes(record):
         for line in record["axes"]:
             yield line["axis"], mode, line["dtype"], line["layout"]
 

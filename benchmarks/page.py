@@ -76,7 +76,7 @@ def _section(record: Record, name: str, images: list[tuple[str, Path]]) -> dict[
         ],
         "tables": [
             {
-                "title": f"{title[0].upper()}{title[1:]}",
+                "title": summary.capital(title),
                 "lines": [[c.replace("**", "").replace("`", "") for c in line] for line in lines],
             }
             for title, lines in digest.blocks(record)

@@ -92,10 +92,6 @@ def _table(lines: Lines) -> list[str]:
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows]
 
 
-def _capital(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}"
-
-
 def _stamp(record: Record) -> str:
     blocks = dict.fromkeys((e["dtype"], e["batch"]) for e in record["results"])
     what = ""
@@ -136,15 +132,19 @@ def _all_losses(record: Record) -> list[str]:
 
 def _layers(record: Record) -> list[str]:
     out: list[str] = []
-    modes = list(dict.fromkeys(entry["mode"] for entry in record["results"]))
+    modes = summary.modes(record)
     contenders = " and ".join(f"`{name}`" for name in record["contenders"])
     for mode in modes:
-        out += ["", f"{_capital(mode)}, speed-up of {contenders}:", ""]
+        out += ["", f"{summary.capital(mode)}, speed-up of {contenders}:", ""]
         out += _table(digest.layers(record, mode))
     out += ["", NOTE]
     for mode in modes:
         if len(lines := digest.regime_lines(record, mode)) > 1:
-            out += ["", f"{_capital(mode)}, by what decides the time, over all networks:", ""]
+            out += [
+                "",
+                f"{summary.capital(mode)}, by what decides the time, over all networks:",
+                "",
+            ]
             out += _table(lines)
     out += ["", _losses(record)]
     if record["small_call"]:
@@ -160,7 +160,7 @@ def _layers_short(record: Record) -> list[str]:
     baselines = summary.baselines_of(record, "")
     several = len({(entry["dtype"], entry["batch"]) for entry in record["results"]}) > 1
     lines = [["", "layers", *(f"vs `{name}`" for name in baselines), "time / limit"]]
-    for mode in dict.fromkeys(entry["mode"] for entry in record["results"]):
+    for mode in summary.modes(record):
         for row in summary.rows(record, mode):
             if row.network == "all layers" and row.contender in record["contenders"]:
                 cells = [row.speedup[n].text("×") if n in row.speedup else "" for n in baselines]
@@ -174,7 +174,7 @@ def _others(record: Record, short: bool) -> list[str]:
     for title, lines in digest.blocks(record):
         if short and title.startswith("memory"):
             continue
-        out += ["", f"{_capital(title)}:", "", *_table(lines)]
+        out += ["", f"{summary.capital(title)}:", "", *_table(lines)]
     return [*out, "", _losses(record)]
 
 

@@ -23,6 +23,16 @@ def entries_of(record: Record) -> list[Entry]:
     return [*record["results"], *record.get("small_call", [])]
 
 
+def modes(record: Record) -> list[str]:
+    """What was timed, in the order of the results: forward, forward+backward."""
+    return list(dict.fromkeys(entry["mode"] for entry in record["results"]))
+
+
+def capital(text: str) -> str:
+    """A title: the first letter as a capital, the rest as it is."""
+    return f"{text[0].upper()}{text[1:]}"
+
+
 def small_calls(record: Record) -> Iterator[tuple[str, str, Entry]]:
     """(what, metric, entry) of the small call: wall time, and where it was taken host time."""
     for entry in record.get("small_call", []):

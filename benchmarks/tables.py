@@ -93,7 +93,7 @@ def _plain(title: str, lines: Sequence[Sequence[str]]) -> Table:
 
 
 def _print_layers(record: Record, console: Console) -> None:
-    for mode in dict.fromkeys(entry["mode"] for entry in record["results"]):
+    for mode in summary.modes(record):
         if rows := list(summary.rows(record, mode)):
             console.print(_table(record, mode, rows))
         if rows := list(summary.regime_rows(record, mode)):

@@ -19,14 +19,6 @@ def verdict(record: Record) -> str:
     return ". ".join(parts) + "." if parts else "No result."
 
 
-def _capital(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}"
-
-
-def _modes(record: Record) -> list[str]:
-    return list(dict.fromkeys(entry["mode"] for entry in record["results"]))
-
-
 class Gain(NamedTuple):
     """Of the whole networks of a record in one mode."""
 
@@ -54,11 +46,11 @@ def gain(record: Record, mode: str) -> Gain | None:
 
 
 def _of_models(record: Record) -> Iterator[str]:
-    for mode in _modes(record):
+    for mode in summary.modes(record):
         found = gain(record, mode)
         if found is None:
             continue
-        text = f"{_capital(mode)}: fused networks run at {found.mean:.2f}× the speed"
+        text = f"{summary.capital(mode)}: fused networks run at {found.mean:.2f}× the speed"
         if found.count > 1:
             text += f" ({found.low:.2f} to {found.high:.2f})"
         if found.price:
@@ -75,13 +67,13 @@ def _overall(record: Record, mode: str, contender: str) -> dict[str, summary.Row
 
 def _of_layers(record: Record) -> Iterator[str]:
     for contender in record["contenders"]:
-        for mode in _modes(record):
+        for mode in summary.modes(record):
             overall = _overall(record, mode, contender)
             for dtype, row in overall.items():
                 speeds = row.speedup.items()
                 means = [f"{mean.text('×')} that of {name}" for name, mean in speeds if mean.layers]
                 kind = f", {dtype}" if len(overall) > 1 else ""
-                what = f"{_capital(mode)}{kind}, {row.layers} layers"
+                what = f"{summary.capital(mode)}{kind}, {row.layers} layers"
                 yield f"{what}: the speed of {contender} is {', '.join(means)}"
     found = len(summary.losses(record))
     yield f"{found} of {summary.comparisons(record)} comparisons lost by more than 5 %"
@@ -90,7 +82,7 @@ def _of_layers(record: Record) -> Iterator[str]:
 def _of_sweep(record: Record) -> Iterator[str]:
     metric = summary.metric_of(record)
     for contender in record["contenders"]:
-        for mode in _modes(record):
+        for mode in summary.modes(record):
             entries = [e for e in record["results"] if e["mode"] == mode]
             first = 0
             for entry in entries:
@@ -98,7 +90,7 @@ def _of_sweep(record: Record) -> Iterator[str]:
                 known = {n: t for n, t in times.items() if math.isfinite(t)}
                 first += bool(known) and min(known, key=lambda name: known[name]) == contender
             points = f"{first} of {len(entries)} points"
-            yield f"{_capital(mode)}: {contender} is the fastest at {points}"
+            yield f"{summary.capital(mode)}: {contender} is the fastest at {points}"
 
 
 _PARTS = {"models": _of_models, "layers": _of_layers, "sweep": _of_sweep}
@@ -126,7 +118,7 @@ def _results_of_models(records: Sequence[Record]) -> Lines:
     out = [head]
     for record in records:
         networks = len({entry["network"] for entry in record["results"]})
-        for mode in _modes(record):
+        for mode in summary.modes(record):
             if found := gain(record, mode):
                 before, after = found.price or (math.nan, math.nan)
                 price = f"{before:.0f} % to {after:.0f} %" if found.price else "n/a"
@@ -142,7 +134,7 @@ def _results_of_layers(records: Sequence[Record]) -> Lines:
     for record in records:
         lost = f"{len(summary.losses(record))} of {summary.comparisons(record)}"
         for contender in record["contenders"]:
-            for mode in _modes(record):
+            for mode in summary.modes(record):
                 for row in _overall(record, mode, contender).values():
                     means = {name: mean.text("×") for name, mean in row.speedup.items()}
                     cells = [means.get(name, "n/a") for name in baselines]

@@ -73,7 +73,7 @@ def draw(record: Record, path: Path) -> bool:
     plt = pyplot()
     over = baselines[0]
     layouts = [name for name in SHORT_LAYOUT if any(e["layout"] == name for e in record["results"])]
-    modes = list(dict.fromkeys(e["mode"] for e in record["results"]))
+    modes = summary.modes(record)
     panels = [(mode, layout) for mode in modes for layout in layouts]
     widest = max(len(_bars(record, layout, mode)) for mode, layout in panels)
     figure, axes = plt.subplots(
