@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from senet_kernels.timing import is_busy
+
 from .providers import BASELINES, LIMIT
 from .regimes import CLASSES, MEMORY, REGIMES, memory_class, regime
 from .stats import geomean
@@ -340,7 +342,7 @@ def disturbed(record: Record) -> tuple[int, int]:
     """How many measurements ran while other processes kept a fifth of a core busy, of how many."""
     entries = entries_of(record)
     known = [load for e in entries if (load := e.get("cores_busy_elsewhere")) is not None]
-    return sum(load > 0.2 for load in known), len(entries)
+    return sum(map(is_busy, known)), len(entries)
 
 
 def missing(record: Record) -> dict[tuple[str, str, str], int]:
