@@ -309,17 +309,17 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
         kind = foreign_class(w2) or foreign_class(w1)
         if kind is not None:
             return f"its layers have weights of class {kind}"
-    rows = w2.shape  # a shape is read in half the time of an extent
     try:
-        channels = (rows if w1 is None else w1.shape)[1]
-    except IndexError:  # freed
+        rows = w2.shape  # a shape is read in half the time of an extent
+        channels, outputs = (rows if form.fc1 is None else w1.shape)[1], rows[0]
+    except (AttributeError, IndexError):  # None; freed
         return "its layers have no matrices for weights"
     if x.is_nested or x.shape[1] != channels:
         return f"x has {x.size(1)} channels, its layers have {channels}"
     if _is_transposed(x):
         return _TRANSPOSED
-    if rows[0] != channels:  # twice as many would be taken for scale and shift
-        return f"its last layer has {rows[0]} outputs for {channels} channels"
+    if outputs != channels:  # twice as many would be taken for scale and shift
+        return f"its last layer has {outputs} outputs for {channels} channels"
     if form.autocast and x.dtype is w2.dtype:
         return None
     if autocast_is_on(x.device.type):

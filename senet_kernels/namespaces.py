@@ -12,7 +12,7 @@ import copyreg
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -31,7 +31,8 @@ Read = tuple[Callable[[Any], Any], Any, Any, Callable[[Any], bool] | None]
 
 class Reads(NamedTuple):
     """What is read before each call. A class with another number of names may have a new one that
-    its code asks for; which names it had says whether it has."""
+    its code asks for; which names it had says whether it has. Of classes that are not PyTorch's
+    the names are compared in any case: one may go as another comes."""
 
     places: tuple[Read, ...]
     classes: tuple[Any, ...]  # their namespaces
@@ -134,6 +135,11 @@ def _own_names(namespace: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(n for n in namespace if not n.startswith("__") or n in _PROTOCOLS)
 
 
+def _has_names(names: frozenset[str], namespace: Mapping[str, Any]) -> bool:
+    """Whether it is only Python's own that is new, as what ``copyreg`` notes on a class."""
+    return names == _own_names(namespace)
+
+
 def _let_python_note(cls: type) -> None:
     """Have Python put on a class what it does when the first instance is copied and when somebody
     asks for annotations: later, its number of names would say that there is a new one."""
@@ -158,6 +164,7 @@ class Namespaces:
         self.objects: dict[int, tuple[Callable[[Any], Any], Any, Any]] = {}
         self.functions: set[FunctionType] = set()
         self.packages: set[str] = set()
+        self.followed: set[tuple[ModuleType, frozenset[str]]] = set()
 
     def add_class(self, kind: type[nn.Module]) -> None:
         asked = asked_by(kind)
@@ -186,7 +193,7 @@ class Namespaces:
         if function is None or function in self.functions:
             return
         self.functions.add(function)
-        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        names = frozenset(n for code in _codes(function.__code__) for n in code.co_names)
         theirs = _is_torchs(function)
         if not theirs:
             self.objects[id(function)] = _OF_FUNCTION, function, (
@@ -223,20 +230,28 @@ class Namespaces:
             self.objects[id(cell)] = _OF_CELL, cell, (value, value)
             self._add_value(value)
 
-    def _add_module(self, module: ModuleType, names: Iterable[str]) -> None:
+    def _add_module(self, module: ModuleType, names: frozenset[str]) -> None:
         namespace = vars(module)
         known = _OF_TORCH.get(id(namespace), namespace)
-        if known is namespace and _package(module) in _LIBRARIES:
+        if known is namespace and module is not nn and _package(module) in _LIBRARIES:
             return
         for name in names:
             value = known.get(name, module)
-            if not isinstance(value, ModuleType):
+            if isinstance(value, ModuleType):  # as in torch.nn.functional.relu
+                if value is nn or value is F or _package(value) not in _LIBRARIES:
+                    self._follow(value, names)
+            else:
                 _check_own(module, name, value)
                 self._add(namespace, namespace, name, value)
                 if module is F:
                     self.add_function(_function(value))
                 elif module is not torch:
                     self._add_value(value)
+
+    def _follow(self, module: ModuleType, names: frozenset[str]) -> None:
+        if (module, names) not in self.followed:
+            self.followed.add((module, names))
+            self._add_module(module, names)
 
     def add(self, other: Namespaces) -> None:
         """What another has; where it saw something else under a name, nothing is right there."""
@@ -258,9 +273,15 @@ class Namespaces:
         if self.of_tensors:
             found.append((*_reader(attrgetter, self.of_tensors, Tensor), None))
         found += [(read, owner, values, None) for read, owner, values in self.objects.values()]
+        sizes: list[int] = []
+        for namespace, own in self.names.values():
+            # One that has changed since it was seen is not as it was, whatever its size is now.
+            sizes.append(len(namespace) if _own_names(namespace) == own else -1)
+            if not namespace.get("__module__", "").startswith("torch."):
+                found.append((tuple, namespace, tuple(namespace), partial(_has_names, own)))
         classes = tuple(namespace for namespace, _ in self.names.values())
         names = tuple(own for _, own in self.names.values())
-        return Reads(tuple(found), classes, tuple(map(len, classes)), names)
+        return Reads(tuple(found), classes, tuple(sizes), names)
 
 
 _OF_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
@@ -326,14 +347,13 @@ def what_changed(reads: Reads) -> str | None:
     """The first place that is not as it was; None if there is none."""
     try:
         for read, owner, values, excuse in reads.places:
-            if read(owner) != values and (excuse is None or not excuse(owner)):
+            if values != read(owner) and (excuse is None or not excuse(owner)):
                 return _said(owner)
         if tuple(map(len, reads.classes)) != reads.sizes:
             for owner, names in zip(reads.classes, reads.names, strict=True):
                 if _own_names(owner) != names:  # it may be Python's own that is new
                     return _said(owner)
-    # Gone; or a tensor, which is not compared.
-    except (AttributeError, KeyError, RuntimeError, ValueError):
+    except Exception:  # gone; a tensor, which is not compared; what `==` may raise
         return _said(owner)
     return None
 

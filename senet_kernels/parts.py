@@ -22,15 +22,40 @@ class Refusal(Exception):
     """A module cannot be fused; the message says why."""
 
 
+class Rare(NamedTuple):
+    """What few parts have, and what must stay so."""
+
+    empty: tuple[tuple[str, str], ...]  # registered as None: kind and name
+    first: Path | None  # another name of the same object
+
+    def holds(self, module: nn.Module, child: nn.Module) -> bool:
+        """Whether it still is so; ``module`` is the one that was fused."""
+        facts = child.__dict__
+        if any(facts[kind][name] is not None for kind, name in self.empty):
+            return False
+        return self.first is None or find(module, self.first) is child
+
+
+class Quick(NamedTuple):
+    """Of a part, what is compared before each call."""
+
+    path: Path
+    kind: type | None  # None: the module itself
+    children: tuple[str, ...]  # their names, in order
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    read: Callable[[Any], Any] | None  # of the attributes that decide what it computes
+    values: Any  # what that gave
+    known: int  # number of attributes
+    rare: Rare | None
+
+
 class Part(NamedTuple):
     """A module or a child whose work the fused operation does, and what it was when recognised.
 
-    ``quick`` is what is asked before each call: its path; its class, unless it is the module
-    itself; the names of its children, in order; a reader of the attributes that decide what it
-    computes, and what it gave; how many attributes it had; how many parameters and buffers, unless
-    it is a child. A new attribute may hide one of its class, or be one that its code asks for.
-    ``lookups`` are what that finds elsewhere, in its class or not at all, on which compiled code
-    guards.
+    ``quick`` is what is asked before each call. A new attribute may hide one of its class, or be
+    one that its code asks for. ``lookups`` are what that finds elsewhere, in its class or not at
+    all, on which compiled code guards.
     """
 
     path: Path  # (): the module itself, which may have become a subclass
@@ -40,9 +65,7 @@ class Part(NamedTuple):
     known: frozenset[str]
     asked: Asked
     lookups: tuple[tuple[str, Any], ...]
-    quick: tuple[
-        Path, type | None, tuple[str, ...], Callable[[Any], Any] | None, Any, int, int | None
-    ]
+    quick: Quick
 
 
 def hook_reason(module: nn.Module) -> str | None:
@@ -109,11 +132,24 @@ def part_of(module: nn.Module, path: Path) -> Part:
         for name, value in settings.items()
         if asked.asks_for(name) and not is_guarded(value)
     )
-    quick = (
-        path, type(child) if path else None, tuple(child._modules), *_reader(names, values),
-        len(known), None if path else _own(facts),
+    quick = Quick(
+        path, type(child) if path else None, tuple(child._modules), tuple(child._parameters),
+        tuple(child._buffers), *_reader(names, values), len(known), _rare(module, child, path),
     )  # fmt: skip
     return Part(path, type(child), names, values, known, asked, lookups, quick)
+
+
+def _rare(module: nn.Module, child: nn.Module, path: Path) -> Rare | None:
+    facts = vars(child)
+    empty = tuple(
+        (kind, name)
+        for kind in ("_parameters", "_buffers", "_modules")
+        for name, value in facts[kind].items()
+        if value is None and not (name == "bias" and isinstance(child, LINEAR))  # read at the call
+    )
+    names = (other for other, same in descendants(module) if same is child)
+    first = next(names, path)
+    return Rare(empty, None if first == path else first) if empty or first != path else None
 
 
 def _check_code(child: nn.Module, path: Path) -> None:
@@ -179,15 +215,16 @@ def _reader(
     return itemgetter(*names), values
 
 
-def _own(facts: Any) -> int:
-    return len(facts["_parameters"]) + len(facts["_buffers"])
+def _same_names(now: Any, names: tuple[str, ...]) -> bool:
+    """Whether these are the names, in any order: pruning registers a weight anew."""
+    return tuple(now) == names or set(now) == set(names)
 
 
 def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
     of_module = module.__dict__
     for part in parts:
-        path, kind, children, read, values, known, own = part.quick
+        path, kind, children, parameters, buffers, read, values, known, rare = part.quick
         child: Foreign = module
         facts = of_module
         try:
@@ -195,27 +232,35 @@ def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
                 child = facts["_modules"][name]
                 facts = child.__dict__
             if (
-                (read is None or read(facts) == values)
+                # Ours on the left: it is asked first whether it equals the other.
+                (read is None or values == read(facts))
                 and (tuple(facts["_modules"]) == children if children else not facts["_modules"])
-                and (len(facts) == known or not _hidden(child, part))
                 and (
-                    len(facts["_parameters"]) + len(facts["_buffers"]) == own
-                    if own is not None
+                    _same_names(facts["_parameters"], parameters)
+                    if parameters
+                    else not facts["_parameters"]
+                )
+                and (_same_names(facts["_buffers"], buffers) if buffers else not facts["_buffers"])
+                and (len(facts) == known or not _hidden(child, part))
+                and (rare is None or rare.holds(module, child))
+                and (
                     # Hooks of the module itself fire as ever: it is called. The rest of this is
                     # `not hook_reason(child)`, without the call.
-                    else type(child) is kind
-                    and "forward" not in facts
-                    and not (
-                        facts["_forward_hooks"]
-                        or facts["_forward_pre_hooks"]
-                        or facts["_backward_hooks"]
-                        or facts["_backward_pre_hooks"]
+                    kind is None
+                    or (
+                        type(child) is kind
+                        and "forward" not in facts
+                        and not (
+                            facts["_forward_hooks"]
+                            or facts["_forward_pre_hooks"]
+                            or facts["_backward_hooks"]
+                            or facts["_backward_pre_hooks"]
+                        )
                     )
                 )
             ):
                 continue
-        # None in a child's place; and numbers of other tensors are not compared.
-        except (AttributeError, KeyError, RuntimeError, ValueError):
+        except Exception:  # None in a child's place; numbers of tensors; what `==` may raise
             pass
         return _what_is_new(module, part)
     return None
@@ -239,6 +284,13 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
                     return False
             if part.path and not _finds(child, "forward", _METHOD):
                 return False
+            rare = part.quick.rare
+            if rare is not None:
+                for _, name in rare.empty:
+                    if getattr(child, name) is not None:
+                        return False
+                if rare.first is not None and find(module, rare.first) is not child:
+                    return False
             if part.path and hook_reason(child) is not None:
                 return False
         except (AttributeError, KeyError):
@@ -278,17 +330,22 @@ def _what_is_new(module: nn.Module, part: Part) -> str:
         if reason is not None:
             return f"{its} {reason}"
     facts = vars(child)
-    _, _, children, _, _, _, own = part.quick
-    if tuple(child._modules) != children:
+    quick = part.quick
+    if tuple(child._modules) != quick.children:
         return f"{its} has other children, or in another order"
-    if own is not None and _own(facts) != own:
+    if not (
+        _same_names(child._parameters, quick.parameters)
+        and _same_names(child._buffers, quick.buffers)
+    ):
         return f"{its} has other parameters or buffers"
+    if quick.rare is not None and not quick.rare.holds(module, child):
+        return f"{its} has something where it had nothing, or is no longer one with another child"
     for name, value in zip(part.names, part.values, strict=True):
         if name not in facts:
             return f"{its} has no attribute {name!r} any more"
         try:
             same = bool((value,) == (facts[name],))
-        except (RuntimeError, ValueError):
+        except Exception:
             same = False
         if not same:
             return f"{its} has another {name!r} than when it was fused"

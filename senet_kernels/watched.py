@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -133,8 +134,15 @@ _READERS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (Tensor, _of_tensor), (partial, _of_partial), (deque, _of_deque),
 )  # fmt: skip
 
-_depth = 0
-_seen = 0
+
+class _Count(threading.local):
+    """How deep, and how many objects, a value was gone through."""
+
+    depth = 0
+    seen = 0
+
+
+_count = _Count()
 
 
 def as_it_is(value: Any) -> Any:
@@ -143,17 +151,16 @@ def as_it_is(value: Any) -> Any:
     Raises:
         TooLarge: it holds too many objects, or numbers.
     """
-    global _depth, _seen
-    if _depth == 0:
-        _seen = 0
-    _depth += 1
-    _seen += 1
+    if _count.depth == 0:
+        _count.seen = 0
+    _count.depth += 1
+    _count.seen += 1
     try:
-        if _seen > _MOST_OBJECTS or _depth > 8:
+        if _count.seen > _MOST_OBJECTS or _count.depth > 8:
             raise TooLarge
         return _as_it_is(value)
     finally:
-        _depth -= 1
+        _count.depth -= 1
 
 
 def _as_it_is(value: Any) -> Any:

@@ -8,6 +8,9 @@ import collections
 import copy
 import functools
 import pickle
+import sys
+import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -457,3 +460,106 @@ def test_what_python_notes_on_a_class_is_no_change() -> None:
     copy.deepcopy(plain)  # copyreg caches __slotnames__ there
     assert SE.__annotations__ is not None
     assert _stale_reason(fused, fused._senet_form) is None
+
+
+class Registered(SE):
+    """With entries that are None, a layer of two names, and a setting that its class has."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", None)
+        self.register_parameter("bias", None)
+        self.drop: nn.Module | None = None
+        self.layers = nn.ModuleList([self.fc1, self.fc2])
+
+    def forward(self, x: Tensor) -> Any:
+        for extra in (self.gain, self.bias):
+            x = x if extra is None else x * extra
+        z = self.layers[0](x.mean((2, 3), keepdim=True))
+        z = z if self.drop is None else self.drop(z)
+        return x * self.scale * torch.sigmoid(self.layers[1](torch.relu(z)))
+
+
+class Deeper(Registered):
+    spare = 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "gain", torch.full((1,), 3.0)),
+        lambda m: setattr(m, "bias", nn.Parameter(torch.full((1,), 3.0))),
+        lambda m: setattr(m, "drop", nn.Tanh()),
+        lambda m: m.layers.__setitem__(0, copy.deepcopy(m.fc1)),
+    ],
+    ids=["a buffer", "a parameter", "a child", "another name of a layer"],
+)
+def test_what_was_registered_as_none(change: Any) -> None:
+    plain: Any = Registered()
+    fused: Any = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    x = torch.randn(2, 16, 5, 5)
+    _same(plain, fused, x)
+    for module in (plain, fused):
+        change(module)
+        nn.init.constant_(module.layers[0].weight, 0.1)
+    assert _stale_reason(fused, fused._senet_form) is not None
+    _same(plain, fused, x)
+
+
+def test_one_attribute_of_a_class_goes_as_another_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain: Any = Deeper()
+    fused: Any = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    monkeypatch.delattr(Deeper, "spare")
+    monkeypatch.setattr(Deeper, "scale", 2.0, raising=False)
+    _same(plain, fused, torch.randn(2, 16, 5, 5))
+
+
+class Uncomparable:
+    """Equal to nothing, and loud about it."""
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("not compared")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_what_cannot_be_compared_has_changed() -> None:
+    plain: Any = Tried()
+    fused: Any = copy.deepcopy(plain)
+    fused.note = plain.note = "a setting"
+    assert fuse_se_blocks(fused).replaced
+    fused.note = plain.note = Uncomparable()
+    _same(plain, fused, torch.randn(2, 16, 5, 5))
+
+
+def test_threads_count_alone() -> None:
+    """How deep a value is gone through is a thread's own affair."""
+    value: Any = 0
+    for _ in range(6):
+        value = [value]
+    stop, failures = threading.Event(), []
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                as_it_is(value)
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert not failures
