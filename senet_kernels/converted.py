@@ -91,7 +91,7 @@ class Fused(nn.Module):
             if isinstance(form, Block):
                 y = self._run_block(form, x)
             elif isinstance(form, Mlp):
-                y = _excite(self, form, x, lengths=lengths)
+                y = _excite(self, form, x, lengths=lengths, compiling=compiling)
             else:
                 y = _run_halves(self, form, x)
         elif (backend is not None or dispatch._forced is not None) and not isinstance(form, Block):
@@ -136,13 +136,15 @@ def _excite(
     after: str | None = None,
     residual: Tensor | None = None,
     lengths: Tensor | None = None,
+    compiling: bool | None = None,
 ) -> Any:
     """A module's operation, with the steps around it that its block adds; NotImplemented where
     nothing fused computes it."""
     w1, b1 = (None, None) if form.fc1 is None else weight_and_bias(find(module, form.fc1))
     w2, b2 = weight_and_bias(find(module, form.fc2))
     backend = module.__dict__["_senet_backend"]
-    reason = _mlp_reason(form, x, w1, w2)
+    compiling = resolve.is_compiling() if compiling is None else compiling
+    reason = _mlp_reason(form, x, w1, w2, compiling)
     if reason is not None:
         _refuse_kernels(module, reason)
         return NotImplemented
@@ -263,7 +265,7 @@ def _call_reason(
     if reason is None and not isinstance(form, Block) and form.asks is not None:
         reason = _unproven_reason(form, form.asks, module, x)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
-        reason = _no_kernel_reason(x)
+        reason = _no_kernel_reason(x, compiling)
     return reason
 
 
@@ -281,19 +283,19 @@ def _unproven_reason(form: Form, asks: Asks, module: nn.Module, x: Tensor) -> st
     return None
 
 
-def _no_kernel_reason(x: Tensor) -> str | None:
+def _no_kernel_reason(x: Tensor, compiling: bool) -> str | None:
     """Why no kernel takes part, whatever is computed of x; asked before a part of it is."""
     if x.dtype not in DTYPES or x.is_nested or x.layout != torch.strided:
         return f"x is a {x.dtype} tensor of layout {x.layout}"
-    if _is_transposed(x):
+    if not compiling and _is_transposed(x):
         return _TRANSPOSED
     return resolve.why_no_kernel()
 
 
 def _is_transposed(x: Tensor) -> bool:
-    """Whether channels lie outside images in memory; compiled code is not asked, of which extents
-    it would bind."""
-    if resolve.is_compiling() or type(x) is not Tensor or x.layout is not torch.strided:
+    """Whether channels lie outside images in memory. Not asked in compiled code, of which it would
+    bind extents."""
+    if type(x) not in PLAIN_TYPES or x.layout is not torch.strided:
         return False
     image, channel, *_ = x.stride()
     return image < channel
@@ -303,7 +305,7 @@ def _is_transposed(x: Tensor) -> bool:
 _TRANSPOSED = "channels of x lie outside its images, and its forward may lay out y in another way"
 
 
-def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
+def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any, compiling: bool) -> str | None:
     """What of x or of the layers is not as the operation takes it."""
     if type(w2) not in PLAIN_TYPES or type(w1) not in PLAIN_TYPES:
         kind = foreign_class(w2) or foreign_class(w1)
@@ -316,7 +318,7 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any) -> str | None:
         return "its layers have no matrices for weights"
     if x.is_nested or x.shape[1] != channels:
         return f"x has {x.size(1)} channels, its layers have {channels}"
-    if _is_transposed(x):
+    if not compiling and _is_transposed(x):
         return _TRANSPOSED
     if outputs != channels:  # twice as many would be taken for scale and shift
         return f"its last layer has {outputs} outputs for {channels} channels"

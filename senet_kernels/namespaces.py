@@ -209,7 +209,7 @@ class Namespaces:
                 self._add(function.__globals__, function.__globals__, name, value)
                 self._add_value(value)
             if isinstance(value, ModuleType):
-                self._add_module(value, names)
+                self._add_module(value, names, follow=not theirs)
 
     def _add_value(self, value: Any) -> None:
         function = _function(value)
@@ -230,7 +230,7 @@ class Namespaces:
             self.objects[id(cell)] = _OF_CELL, cell, (value, value)
             self._add_value(value)
 
-    def _add_module(self, module: ModuleType, names: frozenset[str]) -> None:
+    def _add_module(self, module: ModuleType, names: frozenset[str], follow: bool) -> None:
         namespace = vars(module)
         known = _OF_TORCH.get(id(namespace), namespace)
         if known is namespace and module is not nn and _package(module) in _LIBRARIES:
@@ -238,7 +238,7 @@ class Namespaces:
         for name in names:
             value = known.get(name, module)
             if isinstance(value, ModuleType):  # as in torch.nn.functional.relu
-                if value is nn or value is F or _package(value) not in _LIBRARIES:
+                if follow and (value in (nn, F) or _package(value) not in _LIBRARIES):
                     self._follow(value, names)
             else:
                 _check_own(module, name, value)
@@ -251,7 +251,7 @@ class Namespaces:
     def _follow(self, module: ModuleType, names: frozenset[str]) -> None:
         if (module, names) not in self.followed:
             self.followed.add((module, names))
-            self._add_module(module, names)
+            self._add_module(module, names, follow=True)
 
     def add(self, other: Namespaces) -> None:
         """What another has; where it saw something else under a name, nothing is right there."""
@@ -273,15 +273,17 @@ class Namespaces:
         if self.of_tensors:
             found.append((*_reader(attrgetter, self.of_tensors, Tensor), None))
         found += [(read, owner, values, None) for read, owner, values in self.objects.values()]
-        sizes: list[int] = []
+        theirs: list[tuple[Any, int, frozenset[str]]] = []
         for namespace, own in self.names.values():
             # One that has changed since it was seen is not as it was, whatever its size is now.
-            sizes.append(len(namespace) if _own_names(namespace) == own else -1)
-            if not namespace.get("__module__", "").startswith("torch."):
-                found.append((tuple, namespace, tuple(namespace), partial(_has_names, own)))
-        classes = tuple(namespace for namespace, _ in self.names.values())
-        names = tuple(own for _, own in self.names.values())
-        return Reads(tuple(found), classes, tuple(sizes), names)
+            as_seen = _own_names(namespace) == own
+            if namespace.get("__module__", "").startswith("torch."):
+                theirs.append((namespace, len(namespace) if as_seen else -1, own))
+            else:
+                names = tuple(namespace) if as_seen else ()
+                found.append((tuple, namespace, names, partial(_has_names, own)))
+        classes, sizes, of_classes = zip(*theirs, strict=True) if theirs else ((), (), ())
+        return Reads(tuple(found), classes, sizes, of_classes)
 
 
 _OF_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")

@@ -42,8 +42,9 @@ class Quick(NamedTuple):
     path: Path
     kind: type | None  # None: the module itself
     children: tuple[str, ...]  # their names, in order
-    parameters: tuple[str, ...]
-    buffers: tuple[str, ...]
+    # Names of parameters and of buffers; () without any; None of PyTorch's own layers, which ask
+    # for no others than they have.
+    registered: tuple[frozenset[str], ...] | None
     read: Callable[[Any], Any] | None  # of the attributes that decide what it computes
     values: Any  # what that gave
     known: int  # number of attributes
@@ -65,7 +66,7 @@ class Part(NamedTuple):
     known: frozenset[str]
     asked: Asked
     lookups: tuple[tuple[str, Any], ...]
-    quick: Quick
+    quick: tuple[Any, ...]  # a Quick
 
 
 def hook_reason(module: nn.Module) -> str | None:
@@ -133,10 +134,11 @@ def part_of(module: nn.Module, path: Path) -> Part:
         if asked.asks_for(name) and not is_guarded(value)
     )
     quick = Quick(
-        path, type(child) if path else None, tuple(child._modules), tuple(child._parameters),
-        tuple(child._buffers), *_reader(names, values), len(known), _rare(module, child, path),
+        path, type(child) if path else None, tuple(child._modules), _registered(child),
+        *_reader(names, values), len(known), _rare(module, child, path),
     )  # fmt: skip
-    return Part(path, type(child), names, values, known, asked, lookups, quick)
+    # A plain tuple is unpacked in a third of the instructions.
+    return Part(path, type(child), names, values, known, asked, lookups, tuple(quick))
 
 
 def _rare(module: nn.Module, child: nn.Module, path: Path) -> Rare | None:
@@ -215,16 +217,18 @@ def _reader(
     return itemgetter(*names), values
 
 
-def _same_names(now: Any, names: tuple[str, ...]) -> bool:
-    """Whether these are the names, in any order: pruning registers a weight anew."""
-    return tuple(now) == names or set(now) == set(names)
+def _registered(child: nn.Module) -> tuple[frozenset[str], ...] | None:
+    if type(child).__module__.startswith("torch.nn.modules."):
+        return None
+    names = frozenset(child._parameters), frozenset(child._buffers)
+    return names if any(names) else ()
 
 
 def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
     of_module = module.__dict__
     for part in parts:
-        path, kind, children, parameters, buffers, read, values, known, rare = part.quick
+        path, kind, children, registered, read, values, known, rare = part.quick
         child: Foreign = module
         facts = of_module
         try:
@@ -236,11 +240,14 @@ def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
                 (read is None or values == read(facts))
                 and (tuple(facts["_modules"]) == children if children else not facts["_modules"])
                 and (
-                    _same_names(facts["_parameters"], parameters)
-                    if parameters
-                    else not facts["_parameters"]
+                    registered is None
+                    or (
+                        facts["_parameters"].keys() == registered[0]
+                        and facts["_buffers"].keys() == registered[1]
+                        if registered
+                        else not (facts["_parameters"] or facts["_buffers"])
+                    )
                 )
-                and (_same_names(facts["_buffers"], buffers) if buffers else not facts["_buffers"])
                 and (len(facts) == known or not _hidden(child, part))
                 and (rare is None or rare.holds(module, child))
                 and (
@@ -284,7 +291,7 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
                     return False
             if part.path and not _finds(child, "forward", _METHOD):
                 return False
-            rare = part.quick.rare
+            rare = Quick(*part.quick).rare
             if rare is not None:
                 for _, name in rare.empty:
                     if getattr(child, name) is not None:
@@ -330,13 +337,10 @@ def _what_is_new(module: nn.Module, part: Part) -> str:
         if reason is not None:
             return f"{its} {reason}"
     facts = vars(child)
-    quick = part.quick
+    quick = Quick(*part.quick)
     if tuple(child._modules) != quick.children:
         return f"{its} has other children, or in another order"
-    if not (
-        _same_names(child._parameters, quick.parameters)
-        and _same_names(child._buffers, quick.buffers)
-    ):
+    if quick.registered not in (None, _registered(child)):
         return f"{its} has other parameters or buffers"
     if quick.rare is not None and not quick.rare.holds(module, child):
         return f"{its} has something where it had nothing, or is no longer one with another child"
