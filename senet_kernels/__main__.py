@@ -56,6 +56,7 @@ def _fuse(
 ) -> int:  # fmt: skip
     """What fuse_se_blocks replaces in a model, how equal the results are, and the time of both."""
     torch.manual_seed(0)
+    crowded = timing.leave_cores() if torch.device(device).type == "cpu" else None
     try:
         model = trial.make(name, device)
         x, spatial = trial.find_input(model, batch, size, device)
@@ -69,6 +70,8 @@ def _fuse(
         if not report.refused:
             print("senet_kernels.add_se_blocks(model) puts SE blocks into ResNets and ResNeXts")
         return 1
+    if crowded is not None:
+        print(crowded, flush=True)
     _progress("comparing the blocks")
     if not _is_right(model, x, [entry.name for entry in report.replaced], fuse):
         return 1

@@ -15,7 +15,18 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .forms import Asks, Halves, Mlp, class_name, one_line, own_input
-from .parts import Foreign, Part, Path, Refusal, descendants, find, hook_reason, part_of
+from .namespaces import Unwatchable, spelled, words_of
+from .parts import (
+    OF_ANY_MODULE,
+    Foreign,
+    Part,
+    Path,
+    Refusal,
+    descendants,
+    find,
+    hook_reason,
+    part_of,
+)
 from .validation import DTYPES
 from .watched import classes_of
 
@@ -210,12 +221,32 @@ def _surroundings() -> Iterator[None]:
         yield
 
 
-def read_captured(module: nn.Module) -> Mlp | Halves:
+def words_in(module: nn.Module) -> frozenset[str]:
+    """What the code of a module and of its children names, PyTorch's own aside, and what their
+    attributes are called, or are, which may be functions and names of attributes.
+
+    Raises:
+        Refusal: something that it reads cannot be watched for changes.
+    """
+    kinds = {type(child) for child in module.modules()}
+    kinds = {kind for kind in kinds if not kind.__module__.startswith("torch.nn.")}
+    attributes = (v for child in module.modules() for v in vars(child).values())
+    words = frozenset(filter(None, map(spelled, attributes)))
+    try:
+        return words.union(*map(words_of, kinds))
+    except Unwatchable as unwatchable:
+        raise Refusal(str(unwatchable)) from unwatchable
+
+
+def read_captured(module: nn.Module, words: frozenset[str]) -> Mlp | Halves:
     """The form of a module of unknown class, as its captured graph shows it.
 
     The graph is made of a copy without data, and nothing is run. It must be one excitation and
     nothing else, in training and in eval, with and without gradients, for all extents, and for
     every dtype and layout if the code asks for them.
+
+    Args:
+        words: see :func:`words_in`.
 
     Raises:
         Refusal: it is not; or the module cannot be captured; the message says why.
@@ -232,7 +263,7 @@ def read_captured(module: nn.Module) -> Mlp | Halves:
             if likely and rank not in likely and not isinstance(first, _Fails):
                 break
             try:
-                reading, follows, asked = _read_in_all_settings(module, rank)
+                reading, follows, asked = _read_in_all_settings(module, rank, words)
             except Refusal as refusal:
                 first = first or refusal
                 continue
@@ -244,9 +275,10 @@ def read_captured(module: nn.Module) -> Mlp | Halves:
             raise first
     if found.chain is not None:
         excite: Any = found.chain
-        parts = parts_around(module, found.chain)
+        parts = parts_around(module, found.chain, words)
         return Halves(excite, found.gate, parts, tuple(good), asks=_if_any(asks))
-    return _form_of(module, found, tuple(good), autocast)._replace(asks=_if_any(asks))
+    form = _form_of(module, found, tuple(good), autocast, words)
+    return form._replace(asks=_if_any(asks))
 
 
 def _if_any(asks: Asks) -> Asks | None:
@@ -274,11 +306,13 @@ def _dimensions(module: nn.Module) -> set[int]:
     return found if len(found) == 1 else set()
 
 
-def _read_in_all_settings(module: nn.Module, rank: int) -> tuple[_Reading, bool, Asks]:
+def _read_in_all_settings(
+    module: nn.Module, rank: int, known: frozenset[str]
+) -> tuple[_Reading, bool, Asks]:
     """What a module computes, whether it follows autocast, and where that is proven. As many
     captures are made as the code that they show asks for: of one that does not ask for dtypes, one
     is enough for all."""
-    words: set[str] = set()
+    words = set(known)
     training, extents = [True], [False]
     done: dict[_Setting, _Reading | None] = {}
     unproven: set[tuple[bool, bool, bool]] = set()
@@ -445,19 +479,40 @@ def _channels(module: nn.Module) -> int:
     raise Refusal("it has not the layers of an excitation")
 
 
-def parts_around(module: nn.Module, chain: Chain | None) -> tuple[Part, ...]:
-    """A module and its descendants, but for those that are called."""
+def parts_around(module: nn.Module, chain: Chain | None, words: frozenset[str]) -> tuple[Part, ...]:
+    """A module and its descendants, but for those that are called.
+
+    Raises:
+        Refusal: something of them cannot be watched for changes; or the module's own code asks one
+            that is called for more.
+    """
     called = () if chain is None else chain.children
     paths = [path for path, _ in descendants(module)]
     kept = [p for p in paths if not any(p[: len(c)] == c for c in called)]
-    return tuple(part_of(module, path) for path in [(), *kept])
+    own = words_of(type(module)) if called else frozenset()
+    for path in called:
+        asked = own & (vars(find(module, path)).keys() - OF_ANY_MODULE | _OF_CLASSES)
+        if asked:
+            what, its = ", ".join(sorted(asked)), f"its child {'.'.join(path)}"
+            raise Refusal(f"its forward asks for {what}, and {its} is called, and not watched")
+    return tuple(part_of(module, path, words) for path in [(), *kept])
 
 
-def _form_of(module: nn.Module, found: _Reading, ranks: tuple[int, ...], autocast: bool) -> Mlp:
+_OF_CLASSES = frozenset(("isinstance", "issubclass", "type", "__class__"))
+
+
+def _form_of(
+    module: nn.Module,
+    found: _Reading,
+    ranks: tuple[int, ...],
+    autocast: bool,
+    words: frozenset[str],
+) -> Mlp:
     w1, b1, w2, b2 = found.names
     fc1 = None if w1 is None else _layer(module, w1, b1)
     return Mlp(
-        fc1, _layer(module, w2, b2), found.activation, found.gate, parts_around(module, None),
+        fc1, _layer(module, w2, b2), found.activation, found.gate,
+        parts_around(module, None, words),
         own_input if found.residual else None, ranks, None, autocast, dtypes=found.dtypes,
     )  # fmt: skip
 

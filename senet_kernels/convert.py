@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from . import between, dispatch
-from .converted import Fused, check_code, fused_class
+from .converted import Fused, check_code, fused_class, stale_reason
 from .forms import Form, Mlp, one_line
 from .neighbours import Block, recognise_block
 from .parts import Refusal, find
@@ -62,9 +63,10 @@ class _Plan:
             if module in inside or isinstance(_form_of(module), Block):
                 continue
             try:
-                form = _form_of(module) or recogniser.recognise(module)
-                if form is not None and not isinstance(module, Fused):
-                    check_code(type(module), form.kinds)
+                with _as_it_was(module):
+                    form = _form_of(module) or recogniser.recognise(module)
+                    if form is not None and not isinstance(module, Fused):
+                        check_code(type(module), form.kinds)
             except Passed as refusal:
                 passed.append((module, Entry(name, _kind(module), str(refusal))))
                 continue
@@ -91,9 +93,10 @@ class _Plan:
             if not any(self._is_found(child) for child in module.children()):
                 continue
             try:
-                block = _form_of(module) or recognise_block(module, self._is_found)
-                if not isinstance(module, Fused):
-                    check_code(type(module), block.kinds)
+                with _as_it_was(module):
+                    block = _form_of(module) or recognise_block(module, self._is_found)
+                    if not isinstance(module, Fused):
+                        check_code(type(module), block.kinds)
             except Refusal as refusal:
                 self.refused.append(Entry(name, _kind(module), f"neighbours: {refusal}", True))
             else:
@@ -130,6 +133,8 @@ class _Plan:
             try:
                 if not isinstance(module, Fused):
                     module.__class__ = fused_class(type(module))
+                elif _is_converted(module):  # anew where its code is another by now
+                    module.__class__ = fused_class(module._original)
                 module._senet_form = form  # type: ignore[assignment]
                 module._senet_backend = backend  # type: ignore[assignment]
             except Exception as error:  # __setattr__ may do as it likes
@@ -146,6 +151,26 @@ class _Plan:
 
 def _form_of(module: nn.Module) -> Form | Block | None:
     return module._senet_form if isinstance(module, Fused) else None
+
+
+def _is_converted(module: nn.Module) -> bool:
+    """Whether a module's class is one of ours, and not one that was put on top since."""
+    return isinstance(module, Fused) and "_original" in vars(type(module))
+
+
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """With its own class, so that it is recognised anew, where it has changed since it was
+    fused."""
+    cls, form = type(module), _form_of(module)
+    if form is None or not _is_converted(module) or stale_reason(module, form) is None:
+        yield
+        return
+    module.__class__ = vars(cls)["_original"]
+    try:
+        yield
+    finally:
+        module.__class__ = cls
 
 
 def _kind(module: nn.Module) -> str:
@@ -293,7 +318,7 @@ def unfuse_se_blocks(model: nn.Module) -> int:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     fused = [module for module in model.modules() if isinstance(module, Fused)]
     for module in fused:
-        if "_original" not in vars(type(module)):
+        if not _is_converted(module):
             raise TypeError(
                 f"model: expected modules with the classes that fuse_se_blocks gave them, got one "
                 f"of {type(module).__name__}, made of {_kind(module)}: undo first what was done to "

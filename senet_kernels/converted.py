@@ -16,17 +16,15 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import api, between, dispatch, resolve
-from .forms import Asks, Form, Halves, Mlp, one_line, weight_and_bias
+from .forms import Asks, Form, Halves, Mlp, one_line, weight_and_bias_at
 from .namespaces import Namespaces, Reads, Unwatchable, namespaces_of, of_child, what_changed
 from .neighbours import Block
-from .parts import Refusal, find, guard, hook_reason, stale_reason
+from .parts import Refusal, changed_reason, find, guard, hook_reason
 from .pointwise import POINTWISE
 from .reference import autocast_is_on
 from .tensors import (
     PLAIN_TYPES,
-    dispatch_modes,
     foreign_class,
-    function_modes,
     redefines_operators,
     redefining_class,
 )
@@ -34,12 +32,12 @@ from .validation import DTYPES
 from .watched import code_of
 
 
-def _stale_reason(module: Any, form: Form | Block) -> str | None:
+def stale_reason(module: Any, form: Form | Block) -> str | None:
     """What is not as it was when the module was fused: of its class and code, of itself, of its
     children."""
     cls = type(module)
     reads = cls._reads.get(form.kinds) or _reads_of(cls, form.kinds)
-    return what_changed(reads) or stale_reason(module, form.parts)
+    return what_changed(reads) or changed_reason(module, form.parts)
 
 
 def _reads_of(cls: type[Fused], kinds: tuple[type[nn.Module], ...]) -> Reads:
@@ -85,13 +83,14 @@ class Fused(nn.Module):
         plain, more, lengths = args, kwargs, None
         if isinstance(form, Mlp) and form.lengths is not None:
             plain, more, lengths = _take_lengths(args, kwargs)
-        reason = _call_reason(form, self, plain, more, compiling)
+        direct = not compiling and resolve.is_direct()
+        reason = _call_reason(form, self, plain, more, compiling, direct)
         y: Any = NotImplemented
         if reason is None:
             if isinstance(form, Block):
                 y = self._run_block(form, x)
             elif isinstance(form, Mlp):
-                y = _excite(self, form, x, lengths=lengths, compiling=compiling)
+                y = _excite(self, form, x, lengths=lengths, compiling=compiling, direct=direct)
             else:
                 y = _run_halves(self, form, x)
         elif (backend is not None or dispatch._forced is not None) and not isinstance(form, Block):
@@ -108,14 +107,14 @@ class Fused(nn.Module):
         if (
             not isinstance(form, Mlp)
             or hook_reason(se)
-            or (_changed_as_compiled(se, form) if compiling else _stale_reason(se, form))
+            or (_changed_as_compiled(se, form) if compiling else stale_reason(se, form))
             or not dispatch.may_run_kernels(x, se._senet_backend, compiling)
         ):
             return NotImplemented
         return block.run(block, self, x, partial(_excite_within, se, form))
 
     def _stale_reason_at_trace_time(self) -> str | None:
-        return None if self._senet_form is None else _stale_reason(self, self._senet_form)
+        return None if self._senet_form is None else stale_reason(self, self._senet_form)
 
     # Dynamo runs it, and keeps the answer: torch.compiler.assume_constant_result, which would
     # import Dynamo.
@@ -137,11 +136,12 @@ def _excite(
     residual: Tensor | None = None,
     lengths: Tensor | None = None,
     compiling: bool | None = None,
+    direct: bool = False,
 ) -> Any:
     """A module's operation, with the steps around it that its block adds; NotImplemented where
     nothing fused computes it."""
-    w1, b1 = (None, None) if form.fc1 is None else weight_and_bias(find(module, form.fc1))
-    w2, b2 = weight_and_bias(find(module, form.fc2))
+    w1, b1 = (None, None) if form.fc1 is None else weight_and_bias_at(module, form.fc1)
+    w2, b2 = weight_and_bias_at(module, form.fc2)
     backend = module.__dict__["_senet_backend"]
     compiling = resolve.is_compiling() if compiling is None else compiling
     reason = _mlp_reason(form, x, w1, w2, compiling)
@@ -152,7 +152,7 @@ def _excite(
     if more and resolve.why_no_kernel() is not None:  # the original computes them
         return NotImplemented
     if form.residual is not None:
-        residual = form.residual(module, x)
+        residual, direct = form.residual(module, x), False  # it may call anything
     if form.lengths is not None and lengths is not None:
         if not isinstance(lengths, Tensor):  # the original's to refuse
             return NotImplemented
@@ -160,7 +160,7 @@ def _excite(
     names = (form.activation, form.gate, before, after)
     try:
         return resolve.run(
-            x, w1, b1, w2, b2, names, None, residual, None, None, lengths, False, backend
+            x, w1, b1, w2, b2, names, None, residual, None, None, lengths, False, backend, direct
         )
     except (TypeError, ValueError) as error:
         if dispatch.requested_backend(backend) != "auto":
@@ -242,7 +242,7 @@ def _changed_as_compiled(module: Any, form: Form | Block) -> str | None:
 
 
 def _call_reason(
-    form: Form | Block, module: Any, args: Any, kwargs: Any, compiling: bool
+    form: Form | Block, module: Any, args: Any, kwargs: Any, compiling: bool, direct: bool
 ) -> str | None:
     """Why the original forward runs: what is unlike the calls, or the module, that the form was
     recognised for."""
@@ -253,15 +253,16 @@ def _call_reason(
         return f"x is a {type(x).__name__}"
     if x.dim() not in form.ranks:
         return f"x has {x.dim()} dimensions"
-    if not compiling and resolve.tracing_state() is not None:
-        return resolve.why_no_kernel()
-    if not compiling and (dispatch_modes() or function_modes()) and redefines_operators():
-        return "a mode of torch_function or torch_dispatch is on that may redefine its layers"
+    if not (direct or compiling):
+        if resolve.tracing_state() is not None:
+            return resolve.why_no_kernel()
+        if redefines_operators():
+            return "a mode of torch_function or torch_dispatch is on that may redefine its layers"
     if type(x) is not Tensor and (kind := redefining_class(x)) is not None:
         return f"x is a {kind}"
     if _has_any_global_hook():
         return "a global module hook is registered"
-    reason = _changed_as_compiled(module, form) if compiling else _stale_reason(module, form)
+    reason = _changed_as_compiled(module, form) if compiling else stale_reason(module, form)
     if reason is None and not isinstance(form, Block) and form.asks is not None:
         reason = _unproven_reason(form, form.asks, module, x)
     if reason is None and not isinstance(form, Mlp):  # of that _excite and resolve.run ask more
@@ -295,10 +296,13 @@ def _no_kernel_reason(x: Tensor, compiling: bool) -> str | None:
 def _is_transposed(x: Tensor) -> bool:
     """Whether channels lie outside images in memory. Not asked in compiled code, of which it would
     bind extents."""
-    if type(x) not in PLAIN_TYPES or x.layout is not torch.strided:
+    if type(x) not in PLAIN_TYPES:
         return False
-    image, channel, *_ = x.stride()
-    return image < channel
+    try:
+        strides = x.stride()
+    except RuntimeError:  # of no strided layout
+        return False
+    return strides[0] < strides[1]
 
 
 #: A product takes the layout of its first factor, which may be the gates: contiguous.
@@ -316,8 +320,12 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any, compiling: bool) -> str 
         channels, outputs = (rows if form.fc1 is None else w1.shape)[1], rows[0]
     except (AttributeError, IndexError):  # None; freed
         return "its layers have no matrices for weights"
-    if x.is_nested or x.shape[1] != channels:
-        return f"x has {x.size(1)} channels, its layers have {channels}"
+    try:
+        given = x.shape[1]
+    except RuntimeError:
+        return "x is nested"
+    if given != channels:
+        return f"x has {given} channels, its layers have {channels}"
     if not compiling and _is_transposed(x):
         return _TRANSPOSED
     if outputs != channels:  # twice as many would be taken for scale and shift

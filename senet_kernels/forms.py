@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .parts import LINEAR, Foreign, Part, Path
+from .parts import LINEAR, Foreign, Part, Path, find
 from .pointwise import POINTWISE
 from .validation import DTYPES
 
@@ -136,6 +136,18 @@ def weight_and_bias(layer: Foreign) -> tuple[Any, Any]:
         return owned["weight"], owned["bias"]
     except KeyError:
         return layer.weight, layer.bias
+
+
+def weight_and_bias_at(module: Foreign, path: Path) -> tuple[Any, Any]:
+    """Those of the layer at ``path``. Raises KeyError where there is none."""
+    facts = module.__dict__
+    try:
+        for name in path:
+            facts = facts["_modules"][name].__dict__
+        owned = facts["_parameters"]
+        return owned["weight"], owned["bias"]
+    except (AttributeError, KeyError):  # None in a layer's place; made by hand, or by a hook
+        return weight_and_bias(find(module, path))
 
 
 def own_input(module: Foreign, x: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ it is read before each call of a converted module, one C call for each place (:f
 from __future__ import annotations
 
 import copyreg
+import dis
 import inspect
-import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import attrgetter, itemgetter
@@ -23,7 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .watched import as_it_is, classes_of, is_setting
+from .watched import (
+    LIBRARIES,
+    as_it_is,
+    classes_of,
+    closure_of,
+    codes_in,
+    is_installed,
+    is_setting,
+    names_in,
+)
 
 #: A reader, where it reads, what it gave, and whether something else is right as well.
 Read = tuple[Callable[[Any], Any], Any, Any, Callable[[Any], bool] | None]
@@ -78,20 +86,13 @@ def asked_by(kind: type[nn.Module]) -> Asked:
             if function is None or function.__code__ in seen:
                 continue
             seen.add(function.__code__)
-            for code in _codes(function.__code__):
+            for code in codes_in(function.__code__):
                 waiting += set(code.co_names) - names
                 names |= set(code.co_names)
                 strings |= {c for c in code.co_consts if isinstance(c, str)}
                 if getattr(code, "co_exceptiontable", b""):
                     strings |= set(code.co_names)
     return Asked(frozenset(names), frozenset(strings), bool(names & _DYNAMIC))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -111,8 +112,6 @@ _CALLS = ("__call__", "_call_impl", "__getattr__")
 
 
 _TORCH = str(Path(torch.__file__).parent)
-_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
-_LIBRARIES = frozenset(("torch", *sys.stdlib_module_names)) - {"__main__"}
 
 
 def _package(owner: Any) -> str:
@@ -154,6 +153,28 @@ def _calls_are_torchs(namespace: Mapping[str, Any]) -> bool:
     return all(function is None or _is_torchs(function) for function in functions)
 
 
+#: What Python looks up for operators, by their signs, which bytecode has: as one opcode with an
+#: argument, before Python 3.11 as an opcode for each.
+_OPERATORS = {
+    "*": "mul", "+": "add", "-": "sub", "/": "truediv", "@": "matmul", "**": "pow",
+    "MULTIPLY": "mul", "ADD": "add", "SUBTRACT": "sub", "TRUE_DIVIDE": "truediv",
+    "MATRIX_MULTIPLY": "matmul", "POWER": "pow",
+}  # fmt: skip
+
+
+def _operators(code: CodeType) -> set[str]:
+    """Names of methods that operators in a function's code stand for."""
+    found: set[str] = set()
+    for step in dis.get_instructions(code):
+        kind, _, name = step.opname.partition("_")
+        sign = step.argrepr if name == "OP" else name
+        operator = _OPERATORS.get(sign.rstrip("="))
+        if kind in ("BINARY", "INPLACE") and operator is not None:
+            in_place = kind == "INPLACE" or sign.endswith("=")
+            found |= {f"__{prefix}{operator}__" for prefix in ("", "r", *("i" * in_place))}
+    return found
+
+
 class Namespaces:
     """Where the names in the code of classes are looked up, and what was there."""
 
@@ -193,7 +214,7 @@ class Namespaces:
         if function is None or function in self.functions:
             return
         self.functions.add(function)
-        names = frozenset(n for code in _codes(function.__code__) for n in code.co_names)
+        names = names_in(function.__code__)
         theirs = _is_torchs(function)
         if not theirs:
             self.objects[id(function)] = _OF_FUNCTION, function, (
@@ -202,7 +223,8 @@ class Namespaces:
             for cell in function.__closure__ or ():
                 self._add_cell(cell)
         if not theirs or function.__module__ == F.__name__:
-            self.of_tensors |= {n: _OF_TENSORS[n] for n in names & _OF_TENSORS.keys()}
+            called = names if theirs else names.union(*map(_operators, codes_in(function.__code__)))
+            self.of_tensors |= {n: _OF_TENSORS[n] for n in called & _OF_TENSORS.keys()}
         for name in names & function.__globals__.keys():
             value = function.__globals__[name]
             if not theirs:
@@ -218,8 +240,7 @@ class Namespaces:
 
     def _is_near(self, function: FunctionType) -> bool:
         """Whether what a function does may change: of a library, that it is the same is enough."""
-        is_installed = function.__code__.co_filename.startswith(_INSTALLED)
-        return not is_installed or _package(function) in self.packages
+        return not is_installed(function) or _package(function) in self.packages
 
     def _add_cell(self, cell: Any) -> None:
         try:
@@ -227,18 +248,22 @@ class Namespaces:
         except ValueError:  # empty so far
             return
         if not isinstance(value, type):  # of super()
-            self.objects[id(cell)] = _OF_CELL, cell, (value, value)
+            try:
+                seen = as_it_is(value)
+            except Exception as error:  # TooLarge, or what its own code raises
+                raise Unwatchable("its closure cannot be watched for changes") from error
+            self.objects[id(cell)] = _OF_CELL, cell, (seen, seen)
             self._add_value(value)
 
     def _add_module(self, module: ModuleType, names: frozenset[str], follow: bool) -> None:
         namespace = vars(module)
         known = _OF_TORCH.get(id(namespace), namespace)
-        if known is namespace and module is not nn and _package(module) in _LIBRARIES:
+        if known is namespace and module is not nn and _package(module) in LIBRARIES:
             return
         for name in names:
             value = known.get(name, module)
             if isinstance(value, ModuleType):  # as in torch.nn.functional.relu
-                if follow and (value in (nn, F) or _package(value) not in _LIBRARIES):
+                if follow and (value in (nn, F) or _package(value) not in LIBRARIES):
                     self._follow(value, names)
             else:
                 _check_own(module, name, value)
@@ -319,6 +344,35 @@ def _class_attribute(name: str, value: Any) -> Any:
         return as_it_is(value)
     except Exception as error:
         raise Unwatchable(f"its class's {name!r} cannot be watched for changes") from error
+
+
+def words_of(kind: type[nn.Module]) -> frozenset[str]:
+    """What the code of a class, and the functions that it reaches, names: also by another name, as
+    of what is imported so, and by a string, as it may be given to ``getattr``."""
+    asked = asked_by(kind)
+    words = asked.names | asked.strings
+    for function in namespaces_of(kind).functions:
+        if not _is_torchs(function):
+            words |= names_in(function.__code__) | _spoken(function)
+    return words
+
+
+def _spoken(function: FunctionType) -> frozenset[str]:
+    strings = {c for code in codes_in(function.__code__) for c in code.co_consts}
+    globals_ = function.__globals__
+    values = [globals_[name] for name in names_in(function.__code__) & globals_.keys()]
+    values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    values += closure_of(function)
+    return frozenset(filter(None, map(spelled, (*strings, *values))))
+
+
+def spelled(value: Any) -> str | None:
+    """The name that a value is, or has; a module's is where it is, not what."""
+    try:
+        name = value if isinstance(value, (str, ModuleType)) else value.__name__
+    except Exception:  # it has none, or says so in its own way
+        return None
+    return name if isinstance(name, str) else None
 
 
 def namespaces_of(kind: type[nn.Module]) -> Namespaces:

@@ -18,7 +18,17 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .forms import class_name, pointwise_name
-from .parts import Foreign, Part, Path, Refusal, find, hook_reason, kinds_of, part_of, stale_reason
+from .parts import (
+    Foreign,
+    Part,
+    Path,
+    Refusal,
+    changed_reason,
+    find,
+    hook_reason,
+    kinds_of,
+    part_of,
+)
 from .pointwise import ACTIVATIONS
 
 # What a block calls in place of its squeeze-and-excitation module.
@@ -336,7 +346,7 @@ def recognise_block(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Bl
                 raise Refusal("its excitation is not computed by squeeze_excite")
         except (AttributeError, KeyError) as error:
             raise Refusal(f"it is not built as expected: {error}") from error
-    reason = stale_reason(module, block.parts)
+    reason = changed_reason(module, block.parts)
     if reason is not None:
         raise Refusal(reason)
     return block._replace(kinds=kinds_of(block.parts))

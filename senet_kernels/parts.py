@@ -25,13 +25,13 @@ class Refusal(Exception):
 class Rare(NamedTuple):
     """What few parts have, and what must stay so."""
 
-    empty: tuple[tuple[str, str], ...]  # registered as None: kind and name
+    slots: tuple[tuple[str, str, bool], ...]  # what is registered: kind, name, whether it is None
     first: Path | None  # another name of the same object
 
     def holds(self, module: nn.Module, child: nn.Module) -> bool:
         """Whether it still is so; ``module`` is the one that was fused."""
         facts = child.__dict__
-        if any(facts[kind][name] is not None for kind, name in self.empty):
+        if any((facts[kind][name] is None) is not empty for kind, name, empty in self.slots):
             return False
         return self.first is None or find(module, self.first) is child
 
@@ -96,27 +96,30 @@ def find(module: nn.Module, path: Path) -> Foreign:
 
 # What every module has, and what conversion adds.
 _OURS = frozenset(("_senet_form", "_senet_backend"))
-_OF_ANY_MODULE = frozenset(vars(nn.Module())) | _OURS
+OF_ANY_MODULE = frozenset(vars(nn.Module())) | _OURS
 # Attributes of torch's own layers that their parameters say better: pruners change them on purpose.
 _EXTENTS = frozenset(("in_channels", "out_channels", "in_features", "out_features"))
 # Attributes of norms, which are called all the same.
 _OF_NORMS = frozenset(("eps", "momentum", "num_features"))
 
 
-def part_of(module: nn.Module, path: Path) -> Part:
+def part_of(module: nn.Module, path: Path, words: frozenset[str] = frozenset()) -> Part:
     """The child at ``path`` as it is now.
+
+    Args:
+        words: what the code of ``module`` names, and may ask of a child.
 
     Raises:
         Refusal: something of it cannot be watched for changes.
     """
     child = find(module, path)
     facts = vars(child)
-    ignored = _OF_ANY_MODULE
+    ignored = OF_ANY_MODULE
     if path:
-        ignored |= {"inplace"}
-        ignored |= _EXTENTS if isinstance(child, LINEAR) else frozenset()
-        ignored |= _OF_NORMS if isinstance(child, _NormBase) else frozenset()
-    if path:
+        unseen = frozenset(("inplace",))
+        unseen |= _EXTENTS if isinstance(child, LINEAR) else frozenset()
+        unseen |= _OF_NORMS if isinstance(child, _NormBase) else frozenset()
+        ignored |= unseen - words
         _check_code(child, path)
     asked = asked_by(type(child))
     settings = {
@@ -135,23 +138,27 @@ def part_of(module: nn.Module, path: Path) -> Part:
     )
     quick = Quick(
         path, type(child) if path else None, tuple(child._modules), _registered(child),
-        *_reader(names, values), len(known), _rare(module, child, path),
+        *_reader(names, values), len(known), _rare(module, child, path, words),
     )  # fmt: skip
     # A plain tuple is unpacked in a third of the instructions.
     return Part(path, type(child), names, values, known, asked, lookups, tuple(quick))
 
 
-def _rare(module: nn.Module, child: nn.Module, path: Path) -> Rare | None:
-    facts = vars(child)
-    empty = tuple(
-        (kind, name)
+def _rare(module: nn.Module, child: nn.Module, path: Path, words: frozenset[str]) -> Rare | None:
+    # Of a layer that is called, weight and bias are what they are at the call.
+    is_called = isinstance(child, LINEAR) and not words & _OF_LAYERS
+    slots = tuple(
+        (kind, name, value is None)
         for kind in ("_parameters", "_buffers", "_modules")
-        for name, value in facts[kind].items()
-        if value is None and not (name == "bias" and isinstance(child, LINEAR))  # read at the call
+        for name, value in vars(child)[kind].items()
+        if (not is_called if isinstance(child, LINEAR) else value is None)
     )
     names = (other for other, same in descendants(module) if same is child)
     first = next(names, path)
-    return Rare(empty, None if first == path else first) if empty or first != path else None
+    return Rare(slots, None if first == path else first) if slots or first != path else None
+
+
+_OF_LAYERS = frozenset(("weight", "bias", "_parameters", "parameters", "named_parameters"))
 
 
 def _check_code(child: nn.Module, path: Path) -> None:
@@ -224,7 +231,7 @@ def _registered(child: nn.Module) -> tuple[frozenset[str], ...] | None:
     return names if any(names) else ()
 
 
-def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
+def changed_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
     """What has happened to a recognised module since, so that its own forward must run."""
     of_module = module.__dict__
     for part in parts:
@@ -275,7 +282,7 @@ def stale_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
 
 def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
     """Read, while Dynamo traces, what may be changed later, so that it is guarded: whether all of
-    it is as it was. What Dynamo cannot guard on, :func:`stale_reason` has seen at trace time."""
+    it is as it was. What Dynamo cannot guard on, :func:`changed_reason` has seen at trace time."""
     for part in parts:
         child: Foreign = module
         try:
@@ -293,8 +300,8 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
                 return False
             rare = Quick(*part.quick).rare
             if rare is not None:
-                for _, name in rare.empty:
-                    if getattr(child, name) is not None:
+                for _, name, empty in rare.slots:
+                    if (getattr(child, name) is None) is not empty:
                         return False
                 if rare.first is not None and find(module, rare.first) is not child:
                     return False

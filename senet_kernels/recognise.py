@@ -21,6 +21,7 @@ from .captured import (
     parts_around,
     read_captured,
     sounds_like_se,
+    words_in,
 )
 from .forms import Form, Halves, Mlp, class_name, not_a_matrix, own_input, pointwise_name
 from .neighbours import source_hash
@@ -28,12 +29,12 @@ from .parts import (
     Foreign,
     Path,
     Refusal,
+    changed_reason,
     descendants,
     find,
     kinds_of,
     part_of,
     parts_of,
-    stale_reason,
 )
 from .pointwise import ACTIVATIONS, GATES
 from .tensors import foreign_class
@@ -274,11 +275,12 @@ class Recogniser:
         if not is_small(module):
             raise Refusal("it holds more modules than an excitation does")
         check_children(module)
-        key = _key(module)
+        words = words_in(module)
+        key = _key(module, words)
         found = next((f for k, f in self._seen if _is_same(k, key)), None)
         if found is None:
             try:
-                found = read_captured(module)
+                found = read_captured(module, words)
             except Refusal as refusal:
                 found = refusal
             self._seen.append((key, found))
@@ -286,17 +288,17 @@ class Recogniser:
             raise Refusal(str(found))
         chain = found.excite if isinstance(found, Halves) else None
         assert chain is None or isinstance(chain, Chain)
-        return found._replace(parts=parts_around(module, chain))
+        return found._replace(parts=parts_around(module, chain, words))
 
 
-def _key(module: nn.Module) -> Any:
+def _key(module: nn.Module, words: frozenset[str]) -> Any:
     """All that a forward can read of a module, but for numbers in tensors; parameters that are
     shared are so by their positions."""
     paths = [(), *(path for path, _ in descendants(module))]
     positions: dict[int, int] = {}
     key = []
     for path in paths:
-        part, child = part_of(module, path), find(module, path)
+        part, child = part_of(module, path, words), find(module, path)
         tensors = {**child._parameters, **child._buffers}
         shapes = [
             (name, None if t is None else (
@@ -321,7 +323,7 @@ def _checked(module: nn.Module, form: Form) -> Form:
     if not form.parts or form.parts[0].path:  # flags of its own, that the reader has looked at
         form = form._replace(parts=(part_of(module, ()), *form.parts))
     form = form._replace(kinds=kinds_of(form.parts))
-    reason = stale_reason(module, form.parts)
+    reason = changed_reason(module, form.parts)
     if reason is not None:
         raise Refusal(reason)
     return form

@@ -80,6 +80,13 @@ _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_gra
 _transforms_active = torch._C._are_functorch_transforms_active
 tracing_state = torch._C._get_tracing_state
 
+
+def is_direct() -> bool:
+    """Whether operators are simply run: nothing traces, and no mode is on. (``torch.compile`` has
+    a question of its own, :data:`is_compiling`.)"""
+    return not dispatch_modes() and not function_modes() and tracing_state() is None
+
+
 _NATIVE_FORWARD = autograd.forward_op("native")
 _NATIVE_INPLACE = autograd.inplace_op("native")
 
@@ -375,16 +382,18 @@ def run(
     lengths: Tensor | None,
     inplace: bool,
     backend: str | None,
+    direct: bool = False,
 ) -> Any:
     """The whole operation; NotImplemented, after all checks, where no kernel takes the call, and
     for what is no tensor and records what is done to it.
 
-    Arguments and errors are those of :func:`senet_kernels.squeeze_excite`.
+    Arguments and errors are those of :func:`senet_kernels.squeeze_excite`; ``direct`` where
+    nothing compiles and :func:`is_direct` has said so.
     """
     # The short way, for usual calls on the CPU: what checking costs counts there, above all after
     # layers that have flushed the caches Python runs from (docs/tuning-log.md). The op checks
     # shapes, devices and dtypes itself; where it fails, the long way may know a better message.
-    compiling = is_compiling()
+    compiling = not direct and is_compiling()
     if (
         not compiling
         and before_affine is None
@@ -395,9 +404,7 @@ def run(
         and not _is_autocast_enabled("cpu")
         and fwAD._current_level < 0
         and not _transforms_active()
-        and not dispatch_modes()
-        and not function_modes()
-        and tracing_state() is None  # a trace and its check go the same way
+        and (direct or is_direct())
     ):
         short: ResolvedCall | None = None
         try:

@@ -63,6 +63,26 @@ class OtherLoad:
         return max(0.0, (end[1] - self._start[1]) / (end[0] - self._start[0]))
 
 
+def leave_cores(watched_s: float = 0.3) -> str | None:
+    """Let PyTorch use no more threads than other processes leave cores; says so where it had to.
+
+    With more, each operator waits for a thread that waits for its time slice: ten times as long.
+
+    Args:
+        watched_s: seconds to watch the others for.
+    """
+    load = OtherLoad()
+    time.sleep(watched_s)
+    busy, threads = load.read(), torch.get_num_threads()
+    if busy is None or not is_busy(busy):
+        return None
+    free = max(1, round((os.cpu_count() or 1) - busy))
+    if free >= threads:
+        return None
+    torch.set_num_threads(free)
+    return f"other processes use {busy:.1f} cores: {free} instead of {threads} threads here"
+
+
 class Times(NamedTuple):
     """Of a step, in seconds, and how much faster the fused model is."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import sysconfig
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 _SETTINGS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, FunctionType,
              BuiltinFunctionType, type, Enum)  # fmt: skip
+#: Modules whose contents are taken to stay what they are.
+LIBRARIES = frozenset(("torch", *sys.stdlib_module_names)) - {"__main__"}
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 # More objects than this in an attribute are not gone through before each call, nor more elements.
 _MOST_OBJECTS, _MOST_ELEMENTS = 64, 4096
 
@@ -97,8 +101,24 @@ def _of_deque(value: Any) -> Any:
     return type(value), list(map(as_it_is, value))
 
 
+def _of_method(value: Any) -> Any:
+    return as_it_is(value.__func__), _Same(value.__self__)
+
+
+class _Same:
+    """An object that is to be the same one; a module, whose attributes others watch."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _of_partial(value: Any) -> Any:
-    return value.func, list(map(as_it_is, value.args)), as_it_is(value.keywords)
+    return as_it_is(value.func), list(map(as_it_is, value.args)), as_it_is(value.keywords)
 
 
 def _of_object(value: Any) -> Any:
@@ -118,6 +138,65 @@ def _slots(cls: type) -> tuple[str, ...]:
     slots = vars(cls).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
     return tuple(n for n in names if n not in ("__dict__", "__weakref__"))
+
+
+def _of_function(value: Any) -> Any:
+    """A function of the user's: its code, defaults, closure, and the globals that it names."""
+    code = value.__code__
+    found: dict[str, Any] = {}
+    for name in names_in(code) & value.__globals__.keys():
+        named = value.__globals__[name]
+        if not isinstance(named, ModuleType):
+            found[name] = as_it_is(named)
+        elif named.__name__.partition(".")[0] not in LIBRARIES:
+            raise TooLarge
+    defaults = value.__defaults__, value.__kwdefaults__
+    return _Code(code), as_it_is(defaults), as_it_is(closure_of(value)), found
+
+
+class _Code:
+    """The code of a function; pickled as a digest of it."""
+
+    def __init__(self, code: CodeType | str) -> None:
+        self.code = code
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Code):
+            return False
+        if isinstance(self.code, str) and isinstance(other.code, CodeType):
+            if self.code != digest_of(other.code):
+                return False
+            self.code = other.code
+        return self.code == other.code
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        code = self.code
+        return _Code, (code if isinstance(code, str) else digest_of(code),)
+
+
+def is_installed(function: FunctionType) -> bool:
+    """Whether a function is a library's: of those, that it is the same one is enough."""
+    return function.__code__.co_filename.startswith(_INSTALLED)
+
+
+def closure_of(function: FunctionType) -> list[Any]:
+    """The values of its closure, those that are there so far."""
+    return [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+
+
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of the functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes_in(constant)
+
+
+def names_in(code: CodeType) -> frozenset[str]:
+    """Names of globals and attributes in a function's code."""
+    return frozenset(name for inner in codes_in(code) for name in inner.co_names)
 
 
 def _of_class(value: Any) -> Any:
@@ -167,7 +246,13 @@ def _as_it_is(value: Any) -> Any:
     if isinstance(value, type):
         foreign = value.__module__.partition(".")[0] in ("builtins", "torch", "typing")
         return value if foreign or issubclass(value, nn.Module) else Snapshot(_of_class, value)
-    if is_setting(value) or isinstance(value, (nn.Parameter, ModuleType)):
+    if isinstance(value, FunctionType) and not is_installed(value):
+        return Snapshot(_of_function, value)
+    if isinstance(value, MethodType):
+        return Snapshot(_of_method, value)
+    if not isinstance(value, tuple) and (
+        is_setting(value) or isinstance(value, (nn.Parameter, ModuleType))
+    ):
         return value
     if isinstance(value, tuple):
         return tuple(map(as_it_is, value))
@@ -203,6 +288,12 @@ def code_of(kind: type[nn.Module]) -> str:
             if not name.startswith("__"):
                 digest.update(repr((name, _digested(value))).encode())
     return digest.hexdigest()
+
+
+def digest_of(code: CodeType) -> str:
+    """The same of a function's code."""
+    written = repr((sys.version_info[:2], _digested(code)))
+    return hashlib.sha256(written.encode()).hexdigest()
 
 
 def _digested(value: Any) -> Any:

@@ -211,6 +211,25 @@ def test_a_busy_machine_is_told() -> None:
     assert ", 2.00x, 1 round, no interval: more --seconds give one (" in told(0.0, 1)
 
 
+@pytest.mark.parametrize(
+    ("busy", "threads", "left"), [(None, 4, 4), (0.1, 4, 4), (0.9, 4, 3), (0.9, 2, 2), (9.0, 4, 1)]
+)
+def test_cores_are_left_to_others(
+    busy: float | None, threads: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(timing.OtherLoad, "read", lambda _: busy)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        said = timing.leave_cores(0)
+        assert torch.get_num_threads() == left
+        expected = f"other processes use {busy} cores: {left} instead of {threads} threads here"
+        assert said == (None if left == threads else expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_load_of_others_is_not_our_own() -> None:
     load = timing.OtherLoad()
     begin = timing.time.perf_counter()

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from senet_kernels import fuse_se_blocks
-from senet_kernels.converted import _stale_reason
+from senet_kernels.converted import stale_reason
 from senet_kernels.watched import as_it_is
 
 
@@ -142,9 +142,9 @@ def test_changed_in_place(name: str, compiled: bool) -> None:
     report = fuse_se_blocks(fused)
     assert bool(report.replaced) == (name in _FUSED)
     if report.replaced:
-        assert _stale_reason(fused, fused._senet_form) is None
+        assert stale_reason(fused, fused._senet_form) is None
         again = copy.deepcopy(fused)
-        assert _stale_reason(again, again._senet_form) is None
+        assert stale_reason(again, again._senet_form) is None
     else:
         assert report.refused
     x = torch.randn(2, 16, 5, 5)
@@ -158,9 +158,9 @@ def test_pickled_with_its_configuration() -> None:
     fused = ConfiguredSE(collections.OrderedDict(v=1.0), _of_key)
     assert fuse_se_blocks(fused).replaced
     again = pickle.loads(pickle.dumps(fused))
-    assert _stale_reason(again, again._senet_form) is None
+    assert stale_reason(again, again._senet_form) is None
     _set_key(again.config)
-    assert _stale_reason(again, again._senet_form) is not None
+    assert stale_reason(again, again._senet_form) is not None
 
 
 def test_what_is_too_large_is_refused() -> None:
@@ -400,7 +400,7 @@ def test_code_that_changes_after_fusing(change: str, monkeypatch: pytest.MonkeyP
     plain = kind()
     fused = copy.deepcopy(plain)
     assert fuse_se_blocks(fused).replaced
-    assert _stale_reason(fused, fused._senet_form) is None
+    assert stale_reason(fused, fused._senet_form) is None
     x = torch.randn(2, 16, 5, 5)
     before = plain(x)
     if isinstance(owner, str):
@@ -412,7 +412,7 @@ def test_code_that_changes_after_fusing(change: str, monkeypatch: pytest.MonkeyP
     assert not torch.allclose(plain(x), before)
     _same(plain, fused, x)
     monkeypatch.undo()
-    assert _stale_reason(fused, fused._senet_form) is None
+    assert stale_reason(fused, fused._senet_form) is None
 
 
 def test_a_closure_that_changes_after_fusing() -> None:
@@ -459,7 +459,7 @@ def test_what_python_notes_on_a_class_is_no_change() -> None:
     plain, fused = _pair()
     copy.deepcopy(plain)  # copyreg caches __slotnames__ there
     assert SE.__annotations__ is not None
-    assert _stale_reason(fused, fused._senet_form) is None
+    assert stale_reason(fused, fused._senet_form) is None
 
 
 class Registered(SE):
@@ -505,7 +505,7 @@ def test_what_was_registered_as_none(change: Any) -> None:
     for module in (plain, fused):
         change(module)
         nn.init.constant_(module.layers[0].weight, 0.1)
-    assert _stale_reason(fused, fused._senet_form) is not None
+    assert stale_reason(fused, fused._senet_form) is not None
     _same(plain, fused, x)
 
 

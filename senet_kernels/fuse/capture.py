@@ -182,6 +182,7 @@ _CODE = frozenset((
     "MODULE_MATCH", "FUNCTION_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "HASATTR",
     "DUPLICATE_INPUT", "NAME_MATCH", "SHAPE_ENV", "NOT_PRESENT_IN_GENERIC_DICT",
 ))  # fmt: skip
+_OWN_TENSOR = re.compile(r"\._(?:parameters|buffers)\['[^']*'\]$")
 _OWN = re.compile(r"L\['(\w+)'\]((?:\._modules\['[^']*'\])*)(.*)", re.DOTALL)
 
 
@@ -195,6 +196,12 @@ def _check_guard(guard: Any, scope: Any) -> None:
         raise NotCaptured(f"its forward reads {_source(name)}, which may change unseen")
     if kind == "HASATTR" and isinstance(argument, Tensor):
         raise NotCaptured(f"its forward asks for an attribute of {_source(name)} that it has not")
+    twin = _other(guard) if kind == "DUPLICATE_INPUT" else ""
+    if twin and (_OWN_TENSOR.search(name) or _OWN_TENSOR.search(twin)):
+        both = f"{_source(name)} and {_source(twin)}"
+        raise NotCaptured(f"its forward reads {both}, one tensor that may become two unseen")
+    if kind == "TENSOR_MATCH" and isinstance(argument, nn.Module) and not _OWN_TENSOR.search(name):
+        raise NotCaptured(f"its forward reads {_source(name)}, which may become another unseen")
     if kind in _CODE or not name:
         return
     if name.startswith("G["):
@@ -217,6 +224,13 @@ def _check_guard(guard: Any, scope: Any) -> None:
         raise NotCaptured(
             f"its forward reads {_source(name)}, of an object whose changes are not seen"
         )
+
+
+def _other(guard: Any) -> str:
+    """The other name of what a guard says is one object."""
+    source = getattr(guard.create_fn, "keywords", {}).get("source_b")
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
 
 
 def _definition(cls: type, name: str) -> type | None:
