@@ -238,7 +238,7 @@ def words_in(module: nn.Module) -> frozenset[str]:
         raise Refusal(str(unwatchable)) from unwatchable
 
 
-def read_captured(module: nn.Module, words: frozenset[str]) -> Mlp | Halves:
+def read_captured(module: nn.Module, words: frozenset[str] | None = None) -> Mlp | Halves:
     """The form of a module of unknown class, as its captured graph shows it.
 
     The graph is made of a copy without data, and nothing is run. It must be one excitation and
@@ -246,11 +246,12 @@ def read_captured(module: nn.Module, words: frozenset[str]) -> Mlp | Halves:
     every dtype and layout if the code asks for them.
 
     Args:
-        words: see :func:`words_in`.
+        words: see :func:`words_in`, which is asked where they are not given.
 
     Raises:
         Refusal: it is not; or the module cannot be captured; the message says why.
     """
+    words = words_in(module) if words is None else words
     with _surroundings():
         likely = [rank for k, rank in _RANKS.items() if k in _dimensions(module)]
         tried = [*likely, *(rank for rank in (4, 3, 5) if rank not in likely)]

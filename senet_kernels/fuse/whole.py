@@ -150,7 +150,9 @@ def _check_writes(flow: Flow, capture: Capture, called: set[Node]) -> None:
         for target in written(node, flow.op(node)):
             owner = flow.owner(target)
             if owner is not None:
-                name = "input" if owner is capture.x else capture.tensors[owner][0]
+                name = (
+                    "input" if owner is capture.x else capture.tensors.get(owner, (owner.name,))[0]
+                )
                 raise Mismatch(f"it overwrites its {name} ({_called(node)})")
 
 
