@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     fuse.add_argument("--batch", type=count, default=8, help="images (8)")
     fuse.add_argument(
-        "--seconds", type=duration, default=10, help="for each of the two timings, about (10)"
+        "--seconds", type=duration, default=15, help="for each of the two timings, about (15)"
     )
     fuse.add_argument("--verbose", action="store_true", help="a line for each block")
     fuse.add_argument("--neighbours", action="store_true", help="the steps around the blocks too")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
+from . import words_asked
 from .forms import Asks, Halves, Mlp, class_name, one_line, own_input
-from .namespaces import Unwatchable, spelled, words_of
+from .namespaces import words_of
 from .parts import (
     OF_ANY_MODULE,
     Foreign,
@@ -144,41 +145,6 @@ class _Setting(NamedTuple):
 
 _UNIFORM = ((True, True, True), (False, False, False))
 _SINGLE = torch.float32
-_OF_DTYPES = frozenset((
-    "dtype", "is_floating_point", "is_complex", "element_size", "itemsize", "nbytes", "finfo",
-    "to", "type", "type_as", "float", "half", "double", "bfloat16", "float16", "float32", "float64",
-))  # fmt: skip
-_OF_GRADIENTS = frozenset(("is_grad_enabled", "requires_grad"))
-_OF_LAYOUT = frozenset((
-    "is_contiguous", "stride", "data_ptr", "storage_offset", "suggest_memory_format", "dim_order",
-))  # fmt: skip
-_OF_DEVICES = frozenset((
-    "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device",
-))  # fmt: skip
-_OF_HISTORY = frozenset((
-    "requires_grad_", "is_leaf", "grad", "grad_fn", "is_inference", "is_inference_mode_enabled",
-    "retains_grad",
-))  # fmt: skip
-_OF_PROCESS = frozenset((
-    "are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled",
-    "get_deterministic_debug_mode", "get_default_dtype", "get_default_device", "get_num_threads",
-    "get_float32_matmul_precision", "is_anomaly_enabled", "backends", "cudnn", "mkldnn",
-))  # fmt: skip
-#: What a tensor or a module may be or have beside its numbers.
-_UNSEEN = frozenset((
-    "Parameter", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-))  # fmt: skip
-_OF_PROFILERS = frozenset(("record_function", "nvtx", "itt"))
-#: What a forward may not ask for, or do: it was seen in one state, and nothing tells of others.
-_REFUSED = (
-    (_OF_DEVICES, "asks for a device ({}), and was seen on one alone"),
-    (_OF_HISTORY, "asks how a tensor was made ({}), which is seen in one way alone"),
-    (_OF_PROCESS, "asks for settings of the process ({}), which may change unseen"),
-    (_UNSEEN, "asks for {}, which may change unseen"),
-    (_OF_PROFILERS, "marks ranges for profilers ({}), which would be lost"),
-)
-_OF_COMPILERS = re.compile(r"is_(\w+_)?(compiling|exporting)")
-_OF_AUTOCAST = re.compile(r"autocast|\bamp\b")
 _EXTENTS = {3: (3, 7), 4: (3, 5, 7), 5: (3, 4, 5, 7)}  # B, then space
 _RANKS = {1: 3, 2: 4, 3: 5}
 
@@ -221,23 +187,6 @@ def _surroundings() -> Iterator[None]:
         yield
 
 
-def words_in(module: nn.Module) -> frozenset[str]:
-    """What the code of a module and of its children names, PyTorch's own aside, and what their
-    attributes are called, or are, which may be functions and names of attributes.
-
-    Raises:
-        Refusal: something that it reads cannot be watched for changes.
-    """
-    kinds = {type(child) for child in module.modules()}
-    kinds = {kind for kind in kinds if not kind.__module__.startswith("torch.nn.")}
-    attributes = (v for child in module.modules() for v in vars(child).values())
-    words = frozenset(filter(None, map(spelled, attributes)))
-    try:
-        return words.union(*map(words_of, kinds))
-    except Unwatchable as unwatchable:
-        raise Refusal(str(unwatchable)) from unwatchable
-
-
 def read_captured(module: nn.Module, words: frozenset[str] | None = None) -> Mlp | Halves:
     """The form of a module of unknown class, as its captured graph shows it.
 
@@ -246,12 +195,12 @@ def read_captured(module: nn.Module, words: frozenset[str] | None = None) -> Mlp
     every dtype and layout if the code asks for them.
 
     Args:
-        words: see :func:`words_in`, which is asked where they are not given.
+        words: see :func:`.words_asked.words_in`, which is asked where they are not given.
 
     Raises:
         Refusal: it is not; or the module cannot be captured; the message says why.
     """
-    words = words_in(module) if words is None else words
+    words = words_asked.words_in(module) if words is None else words
     with _surroundings():
         likely = [rank for k, rank in _RANKS.items() if k in _dimensions(module)]
         tried = [*likely, *(rank for rank in (4, 3, 5) if rank not in likely)]
@@ -321,12 +270,12 @@ def _read_in_all_settings(
     casts, refused = False, set[torch.dtype]()
     follows = True
     while True:
-        gradients = (True, False) if words & _OF_GRADIENTS else (True,)
+        gradients = (True, False) if words & words_asked.OF_GRADIENTS else (True,)
         choices = (
             training,
             *((gradients,) * 3),
-            DTYPES if words & _OF_DTYPES else (_SINGLE,),
-            (False, True) if words & _OF_LAYOUT else (False,),
+            DTYPES if words & words_asked.OF_DTYPES else (_SINGLE,),
+            (False, True) if words & words_asked.OF_LAYOUT else (False,),
             extents,
         )
         settings = (_Setting(*choice) for choice in itertools.product(*choices))
@@ -360,23 +309,14 @@ def _read_in_all_settings(
         training = [True, False] if captured.reads_training else training
         extents = extents if captured.any_extents else [False, True]
         casts = casts or captured.casts
-        follows = follows and not any(map(_OF_AUTOCAST.search, words))
-        _check_words(words)
+        follows = follows and not any(map(words_asked.OF_AUTOCAST.search, words))
+        words_asked.check(words)
     needs = {(a, b, c) for a in gradients for b in gradients for c in gradients} - unproven
     asks = Asks(len(training) > 1, frozenset(needs) if len(gradients) > 1 else None)
     found = next(iter(done.values()))
     assert found is not None
     dtypes = tuple(dtype for dtype in DTYPES if dtype not in refused)
     return found._replace(dtypes=dtypes), follows and not casts, asks
-
-
-def _check_words(words: set[str]) -> None:
-    for refused, reason in _REFUSED:
-        if words & refused:
-            raise Refusal(f"its forward {reason.format(', '.join(sorted(words & refused)))}")
-    asked = set(filter(_OF_COMPILERS.fullmatch, words))
-    if asked:
-        raise Refusal(f"its forward asks whether it is being compiled ({', '.join(sorted(asked))})")
 
 
 def _check_training(module: nn.Module, rank: int, setting: _Setting, refusal: Refusal) -> None:
@@ -492,14 +432,11 @@ def parts_around(module: nn.Module, chain: Chain | None, words: frozenset[str]) 
     kept = [p for p in paths if not any(p[: len(c)] == c for c in called)]
     own = words_of(type(module)) if called else frozenset()
     for path in called:
-        asked = own & (vars(find(module, path)).keys() - OF_ANY_MODULE | _OF_CLASSES)
+        asked = own & (vars(find(module, path)).keys() - OF_ANY_MODULE | words_asked.OF_CLASSES)
         if asked:
             what, its = ", ".join(sorted(asked)), f"its child {'.'.join(path)}"
             raise Refusal(f"its forward asks for {what}, and {its} is called, and not watched")
     return tuple(part_of(module, path, words) for path in [(), *kept])
-
-
-_OF_CLASSES = frozenset(("isinstance", "issubclass", "type", "__class__"))
 
 
 def _form_of(

@@ -47,7 +47,7 @@ def _reads_of(cls: type[Fused], kinds: tuple[type[nn.Module], ...]) -> Reads:
         everything = Namespaces()
         everything.add(cls._namespaces)
         for kind in kinds:
-            everything.add(of_child(kind))
+            everything.add(of_child(kind)[0])
         reads = cls._reads[kinds] = everything.reads()
     return reads
 

@@ -388,14 +388,16 @@ def namespaces_of(kind: type[nn.Module]) -> Namespaces:
 
 #: Of each class of a child, when the first of it was recognised: whoever patches
 #: ``nn.Conv2d.forward`` later means the layers of fused modules too.
-_OF_CHILDREN: dict[type[nn.Module], Namespaces] = {}
+_OF_CHILDREN: dict[type[nn.Module], tuple[Namespaces, Reads]] = {}
 
 
-def of_child(kind: type[nn.Module]) -> Namespaces:
-    """The same of a child's class, with what was there when it was first asked for."""
+def of_child(kind: type[nn.Module]) -> tuple[Namespaces, Reads]:
+    """The same of a child's class, with what was there when it was first asked for, and the reads
+    of that."""
     known = _OF_CHILDREN.get(kind)
     if known is None:
-        known = _OF_CHILDREN[kind] = namespaces_of(kind)
+        namespaces = namespaces_of(kind)
+        known = _OF_CHILDREN[kind] = namespaces, namespaces.reads()
     return known
 
 

@@ -164,7 +164,7 @@ _OF_LAYERS = frozenset(("weight", "bias", "_parameters", "parameters", "named_pa
 def _check_code(child: nn.Module, path: Path) -> None:
     """Refuse a child whose code is not what it was when another of its class was recognised."""
     try:
-        reason = what_changed(of_child(type(child)).reads())
+        reason = what_changed(of_child(type(child))[1])
     except Unwatchable as unwatchable:
         reason = str(unwatchable)
     if reason is not None:

@@ -21,7 +21,6 @@ from .captured import (
     parts_around,
     read_captured,
     sounds_like_se,
-    words_in,
 )
 from .forms import Form, Halves, Mlp, class_name, not_a_matrix, own_input, pointwise_name
 from .neighbours import source_hash
@@ -38,6 +37,7 @@ from .parts import (
 )
 from .pointwise import ACTIVATIONS, GATES
 from .tensors import foreign_class
+from .words_asked import words_in
 
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 

@@ -157,6 +157,7 @@ def test_the_original_runs_where_it_is_faster(
 
 
 def test_compiled_is_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
     monkeypatch.setattr(between, "WORTH", 0)
     _, fused = _pair(_eca, None)
     graphs: list[torch.fx.GraphModule] = []

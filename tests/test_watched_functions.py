@@ -263,6 +263,7 @@ def test_what_a_forward_asks_of_its_children(kind: Any, change: Any, compiled: b
     plain: Any = kind()
     fused: Any = copy.deepcopy(plain)
     fuse_se_blocks(fused)
+    torch.compiler.reset()
     run = torch.compile(fused, backend="eager") if compiled else fused
     _check(plain, run)
     for module in (plain, fused):
