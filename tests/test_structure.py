@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recognise",),
     ("captured", "neighbours"),
     ("forms", "fuse"),
+    ("words_asked",),
     ("parts",),
     ("namespaces",),
     ("watched",),
