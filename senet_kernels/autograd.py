@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from . import ops, reference
@@ -267,7 +268,10 @@ def _backward(
     asked = needs & ~bit if passes_dy else needs
     gradients: list[Tensor | None] = [None] * len(inputs)
     if asked:
-        if differentiable:
+        computed: Any
+        if fwAD._current_level >= 0:  # forward ran outside of it; the raw ops carry no tangents
+            computed = _first_order(_PARTS[part], options, asked, mask, lengths, dy, *inputs)
+        elif differentiable:
             computed = _Backward.apply(part, options, asked, saved, mask, lengths, dy, *inputs)
         else:
             computed = _PARTS[part].backward(dy, inputs, lengths, saved, mask, options, asked)

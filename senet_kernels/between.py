@@ -89,7 +89,7 @@ class _Scale(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, u, mask = ctx.saved_tensors
         of_x, _, of_u, *_ = ctx.needs_input_grad
-        if _is_grad_enabled():
+        if _is_grad_enabled() or fwAD._current_level >= 0:
             tensors = (x, u, None, None, None, None, None, None, None, mask)
             needs = (_X if of_x else 0) | (_U if of_u else 0)
             gradients = autograd._backward(

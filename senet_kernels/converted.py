@@ -232,7 +232,8 @@ def _take_lengths(args: Any, kwargs: Any) -> tuple[Any, Any, Tensor | None]:
 
 def _changed_as_compiled(module: Any, form: Form | Block) -> str | None:
     """What of the module is unlike the one that was fused, as Dynamo can trace and guard it."""
-    id(module)  # Dynamo guards it, as it must: the next line's answer is of this module
+    # The answer for one module is that for all equal ones, by whatever `guard` makes Dynamo guard:
+    # what it does not is of their class.
     reason: str | None = module._stale_reason_at_trace_time()
     if reason is None and not (
         module._original.forward is module._forward[0] and guard(module, form.parts)

@@ -66,6 +66,7 @@ class Part(NamedTuple):
     known: frozenset[str]
     asked: Asked
     lookups: tuple[tuple[str, Any], ...]
+    rare: Rare | None
     quick: tuple[Any, ...]  # a Quick
 
 
@@ -136,12 +137,13 @@ def part_of(module: nn.Module, path: Path, words: frozenset[str] = frozenset()) 
         for name, value in settings.items()
         if asked.asks_for(name) and not is_guarded(value)
     )
+    rare = _rare(module, child, path, words)
     quick = Quick(
         path, type(child) if path else None, tuple(child._modules), _registered(child),
-        *_reader(names, values), len(known), _rare(module, child, path, words),
+        *_reader(names, values), len(known), rare,
     )  # fmt: skip
     # A plain tuple is unpacked in a third of the instructions.
-    return Part(path, type(child), names, values, known, asked, lookups, tuple(quick))
+    return Part(path, type(child), names, values, known, asked, lookups, rare, tuple(quick))
 
 
 def _rare(module: nn.Module, child: nn.Module, path: Path, words: frozenset[str]) -> Rare | None:
@@ -290,6 +292,15 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
                 child = child._modules[name]
             if type(child) is not part.kind and part.path:
                 return False
+            if tuple(child._modules) != part.quick[_CHILDREN]:
+                return False
+            registered = part.quick[_REGISTERED]
+            if registered is not None:
+                for names, now in zip(
+                    registered or ((), ()), (child._parameters, child._buffers), strict=True
+                ):
+                    if len(now) != len(names) or not all(name in now for name in names):
+                        return False
             for name, value in part.lookups:
                 if not _finds(child, name, value):
                     return False
@@ -298,7 +309,7 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
                     return False
             if part.path and not _finds(child, "forward", _METHOD):
                 return False
-            rare = Quick(*part.quick).rare
+            rare = part.rare
             if rare is not None:
                 for _, name, empty in rare.slots:
                     if (getattr(child, name) is None) is not empty:
@@ -310,6 +321,9 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
         except (AttributeError, KeyError):
             return False
     return True
+
+
+_CHILDREN, _REGISTERED = Quick._fields.index("children"), Quick._fields.index("registered")
 
 
 def _finds(child: Foreign, name: str, value: Any) -> bool:
