@@ -20,6 +20,9 @@ class SE(nn.Module):
         super().__init__()
         self.fc1, self.act = nn.Conv2d(16, 4, 1), act()
         self.fc2, self.gate = nn.Conv2d(4, 16, 1), nn.Sigmoid()
+        nn.init.constant_(
+            self.fc1.bias, 0.5
+        )  # so that some of what the activation gets is positive
         self.extra: nn.Module | None = None
         self.flag = False
 
@@ -84,6 +87,8 @@ _CHANGES: dict[str, tuple[type[nn.Module], Callable[[Any], object]]] = {
 @pytest.mark.parametrize("name", _CHANGES)
 def test_one_that_is_unlike_the_others(name: str, before: bool) -> None:
     kind, change = _CHANGES[name]
+    if "hook" in name and not before:
+        pytest.skip("is refused, so that Dynamo sees another class, and the hook")
     modules: list[Any] = [kind(), kind()]
     expected = copy.deepcopy(modules)
     change(expected[1])
