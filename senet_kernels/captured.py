@@ -232,7 +232,7 @@ def read_captured(module: nn.Module, words: frozenset[str] | None = None) -> Mlp
 
 
 def _if_any(asks: Asks) -> Asks | None:
-    return asks if asks.training or asks.gradients is not None else None
+    return None if asks == Asks() else asks
 
 
 def check_children(module: nn.Module) -> None:
@@ -312,7 +312,11 @@ def _read_in_all_settings(
         follows = follows and not any(map(words_asked.OF_AUTOCAST.search, words))
         words_asked.check(words)
     needs = {(a, b, c) for a in gradients for b in gradients for c in gradients} - unproven
-    asks = Asks(len(training) > 1, frozenset(needs) if len(gradients) > 1 else None)
+    asks = Asks(
+        len(training) > 1,
+        frozenset(needs) if len(gradients) > 1 else None,
+        bool(words & words_asked.OF_EXTENTS),
+    )
     found = next(iter(done.values()))
     assert found is not None
     dtypes = tuple(dtype for dtype in DTYPES if dtype not in refused)

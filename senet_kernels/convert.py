@@ -160,10 +160,10 @@ def _is_converted(module: nn.Module) -> bool:
 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """With its own class, so that it is recognised anew, where it has changed since it was
-    fused."""
+    """With its own class, so that it is recognised anew, where it has changed since it was fused,
+    or was made from a fused one's class."""
     cls, form = type(module), _form_of(module)
-    if form is None or not _is_converted(module) or stale_reason(module, form) is None:
+    if not _is_converted(module) or (form is not None and stale_reason(module, form) is None):
         yield
         return
     module.__class__ = vars(cls)["_original"]

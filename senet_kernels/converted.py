@@ -6,6 +6,7 @@ was recognised for, or the module not what it was.
 from __future__ import annotations
 
 import warnings
+from abc import ABCMeta
 from functools import partial, wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from . import api, between, dispatch, resolve
 from .forms import Asks, Form, Halves, Mlp, one_line, weight_and_bias_at
 from .namespaces import Namespaces, Reads, Unwatchable, namespaces_of, of_child, what_changed
 from .neighbours import Block
-from .parts import Refusal, changed_reason, find, guard, hook_reason
+from .parts import Change, Refusal, changed_reason, find, guard, hook_reason
 from .pointwise import POINTWISE
 from .reference import autocast_is_on
 from .tensors import (
@@ -32,7 +33,7 @@ from .validation import DTYPES
 from .watched import code_of
 
 
-def stale_reason(module: Any, form: Form | Block) -> str | None:
+def stale_reason(module: Any, form: Form | Block) -> str | Change | None:
     """What is not as it was when the module was fused: of its class and code, of itself, of its
     children."""
     cls = type(module)
@@ -63,12 +64,19 @@ class Fused(nn.Module):
         _code: str
         _senet_form: Form | Block | None
         _senet_backend: str | None
+
+    def __init_subclass__(cls) -> None:
+        """Nothing: the original's may put each class into a list, and ours is none of its own."""
+
     _senet_form = None  # also where it was made by slicing a Sequential, say
     _senet_backend = None
 
     def _senet_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The ``forward`` of every such class, under its original's signature."""
-        form, backend = self._senet_form, self._senet_backend
+        try:
+            form, backend = self._senet_form, self._senet_backend
+        except AttributeError:  # kept since before unfuse_se_blocks, by whoever wraps forwards
+            return type(self).forward(self, *args, **kwargs)
         x: Any = args[0] if args else None
         compiling = resolve.is_compiling()
         if form is None or (
@@ -109,12 +117,14 @@ class Fused(nn.Module):
             or hook_reason(se)
             or (_changed_as_compiled(se, form) if compiling else stale_reason(se, form))
             or not dispatch.may_run_kernels(x, se._senet_backend, compiling)
+            or any(hook_reason(find(self, path)) for path in block.unhooked)
         ):
             return NotImplemented
         return block.run(block, self, x, partial(_excite_within, se, form))
 
     def _stale_reason_at_trace_time(self) -> str | None:
-        return None if self._senet_form is None else stale_reason(self, self._senet_form)
+        reason = None if self._senet_form is None else stale_reason(self, self._senet_form)
+        return None if reason is None else str(reason)
 
     # Dynamo runs it, and keeps the answer: torch.compiler.assume_constant_result, which would
     # import Dynamo.
@@ -174,7 +184,7 @@ def _excite(
         raise error from None  # of a hook, say
 
 
-def _refuse_kernels(module: Any, reason: str) -> None:
+def _refuse_kernels(module: Any, reason: str | Change) -> None:
     """Refuse a kernel backend asked for by name, unless what is going on is without kernels."""
     backend = module._senet_backend
     if dispatch.requested_backend(backend) in dispatch.KERNELS and not resolve.why_no_kernel():
@@ -244,7 +254,7 @@ def _changed_as_compiled(module: Any, form: Form | Block) -> str | None:
 
 def _call_reason(
     form: Form | Block, module: Any, args: Any, kwargs: Any, compiling: bool, direct: bool
-) -> str | None:
+) -> str | Change | None:
     """Why the original forward runs: what is unlike the calls, or the module, that the form was
     recognised for."""
     if len(args) != 1 or kwargs:
@@ -263,6 +273,7 @@ def _call_reason(
         return f"x is a {kind}"
     if _has_any_global_hook():
         return "a global module hook is registered"
+    reason: str | Change | None
     reason = _changed_as_compiled(module, form) if compiling else stale_reason(module, form)
     if reason is None and not isinstance(form, Block) and form.asks is not None:
         reason = _unproven_reason(form, form.asks, module, x)
@@ -278,6 +289,8 @@ def _unproven_reason(form: Form, asks: Asks, module: nn.Module, x: Tensor) -> st
         now = torch.is_grad_enabled(), x.requires_grad, True in needed
         if len(needed) > 1 or now not in asks.gradients:
             return "its forward asks what needs gradients, and is not known for what does now"
+    if asks.extents and x.numel() == 0:
+        return "its forward asks for extents, and is not known for x without elements"
     if asks.training:
         children = (find(module, part.path) for part in form.parts)
         if any(child.training is not module.training for child in children):
@@ -342,6 +355,7 @@ def _mlp_reason(form: Mlp, x: Tensor, w1: Any, w2: Any, compiling: bool) -> str 
 
 
 _CLASSES: dict[type[nn.Module], type[Fused]] = {}
+_METACLASSES = (type, ABCMeta)
 
 
 def fused_class(original: type[nn.Module]) -> type[Fused]:
@@ -353,6 +367,8 @@ def fused_class(original: type[nn.Module]) -> type[Fused]:
             if getattr(original, name, None) is not getattr(nn.Module, name, None):
                 raise Refusal(f"its class is copied and pickled in its own way, by {name}")
 
+        if type(original) not in _METACLASSES:
+            raise Refusal(f"its class is made by {type(original).__name__}, which may keep a list")
         # A function of its own for each class, which has the original's signature.
         ours = Fused._senet_forward
         forward = wraps(original.forward)(FunctionType(ours.__code__, ours.__globals__))

@@ -23,12 +23,13 @@ class Asks(NamedTuple):
     training: bool = False  # the mode: where all children are in the module's
     #: Whether gradients are enabled, x needs one, and all parameters do; None: it does not ask.
     gradients: frozenset[tuple[bool, bool, bool]] | None = None
+    extents: bool = False  # those of x: where there are elements
 
     def and_(self, other: Asks) -> Asks:
         """Where both are proven."""
         mine, theirs = self.gradients, other.gradients
         both = theirs if mine is None else mine if theirs is None else mine & theirs
-        return Asks(self.training or other.training, both)
+        return Asks(self.training or other.training, both, self.extents or other.extents)
 
 
 class Mlp(NamedTuple):
@@ -102,6 +103,8 @@ def pointwise_name(module: nn.Module) -> str | None:
     name = _POINTWISE_NAMES.get(class_name(module))
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    if isinstance(module, nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
+        return None
     if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:
         return None
     return name

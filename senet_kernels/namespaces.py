@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import dis
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import attrgetter, itemgetter
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .watched import (
+    INSTALLED,
     LIBRARIES,
     as_it_is,
     classes_of,
@@ -58,6 +60,7 @@ class Asked(NamedTuple):
     names: frozenset[str]
     strings: frozenset[str]  # and names that code with handlers for errors asks for
     any_name: bool  # it may ask for names that are made when it runs
+    builtins: frozenset[str]  # which of those that tell classes are called, not asked of an object
 
     def asks_for(self, name: str) -> bool:
         """Whether they may look it up on an object."""
@@ -79,6 +82,7 @@ def asked_by(kind: type[nn.Module]) -> Asked:
     """What ``forward``, and the functions of the class that it names, ask for."""
     names: set[str] = set()
     strings: set[str] = set()
+    builtins: set[str] = set()
     waiting, seen = ["forward"], set()
     while waiting:
         for value in definitions(kind, waiting.pop()):
@@ -89,10 +93,18 @@ def asked_by(kind: type[nn.Module]) -> Asked:
             for code in codes_in(function.__code__):
                 waiting += set(code.co_names) - names
                 names |= set(code.co_names)
+                if "type" in code.co_names and _calls_type(code):
+                    builtins.add("type")
                 strings |= {c for c in code.co_consts if isinstance(c, str)}
                 if getattr(code, "co_exceptiontable", b""):
                     strings |= set(code.co_names)
-    return Asked(frozenset(names), frozenset(strings), bool(names & _DYNAMIC))
+    return Asked(frozenset(names), frozenset(strings), bool(names & _DYNAMIC), frozenset(builtins))
+
+
+def _calls_type(code: CodeType) -> bool:
+    """Whether it is the builtin, and not an attribute, as a device has one."""
+    steps = dis.get_instructions(code)
+    return any(s.argval == "type" and s.opname in ("LOAD_GLOBAL", "LOAD_NAME") for s in steps)
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -124,10 +136,22 @@ def _is_torchs(function: FunctionType) -> bool:
 
 
 def _check_own(owner: Any, name: str, value: Any) -> None:
-    """Refuse a function of PyTorch's that is somebody else's: what it does is not known."""
+    """Refuse a function in a library's class or module that is somebody else's: that of PyTorch is
+    PyTorch's, those of others are of some library's."""
     function = _function(value)
-    if function is not None and _package(owner) == "torch" and not _is_torchs(function):
+    if function is None:
+        return
+    if _package(owner) == "torch":
+        is_own = _is_torchs(function)
+    else:
+        is_own = is_installed(function) or not _is_library(owner)
+    if not is_own:
         raise Unwatchable(f"{owner.__name__}.{name}, which it calls, has been replaced")
+
+
+def _is_library(owner: Any) -> bool:
+    module = owner if isinstance(owner, ModuleType) else sys.modules.get(owner.__module__)
+    return str(getattr(module, "__file__", None)).startswith(INSTALLED)
 
 
 def _own_names(namespace: Mapping[str, Any]) -> frozenset[str]:
@@ -228,6 +252,8 @@ class Namespaces:
         for name in names & function.__globals__.keys():
             value = function.__globals__[name]
             if not theirs:
+                if is_installed(function):
+                    _check_own(sys.modules.get(function.__module__, torch), name, value)
                 self._add(function.__globals__, function.__globals__, name, value)
                 self._add_value(value)
             if isinstance(value, ModuleType):

@@ -58,6 +58,8 @@ class Block(NamedTuple):
     names: tuple[tuple[Path, tuple[str, ...]], ...] = ()  # its children then, and theirs
     ranks: tuple[int, ...] = (4,)
     kinds: tuple[type[nn.Module], ...] = ()
+    # Modules whose output its activation would overwrite: a hook that keeps it is to find it so.
+    unhooked: tuple[Path, ...] = ()
 
 
 def _activation(module: nn.Module, *path: str) -> str:
@@ -203,6 +205,7 @@ def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
     children = [(name, child) for name, child in module._modules.items() if child is not None]
     steps: list[Step] = []
     parts: list[Part] = []
+    unhooked: list[Path] = []
     names: list[tuple[Path, tuple[str, ...]]] = [((), tuple(module._modules))]
     notes: list[str] = []
     skip = False
@@ -216,7 +219,7 @@ def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
         before = after = None
         last = _last_activation(children[:i]) if i else None
         if last is not None and not steps[-1].is_se:
-            inner, before = last
+            inner, before, makers = last
             previous = steps.pop()
             if inner:  # all of a nested Sequential but its activation
                 nested = tuple(find(module, previous.path)._modules)
@@ -224,6 +227,7 @@ def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
                 parts.append(part_of(module, previous.path))
                 steps += [Step((*previous.path, n)) for n in nested if n != inner[0]]
             parts.append(part_of(module, (*previous.path, *inner)))
+            unhooked += [(*previous.path, *maker) if inner else maker for maker in makers]
         if i + 1 < len(children):
             function = pointwise_name(children[i + 1][1])
             if function in ACTIVATIONS and function != "identity":
@@ -237,13 +241,15 @@ def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
         raise Refusal("no activation that may join stands beside its one excitation")
     return Block(
         found[0].path, _run_sequential, "", tuple(parts), ", ".join(notes), tuple(steps),
-        tuple(names),
+        tuple(names), unhooked=tuple(unhooked),
     )  # fmt: skip
 
 
-def _last_activation(children: list[tuple[str, nn.Module]]) -> tuple[Path, str] | None:
-    """Where the last child ends in an activation that may join what follows: path within it, and
-    the function."""
+def _last_activation(
+    children: list[tuple[str, nn.Module]],
+) -> tuple[Path, str, list[Path]] | None:
+    """Where the last child ends in an activation that may join what follows: path within it, the
+    function, and the modules whose output it overwrites."""
     path: Path = ()
     child = children[-1][1]
     if is_sequential(child) and len(child._modules) > 1:
@@ -252,14 +258,17 @@ def _last_activation(children: list[tuple[str, nn.Module]]) -> tuple[Path, str] 
     function = pointwise_name(child)
     if function not in ACTIVATIONS or function == "identity":
         return None
+    makers: list[Path] = []
     if getattr(child, "inplace", False):
         # What it overwrites others may hold, a shortcut say, unless it was made just before.
-        made = children[-2][1] if len(children) > 1 else None
+        name, made = children[-2] if len(children) > 1 else ("", None)
+        makers = [(name,)]
         while made is not None and is_sequential(made):
-            made = next(reversed(made._modules.values()), None)
+            name, made = next(reversed(made._modules.items()), ("", None))
+            makers.append((*makers[-1], name))
         if type(made) not in _MAKERS and (made is None or class_name(made) not in _FURTHER_MAKERS):
             return None
-    return path, function
+    return path, function, makers
 
 
 #: Modules whose output nobody else has.
@@ -348,5 +357,5 @@ def recognise_block(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Bl
             raise Refusal(f"it is not built as expected: {error}") from error
     reason = changed_reason(module, block.parts)
     if reason is not None:
-        raise Refusal(reason)
+        raise Refusal(str(reason))
     return block._replace(kinds=kinds_of(block.parts))

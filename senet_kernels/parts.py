@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from operator import itemgetter
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -129,8 +130,10 @@ def part_of(module: nn.Module, path: Path, words: frozenset[str] = frozenset()) 
     names, values = tuple(settings), tuple(settings.values())
     ours = frozenset() if path else _OURS
     known = frozenset(facts) | ours
-    if not path and ({"type", "__class__"} & asked.names) - known:
-        raise Refusal("its forward asks for its class, which is another one when it is fused")
+    words_of_class = (asked.builtins & {"type"}) | (asked.names & {"__class__", "_get_name"})
+    if not path and words_of_class - known:
+        what = ", ".join(sorted(words_of_class))
+        raise Refusal(f"its forward asks for its class ({what}), which is another when it is fused")
     lookups = _lookups(type(child), asked, known)
     lookups += tuple(
         (name, _UNGUARDED)
@@ -233,7 +236,17 @@ def _registered(child: nn.Module) -> tuple[frozenset[str], ...] | None:
     return names if any(names) else ()
 
 
-def changed_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
+class Change(NamedTuple):
+    """What is new of a part of a module; in words where somebody asks."""
+
+    module: nn.Module
+    part: Part
+
+    def __str__(self) -> str:
+        return _what_is_new(self.module, self.part)
+
+
+def changed_reason(module: nn.Module, parts: tuple[Part, ...]) -> Change | None:
     """What has happened to a recognised module since, so that its own forward must run."""
     of_module = module.__dict__
     for part in parts:
@@ -278,7 +291,7 @@ def changed_reason(module: nn.Module, parts: tuple[Part, ...]) -> str | None:
                 continue
         except Exception:  # None in a child's place; numbers of tensors; what `==` may raise
             pass
-        return _what_is_new(module, part)
+        return Change(module, part)
     return None
 
 
@@ -341,8 +354,13 @@ def _finds(child: Foreign, name: str, value: Any) -> bool:
 
 def _hidden(child: nn.Module, part: Part) -> str | None:
     """An attribute that is new and hides one of its class, or that its class asks for."""
-    new = vars(child).keys() - part.known
-    return next((n for n in sorted(new) if part.asked.asks_for(n) or hasattr(type(child), n)), None)
+    new = frozenset(vars(child).keys() - part.known)
+    return _hides(type(child), part.asked, new)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)  # asked before each call of a module that was given an attribute
+def _hides(kind: type[nn.Module], asked: Asked, new: frozenset[str]) -> str | None:
+    return next((n for n in sorted(new) if asked.asks_for(n) or hasattr(kind, n)), None)
 
 
 def _what_is_new(module: nn.Module, part: Part) -> str:

@@ -57,9 +57,16 @@ def _function(module: nn.Module, name: str, legal: tuple[str, ...]) -> str:
     return found
 
 
-def _layer(module: nn.Module, name: str) -> Path:
+class _Unusual(Exception):
+    """A module is not as its class makes it: what it computes, its graph says."""
+
+
+def _layer(module: nn.Module, name: str, kind: type[nn.Module]) -> Path:
     path = _path(name)
-    reason = not_a_matrix(find(module, path))
+    layer = find(module, path)
+    if type(layer) is not kind:
+        raise _Unusual
+    reason = not_a_matrix(layer)
     if reason is not None:
         raise Refusal(f"its child {name} {reason}")
     return path
@@ -71,19 +78,38 @@ def _mlp(
     activation: str,
     gate: str,
     *,
+    pool: str | None = None,
+    identities: tuple[str, ...] = (),
+    linear: bool = False,
     residual: Callable[[Foreign, Tensor], Tensor] | None = None,
     ranks: tuple[int, ...] = (4,),
     called: tuple[str, ...] = (),
     lengths: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Callable[[Foreign], Form]:
-    """A reader of modules with these children; ``=name`` is a function that is no child."""
+    """A reader of modules with these children, and no others but containers of them; ``=name`` is a
+    function that is no child, ``linear`` says that the layers are no 1x1 convolutions, ``pool`` is
+    what averages. It raises ``_Unusual`` for others."""
+    named = [name for name in (fc1, fc2, activation, gate, pool) if name and name[0] != "="]
+    leaves = {_path(name) for name in (*named, *identities)}
+    containers = {path[:i] for path in leaves for i in range(1, len(path))}
 
     def read(module: nn.Module) -> Form:
         if getattr(module, "add_maxpool", False):
             raise Refusal("it adds a maximum to the mean (add_maxpool=True)")
+        others = {path for path, _ in descendants(module) if path[0] not in called}
+        pools = pool is None or _averages(find(module, _path(pool)), ranks[0])
+        absent = (find(module, _path(name)) for name in identities)
+        if (
+            others != leaves | containers
+            or not pools
+            or any(type(m) is not nn.Identity for m in absent)
+            or not all(_contains(module, find(module, path)) for path in containers)
+        ):
+            raise _Unusual
+        kind = nn.Linear if linear else _CONVOLUTIONS[ranks[0]]
         return Mlp(
-            None if fc1 is None else _layer(module, fc1),
-            _layer(module, fc2),
+            None if fc1 is None else _layer(module, fc1, kind),
+            _layer(module, fc2, kind),
             _function(module, activation, ACTIVATIONS),
             _function(module, gate, GATES),
             parts_of(module, called=called),
@@ -95,9 +121,26 @@ def _mlp(
     return read
 
 
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+def _contains(module: nn.Module, child: Foreign) -> bool:
+    """Whether a child is a container of PyTorch's, or of a class of the module's own library."""
+    library = type(module).__module__.partition(".")[0]
+    return type(child) in (nn.Sequential, nn.ModuleList) or (
+        type(child).__module__.partition(".")[0] == library
+    )
+
+
+def _averages(pool: Foreign, rank: int) -> bool:
+    """Whether a module averages over all positions."""
+    ones = (1, (1,) * (rank - 2), [1] * (rank - 2))
+    return type(pool) is _POOLS[rank - 3] and pool.output_size in ones
+
+
 def _timm(module: Foreign) -> Form:
     if class_name(module.bn) == "torch.nn.modules.linear.Identity":
-        return _mlp("fc1", "fc2", "act", "gate")(module)
+        return _mlp("fc1", "fc2", "act", "gate", identities=("bn",))(module)
     if module.add_maxpool:
         raise Refusal("it adds a maximum to the mean (add_maxpool=True)")
     gate = _function(module, "gate", GATES)
@@ -128,16 +171,15 @@ def _excite_by_convolution(module: Foreign, z: Tensor) -> Tensor:
 
 def _monai(module: Foreign) -> Form:
     if type(module.avg_pool) not in _POOLS:
-        raise Refusal(f"its child avg_pool is a {type(module.avg_pool).__name__}")
+        raise _Unusual
     rank = 3 + _POOLS.index(type(module.avg_pool))
     residual = own_input if module.add_residual else None
-    return _mlp("fc.0", "fc.2", "fc.1", "fc.3", residual=residual, ranks=(rank,))(module)
+    layers = ("fc.0", "fc.2", "fc.1", "fc.3")
+    return _mlp(*layers, pool="avg_pool", linear=True, residual=residual, ranks=(rank,))(module)
 
 
 def _fvcore(module: Foreign) -> Form:
     rank = 5 if module.is_3d else 4
-    if len(find(module, ("block",))._modules) != 4:
-        raise Refusal("its excitation is not layer, activation, layer, gate")
     return _mlp("block.0", "block.2", "block.1", "block.3", ranks=(rank,))(module)
 
 
@@ -161,11 +203,15 @@ class _Known(NamedTuple):
 
 
 _PP_LCNET = _Known(
-    _mlp("convolutions.0", "convolutions.2", "convolutions.1", "convolutions.3"),
+    _mlp("convolutions.0", "convolutions.2", "convolutions.1", "convolutions.3", pool="avg_pool"),
     ("58a0a9d1e1660fb1",),
 )
-_PP_OCR = _Known(_mlp("conv1", "conv2", "act_fn", "=hardsigmoid_02"), ("ade0a4a489e299f1",))
-_ALIGN = _Known(_mlp("reduce", "expand", "act_reduce", "act_expand"), ("a52989e5ff0d23cb",))
+_PP_OCR = _Known(
+    _mlp("conv1", "conv2", "act_fn", "=hardsigmoid_02", pool="avg_pool"), ("ade0a4a489e299f1",)
+)
+_ALIGN = _Known(
+    _mlp("reduce", "expand", "act_reduce", "act_expand", pool="squeeze"), ("a52989e5ff0d23cb",)
+)
 _MONAI = _Known(_monai, ("e295bffa43a8068b",))
 
 #: By the class's qualified name; a subclass may compute anything and is not in here.
@@ -185,10 +231,11 @@ KNOWN: dict[str, _Known] = {
         _mlp("fc1", "fc2", "relu", "sigmoid"), ("84b2729ee08119a0",)
     ),
     "torchvision.ops.misc.SqueezeExcitation": _Known(
-        _mlp("fc1", "fc2", "activation", "scale_activation"), ("e885e702b6ef1fc6",)
+        _mlp("fc1", "fc2", "activation", "scale_activation", pool="avgpool"), ("e885e702b6ef1fc6",)
     ),
     f"{_HF}regnet.modeling_regnet.RegNetSELayer": _Known(
-        _mlp("attention.0", "attention.2", "attention.1", "attention.3"), ("2fd6b751d3cc8082",)
+        _mlp("attention.0", "attention.2", "attention.1", "attention.3", pool="pooler"),
+        ("2fd6b751d3cc8082",),
     ),
     f"{_HF}efficientnet.modeling_efficientnet.EfficientNetSqueezeExciteLayer": _ALIGN,
     f"{_HF}align.modeling_align.AlignVisionSqueezeExciteLayer": _ALIGN,
@@ -205,11 +252,19 @@ KNOWN: dict[str, _Known] = {
     "monai.networks.blocks.squeeze_and_excitation.ChannelSELayer": _MONAI,
     "monai.networks.blocks.squeeze_and_excitation.ResidualSELayer": _MONAI,
     "segmentation_models_pytorch.base.modules.SCSEModule": _Known(
-        _mlp("cSE.1", "cSE.3", "cSE.2", "cSE.4", residual=_spatial_half, called=("sSE",)),
+        _mlp(
+            "cSE.1",
+            "cSE.3",
+            "cSE.2",
+            "cSE.4",
+            pool="cSE.0",
+            residual=_spatial_half,
+            called=("sSE",),
+        ),
         ("b3604ab7992f32bf",),
     ),
     "segmentation_models_pytorch.encoders._senet.SEModule": _Known(
-        _mlp("fc1", "fc2", "relu", "sigmoid"), ("f8708ca9677b34f0",)
+        _mlp("fc1", "fc2", "relu", "sigmoid", pool="avg_pool"), ("f8708ca9677b34f0",)
     ),
     "segmentation_models_pytorch.encoders.mobileone.SEBlock": _Known(
         _mlp("reduce", "expand", "=relu", "=sigmoid"), ("e94554e4f3e09ccb",)
@@ -250,8 +305,8 @@ class Recogniser:
             _check_own_functions(module)
             try:
                 form = known.read(module)
-            except (AttributeError, KeyError) as error:
-                raise Refusal(f"it is not built as {class_name(module)} is: {error}") from error
+            except (_Unusual, AttributeError, KeyError):
+                form = self._capture(module)
         elif known is not None:
             try:
                 form = self._capture(module)
@@ -325,15 +380,17 @@ def _checked(module: nn.Module, form: Form) -> Form:
     form = form._replace(kinds=kinds_of(form.parts))
     reason = changed_reason(module, form.parts)
     if reason is not None:
-        raise Refusal(reason)
+        raise Refusal(str(reason))
     return form
 
 
 def _check_own_functions(module: nn.Module) -> None:
-    """Refuse an instance with functions of its own in the place of its class's."""
-    for name, value in vars(module).items():
-        if callable(value) and hasattr(type(module), name):
-            raise Refusal(f"it has its own {name!r}")
+    """Refuse an instance that has, or whose child has, functions in the place of its class's."""
+    for path, child in ((), module), *descendants(module):
+        for name, value in vars(child).items():
+            if callable(value) and hasattr(type(child), name):
+                its = f"its child {'.'.join(path)}" if path else "it"
+                raise Refusal(f"{its} has its own {name!r}")
 
 
 def _check_weights(module: nn.Module, form: Mlp) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from . import autograd, dispatch, features, public_ops, reference, trust, validation
 from .pointwise import Options, check_name, pack
@@ -79,12 +80,23 @@ is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 tracing_state = torch._C._get_tracing_state
+_function_mode_at = torch._C._get_function_stack_at
 
 
 def is_direct() -> bool:
     """Whether operators are simply run: nothing traces, and no mode is on. (``torch.compile`` has
     a question of its own, :data:`is_compiling`.)"""
-    return not dispatch_modes() and not function_modes() and tracing_state() is None
+    return (
+        not dispatch_modes()
+        and (not function_modes() or _only_default_device())
+        and tracing_state() is None
+    )
+
+
+def _only_default_device() -> bool:
+    """Whether the one mode that is on is ``torch.set_default_device``'s, which is about tensors
+    that are made of no others."""
+    return function_modes() == 1 and type(_function_mode_at(0)) is DeviceContext
 
 
 _NATIVE_FORWARD = autograd.forward_op("native")

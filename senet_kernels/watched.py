@@ -21,7 +21,7 @@ _SETTINGS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.dev
              BuiltinFunctionType, type, Enum)  # fmt: skip
 #: Modules whose contents are taken to stay what they are.
 LIBRARIES = frozenset(("torch", *sys.stdlib_module_names)) - {"__main__"}
-_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 # More objects than this in an attribute are not gone through before each call, nor more elements.
 _MOST_OBJECTS, _MOST_ELEMENTS = 64, 4096
 
@@ -178,7 +178,7 @@ class _Code:
 
 def is_installed(function: FunctionType) -> bool:
     """Whether a function is a library's: of those, that it is the same one is enough."""
-    return function.__code__.co_filename.startswith(_INSTALLED)
+    return function.__code__.co_filename.startswith(INSTALLED)
 
 
 def closure_of(function: FunctionType) -> list[Any]:

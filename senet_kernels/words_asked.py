@@ -19,6 +19,12 @@ OF_GRADIENTS = frozenset(("is_grad_enabled", "requires_grad"))
 OF_LAYOUT = frozenset((
     "is_contiguous", "stride", "data_ptr", "storage_offset", "suggest_memory_format", "dim_order",
 ))  # fmt: skip
+#: Extents are taken to be larger than 0 where a graph is captured.
+OF_EXTENTS = frozenset(("numel", "nelement", "shape", "size", "len", "__len__", "nbytes"))
+#: What switches gradients, not only for what the forward computes.
+_OF_GRADIENT_MODES = frozenset((
+    "enable_grad", "no_grad", "set_grad_enabled", "inference_mode", "_set_grad_enabled",
+))  # fmt: skip
 _OF_DEVICES = frozenset((
     "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device",
 ))  # fmt: skip
@@ -38,6 +44,7 @@ _UNSEEN = frozenset((
 _OF_PROFILERS = frozenset(("record_function", "nvtx", "itt"))
 #: What a forward may not ask for, or do: it was seen in one state, and nothing tells of others.
 _REFUSED = (
+    (_OF_GRADIENT_MODES, "switches gradients ({}), and what then needs one is not seen"),
     (_OF_DEVICES, "asks for a device ({}), and was seen on one alone"),
     (_OF_HISTORY, "asks how a tensor was made ({}), which is seen in one way alone"),
     (_OF_PROCESS, "asks for settings of the process ({}), which may change unseen"),

@@ -83,7 +83,7 @@ _CHANGES: dict[str, tuple[type[nn.Module], Callable[[Any], object]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["fused changed", "changed fused"])
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", _CHANGES)
 def test_one_that_is_unlike_the_others(name: str, before: bool) -> None:
     kind, change = _CHANGES[name]
