@@ -61,6 +61,7 @@ class Fused(nn.Module):
         _namespaces: Namespaces  # of the original, when it was recognised
         _reads: dict[tuple[type[nn.Module], ...], Reads]  # by the classes of its children
         _forward: tuple[Any]
+        _guards: tuple[FunctionType, ...]  # of the globals that the original reads
         _code: str
         _senet_form: Form | Block | None
         _senet_backend: str | None
@@ -246,7 +247,9 @@ def _changed_as_compiled(module: Any, form: Form | Block) -> str | None:
     # what it does not is of their class.
     reason: str | None = module._stale_reason_at_trace_time()
     if reason is None and not (
-        module._original.forward is module._forward[0] and guard(module, form.parts)
+        module._original.forward is module._forward[0]
+        and all(is_as_it_was() for is_as_it_was in module._guards)
+        and guard(module, form.parts)
     ):
         reason = "it has changed since it was compiled"
     return reason
@@ -372,8 +375,10 @@ def fused_class(original: type[nn.Module]) -> type[Fused]:
         # A function of its own for each class, which has the original's signature.
         ours = Fused._senet_forward
         forward = wraps(original.forward)(FunctionType(ours.__code__, ours.__globals__))
+        namespaces = namespaces_of(original)
         contents = {
-            "_original": original, "_namespaces": namespaces_of(original), "_reads": {},
+            "_original": original, "_namespaces": namespaces, "_reads": {},
+            "_guards": namespaces.guards(),
             "_forward": (original.forward,), "_code": code_of(original), "forward": forward,
             "__module__": __name__, "__doc__": original.__doc__,
         }  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from types import CodeType, FunctionType, MappingProxyType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +199,19 @@ def _operators(code: CodeType) -> set[str]:
     return found
 
 
+def _package_of(namespace: Mapping[str, Any]) -> str:
+    return str(namespace.get("__name__")).partition(".")[0]
+
+
+_CODE = (FunctionType, BuiltinFunctionType, type)
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, (int, float, str, type(None)))
+
+
 class Namespaces:
     """Where the names in the code of classes are looked up, and what was there."""
 
@@ -314,6 +327,23 @@ class Namespaces:
         self.names |= other.names
         self.of_tensors |= other.of_tensors
         self.objects |= other.objects
+
+    def guards(self) -> tuple[FunctionType, ...]:
+        """Functions that say whether globals are what they were, as Dynamo can trace and guard
+        them: constants, and functions. One for each module that has them."""
+        found = []
+        for namespace, given in self.items.values():
+            if type(namespace) is not dict or _package_of(namespace) in LIBRARIES:
+                continue
+            kept = {n: v for n, v in given.items() if _is_constant(v) or isinstance(v, _CODE)}
+            tests = [f"{n} {'==' if _is_constant(v) else 'is'} _{n}" for n, v in kept.items()]
+            if tests:
+                arguments = ", ".join(f"_{name}" for name in kept)
+                source = compile(f"lambda {arguments}: {' and '.join(tests)}", __file__, "eval")
+                guard: FunctionType = eval(source, namespace)
+                guard.__defaults__ = tuple(kept.values())
+                found.append(guard)
+        return tuple(found)
 
     def reads(self) -> Reads:
         """A read for each place."""

@@ -138,6 +138,32 @@ def test_function_held_by_an_attribute_is_fused_and_pickled() -> None:
         assert stale_reason(again, again._senet_form) is not None
 
 
+class OfGlobals(SE):
+    def forward(self, x: Tensor) -> Any:
+        return scaled(x * self.gates(x)) if FACTOR < 2 else x
+
+
+def _set_function(_: Any) -> None:
+    globals()["scaled"] = lambda x: x * 3.0
+
+
+@pytest.mark.parametrize("change", [_set_global, _set_function])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_globals_that_change_after_compiling(
+    change: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FACTOR", "scaled"):
+        monkeypatch.setitem(globals(), name, globals()[name])  # put back afterwards
+    plain = OfGlobals()
+    fused = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    torch.compiler.reset()
+    run = torch.compile(fused, backend="eager") if compiled else fused
+    _check(plain, run)
+    change(None)
+    _check(plain, run)
+
+
 class AliasedSE(SE):
     def forward(self, x: Tensor) -> Any:
         y = x * self.gates(x)
