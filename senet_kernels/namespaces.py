@@ -151,6 +151,8 @@ def _check_own(owner: Any, name: str, value: Any) -> None:
 
 def _is_library(owner: Any) -> bool:
     module = owner if isinstance(owner, ModuleType) else sys.modules.get(owner.__module__)
+    if module is sys.modules["__main__"]:  # a launcher's file, and what its user typed
+        return False
     return str(getattr(module, "__file__", None)).startswith(INSTALLED)
 
 
