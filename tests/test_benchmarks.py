@@ -494,7 +494,12 @@ _NCU = """==PROF== Connected to process 1
 
 
 def test_bytes_that_ncu_counted() -> None:
-    assert dram.parse(_NCU) == (1_000_507, 2)
+    found, kernels = dram.parse(_NCU + '"1","second","smsp__inst_executed.sum","inst","12"\n')
+    assert found == 1_000_507
+    assert kernels == [
+        {"kernel": "forward", "dram__bytes_read.sum": 1e6, "dram__bytes_write.sum": 500.0},
+        {"kernel": "second", "dram__bytes_read.sum": 7.0, "smsp__inst_executed.sum": 12.0},
+    ]
 
 
 @pytest.mark.parametrize(
