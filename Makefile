@@ -52,6 +52,7 @@ OUT ?= build/gpu
 WORKERS ?= 2
 BUDGET ?= 455
 DEVICE ?= cuda
+BUNDLE ?= build/gpu-bundle.tgz
 
 .PHONY: help bench build docs fuzz gpu gpu-bundle sanitize mutants reliability test test-all lint format clean \
 	given-python FORCE
@@ -76,8 +77,18 @@ bench: $(READY_BENCH) $(FOR_MODELS)  ## install what is needed, run the benchmar
 gpu: $(READY_GPU)  ## try, time and check the kernels on this machine's GPU; no network needed
 	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' $(ARGS)
 
-gpu-bundle: $(READY_BENCH)  ## one file for a machine with a GPU, torch and Triton: build/gpu-bundle.tgz
-	@$(PY) -m tools.gpu_bundle build/gpu-bundle.tgz
+gpu-bundle: $(READY_BENCH)  ## all of this as one file, for a machine with a GPU, torch and Triton
+	@$(MAKE) --no-print-directory '$(BUNDLE)'
+
+# With the library that is here, for the torch it was built with and later ones; of results what the
+# report compares with. It has to travel in 64 MiB.
+$(BUNDLE): FORCE
+	@ls senet_kernels/_native*.so >/dev/null
+	@mkdir -p '$(@D)'; tar czf '$@' --exclude=__pycache__ --exclude='benchmarks/results/[!c]*' \
+	  --exclude='benchmarks/results/c[!o]*' --transform 's,^,senet_kernels/,' senet_kernels benchmarks \
+	  tools tests csrc Makefile setup.py pyproject.toml LICENSE README.md
+	@size=$$(stat -c %s '$@'); echo "$@: $$size bytes"; \
+	  (( size < 64 << 20 )) || { echo 'expected less than 64 MiB' >&2; exit 1; }
 
 test: $(READY_TEST)  ## lint, docs, and the tests that need no GPU and no patience
 	@stages=; \

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +17,9 @@ from typing import Any
 
 import pytest
 
+import brought_home
 import pretended
-from benchmarks import options, records, watched
+from benchmarks import options, watched
 from tools import gpu, gpu_environment, gpu_kernels, gpu_report, gpu_verdicts, stage_runner
 from tools.stage_runner import Runner, Stage, Task
 
@@ -38,24 +37,6 @@ def _is_gone(pid: int) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-
-def _home(path: Path) -> dict[str, str]:
-    """The texts in a file that came home; the summary is the first."""
-    with tarfile.open(path) as tar:
-        members = tar.getmembers()
-        assert members[0].name == "summary.txt"
-        texts = {}
-        for member in members:
-            file = tar.extractfile(member)
-            assert file is not None
-            texts[member.name] = file.read().decode(errors="replace")
-        return texts
-
-
-def _lines(path: Path) -> dict[str, dict[str, Any]]:
-    stages = json.loads(_home(path)["summary.json"])["stages"]
-    return {line["stage"]: line for line in stages}
 
 
 # -- the runner ------------------------------------------------------------------------------------
@@ -77,7 +58,7 @@ class _Ran:
     def __call__(self, *stages: Stage, fresh: bool = False) -> dict[str, dict[str, Any]]:
         self.runner.take_up(fresh)
         self.right = self.runner.run(stages)
-        return _lines(self.path)
+        return brought_home.lines(self.path)
 
 
 @pytest.fixture
@@ -113,7 +94,7 @@ def test_a_failure_does_not_stop_the_next(run: Callable[..., _Ran]) -> None:
     wanted = ("why", "/no/such/program", "prepared badly", "not in the mood",
               "no 'SUMMARY: 0' in its log; Device not supported", "42 passed")  # fmt: skip
     assert all(want in detail for want, detail in zip(wanted, details, strict=True)), details
-    home = _home(ran.path)
+    home = brought_home.home(ran.path)
     assert home["failing.log"] == "why\n"
     assert all(name in home["summary.txt"] for name in lines)
 
@@ -134,7 +115,7 @@ def test_what_hangs_is_killed_with_its_children(run: Callable[..., _Ran]) -> Non
     assert time.monotonic() - begin < 5
     assert (lines["stubborn"]["status"], lines["next"]["status"]) == ("timeout", "ok")
     assert lines["stubborn"]["detail"].startswith("stopped at its limit of 2 s")
-    pids = [int(word) for word in _home(ran.path)["stubborn.log"].split()]
+    pids = [int(word) for word in brought_home.home(ran.path)["stubborn.log"].split()]
     assert len(pids) == 2
     assert all(map(_is_gone, pids))
 
@@ -188,7 +169,7 @@ def test_a_second_call_goes_on(run: Callable[..., _Ran]) -> None:
     lines = again(*stages[:3], Stage("broken", "print('mended')", 1), Stage("new", "", 1))
     assert {name for name, line in lines.items() if line["earlier"]} == {"fine"}
     assert lines["broken"]["detail"] == "mended"
-    assert "(earlier) 1" in _home(again.path)["summary.txt"]
+    assert "(earlier) 1" in brought_home.home(again.path)["summary.txt"]
     assert set(run(30)(stages[0])) == {"environment", "fine", "partial", "broken", "new"} - {
         "partial"
     }
@@ -204,7 +185,7 @@ def test_a_new_start(run: Callable[..., _Ran], monkeypatch: pytest.MonkeyPatch, 
     again = run(30)
     lines = again(Stage("fine", "", 1), fresh=why == "fresh")
     assert not lines["fine"]["earlier"]
-    home = _home(again.path)
+    home = brought_home.home(again.path)
     assert "layers.json" not in home
     assert "layers.before.json" in home
 
@@ -401,6 +382,7 @@ def say(**message): print("senet_kernels.trust: " + json.dumps(message), flush=T
 for line in sys.stdin:
     number = json.loads(line)["case"]
     say(started=True)
+    say(compiled="a kernel")
     if number == 1: say(outcome="error", text="wrong: y[3]"); continue
     if number == 2: say(outcome="launch error", text="CUDA error"); continue
     if number == 3: os.kill(os.getpid(), 11)
@@ -435,10 +417,7 @@ def test_each_case_has_its_verdict_whatever_it_does(tmp_path: Path) -> None:
     assert f"  crash: {names[3]}: the process died by SIGSEGV" in lines
 
 
-needs_card = pytest.mark.skipif(pretended.why_not() is not None, reason=str(pretended.why_not()))
-
-
-@needs_card
+@brought_home.needs_card
 def test_planted_faults_are_told_by_name(tmp_path: Path) -> None:
     """On the pretended card: three of the cases, each with a fault, and one without."""
     path = tmp_path / "verdicts.json"
@@ -506,236 +485,3 @@ def test_layers_that_crash_or_hang_are_left_out(
     last = capfd.readouterr().out.strip().splitlines()[-1]
     assert last == ("5 results; left out b/y: died by SIGSEGV; left out c/x: nothing new for 1 s; "
                     "left out d/x: ended with status 1")  # fmt: skip
-
-
-# -- the dry run -----------------------------------------------------------------------------------
-
-
-def _dry(out: Path, budget: float, *words: str) -> list[str]:
-    return [PYTHON, "-m", "tools.gpu", "--out", str(out), "--budget", str(budget), "--device",
-            "cpu", *words]  # fmt: skip
-
-
-def _killed_after(seconds: float, out: Path) -> dict[str, str]:
-    """What is at home after the runner and all that it started were killed."""
-    process = subprocess.Popen(
-        _dry(out, 20), cwd=gpu.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert sorted(path.name for path in out.glob("*.tgz")) == ["gpu.tgz"]
-    return _home(out / "gpu.tgz")
-
-
-def _says_what_it_has(home: dict[str, str]) -> None:
-    text, summary = home["summary.txt"], json.loads(home["summary.json"])
-    assert "dry run" in text
-    assert "of 20 s" in text
-    for line in summary["stages"]:
-        assert f"{line['stage']} " in text
-        assert line["status"] in text
-    for line in summary["stages"]:
-        if line["status"] == "ok":
-            assert f"{line['stage']}.log" in home
-
-
-@pytest.mark.parametrize("seconds", [1, 4])
-def test_killed_it_has_left_what_it_had(tmp_path: Path, seconds: int) -> None:
-    home = _killed_after(seconds, tmp_path)
-    _says_what_it_has(home)
-    assert "environment" in home["summary.txt"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", range(1, 21))
-def test_killed_at_each_second_it_has_left_what_it_had(tmp_path: Path, seconds: int) -> None:
-    _says_what_it_has(_killed_after(seconds, tmp_path))
-
-
-_FAKE_SANITIZER = """#!/bin/sh
-while [ "$1" != "application-only" ]; do shift; done
-shift
-"$@" && echo "========= ERROR SUMMARY: 0 errors"
-"""
-_FAKE_NCU = """#!/bin/sh
-while [ "$1" != "--metrics" ]; do shift; done
-shift 2
-"$@" || exit
-echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
-echo '"0","k","dram__bytes_read.sum","byte","1,024"'
-echo '"0","k","dram__bytes_write.sum","byte","512"'
-echo '"0","k","smsp__inst_executed.sum","inst","99"'
-"""
-
-
-@pytest.fixture
-def fake_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU machine has, in name: they run the command and say that all is well."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in (("compute-sanitizer", _FAKE_SANITIZER), ("ncu", _FAKE_NCU)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
-@pytest.mark.slow
-@needs_card
-def test_dry_run_of_every_stage(tmp_path: Path, fake_tools: None) -> None:
-    out, begin = tmp_path / "out", time.monotonic()
-    command = ["make", "gpu", f"OUT={out}", f"PYTHON={PYTHON}", "DEVICE=cpu"]
-    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - begin < 480
-    lines = _lines(out / "gpu.tgz")
-    assert list(lines) == [stage.name for stage in gpu.STAGES]
-    expected = dict.fromkeys(lines, "ok") | {"build": "skipped"}
-    assert {name: line["status"] for name, line in lines.items()} == expected
-    home = _home(out / "gpu.tgz")
-    for name in ("layers", "plans", "compiled", "networks", "price-of-se"):
-        record = json.loads(home[f"{name}.json"])
-        records.validate(record)
-        assert record["results"], name
-    found = [p for e in json.loads(home["layers.json"])["results"] for p in e["providers"].values()]
-    counted = [p for p in found if "counters" in p]
-    assert counted
-    assert counted[0]["dram_bytes"] == 1536
-    assert counted[0]["counters"][0]["smsp__inst_executed.sum"] == 99
-    assert "| triton |" in home["report.md"]
-    again = subprocess.run(_dry(out, 60), cwd=gpu.ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stdout
-    lines = _lines(out / "gpu.tgz")
-    assert {n for n, line in lines.items() if not line["earlier"]} == {"environment", "build"}
-
-
-@pytest.mark.slow
-@needs_card
-def test_dry_run_with_planted_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of kernels, the library, nvcc, ncu and pytest: each is named, and the rest is done."""
-    faults = {"3x24x7x16": "wrong", "1x3x70x33": "raises", "2x20x70x33": "dies",
-              "2x131x11x13": "hangs", "2x240x14x14": "dies"}  # fmt: skip
-    broken = tmp_path / "carried"
-    broken.mkdir()
-    (broken / "_native.abi3.so").write_bytes(b"no library")
-    (tmp_path / "pytest.py").write_text("raise ImportError('no pytest here')\n")
-    monkeypatch.setenv(pretended.FAULT, "; ".join(f"{f} on {s}" for s, f in faults.items()))
-    monkeypatch.setenv(gpu.PREBUILT, str(broken))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", "/none")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    stages = ("build", "verdicts-triton", "verdicts-native", "layers", "counters", "gpu-tests")
-    only = [word for name in stages for word in ("--only", name)]
-    begin = time.monotonic()
-    done = subprocess.run(_dry(tmp_path / "out", 290, *only), cwd=gpu.ROOT, capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    assert done.returncode == 1, done.stdout
-    assert time.monotonic() - begin < 160
-    home, lines = _home(tmp_path / "out" / "gpu.tgz"), _lines(tmp_path / "out" / "gpu.tgz")
-    verdicts = json.loads(home["verdicts-triton.json"])
-    wanted = {"wrong": "error", "raises": "launch error", "dies": "crash", "hangs": "hang"}
-    for name, verdict in verdicts.items():
-        shape = name.removeprefix("layer ").partition(" ")[0]
-        assert verdict["outcome"] == wanted.get(faults.get(shape, ""), "ok"), name
-        if verdict["outcome"] != "ok":
-            assert f"{verdict['outcome']}: {name}" in home["summary.txt"]
-    assert "_native.abi3.so does not load" in lines["environment"]["detail"]
-    assert lines["verdicts-native"]["status"] == "ok"
-    layers = json.loads(home["layers.json"])
-    assert lines["layers"]["status"] == "ok"
-    for entry in layers["results"]:
-        assert entry["providers"]["triton"]["reason"] == "left out: it crashed or hung"
-        assert entry["providers"]["native"]["status"] == "ok"
-    assert lines["counters"]["detail"] == "ncu is not on PATH"
-    assert lines["gpu-tests"]["status"] == "failed"
-    assert "pytest" in lines["gpu-tests"]["detail"]
-
-
-# -- the bundle ------------------------------------------------------------------------------------
-
-_WITHOUT = r"""
-import sys
-from importlib.metadata import packages_distributions, requires
-import re
-def plain(name):
-    return re.sub("[-_.]+", "-", name).lower()
-kept, todo = set(), ["torch", "triton"]
-while todo:
-    name = plain(todo.pop())
-    if name in kept:
-        continue
-    kept.add(name)
-    try:
-        found = requires(name) or []
-    except ImportError:
-        continue
-    todo += [re.match(r"[\w.-]+", line)[0] for line in found if "extra ==" not in line]
-blocked = {m for m, of in packages_distributions().items() if not {plain(n) for n in of} & kept}
-blocked -= {"senet_kernels", "sitecustomize"}
-def absent(finder):
-    class Finder:
-        @staticmethod
-        def find_spec(name, path=None, target=None):
-            found = name.partition(".")[0] not in blocked
-            return finder.find_spec(name, path, target) if found else None
-    return Finder
-sys.meta_path[:] = map(absent, sys.meta_path)
-"""
-
-
-def _unpacked(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """The bundle in a folder, and an environment where only torch, Triton and what these need can
-    be imported."""
-    from tools import gpu_bundle
-
-    if not list((gpu.ROOT / "senet_kernels").glob("_native*.so")):
-        pytest.skip("there is no compiled library")
-    path = tmp_path / "bundle.tgz"
-    assert gpu_bundle.write(path) == path.stat().st_size < gpu_bundle.MOST_BYTES == 64 << 20
-    with tarfile.open(path) as tar:
-        tar.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(_WITHOUT)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    environment.pop("TRITON_INTERPRET", None)
-    return tmp_path / "senet_kernels", environment
-
-
-_IMPORTS = """
-import sys
-from tools import gpu, gpu_verdicts, gpu_kernels, gpu_report
-import benchmarks.__main__, benchmarks.watched, benchmarks.dram, benchmarks.launches
-from senet_kernels.backends import native
-assert gpu.__file__.startswith(sys.argv[1]) and native.__file__.startswith(sys.argv[1])
-assert native.UNAVAILABLE is None, native.UNAVAILABLE
-assert not {"numpy", "pytest", "rich", "tqdm", "matplotlib"} & {*sys.modules}
-"""
-
-
-def test_the_bundle_travels_and_needs_only_torch_and_triton(tmp_path: Path) -> None:
-    root, environment = _unpacked(tmp_path)
-    done = subprocess.run([PYTHON, "-c", _IMPORTS, str(root)], cwd=root, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@needs_card
-def test_a_dry_run_of_the_bundle(tmp_path: Path) -> None:
-    root, environment = _unpacked(tmp_path)
-    out = tmp_path / "out"
-    stages = ("verdicts-triton", "situations-triton", "layers", "gpu-tests")
-    only = [word for name in stages for word in ("--only", name)]
-    done = subprocess.run(_dry(out, 120, *only), cwd=root, env=environment, capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    lines = _lines(out / "gpu.tgz")
-    assert {name: line["status"] for name, line in lines.items()} == {
-        "environment": "ok", **dict.fromkeys(stages, "ok"), "gpu-tests": "skipped",
-    }, done.stdout  # fmt: skip
-    assert lines["gpu-tests"]["detail"] == "not installed: pytest"

@@ -102,7 +102,8 @@ STAGES = (
     Stage("layers-native", _LAYERS % "layers-native" + _TWO + _FAST + " --provider native "
           "--provider eager-linear", 90, ("device", "native", "no native in layers.json"),
           _DRY_LAYERS % "layers-native", " results"),
-    Stage("compiled", _LAYERS % "compiled" + _TWO + _FAST + _OURS + " --provider compile-max", 150,
+    Stage("compiled", (_LAYERS % "compiled").replace("--budget", "--stall 90 --budget")
+          + _TWO + _FAST + _OURS + " --provider compile-max", 150,
           ("device",), _DRY_LAYERS % "compiled" + " --provider compile", " results"),
     Stage("networks", _MODELS % "networks" + _THREE + " --provider original --provider neighbours",
           120, ("device",), _MODELS % "networks" + _DRY_MODEL + " --provider original "

@@ -284,12 +284,27 @@ def outcome(backend: str, device: str, case: Case) -> dict[str, str]:
     return {"outcome": word, "text": " ".join(text.split())[:400], "plan": plan}
 
 
+def _tell_what_is_compiled() -> None:
+    """The watch begins anew with each kernel that Triton has compiled: it is for those that run."""
+    from senet_kernels.backends.triton import launcher
+
+    compile_one = launcher.Launch._compile
+
+    def told(self: launcher.Launch, *of: Any) -> Any:
+        kernel = compile_one(self, *of)
+        worker.say(compiled=self.kernel.__name__)
+        return kernel
+
+    launcher.Launch._compile = told  # type: ignore[method-assign]
+
+
 def serve(backend: str, group: str, device: str) -> None:
     """Answer for cases by their numbers, as a process of ``tools/gpu_verdicts.py``."""
     if device == "cpu":
         pretend(backend)
     else:
         torch.empty(1, device=device)  # the context, before the watch runs
+        _tell_what_is_compiled()
     numbered = cases(backend, group, device == "cpu")
 
     def answer(message: dict[str, Any]) -> None:

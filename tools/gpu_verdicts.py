@@ -42,7 +42,8 @@ def judge(process: Worker, number: int, watch: float, begins: Callable[[], None]
         except queue.Empty:
             return {"outcome": "hang", "text": f"the process did not start within {START:g} s"}
         begins()
-        answer = answer and process.receive(watch)
+        while answer is not None and "outcome" not in answer:
+            answer = process.receive(watch)
     except queue.Empty:
         return {"outcome": "hang", "text": f"no answer within {watch:g} s"}
     except OSError:
