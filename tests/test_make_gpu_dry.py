@@ -149,10 +149,8 @@ def test_dry_run_with_planted_faults(tmp_path: Path, monkeypatch: pytest.MonkeyP
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 1, done.stdout
     assert time.monotonic() - begin < 160
-    home, lines = (
-        brought_home.home(tmp_path / "out" / "gpu.tgz"),
-        brought_home.lines(tmp_path / "out" / "gpu.tgz"),
-    )
+    path = tmp_path / "out" / "gpu.tgz"
+    home, lines = brought_home.home(path), brought_home.lines(path)
     verdicts = json.loads(home["verdicts-triton.json"])
     wanted = {"wrong": "error", "raises": "launch error", "dies": "crash", "hangs": "hang"}
     for name, verdict in verdicts.items():

@@ -164,17 +164,21 @@ class Table:
 
     def _is_built(self) -> bool:
         lines: Any = read_json(self.out / "summary.json").get("stages", [])
-        return any(line["stage"] == "build" and line["status"] == "ok" for line in lines)
+        return any(
+            (line["stage"], line["status"], line["earlier"]) == ("build", "ok", False)
+            for line in lines
+        )
 
     def tool(self, name: str) -> str | None:
         """A program of the CUDA toolkit."""
-        home = os.environ.get("CUDA_HOME")
-        return shutil.which(name) or (shutil.which(f"{home}/bin/{name}") if home else None)
+        return shutil.which(name, path=self.environment()["PATH"])
 
     def environment(self) -> dict[str, str]:
-        inherited = os.environ.get("PYTHONPATH")
+        inherited, path = os.environ.get("PYTHONPATH"), os.environ.get("PATH", "")
+        home = os.environ.get("CUDA_HOME")
         found = {
             "PYTHONPATH": str(ROOT) + (os.pathsep + inherited if inherited else ""),
+            "PATH": f"{path}{os.pathsep}{home}/bin" if home else path,
             # Stages try the kernels themselves, and measure those that are wrong or slow too.
             "SENET_KERNELS_GPU": "trust",
             "SENET_KERNELS_BUILD": "cuda",

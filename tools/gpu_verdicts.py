@@ -15,6 +15,7 @@ import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -50,7 +51,10 @@ def judge(process: Worker, number: int, watch: float, begins: Callable[[], None]
         answer = None
     if answer is not None:
         return answer
-    code = process.process.wait(5)
+    try:
+        code = process.process.wait(5)
+    except subprocess.TimeoutExpired:  # the driver holds it
+        return {"outcome": "crash", "text": "the process said no more, and did not end"}
     said = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     return {"outcome": "crash", "text": f"the process {said}"}
 

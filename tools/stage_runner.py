@@ -254,7 +254,8 @@ class Runner:
         return not any(result.status in (FAILED, TIMEOUT) for result in self.results)
 
     def _is_kept(self, stage: Stage) -> bool:
-        return stage.name in self._earlier and not stage.always
+        # What was built is not brought home.
+        return stage.name in self._earlier and not (stage.always or stage.beside)
 
     def _waits(self, stage: Stage) -> bool:
         return any(making.beside in stage.needs for making, *_ in self._beside.values())
@@ -319,10 +320,13 @@ class Runner:
         if result.status != OK:
             self._say("\n".join(f"    | {line}" for line in text.splitlines()[-15:]))
 
+    def _known(self) -> list[Result]:
+        """Of this run, and what an earlier one found and this one was not asked for."""
+        seen = {result.stage for result in self.results} | {stage.name for stage in self._todo}
+        return [*self.results, *(r for name, r in self._earlier.items() if name not in seen)]
+
     def _write(self) -> None:
         environment = read_environment(self.out)
-        seen = {result.stage for result in self.results}
-        kept = [result for name, result in self._earlier.items() if name not in seen]
         summary: dict[str, Any] = {
             "schema": SCHEMA,
             "commit": environment.get("commit"),
@@ -331,7 +335,7 @@ class Runner:
             "fingerprint": self._fingerprint,
             "budget_s": self.budget,
             "elapsed_s": round(self.elapsed, 1),
-            "stages": [asdict(result) for result in [*self.results, *kept]],
+            "stages": [asdict(result) for result in self._known()],
         }
         (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         (self.out / "summary.txt").write_text(self.text())
@@ -352,7 +356,7 @@ class Runner:
             rows += self._tell(self.out)
         except Exception as error:  # of what a stage has half written
             rows.append(f"what was found is in the other files: {type(error).__name__}: {error}")
-        results = [*self.results, *(Result(s.name, "to do") for s in self._todo)]
+        results = [*self._known(), *(Result(s.name, "to do") for s in self._todo)]
         width = max((len(result.stage) for result in results), default=0)
         rows += [""] + [
             f"{r.stage:{width}}  {r.status:7}  {r.seconds:6.1f} s  "
