@@ -50,10 +50,11 @@ endif
 FOR_MODELS := $(if $(filter models,$(ARGS)),$(READY_MODELS))
 OUT ?= build/gpu
 WORKERS ?= 2
-BUDGET ?= 540
+BUDGET ?= 455
 DEVICE ?= cuda
+BUNDLE ?= build/gpu-bundle.tgz
 
-.PHONY: help bench build docs fuzz gpu sanitize mutants reliability test test-all lint format clean \
+.PHONY: help bench build docs fuzz gpu gpu-bundle sanitize mutants reliability test test-all lint format clean \
 	given-python FORCE
 
 help:  ## this list
@@ -62,9 +63,9 @@ help:  ## this list
 	@echo 'Variables:'
 	@echo '  PYTHON=...  interpreter for $(VENV); one that has torch is used directly'
 	@echo '  TORCH=...   what pip installs as torch (default $(TORCH))'
-	@echo '  ARGS=...    arguments for the benchmarks, for pytest, or for gpu (--only figures)'
+	@echo '  ARGS=...    arguments for the benchmarks, for pytest, or for gpu (--only layers)'
 	@echo '  WORKERS=... processes that share the tests (default $(WORKERS); 0: this one alone)'
-	@echo '  OUT=...     folder for the results of gpu (default $(OUT))'
+	@echo '  OUT=...     folder for the gpu.tgz of gpu (default $(OUT))'
 	@echo '  BUDGET=...  seconds for gpu and fuzz (default $(BUDGET))'
 	@echo '  DEVICE=cpu  a dry run of gpu: every stage, with a small task for the CPU'
 	@echo '  SENET_KERNELS_BUILD=auto|python|cpu|cuda, see setup.py'
@@ -73,8 +74,21 @@ bench: $(READY_BENCH) $(FOR_MODELS)  ## install what is needed, run the benchmar
 	@echo '==> benchmarks'; time $(PY) -m benchmarks $(ARGS)
 
 # Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given.
-gpu: $(READY_GPU)  ## build, test, check and time on this machine's GPU; no network needed
+gpu: $(READY_GPU)  ## try, time and check the kernels on this machine's GPU; no network needed
 	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' $(ARGS)
+
+gpu-bundle: $(READY_BENCH)  ## all of this as one file, for a machine with a GPU, torch and Triton
+	@$(MAKE) --no-print-directory '$(BUNDLE)'
+
+# With the library that is here, for the torch it was built with and later ones; of results what the
+# report compares with. It has to travel in 64 MiB.
+$(BUNDLE): FORCE
+	@ls senet_kernels/_native*.so >/dev/null
+	@mkdir -p '$(@D)'; tar czf '$@' --exclude=__pycache__ --exclude='benchmarks/results/[!c]*' \
+	  --exclude='benchmarks/results/c[!o]*' --transform 's,^,senet_kernels/,' senet_kernels benchmarks \
+	  tools tests csrc Makefile setup.py pyproject.toml LICENSE README.md
+	@size=$$(stat -c %s '$@'); echo "$@: $$size bytes"; \
+	  (( size < 64 << 20 )) || { echo 'expected less than 64 MiB' >&2; exit 1; }
 
 test: $(READY_TEST)  ## lint, docs, and the tests that need no GPU and no patience
 	@stages=; \

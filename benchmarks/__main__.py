@@ -74,8 +74,6 @@ def _resume(run: Bench, old: dict[str, Any], path: Path) -> None:
 def measure(kind: str, argv: Sequence[str]) -> int:
     """One run of ``kind``; the exit code."""
     options = parse(kind, argv)
-    if extras.lacks("figures"):
-        return 2
     extras.announce("progress bar", "tables", "plots")
     bars: list[Any] = []
 
@@ -116,8 +114,10 @@ def measure(kind: str, argv: Sequence[str]) -> int:
         bar.close()
     record = run.finish(status)
     records.write(record, path)
-    tables(record)
-    plotted = draw(record, path)
+    watched = getattr(options, "under_way", None) is not None
+    if not watched:
+        tables(record)
+    plotted = [] if watched else draw(record, path)
     unfinished = ", ".join(run.unfinished())
     print(
         f"{len(record['results'])} results in {record['elapsed_s']:.0f} s, "

@@ -1,9 +1,11 @@
-"""``python -m benchmarks.dram RECORD.json``: bytes that really came from and went to memory.
+"""``python -m benchmarks.dram RECORD.json``: what a card's counters say of calls.
 
 Runs calls of a record of ``layers`` once more, each in a process of its own under NVIDIA's
-``ncu``, and writes what its counters say into the record as ``dram_bytes``, beside the least
-traffic by formula. Goes on where it stopped; stops when ``--budget`` seconds are over. Not yet run
-on a GPU.
+``ncu``, and writes into the record the bytes that really came from and went to memory, as
+``dram_bytes``, beside the least traffic by formula; and, as ``counters``, what each kernel did:
+instructions, the share of cycles in which one was issued, what warps waited for, bytes of L2, bank
+conflicts. Goes on where it stopped; stops when ``--budget`` seconds are over, or after ``--most``
+calls. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -32,11 +34,19 @@ from .summary import Entry, Record
 from .workloads import Layer
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
+_WAITS = ("long_scoreboard", "short_scoreboard", "barrier", "membar", "lg_throttle", "mio_throttle",
+          "math_pipe_throttle", "wait", "not_selected")  # fmt: skip
+COUNTERS = (
+    *METRICS, "gpu__time_duration.sum", "lts__t_bytes.sum", "smsp__inst_executed.sum",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+    *(f"smsp__average_warps_issue_stalled_{what}_per_issue_active.ratio" for what in _WAITS),
+)  # fmt: skip
 # Caches are left as the call itself leaves them: kernels of one call may find each other's data.
 NCU = (
-    "ncu", "--csv", "--print-units", "base", "--metrics", ",".join(METRICS),
-    "--profile-from-start", "off", "--cache-control", "none", "--clock-control", "none",
-    "--target-processes", "application-only",
+    "ncu", "--csv", "--print-units", "base", "--profile-from-start", "off", "--cache-control",
+    "none", "--clock-control", "none", "--target-processes", "application-only", "--metrics",
 )  # fmt: skip
 ONE_CALL = 90.0  # seconds at most
 
@@ -45,8 +55,8 @@ class NoCounters(RuntimeError):
     """``ncu`` did not measure; the message says why."""
 
 
-def parse(text: str) -> tuple[int, int]:
-    """(bytes, kernels) from ncu's CSV, which stands among other lines.
+def parse(text: str) -> tuple[int, list[dict[str, Any]]]:
+    """Bytes, and what is known of each kernel, from ncu's CSV, which stands among other lines.
 
     Raises:
         NoCounters: there is no table in it.
@@ -56,16 +66,24 @@ def parse(text: str) -> tuple[int, int]:
     if start is None:
         found = re.search(r"^==(?:ERROR|WARNING)==\s*(.+)$", text, re.MULTILINE)
         raise NoCounters(found[1] if found else "ncu printed no table")
-    total, kernels = 0.0, set()
+    total = 0.0
+    kernels: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
-        if row.get("Metric Name") in METRICS:
+        name = row.get("Metric Name")
+        if name not in COUNTERS:
+            continue
+        try:
+            value = float(row["Metric Value"].replace(",", ""))
+        except ValueError:  # "n/a", of what the card does not count
+            continue
+        if name in METRICS:
             if row["Metric Unit"] not in ("byte", "bytes"):
                 raise NoCounters(f"expected bytes, got {row['Metric Unit']!r}")
-            total += float(row["Metric Value"].replace(",", ""))
-            kernels.add(row["ID"])
+            total += value
+        kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"]})[name] = value
     if not kernels:
         raise NoCounters("no kernel was seen")
-    return round(total), len(kernels)
+    return round(total), list(kernels.values())
 
 
 def _case(entry: dict[str, Any]) -> Case:
@@ -104,31 +122,40 @@ def _todo(record: Record) -> Iterator[tuple[Entry, str]]:
                     yield entry, name
 
 
-def measure(entry: Entry, name: str, device: str, limit: float) -> int:
-    """Bytes of one call. Raises NoCounters."""
+def measure(
+    entry: Entry, name: str, device: str, limit: float, metrics: Sequence[str] = COUNTERS
+) -> tuple[int, list[dict[str, Any]]]:
+    """Of one call, see :func:`parse`. Raises NoCounters."""
     what = json.dumps({k: v for k, v in entry.items() if k not in ("providers", "speedup")})
     child = [sys.executable, "-m", "benchmarks.dram", "--call", what, "--provider", name]
     try:
         done = subprocess.run(
-            [*NCU, *child, "--device", device],
+            [*NCU, ",".join(metrics), *child, "--device", device],
             capture_output=True, text=True, timeout=limit, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise NoCounters(f"took longer than {limit:.0f} s") from None
-    return parse(done.stdout + done.stderr)[0]
+    text = done.stdout + done.stderr
+    if "find metric" in text and metrics != METRICS:  # one that this card does not have
+        return measure(entry, name, device, limit, METRICS)
+    return parse(text)
 
 
-def fill(path: Path, device: str, budget: float) -> tuple[int, str]:
+def fill(path: Path, device: str, budget: float, most: int = 0) -> tuple[int, str]:
     """Measure what the record lacks; how many calls, and why it ended early, if it did."""
     record, begin, count = records.read(path), time.monotonic(), 0
-    for entry, name in list(_todo(record)):
+    todo = list(_todo(record))
+    # A few are of all kinds: an odd step meets both passes and all providers.
+    step = max(1, (len(todo) // most - 1) | 1) if most else 1
+    for entry, name in todo[::step]:
         left = budget - (time.monotonic() - begin)
         if left < 5:
             return count, "time is up"
+        if most and count == most:
+            break
         try:
-            entry["providers"][name]["dram_bytes"] = measure(
-                entry, name, device, min(left, ONE_CALL)
-            )
+            found = measure(entry, name, device, min(left, ONE_CALL))
+            entry["providers"][name] |= dict(zip(("dram_bytes", "counters"), found, strict=True))
         except NoCounters as error:
             if count == 0:
                 return 0, str(error)  # it will not be otherwise for the next
@@ -143,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.dram", description=__doc__)
     parser.add_argument("record", nargs="?", type=Path)
     parser.add_argument("--budget", type=float, default=120.0)
+    parser.add_argument("--most", type=int, default=0, help="calls (default: all)")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--call", help=argparse.SUPPRESS)
     parser.add_argument("--provider", help=argparse.SUPPRESS)
@@ -155,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if shutil.which(NCU[0]) is None:
         print("dram: ncu is not on PATH", file=sys.stderr)
         return 2
-    count, reason = fill(args.record, args.device, args.budget)
+    count, reason = fill(args.record, args.device, args.budget, args.most)
     print(f"{count} calls measured" + (f"; {reason}" if reason else ""))
     return 0 if count or not reason else 1
 

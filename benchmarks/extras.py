@@ -13,7 +13,6 @@ NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "tables": (("rich.console", "Console"), ("rich.table", "Table"), ("rich.text", "Text"),
                ("rich.markup", "escape")),
     "plots": (("matplotlib.pyplot", "subplots"), ("matplotlib.backends.backend_agg",)),
-    "figures": (("numpy", "percentile", "median", "random"),),
     "page": (("jinja2", "Environment"),),
 }  # fmt: skip
 

@@ -173,6 +173,9 @@ class LayerBench(Bench):
             if not keep(case) and self.spent() > OVERRUN:
                 self.record["not_measured"].append(case.name)
                 continue
+            if f"{case.name}/" in self.options.left_out:
+                self.record["not_measured"].append(case.name)
+                continue
             self.tell(f"b{case.batch} {case.layer.shape} {case.layout}")
             begin = time.perf_counter()
             seconds = self._share(weights[index:], setups)
@@ -206,6 +209,7 @@ class LayerBench(Bench):
     ) -> list[dict[str, Any]]:
         """Check every provider on one case, then time those that are right."""
         device = self.options.device
+        self._now(case)
         torch.manual_seed(self.options.seed)
         shared = {**_identity(case), "bytes": case.bytes}
         needed = 64 * case.bytes / (4 if case.dtype == "fp32" else 2)  # fp64 oracle included
@@ -230,6 +234,7 @@ class LayerBench(Bench):
                 checked = {p.name: self._check(p, problem, want, group) for p in self.providers}
                 if group is passes[-1]:
                     want.clear()
+                self._now(case)
                 for mode in group:
                     part = seconds * WEIGHTS[mode] / sum(WEIGHTS[m] for m in modes)
                     late = self.spent() > 1
@@ -240,7 +245,20 @@ class LayerBench(Bench):
                     entry |= self._time(problem, mode, checked, rounds, host=small)
                     entries.append(entry)
                 drop_compiled(module for module, _ in checked.values())
+        self._now(case)
         return entries
+
+    def _now(self, case: Case, provider: str = "") -> None:
+        """Say what begins. What was before is over: a fault of the device shows here, and ends the
+        process, since nothing runs on that device any more.
+
+        Raises:
+            RuntimeError: the device is in error.
+        """
+        if self.options.device.type == "cuda":
+            torch.cuda.synchronize(self.options.device)
+        if self.options.under_way is not None:
+            self.options.under_way.write_text(f"{case.name}/{provider}")
 
     def _check(
         self, provider: Provider, problem: Problem, want: dict[str, Tensor], modes: list[str]
@@ -249,6 +267,10 @@ class LayerBench(Bench):
 
         Returns the module and, per mode, a status: ok (with the error), wrong, or n/a.
         """
+        if f"{problem.case.name}/{provider.name}" in self.options.left_out:
+            reason = "left out: it crashed or hung"
+            return None, {mode: {"status": "n/a", "reason": reason} for mode in modes}
+        self._now(problem.case, provider.name)
         compiles = provider.name.startswith(self.rival)
         if compiles and (reason := self.compile.refuse(provider.name)):
             return None, {mode: {"status": "n/a", "reason": reason} for mode in modes}
@@ -305,6 +327,8 @@ class LayerBench(Bench):
         }
         factor = limit_in_clones(problem.case.layer, mode)
         timers = self.timers(len(problem.x))
+        if self.options.device_time and "device" in timers:
+            timers = {"device": timers["device"]}
         if host and self.options.device.type == "cuda":  # on a CPU it is the wall time
             timers["host"] = HostTimer()
         with torch.set_grad_enabled(mode != FORWARD):
@@ -334,7 +358,8 @@ class LayerBench(Bench):
             call(0)  # on this stream, to which a graph for backward may have to be built anew
             if (plan := plan_of(name, problem, mode)) is not None:
                 found["plan"] = plan
-            if device.type == "cuda" or not hasattr(module, "_orig_mod"):
+            counted = device.type == "cuda" or not hasattr(module, "_orig_mod")
+            if counted and self.options.profile:
                 found["launches"] = launches.count(lambda: call(0), device)
             if (peak := peak_bytes(lambda: call(0), device)) is not None:
                 found["peak_bytes"] = peak

@@ -53,6 +53,10 @@ class LayerOptions(Options):
     rounds: int = 30
     compile_last: bool = False
     fresh_pages: bool = False
+    device_time: bool = False
+    profile: bool = True
+    left_out: frozenset[str] = frozenset()
+    under_way: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,13 @@ def _parser(kind: str) -> argparse.ArgumentParser:
             "otherwise, so that calls with large outputs wait for new pages")  # fmt: skip
         add("--compile-last", action="store_true",
             help="all without torch.compile, then once more with it while time lasts")  # fmt: skip
+        add("--device-time", action="store_true",
+            help="on CUDA: the time of the device alone, from graphs")  # fmt: skip
+        add("--no-profile", action="store_true", help="do not count launches with the profiler")
+        add("--leave-out", action="append", default=[], metavar="CASE/PROVIDER",
+            help="what crashes or hangs; CASE/ is all of a case")  # fmt: skip
+        add("--under-way", type=Path, metavar="FILE",
+            help="says what runs, in the words of --leave-out; no tables, no plots")  # fmt: skip
         return parser
     add("--provider", action="append",
         help=f"{fused}; default: eager, halves and every fused backend")  # fmt: skip
@@ -179,7 +190,9 @@ def without_option(command: str, option: str) -> str:
 def _command(kind: str, argv: Sequence[str]) -> str:
     """The command as typed, without what changes no figure and names local paths."""
     command = shlex.join(["python", "-m", "benchmarks", kind, *argv])
-    return without_option(without_option(command, "--out"), "--record")
+    for option in ("--out", "--record", "--leave-out", "--under-way"):
+        command = without_option(command, option)
+    return command
 
 
 def parse(kind: str, argv: Sequence[str]) -> LayerOptions | SweepOptions | ModelOptions:
@@ -240,6 +253,10 @@ def _layers(
         rounds=args.rounds,
         compile_last=args.compile_last,
         fresh_pages=args.fresh_pages,
+        device_time=args.device_time,
+        profile=not args.no_profile,
+        left_out=frozenset(args.leave_out),
+        under_way=args.under_way,
     )
 
 

@@ -109,6 +109,9 @@ class Problem:
         )
 
 
+# Of x, that the oracle takes at a time.
+_ORACLE_ELEMENTS = 1 << 22
+
 _POINTWISE = {
     None: lambda t: t,
     "relu": lambda t: t.clamp(min=0),
@@ -122,37 +125,39 @@ _POINTWISE = {
 
 
 def oracle(problem: Problem) -> dict[str, Tensor]:
-    """Output ``y`` and every gradient in fp64, image by image to bound the memory."""
+    """Output ``y`` and every gradient in fp64, some images at a time to bound the memory."""
     layer = problem.case.layer
+    step = max(1, _ORACLE_ELEMENTS // (layer.channels * layer.positions))
     weights = {name: w.double().requires_grad_() for name, w in problem.weights.items()}
     images: dict[str, list[Tensor]] = {"y": [], "x": []}
     if layer.add:
         images["residual"] = []
     totals = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for index in range(problem.case.batch):
-        x = problem.x[0][index].double().requires_grad_()
+    for start in range(0, problem.case.batch, step):
+        part = slice(start, start + step)
+        x = problem.x[0][part].double().requires_grad_()
         inputs = {"x": x}
         p = _POINTWISE[layer.before](x)
-        h = p.sum((1, 2)) / layer.positions
+        h = p.sum((2, 3)) / layer.positions
         if layer.hidden is not None:
-            h = _POINTWISE[layer.activation](weights["w1"] @ h + weights["b1"])
-        u = weights["w2"] @ h + weights["b2"]
-        y = p * _POINTWISE[layer.gate](u[: layer.channels])[:, None, None]
+            h = _POINTWISE[layer.activation](h @ weights["w1"].t() + weights["b1"])
+        u = h @ weights["w2"].t() + weights["b2"]
+        y = p * _POINTWISE[layer.gate](u[:, : layer.channels])[:, :, None, None]
         if layer.shift:
-            y = y + u[layer.channels :, None, None]
+            y = y + u[:, layer.channels :, None, None]
         if layer.add:
-            inputs["residual"] = problem.residual[0][index].double().requires_grad_()
+            inputs["residual"] = problem.residual[0][part].double().requires_grad_()
             y = y + inputs["residual"]
         y = _POINTWISE[layer.after](y)
         everything = {**inputs, **weights}
-        grads = torch.autograd.grad(y, everything.values(), problem.dy[0][index].double())
+        grads = torch.autograd.grad(y, everything.values(), problem.dy[0][part].double())
         images["y"].append(y.detach())
         for name, grad in zip(everything, grads, strict=True):
             if name in totals:
                 totals[name] += grad
             else:
                 images[name].append(grad)
-    return {**{name: torch.stack(parts) for name, parts in images.items()}, **totals}
+    return {**{name: torch.cat(parts) for name, parts in images.items()}, **totals}
 
 
 def largest_error(got: dict[str, Tensor], want: dict[str, Tensor], names: Iterable[str]) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from random import Random
+from statistics import median
 
-from senet_kernels._libraries import load
+_RESAMPLED = 1000
 
 
 def summarise(seconds: Sequence[float]) -> dict[str, float | int]:
@@ -13,22 +15,28 @@ def summarise(seconds: Sequence[float]) -> dict[str, float | int]:
 
     The interval comes from order statistics (binomial ranks), so it assumes no distribution.
     """
-    np = load("numpy")
-    ordered = np.sort(np.asarray(seconds)) * 1e6
+    ordered = sorted(s * 1e6 for s in seconds)
     n = len(ordered)
     spread = 1.96 * math.sqrt(n) / 2
     low = max(0, math.floor(n / 2 - spread))
     high = min(n - 1, math.ceil(n / 2 + spread))
-    q1, median, q3 = np.percentile(ordered, [25, 50, 75])
     return {
         "samples": n,
-        "median_us": float(median),
-        "q1_us": float(q1),
-        "q3_us": float(q3),
-        "ci_low_us": float(ordered[low]),
-        "ci_high_us": float(ordered[high]),
-        "min_us": float(ordered[0]),
+        "median_us": _quantile(ordered, 0.5),
+        "q1_us": _quantile(ordered, 0.25),
+        "q3_us": _quantile(ordered, 0.75),
+        "ci_low_us": ordered[low],
+        "ci_high_us": ordered[high],
+        "min_us": ordered[0],
     }
+
+
+def _quantile(ordered: Sequence[float], part: float) -> float:
+    """Between the two samples that the place falls between, in proportion."""
+    place = part * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 def speedup(
@@ -38,17 +46,17 @@ def speedup(
 
     Rounds are resampled together, because both were measured in the same rounds.
     """
-    np = load("numpy")
-    a, b = np.asarray(baseline), np.asarray(contender)
-    n = min(len(a), len(b))
-    a, b = a[:n], b[:n]
-    rows = np.random.default_rng(seed).integers(0, n, (1000, n))
-    ratios = np.median(a[rows], axis=1) / np.median(b[rows], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    pairs = list(zip(baseline, contender, strict=False))
+
+    def ratio(rounds: Sequence[tuple[float, float]]) -> float:
+        return median(a for a, _ in rounds) / median(b for _, b in rounds)
+
+    random = Random(seed)
+    ratios = sorted(ratio(random.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLED))
     return {
-        "ratio": float(np.median(a) / np.median(b)),
-        "ci_low": float(low),
-        "ci_high": float(high),
+        "ratio": ratio(pairs),
+        "ci_low": _quantile(ratios, 0.025),
+        "ci_high": _quantile(ratios, 0.975),
     }
 
 

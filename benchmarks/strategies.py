@@ -29,12 +29,21 @@ def _cuda(policy: str) -> Iterator[None]:
             os.environ[_VARIABLE] = before
 
 
+#: What forces which plan of the CUDA kernels, by the name of the provider.
+POLICIES = {
+    "native-block": "exchange=none",
+    "native-block-reread": "exchange=none,resident=0",
+    "native-cluster4": "exchange=cluster,blocks=4",
+    "native-cluster8": "exchange=cluster,blocks=8",
+    "native-cluster8-reread": "exchange=cluster,blocks=8,resident=0",
+    "native-grid8": "exchange=grid,blocks=8",
+    # What a plan chooses by itself, but for this.
+    "native-reread": "resident=0",
+    "native-stages1": "resident=1,slots=1",
+    "native-stages2": "resident=1,slots=2",
+    "native-stages3": "resident=1,slots=3",
+}
 #: Providers by name: the backend, and what forces its plan.
 STRATEGIES: dict[str, tuple[str, Strategy]] = {
-    "native-block": ("native", partial(_cuda, "exchange=none")),
-    "native-block-reread": ("native", partial(_cuda, "exchange=none,resident=0")),
-    "native-cluster4": ("native", partial(_cuda, "exchange=cluster,blocks=4")),
-    "native-cluster8": ("native", partial(_cuda, "exchange=cluster,blocks=8")),
-    "native-cluster8-reread": ("native", partial(_cuda, "exchange=cluster,blocks=8,resident=0")),
-    "native-grid8": ("native", partial(_cuda, "exchange=grid,blocks=8")),
+    name: ("native", partial(_cuda, policy)) for name, policy in POLICIES.items()
 }

@@ -84,6 +84,26 @@ def test_layers(run: Callable[..., tuple[int, Any]], capsys: pytest.CaptureFixtu
     assert "256x8x8" not in capsys.readouterr().out
 
 
+def test_layers_without_what_crashes(run: Callable[..., tuple[int, Any]], tmp_path: Path) -> None:
+    """A provider of a case, or all of it; and what is under way can be read."""
+    name, under_way = run(*LAYER)[1]["results"][0], tmp_path / "under-way"
+    case = f"{name['layer']} {name['dtype']} b{name['batch']} {name['layout']}"
+    words = ("--under-way", str(under_way), "--no-profile", "--rounds", "3")
+    code, record = run(*LAYER, *words, "--leave-out", f"{case}/reference")
+    assert code == 0
+    (entry,) = record["results"]
+    assert entry["providers"]["reference"] == {
+        "status": "n/a", "reason": "left out: it crashed or hung",
+    }  # fmt: skip
+    assert entry["providers"]["eager-linear"]["status"] == "ok"
+    assert "launches" not in entry["providers"]["eager-linear"]
+    assert "leave-out" not in record["command"]  # it goes on from what was measured before
+    assert under_way.read_text() == f"{case}/"
+    (tmp_path / "record.json").unlink()
+    _, record = run(*LAYER, *words, "--leave-out", f"{case}/")
+    assert (record["results"], record["not_measured"]) == ([], [case])
+
+
 def test_the_module_of_timm(run: Callable[..., tuple[int, Any]]) -> None:
     from models import library
 
@@ -192,6 +212,25 @@ def test_what_a_call_does_once_is_not_counted() -> None:
     module = providers.make_provider("eager-linear").build(made)
     account = found._account("eager-linear", call, module, made, problem.BACKWARD)
     assert account == {"launches": {"operators": 1}}
+
+
+@pytest.mark.parametrize("layer", [
+    workloads.Layer(12, 5, 3, 4, "relu", "sigmoid"),
+    workloads.Layer(8, 3, 3, None, None, "hardsigmoid", before="silu"),
+    workloads.Layer(6, 2, 5, 3, "silu", "sigmoid", shift=True, after="relu", add=True),
+], ids=lambda layer: layer.name)  # fmt: skip
+def test_the_oracle_by_any_number_of_images(
+    layer: workloads.Layer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = problem.Problem.create(problem.Case(layer, "fp32", "channels_last", 5), CPU)
+    at_once = problem.oracle(made)
+    for images in (1, 2):
+        elements = images * layer.channels * layer.positions
+        monkeypatch.setattr(problem, "_ORACLE_ELEMENTS", elements)
+        parts = problem.oracle(made)
+        assert parts.keys() == at_once.keys()
+        for name, right in at_once.items():
+            torch.testing.assert_close(parts[name], right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("budget", ["300", "0"])
@@ -493,8 +532,45 @@ _NCU = """==PROF== Connected to process 1
 """
 
 
+def test_a_few_calls_are_of_all_kinds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Callable[..., tuple[int, Any]]
+) -> None:
+    """Both passes, every provider, several layers; and what was counted is in the record."""
+    _, record = run(*LAYER)
+    ok, times = {"status": "ok", "error": 0.0}, record["results"][0]
+    record["contenders"] = record["providers"] = ["native", "triton"]
+    record["results"] = [
+        {**times, "layer": f"layer {i}", "mode": mode, "providers": {"native": ok, "triton": ok}}
+        for i in range(14)
+        for mode in ("forward", "backward")
+    ]
+    path = tmp_path / "layers.json"
+    records.write(record, path)
+    seen: list[tuple[str, str, str]] = []
+
+    def measure(entry: Any, name: str, device: str, limit: float) -> Any:
+        seen.append((entry["layer"], entry["mode"], name))
+        return 7, [{"kernel": "k", "smsp__inst_executed.sum": 1.0}]
+
+    monkeypatch.setattr(dram, "measure", measure)
+    assert dram.fill(path, "cpu", 1e3, most=8) == (8, "")
+    assert len(seen) == len(set(seen)) == 8
+    assert {kind[1:] for kind in seen} == {
+        (mode, name) for mode in ("forward", "backward") for name in ("native", "triton")
+    }
+    assert len({kind[0] for kind in seen}) > 4
+    counted = [p for e in records.read(path)["results"] for p in e["providers"].values()
+               if "counters" in p]  # fmt: skip
+    assert [p["dram_bytes"] for p in counted] == [7] * 8
+
+
 def test_bytes_that_ncu_counted() -> None:
-    assert dram.parse(_NCU) == (1_000_507, 2)
+    found, kernels = dram.parse(_NCU + '"1","second","smsp__inst_executed.sum","inst","12"\n')
+    assert found == 1_000_507
+    assert kernels == [
+        {"kernel": "forward", "dram__bytes_read.sum": 1e6, "dram__bytes_write.sum": 500.0},
+        {"kernel": "second", "dram__bytes_read.sum": 7.0, "smsp__inst_executed.sum": 12.0},
+    ]
 
 
 @pytest.mark.parametrize(

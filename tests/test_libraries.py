@@ -230,22 +230,20 @@ def test_triton(kind: str, tmp_path: Path) -> None:
     assert "triton: not available: triton" in report.stdout
 
 
-@pytest.mark.parametrize(("library", "kind", "says", "code"), [
-    ("rich", "a folder", "no tables: ", 0), ("tqdm", "a folder", "no progress bar: ", 0),
-    ("matplotlib", "OSError", "no plots: ", 0),
-    ("numpy", None, "the figures cannot be made: ", 2),
+@pytest.mark.parametrize(("library", "kind", "says"), [
+    ("rich", "a folder", "no tables: "), ("tqdm", "a folder", "no progress bar: "),
+    ("matplotlib", "OSError", "no plots: "),
 ])  # fmt: skip
-def test_benchmarks(library: str, kind: str | None, says: str, code: int, tmp_path: Path) -> None:
-    if kind is not None:  # torch itself needs a whole numpy, or none
-        _shadow(tmp_path, library, kind)
+def test_benchmarks(library: str, kind: str, says: str, tmp_path: Path) -> None:
+    _shadow(tmp_path, library, kind)
     done = _run(
         tmp_path, library, "benchmarks", "sweep", "--device", "cpu", "--budget", "1",
         "--record", "record.json",
     )  # fmt: skip
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 0, done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith(says)]) == 1
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "record.json").exists() == (code == 0)
+    assert (tmp_path / "record.json").exists()
 
 
 def test_a_benchmarks_report(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""``make gpu``'s runner: stages fail, hang and are skipped without harm to the others.
+"""``make gpu``: stages fail, hang, crash and are skipped without harm to the others, and what was
+found comes home in one file, whenever the run is killed.
 
-The runner needs no GPU; what its stages find out on one is not tested here.
+No GPU is needed; what the stages find out on one is not tested here.
 """
 
 from __future__ import annotations
@@ -10,21 +11,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import options, records, workloads
-from tools import gpu, stage_runner
-from tools.stage_runner import Runner, SkipStage, Stage, Task
+import brought_home
+import pretended
+from benchmarks import options, watched
+from tools import gpu, gpu_environment, gpu_kernels, gpu_report, gpu_verdicts, stage_runner
+from tools.stage_runner import Runner, Stage, Task
 
 PYTHON = sys.executable
-
-
-def _stage(name: str, code: str, share: float = 0.5, **more: Any) -> Stage:
-    return Stage(name, share, lambda seconds: Task([PYTHON, "-c", code]), **more)
 
 
 def _is_gone(pid: int) -> bool:
@@ -40,50 +39,64 @@ def _is_gone(pid: int) -> bool:
     return False
 
 
+# -- the runner ------------------------------------------------------------------------------------
+
+
+def _prepare(stage: Stage, seconds: float) -> Task:
+    """Commands are Python; needs are reasons."""
+    return Task([PYTHON, "-c", stage.command], {}, "; ".join(stage.needs))
+
+
+class _Ran:
+    """A run of stages, and what came home."""
+
+    def __init__(self, folder: Path, budget: float, prepare: Any = _prepare, **more: Any) -> None:
+        self.out, self.path = folder / "work", folder / "gpu.tgz"
+        self.out.mkdir(exist_ok=True)
+        self.runner = Runner(self.out, budget, prepare, home=self.path, **more)
+
+    def __call__(self, *stages: Stage, fresh: bool = False) -> dict[str, dict[str, Any]]:
+        self.runner.take_up(fresh)
+        self.right = self.runner.run(stages)
+        return brought_home.lines(self.path)
+
+
 @pytest.fixture
-def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Runner]:
-    monkeypatch.setattr(stage_runner, "LEAST", 0.5)
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Ran]:
     monkeypatch.setattr(stage_runner, "RESERVE", 0.0)
-    return lambda budget: Runner(tmp_path / "out", budget)
+    monkeypatch.setattr(stage_runner, "LEAST", 0.3)
+    monkeypatch.setattr(stage_runner, "fingerprint", lambda: "these sources")
+    return lambda budget, **more: _Ran(tmp_path, budget, **more)
 
 
-def _summary(runner: Runner) -> dict[str, Any]:
-    return json.loads((runner.out / "summary.json").read_text())
+def test_a_failure_does_not_stop_the_next(run: Callable[..., _Ran]) -> None:
+    def prepare(stage: Stage, seconds: float) -> Task:
+        if stage.name == "broken":
+            raise KeyError("prepared badly")
+        command = ["/no/such/program"] if stage.name == "absent" else _prepare(stage, 0).command
+        return Task(command, {}, "; ".join(stage.needs))
 
-
-def test_a_failure_does_not_stop_the_next(runner: Callable[[float], Runner]) -> None:
-    def broken(seconds: float) -> Task:
-        raise KeyError("prepared badly")
-
-    def refused(seconds: float) -> Task:
-        raise SkipStage("not in the mood")
-
-    run = runner(60)
-    assert not run.run([
-        _stage("failing", "import sys; print('why'); sys.exit(3)"),
-        Stage("absent", 0.5, lambda seconds: Task(["/no/such/program"])),
-        Stage("broken", 0.5, broken),
-        Stage("refused", 0.5, refused),
-        _stage("suspicious", "print('1 fault')", finds_fault=lambda log: "1 fault" in log),
-        _stage("fine", "print('42 of 42')", conclude=str.strip),
-    ])  # fmt: skip
-    lines = {s["stage"]: s for s in _summary(run)["stages"]}
-    assert {name: s["status"] for name, s in lines.items()} == {
+    ran = run(60, prepare=prepare)
+    lines = ran(
+        Stage("failing", "import sys; print('why'); sys.exit(3)", 5),
+        Stage("absent", "", 5),
+        Stage("broken", "", 5),
+        Stage("refused", "", 5, ("not in the mood",)),
+        Stage("suspicious", "print('Device not supported')", 5, proof="SUMMARY: 0"),
+        Stage("fine", "print('=== 42 passed ==='); print('more')", 5, proof=" passed"),
+    )
+    assert not ran.right
+    assert {name: line["status"] for name, line in lines.items()} == {
         "failing": "failed", "absent": "failed", "broken": "failed", "refused": "skipped",
         "suspicious": "failed", "fine": "ok",
     }  # fmt: skip
-    assert (lines["failing"]["returncode"], lines["failing"]["detail"]) == (3, "why")
-    assert "/no/such/program" in lines["absent"]["detail"]
-    assert "prepared badly" in lines["broken"]["detail"]
-    assert lines["refused"]["detail"] == "not in the mood"
-    assert lines["fine"]["detail"] == "42 of 42"
-    assert (run.out / "fine.log").read_text() == "42 of 42\n"
-    text = (run.out / "summary.txt").read_text()
-    assert all(name in text and s["status"] in text for name, s in lines.items())
-
-
-def test_no_failure_is_success(runner: Callable[[float], Runner]) -> None:
-    assert runner(60).run([_stage("fine", "")])
+    details = [line["detail"] for line in lines.values()]
+    wanted = ("why", "/no/such/program", "prepared badly", "not in the mood",
+              "no 'SUMMARY: 0' in its log; Device not supported", "42 passed")  # fmt: skip
+    assert all(want in detail for want, detail in zip(wanted, details, strict=True)), details
+    home = brought_home.home(ran.path)
+    assert home["failing.log"] == "why\n"
+    assert all(name in home["summary.txt"] for name in lines)
 
 
 _STUBBORN = """
@@ -95,397 +108,383 @@ time.sleep(600)
 """
 
 
-def test_what_hangs_is_killed_with_its_children(
-    runner: Callable[[float], Runner],
-) -> None:
-    run = runner(10)
+def test_what_hangs_is_killed_with_its_children(run: Callable[..., _Ran]) -> None:
     begin = time.monotonic()
-    assert not run.run([_stage("stubborn", _STUBBORN, share=0.2), _stage("next", "", share=0.8)])
-    assert time.monotonic() - begin < 8
-    first, second = _summary(run)["stages"]
-    assert (first["status"], second["status"]) == ("timeout", "ok")
-    assert "stopped at its limit of 2 s" in first["detail"]
-    pids = [int(word) for word in (run.out / "stubborn.log").read_text().split()]
+    ran = run(6)
+    lines = ran(Stage("stubborn", _STUBBORN, 2), Stage("next", "print(1)", 4))
+    assert time.monotonic() - begin < 5
+    assert (lines["stubborn"]["status"], lines["next"]["status"]) == ("timeout", "ok")
+    assert lines["stubborn"]["detail"].startswith("stopped at its limit of 2 s")
+    pids = [int(word) for word in brought_home.home(ran.path)["stubborn.log"].split()]
     assert len(pids) == 2
     assert all(map(_is_gone, pids))
 
 
-def test_children_left_behind_are_killed(runner: Callable[[float], Runner]) -> None:
-    code = "import subprocess as s, sys; print(s.Popen([sys.executable, '-c', '{}']).pid)"
-    run = runner(30)
-    assert run.run([_stage("careless", code.format("import time; time.sleep(600)"))])
-    assert _is_gone(int((run.out / "careless.log").read_text()))
-
-
-def test_interrupted_before_killed(runner: Callable[[float], Runner]) -> None:
-    code = """
-import sys, time
-try:
-    time.sleep(600)
-except KeyboardInterrupt:
-    sys.exit("half of it")
-"""
-    run = runner(12)  # long enough for Python to start on a busy machine
-    run.run([_stage("long", code, finds_fault=lambda log: True)])
-    (stage,) = _summary(run)["stages"]
-    assert stage["status"] == "timeout"
-    assert stage["detail"].endswith("half of it")
-
-
-def test_the_budget_is_for_all(runner: Callable[[float], Runner]) -> None:
-    run = runner(3)
+def test_the_budget_is_for_all(run: Callable[..., _Ran]) -> None:
+    """Windows shrink with it; who comes too late is told so."""
     begin = time.monotonic()
-    assert not run.run([_stage(name, "import time; time.sleep(600)", 1.0) for name in "abc"])
-    assert time.monotonic() - begin < 4.5
-    stages = _summary(run)["stages"]
-    assert {stage["status"] for stage in stages[:2]} <= {"timeout", "skipped"}
-    assert stages[2]["status"] == "skipped"
-    assert "no time left" in stages[2]["detail"]
+    lines = run(2)(*(Stage(name, "import time; time.sleep(600)", 150) for name in "abcd"))
+    assert time.monotonic() - begin < 4
+    assert lines["a"]["limit_s"] == pytest.approx(2 * 150 / stage_runner.WHOLE, abs=0.1)
+    assert [line["status"] for line in lines.values()] == [*["timeout"] * 3, "skipped"]
+    assert "no time left" in lines["d"]["detail"]
 
 
-def test_a_few_stages_share_the_whole_budget(runner: Callable[[float], Runner]) -> None:
-    run = runner(80)
-    run.run([_stage("known", "", share=0.5)])
-    again = Runner(run.out, 80, earlier=stage_runner.take_up(run.out, fresh=False))
+def test_a_few_stages_share_the_whole_budget(run: Callable[..., _Ran]) -> None:
+    lines = run(80)(*(Stage(name, "", 10) for name in "ab"), Stage("c", "", 20))
+    limits = [line["limit_s"] for line in lines.values()]
+    assert limits == pytest.approx([20, 40, 80], abs=3)  # what is left over, too
+
+
+def test_beside_until_it_is_needed(run: Callable[..., _Ran]) -> None:
+    """What is built beside delays only who needs it, and its failure is told."""
+    made: list[str] = []
+
+    def prepare(stage: Stage, seconds: float) -> Task:
+        made.append(stage.name)
+        return Task([PYTHON, "-c", stage.command], {})
+
+    lines = run(30, prepare=prepare)(
+        Stage("build", "import time; time.sleep(1); raise SystemExit('no compiler')", 90,
+              beside="library"),
+        Stage("with it", "", 5, ("library",)),
+        Stage("without", "", 5),
+    )  # fmt: skip
+    assert made == ["build", "without", "with it"]
+    assert (lines["build"]["status"], lines["build"]["detail"]) == ("failed", "no compiler")
+    assert lines["build"]["seconds"] >= 1
+
+
+def test_a_second_call_goes_on(run: Callable[..., _Ran]) -> None:
+    """With what is neither ok nor whole; what is not asked for is kept, what is unknown tried."""
+    lacks = "print('3 results; 2 cases not measured: the time was up')"
     stages = [
-        _stage("known", "", share=0.5),
-        _stage("a", "", share=0.1),
-        _stage("b", "", share=0.3),
-    ]
-    again.run([*stages, _stage("report", "", share=0.5, reserved=20.0)])
-    limits = {s["stage"]: s["limit_s"] for s in _summary(again)["stages"]}
-    assert limits["a"] == pytest.approx(60 / 4, abs=2)
-    assert limits["b"] == pytest.approx(60, abs=4)  # what a left over, too
-
-
-def test_the_summary_is_true_at_any_moment(runner: Callable[[float], Runner]) -> None:
-    run = runner(60)
-    seen: list[list[str]] = []
-
-    def look(seconds: float) -> Task:
-        seen.append([s["status"] for s in _summary(run)["stages"]])
-        return Task([PYTHON, "-c", f"print(open({str(run.out / 'summary.json')!r}).read())"])
-
-    run.run([_stage("first", ""), Stage("second", 0.5, look)])
-    assert seen == [["ok"]]
-    during = json.loads((run.out / "second.log").read_text())
-    assert [s["status"] for s in during["stages"]] == ["ok", "running"]
-
-
-@pytest.mark.parametrize("argument", [(), ("--batch", "1")])
-def test_stages_without_a_gpu(tmp_path: Path, argument: tuple[str, ...]) -> None:
-    (tmp_path / "environment.json").write_text('{"device": "cpu", "torch": "2.11.0"}')
-    stages = {stage.name: stage for stage in gpu.stages(tmp_path, argument)}
-    for name in stages.keys() - {"environment", "build", "targets", "report"}:
-        with pytest.raises(SkipStage, match=r"no CUDA device that torch 2\.11\.0 can use"):
-            stages[name].prepare(60)
-    for name in ("targets", "report"):
-        with pytest.raises(SkipStage, match="no record"):
-            stages[name].prepare(60)
-    assert "build_ext" in stages["build"].prepare(60).command[-1]
-
-
-def _values(command: list[str], option: str) -> list[str]:
-    return [command[i + 1] for i, word in enumerate(command) if word == option]
-
-
-def test_stages_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"device": "A card", "torch": "2.11.0", "capability": "9.0"}
-    (tmp_path / "environment.json").write_text(json.dumps(found))
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    stages = {stage.name: stage for stage in gpu.stages(tmp_path, ("--batch", "1"))}
-    assert stages["build"].prepare(60).environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert "gpu and not slow" in stages["gpu-tests"].prepare(60).command
-    layers = stages["layers"].prepare(100).command
-    assert layers[-2:] == ["--batch", "1"]
-    assert "--network" not in layers  # another selection replaces the usual one
-    assert _values(layers, "--mode") == ["forward", "backward", "forward+backward"]
-    for words in (("--mode", "forward"), ("--mode=forward",)):
-        (named,) = (s for s in gpu.stages(tmp_path, words) if s.name == "layers")
-        command = named.prepare(100).command
-        assert command[-len(words) :] == [*words]
-        assert sum(word.startswith("--mode") for word in command) == 1
-    usual = stages["types"].prepare(100).command
-    assert _values(usual, "--dtype") == ["fp16", "fp32"]
-    for stage in ("layers", "types", "batch-1", "neighbours", "host"):
-        assert f"{tmp_path}/{stage}.json" in stages[stage].prepare(100).command
-    assert float(layers[layers.index("--budget") + 1]) <= 0.8 * 100
-    assert "interpret" not in str(stages["kernels-triton"].prepare(60).environment).lower()
-    monkeypatch.setattr(gpu, "_why_no_cuda_kernels", lambda: None)
-    assert stages["kernels-native"].prepare(60).command[-2:] == ["native", "cuda"]
-    # Without what they need.
-    monkeypatch.setattr(gpu, "_why_no_cuda_kernels", lambda: "nvcc not found")
-    for name in ("kernels-native", "memcheck-native"):
-        with pytest.raises(SkipStage, match="has no CUDA kernels: nvcc not found"):
-            stages[name].prepare(60)
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    with pytest.raises(SkipStage, match="compute-sanitizer is not on PATH"):
-        stages["memcheck-triton"].prepare(60)
-    there = gpu.find_spec
-    monkeypatch.setattr(gpu, "find_spec", lambda n: None if n == "hypothesis" else there(n))
-    task = stages["suite"].prepare(60)
-    assert "--ignore=tests/test_properties.py" in task.command
-    assert "hypothesis is not installed" in task.note
-    monkeypatch.setattr(gpu, "find_spec", lambda n: None if n == "pytest" else there(n))
-    with pytest.raises(SkipStage, match="not installed: pytest"):
-        stages["gpu-tests"].prepare(60)
-
-
-@pytest.mark.parametrize(
-    ("log", "fault"),
-    [
-        ("========= ERROR SUMMARY: 0 errors\n", False),
-        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", False),
-        ("========= ERROR SUMMARY: 10 errors\n", True),
-        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", True),
-        ("========= Error: Device not supported\n", True),
-        ("", True),
-    ],
-)
-def test_what_a_sanitizer_says(log: str, fault: bool) -> None:
-    (stage,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == "memcheck-native")
-    assert stage.finds_fault(log) == fault
-    assert stage.conclude(log) == log.removeprefix("========= ").strip() * ("SUMMARY" in log)
-
-
-def test_what_a_build_says() -> None:
-    (stage,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == "build")
-    record = {"isas": ["baseline", "avx2"], "cuda_reason": "nvcc not found"}
-    log = "[1/5] c++\n" + json.dumps(record, indent=2) + "\n"
-    assert stage.conclude(log) == "cpu: baseline avx2; cuda: not built: nvcc not found"
-    assert stage.conclude("[1/5] c++\ninterrupted\n") == ""
-
-
-def test_what_pytest_says() -> None:
-    log = "test_gpu.py::test_x PASSED [100%]\n=== 3 failed, 1 passed, 2 skipped in 9.12s ===\n"
-    (stage,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == "gpu-tests")
-    assert stage.conclude(log) == "3 failed, 1 passed, 2 skipped in 9.12s"
-    assert not stage.finds_fault(log)
-    assert stage.finds_fault("=== 83 skipped, 1069 deselected in 3.82s ===\n")
-    assert stage.finds_fault("")
-
-
-def test_groups() -> None:
-    known = gpu.stages(Path(os.devnull))
-    assert not {stage.name for stage in known} & {*gpu.GROUPS}  # --only has one meaning
-    ends = ["targets", "report"]
-    for group in gpu.GROUPS:
-        names = [stage.name for stage in gpu.picked(known, [group])]
-        assert names[:2] == ["environment", "build"]
-        assert names[-2:] == ends
-        assert len(names) > 4, group
-    assert {
-        stage.group for stage in known if stage.name not in ("environment", "build", *ends)
-    } == {*gpu.GROUPS}
-    names = [stage.name for stage in gpu.picked(known, ["layers"], dry=True)]
-    assert names == ["environment", "layers", *ends]
-    names = [stage.name for stage in gpu.picked(known, ["gpu-tests"], dry=True)]
-    assert names == ["environment", "gpu-tests", *ends]
-
-
-@pytest.mark.parametrize("stage", sorted(gpu.LAYER_RECORDS))
-def test_options_of_the_layers(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmark knows them; every layer of every network is among the cases."""
-    monkeypatch.setattr(gpu, "no_gpu", lambda out: None)
-    (found,) = (s for s in gpu.stages(Path(os.devnull)) if s.name == stage)
-    words = found.prepare(100).command[4:]
-    words[words.index("cuda")] = "cpu"
-    parsed = options.parse("layers", words)
-    assert isinstance(parsed, options.LayerOptions)
-    layers = {layer for network in parsed.networks for layer, _ in network.layers}
-    every = workloads.load_networks(neighbours=stage == "neighbours").values()
-    assert layers == {layer for network in every for layer, _ in network.layers}
-    assert parsed.modes == ["forward", "backward", "forward+backward"]
-    assert parsed.compile_last
-    assert not parsed.small
-
-
-def test_unknown_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        gpu.main(["--out", str(tmp_path / "out"), "--only", "dreams"])
-    assert "unknown dreams; known: tests, sanitizers, figures" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-# -- going on from an earlier run ------------------------------------------------------------------
-
-
-def test_what_was_ok_is_kept(runner: Callable[[float], Runner], tmp_path: Path) -> None:
-    stages = [_stage("fine", "print(1)"), _stage("broken", "import sys; sys.exit(2)")]
-    first = runner(60)
-    assert not first.run(stages)
-    found = stage_runner.take_up(first.out, fresh=False)
-    assert found["stages"][0]["status"] == "ok"
-    (first.out / "fine.log").unlink()
-    again = Runner(first.out, 60, earlier=found)
-    assert again.run([stages[0], _stage("broken", "print('mended')")])
-    fine, broken = _summary(again)["stages"]
-    assert (fine["earlier"], fine["detail"]) == (True, "1")
-    assert (broken["earlier"], broken["detail"]) == (False, "mended")
-    assert not (first.out / "fine.log").exists()  # it did not run
-    assert "(earlier) 1" in (first.out / "summary.txt").read_text()
-
-
-def test_what_is_partial_goes_on(runner: Callable[[float], Runner]) -> None:
-    first = runner(60)
-    log = "12 results in 9 s, 0 s of them torch.compile; 3 cases not measured: the time was up"
-    (layers,) = (s for s in gpu.stages(first.out) if s.name == "layers")
-    assert layers.is_partial(log)
-    assert not layers.is_partial(log.partition(";")[0])
-    assert layers.conclude(f"{log}\nwritten: layers.json\n") == log
-    again = _stage("layers", f"print({log!r})", is_partial=layers.is_partial)
-    assert first.run([again])
-    run = Runner(first.out, 60, earlier=stage_runner.take_up(first.out, fresh=False))
-    assert run.run([again])
-    assert not _summary(run)["stages"][0]["earlier"]
-
-
-def test_a_stage_left_out_keeps_what_is_known(
-    runner: Callable[[float], Runner],
-) -> None:
-    first = runner(60)
-    first.run([_stage("a", ""), _stage("b", "")])
-    again = Runner(first.out, 60, earlier=stage_runner.take_up(first.out, False))
-    again.run([_stage("c", "")])
-    assert [s["stage"] for s in _summary(again)["stages"]] == ["c", "a", "b"]
+        Stage("environment", "print('here')", 1, always=True), Stage("fine", "print(1)", 1),
+        Stage("partial", lacks, 1), Stage("broken", "raise SystemExit(2)", 1),
+    ]  # fmt: skip
+    first = run(30)(*stages)
+    assert first["partial"]["partial"]
+    assert not first["fine"]["partial"]
+    again = run(30)
+    lines = again(*stages[:3], Stage("broken", "print('mended')", 1), Stage("new", "", 1))
+    assert {name for name, line in lines.items() if line["earlier"]} == {"fine"}
+    assert lines["broken"]["detail"] == "mended"
+    assert "(earlier) 1" in brought_home.home(again.path)["summary.txt"]
+    assert set(run(30)(stages[0])) == {"environment", "fine", "partial", "broken", "new"} - {
+        "partial"
+    }
+    build = Stage("build", "", 1, beside="library")  # what it made is not brought home
+    assert [run(30)(build)["build"]["earlier"] for _ in range(2)] == [False, False]
+    assert "(earlier) 1" in brought_home.home(again.path)["summary.txt"]
 
 
 @pytest.mark.parametrize("why", ["fresh", "other sources"])
-def test_a_new_start(
-    runner: Callable[[float], Runner], monkeypatch: pytest.MonkeyPatch, why: str
-) -> None:
-    first = runner(60)
-    first.run([_stage("fine", "")])
-    (first.out / "tests.passed").write_text("tests/test_x.py::test_y\n")
-    (first.out / "layers.json").write_text("{}")
+def test_a_new_start(run: Callable[..., _Ran], monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    ran = run(30)
+    (ran.out / "layers.json").write_text("{}")
+    ran(Stage("fine", "", 1))
     if why == "other sources":
-        monkeypatch.setattr(stage_runner, "fingerprint", lambda: "0")
-    assert stage_runner.take_up(first.out, why == "fresh") == {}
-    assert not (first.out / "tests.passed").exists()
-    assert not (first.out / "layers.json").exists()
-    assert (first.out / "layers.before.json").exists()
+        monkeypatch.setattr(stage_runner, "fingerprint", lambda: "others")
+    again = run(30)
+    lines = again(Stage("fine", "", 1), fresh=why == "fresh")
+    assert not lines["fine"]["earlier"]
+    home = brought_home.home(again.path)
+    assert "layers.json" not in home
+    assert "layers.before.json" in home
 
 
-def test_another_device_begins_anew(runner: Callable[[float], Runner]) -> None:
-    def environment(device: str) -> Stage:
-        path = str(first.out / "environment.json")
-        code = f"import json; json.dump({{'device': {device!r}}}, open({path!r}, 'w'))"
-        return _stage("environment", code, always=True)
-
-    first = runner(60)
-    assert first.run([environment("A"), _stage("fine", "print(1)")])
-    for device, kept in (("A", True), ("B", False)):
-        found = stage_runner.take_up(first.out, fresh=False)
-        again = Runner(first.out, 60, earlier=found)
-        assert again.run([environment(device), _stage("fine", "print(1)")])
-        assert [s["earlier"] for s in _summary(again)["stages"]] == [False, kept]
+def test_sources_torch_and_device_are_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stage_runner.fingerprint()
+    assert stage_runner.fingerprint() == before
+    monkeypatch.setattr(stage_runner, "_gpus", lambda: "GPU 0: another card")
+    assert stage_runner.fingerprint() != before
 
 
-def test_the_last_stage_has_time(runner: Callable[[float], Runner]) -> None:
-    run = runner(4)
-    last = _stage("report", "print('here')", always=True, reserved=3.0)
-    run.run([_stage("greedy", "import time; time.sleep(600)", 1.0), last])
-    greedy, report = _summary(run)["stages"]
-    assert greedy["limit_s"] <= 1.0
-    assert (report["status"], report["detail"]) == ("ok", "here")
+# -- the table -------------------------------------------------------------------------------------
 
 
-def test_passed_tests_are_not_run_again(tmp_path: Path) -> None:
-    (tmp_path / "test_some.py").write_text(
-        "import pathlib, pytest\n"
-        "@pytest.mark.parametrize('i', range(3))\n"
-        "def test_one(i):\n"
-        "    assert i < 2 or pathlib.Path('mended').exists()\n"
-    )
-    command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.resume_tests"]
-    # Without what pytest-xdist tells its workers, of which this may be one.
-    environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_XDIST")}
-    environment |= {
-        "PYTHONPATH": str(gpu.ROOT), "SENET_KERNELS_PASSED": str(tmp_path / "some.passed"),
-    }  # fmt: skip
-
-    def run() -> str:
-        done = subprocess.run([*command, "test_some.py"], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        return done.stdout
-
-    assert "1 failed, 2 passed" in run()
-    (tmp_path / "mended").touch()
-    assert "1 passed, 2 deselected" in run()
-    assert "3 passed" in run()  # nothing is left: all once more, rather than none
+def _table(out: Path, *, dry: bool = False, **environment: Any) -> gpu.Table:
+    known = {"device": "A card", "torch": "2.11.0", "capability": "9.0",
+             "library": {"in place": ""}, **environment}  # fmt: skip
+    (out / "environment.json").write_text(json.dumps(known))
+    return gpu.Table(out, dry=dry)
 
 
-# -- the dry run -----------------------------------------------------------------------------------
+def _stage(name: str) -> Stage:
+    return next(stage for stage in gpu.STAGES if stage.name == name)
 
 
-_FAKE_SANITIZER = """#!/bin/sh
-while [ "$1" != "--target-processes" ]; do shift; done
-shift 2
-"$@" && echo "========= ERROR SUMMARY: 0 errors"
-"""
-_FAKE_NCU = """#!/bin/sh
-while [ "$1" != "application-only" ]; do shift; done
-shift
-"$@" || exit
-echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
-echo '"0","k","dram__bytes_read.sum","byte","1,024"'
-echo '"0","k","dram__bytes_write.sum","byte","512"'
-"""
+def test_the_first_call_takes_455_seconds() -> None:
+    """Verdicts, then what captures and streams do, layers, plans, counters, memcheck."""
+    names = [stage.name for stage in gpu.STAGES]
+    assert len(set(names)) == len(names)
+    ends, end = {}, 0.0
+    for stage in gpu.STAGES:
+        end += 0 if stage.beside else stage.seconds
+        ends[stage.name] = end
+    wanted = {"verdicts-native": 40, "situations-native": 70, "layers": 210, "plans": 270,
+              "counters": 350, "memcheck-triton": 400, "gpu-tests": 455}  # fmt: skip
+    assert {name: ends[name] for name in wanted} == wanted
+    assert stage_runner.WHOLE == 455
+    late = names[names.index("gpu-tests") :]
+    assert {"compiled", "networks", "price-of-se"} < set(late)
 
 
-@pytest.fixture
-def fake_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU machine has, in name: they run the command and say that all is well."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in (("compute-sanitizer", _FAKE_SANITIZER), ("ncu", _FAKE_NCU)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_stages_without_a_gpu(tmp_path: Path) -> None:
+    table = _table(tmp_path, device="cpu")
+    for stage in gpu.STAGES[1:]:
+        reason = table.prepare(stage, 60).why_not
+        assert "no CUDA device that torch 2.11.0 can use (DEVICE=cpu makes a dry run)" in reason
+    assert not table.prepare(gpu.STAGES[0], 60).why_not
 
 
-def _dry_run(out: Path, budget: int, *stages: str) -> dict[str, dict[str, Any]]:
-    words = ["--out", str(out), "--budget", str(budget), "--device", "cpu"]
-    for name in stages:
-        words += ["--only", name]
-    command = [PYTHON, "-m", "tools.gpu", *words]
-    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "dry run" in (out / "summary.txt").read_text()
-    lines = json.loads((out / "summary.json").read_text())["stages"]
-    return {line["stage"]: line for line in lines}
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = _table(tmp_path, library={"carried along": "does not load: bad ELF", "in place": "old"})
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    (tmp_path / "layers.json").write_text("{}")
+
+    def reason(name: str) -> str:
+        return table.prepare(_stage(name), 60).why_not
+
+    said = "no compiled library: carried along: does not load: bad ELF; in place: old"
+    assert reason("verdicts-native") == reason("memcheck-native") == said
+    assert reason("verdicts-triton") == "not installed: triton"
+    assert reason("gpu-tests") == "not installed: pytest"
+    assert reason("counters") == "ncu is not on PATH"
+    assert reason("build") == reason("layers") == ""
+    table = _table(tmp_path)
+    assert reason("build") == "one loads"
+    assert reason("memcheck-native") == "compute-sanitizer is not on PATH"
+    (tmp_path / "layers.json").unlink()
+    assert reason("counters") == "ncu is not on PATH"
 
 
-def test_dry_run_of_a_few_stages(tmp_path: Path, fake_tools: None) -> None:
-    out = tmp_path / "out"
-    stages = _dry_run(out, 240, "sweep", "host")
-    assert list(stages) == ["environment", "host", "sweep", "targets", "report"]
-    assert {line["status"] for line in stages.values()} == {"ok"}
-    assert stages["targets"]["detail"].startswith("0 of 27 targets met")
-    assert "a CPU has no CUDA graph" in (out / "targets.md").read_text()
-    assert records.read(out / "sweep.json")["status"] == "complete"
-    assert (out / "report.html").stat().st_size > 10_000
-    assert (out / "sweep.csv").exists()
+def test_a_build_without_nvcc_says_so_and_changes_nothing(tmp_path: Path) -> None:
+    library = sorted((gpu.ROOT / "senet_kernels").glob("_native*.so"))
+    task = _table(tmp_path, library={"in place": "not there"}).prepare(_stage("build"), 60)
+    assert task.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    done = subprocess.run(
+        task.command, cwd=gpu.ROOT, env={**os.environ, **task.environment, "CUDA_HOME": "/none"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode
+    assert "the cuda kernels cannot be built: nvcc not found" in done.stderr
+    assert sorted((gpu.ROOT / "senet_kernels").glob("_native*.so")) == library
+
+
+def _values(command: Sequence[str], option: str) -> list[str]:
+    return [command[i + 1] for i, word in enumerate(command) if word == option]
+
+
+@pytest.mark.parametrize("name", ["layers", "plans", "host", "layers-native", "compiled",
+                                  "all-layers"])  # fmt: skip
+@pytest.mark.parametrize("dry", [False, True])
+def test_options_of_the_layers(tmp_path: Path, name: str, dry: bool) -> None:
+    """The benchmarks know them."""
+    (tmp_path / "layers.json").write_text("{}")
+    command = _table(tmp_path, dry=dry).prepare(_stage(name), 100).command
+    at = command.index("--")
+    assert 0 < float(_values(command[:at], "--budget")[0]) <= 85
+    words = command[at + 1 :]
+    words[words.index("--device") + 1] = "cpu"
+    parsed = options.parse("layers", words)
+    assert isinstance(parsed, options.LayerOptions)
+    assert not parsed.profile
+    shapes = {layer.shape for network in parsed.networks for layer, _ in network.layers}
+    if name == "layers" and not dry:
+        assert set(parsed.providers) == {"native", "triton", "eager-linear"}
+        assert parsed.modes == ["forward", "backward"]
+        assert parsed.device_time
+        assert len(shapes) == 14
+    if name == "plans" and not dry:
+        assert len(shapes) == 6
+        assert {"native", "native-stages2", "native-reread", "native-grid8"} < set(parsed.providers)
+
+
+def test_what_crashed_is_left_out_of_later_stages(tmp_path: Path) -> None:
+    """A layer then runs by other plans; an exchange that hung is not among these."""
+    case = "256x56x56-r16-relu-sigmoid bf16 b256 contiguous"
+    verdicts = {
+        "a layer": {"outcome": "hang", "layer": case},
+        "5x136x7x7 exchange=cluster,blocks=2,resident=0": {"outcome": "crash", "layer": ""},
+        "5x136x7x7 exchange=grid,blocks=2": {"outcome": "error", "layer": ""},
+    }
+    (tmp_path / "verdicts-native.json").write_text(json.dumps(verdicts))
+    table = _table(tmp_path)
+    layers = table.prepare(_stage("layers"), 100).command
+    assert _values(layers, "--leave-out") == [f"{case}/native"]
+    assert {"native-block", "native-grid8"} < set(_values(layers, "--provider"))
+    tried = [*_values(table.prepare(_stage("plans"), 100).command, "--provider"),
+             *_values(layers, "--provider")]  # fmt: skip
+    assert not any("cluster" in name for name in tried)
+    verdicts["a layer"]["outcome"] = "error"  # wrong figures are figures
+    (tmp_path / "verdicts-native.json").write_text(json.dumps(verdicts))
+    layers = table.prepare(_stage("layers"), 100).command
+    assert "--leave-out" not in layers
+    assert "native-block" not in layers
+
+
+@pytest.mark.parametrize(
+    ("log", "status"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", "ok"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "ok"),
+        ("========= ERROR SUMMARY: 10 errors", "failed"),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", "failed"),
+        ("========= Error: Device not supported", "failed"),
+        ("", "failed"),
+    ],
+)
+def test_what_a_sanitizer_says(run: Callable[..., _Ran], log: str, status: str) -> None:
+    stage = _stage("memcheck-native")._replace(command=f"print({log!r})", needs=())
+    line = run(20)(stage)["memcheck-native"]
+    assert line["status"] == status
+    assert log.strip("= ") in line["detail"]
+
+
+# -- a library that is carried along ---------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_dry_run_of_every_stage(tmp_path: Path, fake_tools: None) -> None:
-    """But the build: it would change the library under the other tests."""
-    names = [stage.name for stage in gpu.stages(tmp_path) if stage.name != "build"]
-    out = tmp_path / "out"
-    stages = _dry_run(out, 2400, *names)
-    assert list(stages) == names
-    expected = dict.fromkeys(names, "ok") | {"slow": "skipped"}  # those are for a GPU
-    assert {name: line["status"] for name, line in stages.items()} == expected
-    for kind in (*gpu.LAYER_RECORDS, "models", "sweep"):
-        assert records.read(out / f"{kind}.json")["results"]
-    assert records.read(out / "host.json")["small_call"]
-    layers = records.read(out / "layers.json")
-    measured = [p.get("dram_bytes") for e in layers["results"] for p in e["providers"].values()]
-    assert 1536 in measured
-    again = _dry_run(out, 2400, *names)
-    assert {n for n in names if not again[n]["earlier"]} == {
-        "environment", "slow", "targets", "report",
-    }  # fmt: skip
+def test_a_library_that_does_not_load_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "_native.abi3.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setenv(gpu.PREBUILT, str(tmp_path))
+    found = gpu_environment.library(cuda=False)
+    assert f"the compiled library {broken.name} does not load" in found["carried along"]
+    table = _table(tmp_path, library=found, device="cpu", dry=True)
+    if not found["in place"]:  # then that one is taken
+        assert table.environment()[gpu.PREBUILT] == ""
+        assert not table.why_not("native")
+
+
+def test_the_library_that_is_carried_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from senet_kernels.backends import native
+
+    (tmp_path / "_native.abi3.so").write_bytes(b"")
+    (tmp_path / "_build.json").write_text('{"cuda": "9.0a"}')
+    for given in (tmp_path, tmp_path / "_native.abi3.so"):
+        monkeypatch.setenv(gpu.PREBUILT, str(given))
+        assert native.kernel_files() == [tmp_path / "_native.abi3.so"]
+        assert native.build_record() == {"cuda": "9.0a"}
+    monkeypatch.setenv(gpu.PREBUILT, str(tmp_path / "other.so"))
+    assert native.kernel_files() == []
+
+
+# -- verdicts --------------------------------------------------------------------------------------
+
+_FAULTY = """
+import json, os, sys, time
+sys.path.insert(0, {root!r})
+from types import SimpleNamespace
+def say(**message): print("senet_kernels.trust: " + json.dumps(message), flush=True)
+for line in sys.stdin:
+    number = json.loads(line)["case"]
+    say(started=True)
+    say(compiled="a kernel")
+    if number == 1: say(outcome="error", text="wrong: y[3]"); continue
+    if number == 2: say(outcome="launch error", text="CUDA error"); continue
+    if number == 3: os.kill(os.getpid(), 11)
+    if number == 4: time.sleep(600)
+    if number == 5: os._exit(7)
+    say(outcome="ok", text=str(os.getpid()))
+"""
+
+
+def test_each_case_has_its_verdict_whatever_it_does(tmp_path: Path) -> None:
+    """Processes that failed are replaced; a second call goes on with what was not run."""
+    case = gpu_kernels.TRITON_CASES[0]
+    wanted = {n: case._replace(policy=f"case {n}") for n in range(8)}
+    path = tmp_path / "verdicts.json"
+    names = [case.name for case in wanted.values()]
+    path.write_text(json.dumps({names[7]: {"outcome": "ok", "layer": "", "text": "earlier"}}))
+    pool = gpu_verdicts.Pool(_FAULTY.format(root=str(gpu.ROOT)), path, wanted, watch=1.0)
+    pool.run(2)
+    found = json.loads(path.read_text())
+    assert [found[name]["outcome"] for name in names] == [
+        "ok", "error", "launch error", "crash", "hang", "crash", "ok", "ok",
+    ]  # fmt: skip
+    assert found[names[3]]["text"] == "the process died by SIGSEGV"
+    assert found[names[4]]["text"] == "no answer within 1 s"
+    assert found[names[5]]["text"] == "the process ended with status 7"
+    assert found[names[7]]["text"] == "earlier"
+    lines = gpu_report.lines(tmp_path)
+    assert lines == []  # of another name
+    path.rename(tmp_path / "verdicts-triton.json")
+    lines = gpu_report.lines(tmp_path)
+    assert lines[0] == "verdicts-triton: 3 ok, 1 error, 1 launch error, 2 crash, 1 hang"
+    assert f"  crash: {names[3]}: the process died by SIGSEGV" in lines
+
+
+@brought_home.needs_card
+def test_planted_faults_are_told_by_name(tmp_path: Path) -> None:
+    """On the pretended card: two of the cases, each with a fault."""
+    path = tmp_path / "verdicts.json"
+    planted = {"1x3x70x33": "wrong", "2x20x70x33": "dies"}
+    faults = "; ".join(f"{fault} on {shape}" for shape, fault in planted.items())
+    command = [PYTHON, "-m", "tools.gpu_verdicts", "triton", "verdicts", str(path), "--device",
+               "cpu"]  # fmt: skip
+    environment = {**os.environ, pretended.FAULT: faults, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([*command, "--case", "x70x33"], cwd=gpu.ROOT, env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    found = {
+        name.partition(" ")[0]: v["outcome"] for name, v in json.loads(path.read_text()).items()
+    }
+    assert found == {"1x3x70x33": "error", "2x20x70x33": "crash"}
+
+
+def test_cases_have_names_of_their_own() -> None:
+    for backend in ("triton", "native"):
+        for dry in (False, True):
+            for group in ("verdicts", "situations"):
+                names = [case.name for case in gpu_kernels.cases(backend, group, dry)]
+                assert len(set(names)) == len(names) > 5
+    layers = [c.layer for c in gpu_kernels.cases("native", "verdicts", False) if c.layer]
+    assert len(layers) == 28
+    assert "256x56x56-r16-relu-sigmoid bf16 b256 contiguous" in layers
+
+
+# -- layers that crash -----------------------------------------------------------------------------
+
+_LAYERS = """
+import json, os, sys, time
+words = sys.argv[1:]
+value = lambda option: words[words.index(option) + 1]
+left_out = {b for a, b in zip(words, words[1:]) if a == "--leave-out"}
+record, results = value("--record"), []
+if os.path.exists(record):
+    results = json.load(open(record))["results"]
+def save(status):
+    json.dump({"status": status, "results": results, "not_measured": []}, open(record, "w"))
+for case in "abcd":
+    for provider in ("x", "y"):
+        name = f"{case}/{provider}"
+        if name in left_out or name in results:
+            continue
+        open(value("--under-way"), "w").write(name)
+        if name == "b/y": os.kill(os.getpid(), 11)
+        if name == "c/x": time.sleep(600)
+        if name == "d/x": raise RuntimeError("CUDA error")
+        results.append(name)
+        save("running")
+save("complete")
+"""
+
+
+def test_layers_that_crash_or_hang_are_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program, record = tmp_path / "layers.py", tmp_path / "layers.json"
+    program.write_text(_LAYERS)
+    words = [str(record), "--stall", "1", "--program", str(program), "--", "--dtype", "bf16"]
+    assert watched.main(words) == 1
+    assert json.loads(record.read_text())["results"] == ["a/x", "a/y", "b/x", "c/y", "d/y"]
+    last = capfd.readouterr().out.strip().splitlines()[-1]
+    assert last == ("5 results; left out b/y: died by SIGSEGV; left out c/x: nothing new for 1 s; "
+                    "left out d/x: ended with status 1")  # fmt: skip

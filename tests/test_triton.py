@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -543,4 +544,25 @@ def test_what_the_sanitizer_sees() -> None:
 
     known = {kernel.__name__ for kernels in build.KERNELS.values() for kernel in kernels}
     assert known == gpu_kernels.TRITON_KERNELS
-    gpu_kernels.run("triton", "cpu", gpu_kernels.TRITON_CASES[0])
+    of_first = gpu_kernels.outcome("triton", "cpu", gpu_kernels.TRITON_CASES[0])
+    assert of_first["outcome"] == "ok", of_first
+
+
+@pytest.mark.slow
+@interpreted
+def test_cases_of_make_gpu_run_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from senet_kernels.backends.triton import launcher
+    from tools import gpu_kernels
+
+    launched: set[str] = set()
+    call = launcher.Launch.__call__
+
+    def record(self: launcher.Launch, *pointers: Any) -> None:
+        launched.add(self.kernel.__name__)
+        call(self, *pointers)
+
+    monkeypatch.setattr(launcher.Launch, "__call__", record)
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels", "triton", "cpu"])
+    monkeypatch.setattr(gpu_kernels, "pretend", lambda backend: None)
+    gpu_kernels.main()
+    assert launched == gpu_kernels.TRITON_KERNELS

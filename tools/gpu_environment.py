@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -19,6 +20,7 @@ PACKAGES = (
 TOOLS = {
     "nvcc": ("nvcc", "--version"),
     "compute_sanitizer": ("compute-sanitizer", "--version"),
+    "ncu": ("ncu", "--version"),
     "nvidia_smi": (
         "nvidia-smi", "--format=csv,noheader",
         "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory",
@@ -45,6 +47,32 @@ def _answer(command: tuple[str, ...]) -> list[str] | None:
     return (done.stdout or done.stderr).strip().splitlines()
 
 
+PREBUILT = "SENET_KERNELS_PREBUILT"
+_ASK = """
+from senet_kernels.backends import native
+print(native.UNAVAILABLE or (native.unavailable_on("cuda") if {cuda} else None) or "")
+"""
+
+
+def library(cuda: bool) -> dict[str, str]:
+    """Why the library that was carried along, and the one in place, cannot be used; empty for the
+    first that can. Each is tried in a process of its own."""
+    found: dict[str, str] = {}
+    carried = os.environ.get(PREBUILT, "")
+    for name, value in [("carried along", carried)] * bool(carried) + [("in place", "")]:
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK.format(cuda=cuda)], env={**os.environ, PREBUILT: value},
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        lines = done.stdout.strip().splitlines()
+        found[name] = lines[-1] if lines else ""
+        if done.returncode:
+            found[name] = f"a process that loads it ended with {done.returncode}"
+        if not found[name]:
+            break
+    return found
+
+
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = stamp(device)
@@ -59,8 +87,12 @@ def main() -> None:
     found["tools"] = {name: _answer(command) for name, command in TOOLS.items()}
     path = Path(sys.argv[1])
     path.write_text(json.dumps(found, indent=1) + "\n")
+    found["library"] = library(device.type == "cuda")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     packages = ", ".join(f"{n} {v}" for n, v in found["packages"].items() if v)
+    libraries = ", ".join(f"{n}: {why or 'loads'}" for n, why in found["library"].items())
     print(f"{found['device']}, torch {found['torch']}, python {found['python']}, {packages}")
+    print(f"{found['device']}; the compiled library {libraries}")
 
 
 if __name__ == "__main__":

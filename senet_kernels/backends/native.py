@@ -1,13 +1,14 @@
 """The C++ and CUDA backend: loads the compiled library, which implements the ``native_*`` ops.
 
-The library is beside the package and is loaded at import: it takes milliseconds, touches no
-device, and whoever calls a raw op (an exported program, say) finds it there. Where it is missing
-or does not load, the reason is kept and importing goes on.
+The library is beside the package, or where ``SENET_KERNELS_PREBUILT`` says, and is loaded at
+import: it takes milliseconds, touches no device, and whoever calls a raw op (an exported program,
+say) finds it there. Where it is missing or does not load, the reason is kept and importing goes on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -21,11 +22,29 @@ from senet_kernels.pointwise import Options, pack
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FORWARD = "senet_kernels::native_forward"
 
+#: Names a library that was built elsewhere, or its folder.
+PREBUILT = "SENET_KERNELS_PREBUILT"
+
+
+def _folder() -> Path:
+    """Where the library is, and the record of its build."""
+    given = os.environ.get(PREBUILT)
+    path = Path(given) if given else _PACKAGE
+    return path if path.is_dir() else path.parent
+
+
+def kernel_files() -> list[Path]:
+    """What the kernels are made of, for :mod:`senet_kernels.trust`."""
+    given = Path(os.environ.get(PREBUILT) or _PACKAGE)
+    if given.is_dir():
+        return sorted(given.glob("_native*.so"))
+    return [given] if given.exists() else []
+
 
 def build_record() -> dict[str, Any]:
     """What setup.py wrote about the build; empty when it never ran."""
     try:
-        record: dict[str, Any] = json.loads((_PACKAGE / "_build.json").read_text())
+        record: dict[str, Any] = json.loads((_folder() / "_build.json").read_text())
     except (OSError, ValueError):
         return {}
     return record
@@ -35,7 +54,9 @@ def _load() -> str | None:
     """Load the library; why that is not possible, or None."""
     if ops.SHARED and torch._C._dispatch_has_kernel_for_dispatch_key(_FORWARD, "CPU"):
         return None  # another copy of this package has loaded its own
-    libraries = sorted(_PACKAGE.glob("_native*.so"))
+    libraries = kernel_files()
+    if not libraries and os.environ.get(PREBUILT):
+        return f"{PREBUILT} names no library: {os.environ[PREBUILT]}"
     if not libraries:
         reason = build_record().get("reason", "this is a source tree that was never built")
         return (
@@ -182,11 +203,6 @@ def describe() -> str:
         f"C++ kernels for {isas}; running {torch.ops.senet_kernels.native_isa()}; "
         f"compiler {record.get('compiler', 'unknown')}; {cuda}"
     )
-
-
-def kernel_files() -> list[Path]:
-    """What the kernels are made of, for :mod:`senet_kernels.trust`."""
-    return sorted(_PACKAGE.glob("_native*.so"))
 
 
 def waits(plan: str) -> bool:

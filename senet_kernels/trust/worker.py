@@ -14,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -34,15 +35,15 @@ _ENDED = "ended"
 _FOREIGN = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
-class _Worker:
-    """The parent's side."""
+class Worker:
+    """The parent's side; ``main`` is what the other process runs, in Python."""
 
-    def __init__(self) -> None:
+    def __init__(self, main: str = _MAIN) -> None:
         import subprocess
 
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _MAIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", main], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
@@ -80,7 +81,7 @@ class _Worker:
             self.process.wait(5)
 
 
-_worker: _Worker | None = None
+_worker: Worker | None = None
 
 
 def try_kind(kind: Kind, *, compiled: bool = False) -> Found:
@@ -102,13 +103,13 @@ def try_kind(kind: Kind, *, compiled: bool = False) -> Found:
     return _outcome(begun)
 
 
-def _begin(message: dict[str, Any]) -> _Worker:
+def _begin(message: dict[str, Any]) -> Worker:
     """The worker, which has begun with a kind."""
     global _worker
     for is_new in (False, True):
         if is_new or _worker is None or _worker.process.poll() is not None:
             stop()
-            _worker = _Worker()
+            _worker = Worker()
         begun = _worker
         try:
             begun.send(message)
@@ -120,7 +121,7 @@ def _begin(message: dict[str, Any]) -> _Worker:
     raise NoVerdictError("the process for trying kernels ended before it tried one")
 
 
-def _outcome(worker: _Worker) -> Found:
+def _outcome(worker: Worker) -> Found:
     """What becomes of a kind that the worker has begun with."""
     try:
         answer = worker.receive(JOB_SECONDS)
@@ -164,8 +165,8 @@ def after_fork() -> None:
 # -- the other process
 
 
-def main() -> None:
-    """Take kinds from standard input until there are no more."""
+def main(answer: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Take kinds from standard input until there are no more; or other messages, for ``answer``."""
     lines: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
@@ -179,10 +180,11 @@ def main() -> None:
             line = lines.get(timeout=_IDLE_SECONDS)
         except queue.Empty:
             os._exit(0)
-        _answer(json.loads(line))
+        (answer or _answer)(json.loads(line))
 
 
-def _say(**message: Any) -> None:
+def say(**message: Any) -> None:
+    """Answer the parent."""
     sys.stdout.write(f"{_MARK}{json.dumps(message)}\n")
     sys.stdout.flush()
 
@@ -196,15 +198,15 @@ def _answer(message: dict[str, Any]) -> None:
 
         torch.empty(1, device=kind.device)  # the context, before the clock runs
     except Exception as error:
-        _say(started=False)
-        _say(no_verdict=f"{type(error).__name__}: {error}")
+        say(started=False)
+        say(no_verdict=f"{type(error).__name__}: {error}")
         return
-    _say(started=describe(kind))
+    say(started=describe(kind))
     try:
         found = prove(kind, compiled=message["compiled"])
     except NoVerdictError as error:
-        _say(no_verdict=str(error))
+        say(no_verdict=str(error))
     except Exception as error:
-        _say(no_verdict=f"{type(error).__name__}: {error}")
+        say(no_verdict=f"{type(error).__name__}: {error}")
     else:
-        _say(**found._asdict())
+        say(**found._asdict())

@@ -1,7 +1,7 @@
 """``python -m tools.cost``: what the compiled GPU kernels take of a card.
 
 ``[--backend native triton] [--card H200 ...] [--network NAME ...] [--layer CxHxW ...]
-[--layout NCHW NHWC] [--lines [N]] [--accesses] [--record FILE] [--budgets FILE]``
+[--layout NCHW NHWC] [--lines [N]] [--accesses] [--record FILE] [--budgets FILE] [--assumed FILE]``
 
 For each layer, layout and direction, in bfloat16 at batch 256: instructions per 16-byte vector of x
 by phase, the resource that binds, the ceiling that it sets as a share of the speed of a copy, and
@@ -12,7 +12,9 @@ code of nvcc, ptxas and Triton says which instructions these became.
 ``--accesses``, of the CUDA kernels, adds what accesses touch: sectors of 32 bytes, and conflicts of
 the banks of shared memory. ``--lines`` prints instead where the instructions of each kernel go, by
 line of source. ``--record`` adds the lines to a record, see :mod:`tools.cost.page`; ``--budgets``
-makes them the budgets that ``tests/test_cost_kernels.py`` holds kernels to.
+makes them the budgets that ``tests/test_cost_kernels.py`` holds kernels to. ``--assumed`` takes the
+model's assumptions, and the speed of a copy on their card, from a file of
+:mod:`tools.cost.calibrate`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import calibrate
 from .budgets import renew
 from .cards import CARDS
 from .machine_code import why_not
@@ -72,7 +75,9 @@ def main() -> int:
     parser.add_argument("--accesses", action="store_true")
     parser.add_argument("--record", type=Path, metavar="FILE")
     parser.add_argument("--budgets", type=Path, metavar="FILE")
+    parser.add_argument("--assumed", type=Path, metavar="FILE")
     given = parser.parse_args()
+    cards, assumed = calibrate.read(given.assumed)
     if reason := why_not():
         print(f"machine code cannot be priced here: {reason}", file=sys.stderr)
         return 2
@@ -87,14 +92,15 @@ def main() -> int:
         chosen = [layer for layer in chosen if layer.shape in given.layer]
     print(HEAD)
     for backend in given.backend:
-        for card in (CARDS[name] for name in given.card):
+        for card in (cards[name] for name in given.card):
             for layer in chosen:
                 for layout in given.layout:
                     if given.lines:
                         _print_lines(backend, layer, layout, card, given.lines)
                         continue
                     accesses = given.accesses and backend == "native"
-                    lines = list(rows(backend, layer, layout, card, accesses=accesses))
+                    lines = list(rows(backend, layer, layout, card, accesses=accesses,
+                                      assumed=assumed))  # fmt: skip
                     for line in lines:
                         print(_shown(line))
                         for phase, what in line.get("touched", {}).items():
@@ -102,7 +108,7 @@ def main() -> int:
                     sys.stdout.flush()
                     # At once: all layers take an hour, and what is done need not be lost.
                     if given.record:
-                        write(given.record, lines)
+                        write(given.record, lines, assumed, cards)
                     if given.budgets:
                         renew(given.budgets, lines)
     return 0

@@ -117,14 +117,16 @@ def price(work: Work, card: Card, assumed: Assumed = DEFAULT) -> Price:
     return Price(each, limits(work, card), (start + slow, start + fast))
 
 
-def row(works: list[Work], card: Card, passes: int, x_bytes: float) -> dict[str, Any]:
+def row(
+    works: list[Work], card: Card, passes: int, x_bytes: float, assumed: Assumed = DEFAULT
+) -> dict[str, Any]:
     """A line of the record: launches of one pass over a layer, one after another.
 
     Args:
         passes: how often the bytes of x are moved at least: 2 forward, 3 backward.
         x_bytes: of x, all images.
     """
-    prices = [price(work, card) for work in works]
+    prices = [price(work, card, assumed) for work in works]
     copy = passes * x_bytes / card.copy_speed
     totals = {name: sum(p.limits[name] for p in prices) for name in prices[0].limits}
     binds = max(totals, key=totals.__getitem__)

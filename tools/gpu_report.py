@@ -1,0 +1,51 @@
+"""What ``make gpu`` has found, in words: the verdicts, and times beside the computed ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tools.cost.beside import RECORD, beside, summary, table
+
+NOT_RUN = "not run"
+FINE = ("ok", "not here", NOT_RUN)
+RECORDS = ("layers", "layers-native", "all-layers")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is none, or only half of it."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def counted(found: dict[str, dict[str, Any]]) -> str:
+    """How many verdicts of each kind, in words."""
+    outcomes = [verdict["outcome"] for verdict in found.values()]
+    return ", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes))
+
+
+def _verdicts(path: Path) -> list[str]:
+    found = read_json(path)
+    wrong = [
+        f"  {verdict['outcome']}: {name}: {verdict['text']}"
+        for name, verdict in found.items()
+        if verdict["outcome"] not in FINE
+    ]
+    return [f"{path.stem}: {counted(found) or 'none yet'}", *wrong]
+
+
+def lines(out: Path) -> list[str]:
+    """For the summary; ``report.md`` has each figure."""
+    found = []
+    for path in sorted([*out.glob("verdicts-*.json"), *out.glob("situations-*.json")]):
+        found += _verdicts(path) if ".before" not in path.name else []
+    records = [read_json(out / f"{name}.json") for name in RECORDS]
+    figures = [f for record in records if record for f in beside(record, read_json(RECORD))]
+    if figures:
+        (out / "report.md").write_text(table(figures) + "\n")
+        found += summary(figures)
+    return found
