@@ -109,6 +109,7 @@ class Fused(nn.Module):
     def _run_block(self, block: Block, x: Tensor) -> Any:
         try:
             se = find(self, block.se)
+            hooked = any(hook_reason(find(self, path)) for path in block.unhooked)
         except KeyError:  # taken out
             return NotImplemented
         form = se._senet_form if isinstance(se, Fused) else None
@@ -118,7 +119,7 @@ class Fused(nn.Module):
             or hook_reason(se)
             or (_changed_as_compiled(se, form) if compiling else stale_reason(se, form))
             or not dispatch.may_run_kernels(x, se._senet_backend, compiling)
-            or any(hook_reason(find(self, path)) for path in block.unhooked)
+            or hooked
         ):
             return NotImplemented
         return block.run(block, self, x, partial(_excite_within, se, form))
@@ -134,6 +135,8 @@ class Fused(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, where pickle and copy cannot find it by name.
         reduced: Any = super().__reduce_ex__(protocol)
+        if "_original" not in vars(type(self)):  # of a class on top, which its user finds
+            return reduced
         return (_new_fused, (self._original, self._code), *reduced[2:])
 
 

@@ -202,7 +202,9 @@ def _run_regnet(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any
 
 def _sequential(module: nn.Module, is_se: Callable[[nn.Module], bool]) -> Block:
     """The steps of a Sequential, with the activations beside its modules folded in."""
-    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    children: list[Any] = list(module._modules.items())
+    if any(child is None for _, child in children):
+        raise Refusal("one of its children is None, which its forward calls")
     steps: list[Step] = []
     parts: list[Part] = []
     unhooked: list[Path] = []
@@ -254,6 +256,8 @@ def _last_activation(
     child = children[-1][1]
     if is_sequential(child) and len(child._modules) > 1:
         children = [(n, c) for n, c in child._modules.items() if c is not None]
+        if len(children) < len(child._modules):  # None, which its forward calls
+            return None
         path, child = (children[-1][0],), children[-1][1]
     function = pointwise_name(child)
     if function not in ACTIVATIONS or function == "identity":
@@ -282,7 +286,8 @@ _FURTHER_MAKERS = frozenset(("torchvision.ops.misc.FrozenBatchNorm2d",))
 
 def _run_sequential(block: Block, module: Foreign, x: Tensor, excite: Excite) -> Any:
     for path, names in block.names:
-        if tuple(find(module, path)._modules) != names:
+        children = find(module, path)._modules
+        if tuple(children) != names or None in children.values():  # which its forward calls
             return NotImplemented
     for step in block.steps:
         if step.is_se:

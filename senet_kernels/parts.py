@@ -32,8 +32,9 @@ class Rare(NamedTuple):
     def holds(self, module: nn.Module, child: nn.Module) -> bool:
         """Whether it still is so; ``module`` is the one that was fused."""
         facts = child.__dict__
-        if any((facts[kind][name] is None) is not empty for kind, name, empty in self.slots):
-            return False
+        for kind, name, empty in self.slots:
+            if name not in facts[kind] or (facts[kind][name] is None) is not empty:
+                return False
         return self.first is None or find(module, self.first) is child
 
 

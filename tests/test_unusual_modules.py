@@ -291,6 +291,61 @@ def test_hooks_beside_an_activation_in_place(hooked: tuple[str, ...]) -> None:
             handle.remove()
 
 
+class Doubled:
+    """A mixin that its user puts on top of what was fused."""
+
+    def forward(self, x: Tensor) -> Any:
+        return 2 * super().forward(x)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_class_on_top_of_a_fused_one_is_copied(copied: Any) -> None:
+    module: Any = SE()
+    fuse_se_blocks(module)
+    x = torch.randn(2, 16, 5, 5)
+    expected = 2 * module(x)
+    module.__class__ = type("DoubledSE", (Doubled, type(module)), {})
+    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(copied(module)(x), expected)
+
+
+class OfWeight(SE):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.to(self.fc1.weight.dtype))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weight_that_is_no_parameter_any_more(compiled: bool) -> None:
+    plain: Any = OfWeight()
+    fused: Any = copy.deepcopy(plain)
+    assert fuse_se_blocks(fused).replaced
+    for module in (plain, fused):
+        weight = module.fc1.weight.detach() * 2
+        del module.fc1.weight
+        module.fc1.weight = weight
+    torch.compiler.reset()
+    run = torch.compile(fused, backend="eager") if compiled else fused
+    x = torch.randn(2, 16, 5, 5)
+    _check(plain, run, x)
+    with use_backend("native"), pytest.raises(RuntimeError, match="its child fc1"):
+        fused(x)
+
+
+@pytest.mark.parametrize("path", ["0", "0.1"])
+@pytest.mark.parametrize("before", [True, False])
+def test_sequential_with_none_in_a_place(path: str, before: bool) -> None:
+    inner = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU())
+    fused = nn.Sequential(inner, SE(), nn.ReLU())
+    plain = copy.deepcopy(fused)
+    *parent, name = path.split(".")
+    if before:
+        fused.get_submodule(".".join(parent))._modules[name] = None
+    fuse_se_blocks(fused, neighbours=True)
+    for model in (fused, plain):
+        model.get_submodule(".".join(parent))._modules[name] = None
+    _check(plain, fused, torch.randn(2, 3, 5, 5))
+
+
 def test_default_device_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = FusedSEBlock(16), torch.randn(2, 16, 5, 5)
     expected = block(x)
