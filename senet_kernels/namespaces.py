@@ -201,6 +201,18 @@ def _operators(code: CodeType) -> set[str]:
     return found
 
 
+_some_global: Any = None
+
+
+def _equals(then: Any) -> bool:
+    equal: bool = _some_global == then
+    return equal
+
+
+def _is_same(then: Any) -> bool:
+    return _some_global is then
+
+
 def _package_of(namespace: Mapping[str, Any]) -> str:
     return str(namespace.get("__name__")).partition(".")[0]
 
@@ -332,19 +344,16 @@ class Namespaces:
 
     def guards(self) -> tuple[FunctionType, ...]:
         """Functions that say whether globals are what they were, as Dynamo can trace and guard
-        them: constants, and functions. One for each module that has them."""
+        them: constants, and functions."""
         found = []
         for namespace, given in self.items.values():
             if type(namespace) is not dict or _package_of(namespace) in LIBRARIES:
                 continue
-            kept = {n: v for n, v in given.items() if _is_constant(v) or isinstance(v, _CODE)}
-            tests = [f"{n} {'==' if _is_constant(v) else 'is'} _{n}" for n, v in kept.items()]
-            if tests:
-                arguments = ", ".join(f"_{name}" for name in kept)
-                source = compile(f"lambda {arguments}: {' and '.join(tests)}", __file__, "eval")
-                guard: FunctionType = eval(source, namespace)
-                guard.__defaults__ = tuple(kept.values())
-                found.append(guard)
+            for name, value in given.items():
+                if _is_constant(value) or isinstance(value, _CODE):
+                    asks = _equals if _is_constant(value) else _is_same
+                    code = asks.__code__.replace(co_names=(name,))  # of that global
+                    found.append(FunctionType(code, namespace, "guard", (value,)))
         return tuple(found)
 
     def reads(self) -> Reads:

@@ -23,7 +23,7 @@ OF_LAYOUT = frozenset((
 OF_EXTENTS = frozenset(("numel", "nelement", "shape", "size", "len", "__len__", "nbytes"))
 #: What switches gradients, not only for what the forward computes.
 _OF_GRADIENT_MODES = frozenset((
-    "enable_grad", "no_grad", "set_grad_enabled", "inference_mode", "_set_grad_enabled",
+    "enable_grad", "set_grad_enabled", "inference_mode", "_set_grad_enabled",
 ))  # fmt: skip
 _OF_DEVICES = frozenset((
     "device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "get_device",

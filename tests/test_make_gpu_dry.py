@@ -208,8 +208,8 @@ def _unpacked(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     if not list((gpu.ROOT / "senet_kernels").glob("_native*.so")):
         pytest.skip("there is no compiled library")
     path = tmp_path / "bundle.tgz"
-    made = subprocess.run(["make", str(path), f"BUNDLE={path}"], cwd=gpu.ROOT, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    command = ["make", "--no-print-directory", str(path), f"BUNDLE={path}"]
+    made = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert path.stat().st_size < 64 << 20
     assert made.stdout == f"{path}: {path.stat().st_size} bytes\n"
