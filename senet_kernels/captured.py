@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import words_asked
 from .forms import Asks, Halves, Mlp, class_name, one_line, own_input
-from .namespaces import words_of
 from .parts import (
     OF_ANY_MODULE,
     Foreign,
@@ -187,7 +186,7 @@ def _surroundings() -> Iterator[None]:
         yield
 
 
-def read_captured(module: nn.Module, words: frozenset[str] | None = None) -> Mlp | Halves:
+def read_captured(module: nn.Module, words: words_asked.Words | None = None) -> Mlp | Halves:
     """The form of a module of unknown class, as its captured graph shows it.
 
     The graph is made of a copy without data, and nothing is run. It must be one excitation and
@@ -213,7 +212,7 @@ def read_captured(module: nn.Module, words: frozenset[str] | None = None) -> Mlp
             if likely and rank not in likely and not isinstance(first, _Fails):
                 break
             try:
-                reading, follows, asked = _read_in_all_settings(module, rank, words)
+                reading, follows, asked = _read_in_all_settings(module, rank, words.every)
             except Refusal as refusal:
                 first = first or refusal
                 continue
@@ -424,7 +423,9 @@ def _channels(module: nn.Module) -> int:
     raise Refusal("it has not the layers of an excitation")
 
 
-def parts_around(module: nn.Module, chain: Chain | None, words: frozenset[str]) -> tuple[Part, ...]:
+def parts_around(
+    module: nn.Module, chain: Chain | None, words: words_asked.Words
+) -> tuple[Part, ...]:
     """A module and its descendants, but for those that are called.
 
     Raises:
@@ -434,13 +435,13 @@ def parts_around(module: nn.Module, chain: Chain | None, words: frozenset[str]) 
     called = () if chain is None else chain.children
     paths = [path for path, _ in descendants(module)]
     kept = [p for p in paths if not any(p[: len(c)] == c for c in called)]
-    own = words_of(type(module)) if called else frozenset()
     for path in called:
-        asked = own & (vars(find(module, path)).keys() - OF_ANY_MODULE | words_asked.OF_CLASSES)
+        settings = vars(find(module, path)).keys() - OF_ANY_MODULE
+        asked = words.own & (settings | words_asked.OF_CLASSES)
         if asked:
             what, its = ", ".join(sorted(asked)), f"its child {'.'.join(path)}"
             raise Refusal(f"its forward asks for {what}, and {its} is called, and not watched")
-    return tuple(part_of(module, path, words) for path in [(), *kept])
+    return tuple(part_of(module, path, words.every) for path in [(), *kept])
 
 
 def _form_of(
@@ -448,7 +449,7 @@ def _form_of(
     found: _Reading,
     ranks: tuple[int, ...],
     autocast: bool,
-    words: frozenset[str],
+    words: words_asked.Words,
 ) -> Mlp:
     w1, b1, w2, b2 = found.names
     fc1 = None if w1 is None else _layer(module, w1, b1)

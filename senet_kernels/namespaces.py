@@ -27,12 +27,14 @@ from .watched import (
     INSTALLED,
     LIBRARIES,
     as_it_is,
+    cells_of,
     classes_of,
-    closure_of,
     codes_in,
     is_installed,
     is_setting,
     names_in,
+    package_of,
+    root_of,
 )
 
 #: A reader, where it reads, what it gave, and whether something else is right as well.
@@ -60,7 +62,7 @@ class Asked(NamedTuple):
     names: frozenset[str]
     strings: frozenset[str]  # and names that code with handlers for errors asks for
     any_name: bool  # it may ask for names that are made when it runs
-    builtins: frozenset[str]  # which of those that tell classes are called, not asked of an object
+    calls_type: bool  # the builtin, not an attribute of that name
 
     def asks_for(self, name: str) -> bool:
         """Whether they may look it up on an object."""
@@ -82,7 +84,7 @@ def asked_by(kind: type[nn.Module]) -> Asked:
     """What ``forward``, and the functions of the class that it names, ask for."""
     names: set[str] = set()
     strings: set[str] = set()
-    builtins: set[str] = set()
+    calls_type = False
     waiting, seen = ["forward"], set()
     while waiting:
         for value in definitions(kind, waiting.pop()):
@@ -93,12 +95,11 @@ def asked_by(kind: type[nn.Module]) -> Asked:
             for code in codes_in(function.__code__):
                 waiting += set(code.co_names) - names
                 names |= set(code.co_names)
-                if "type" in code.co_names and _calls_type(code):
-                    builtins.add("type")
+                calls_type = calls_type or ("type" in code.co_names and _calls_type(code))
                 strings |= {c for c in code.co_consts if isinstance(c, str)}
                 if getattr(code, "co_exceptiontable", b""):
                     strings |= set(code.co_names)
-    return Asked(frozenset(names), frozenset(strings), bool(names & _DYNAMIC), frozenset(builtins))
+    return Asked(frozenset(names), frozenset(strings), bool(names & _DYNAMIC), calls_type)
 
 
 def _calls_type(code: CodeType) -> bool:
@@ -126,11 +127,6 @@ _CALLS = ("__call__", "_call_impl", "__getattr__")
 _TORCH = str(Path(torch.__file__).parent)
 
 
-def _package(owner: Any) -> str:
-    name = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
-    return str(name).partition(".")[0]
-
-
 def _is_torchs(function: FunctionType) -> bool:
     return function.__code__.co_filename.startswith(_TORCH)
 
@@ -141,7 +137,7 @@ def _check_own(owner: Any, name: str, value: Any) -> None:
     function = _function(value)
     if function is None:
         return
-    if _package(owner) == "torch":
+    if package_of(owner) == "torch":
         is_own = _is_torchs(function)
     else:
         is_own = is_installed(function) or not _is_library(owner)
@@ -213,10 +209,6 @@ def _is_same(then: Any) -> bool:
     return _some_global is then
 
 
-def _package_of(namespace: Mapping[str, Any]) -> str:
-    return str(namespace.get("__name__")).partition(".")[0]
-
-
 _CODE = (FunctionType, BuiltinFunctionType, type)
 
 
@@ -240,7 +232,7 @@ class Namespaces:
 
     def add_class(self, kind: type[nn.Module]) -> None:
         asked = asked_by(kind)
-        self.packages.update(map(_package, classes_of(kind)))
+        self.packages.update(map(package_of, classes_of(kind)))
         for cls in classes_of(kind):
             of_class: Any = vars(cls)
             _let_python_note(cls)
@@ -271,7 +263,7 @@ class Namespaces:
             self.objects[id(function)] = _OF_FUNCTION, function, (
                 function.__code__, _copied(function.__defaults__), _copied(function.__kwdefaults__),
             )  # fmt: skip
-            for cell in function.__closure__ or ():
+            for cell in cells_of(function):
                 self._add_cell(cell)
         if not theirs or function.__module__ == F.__name__:
             called = names if theirs else names.union(*map(_operators, codes_in(function.__code__)))
@@ -293,13 +285,10 @@ class Namespaces:
 
     def _is_near(self, function: FunctionType) -> bool:
         """Whether what a function does may change: of a library, that it is the same is enough."""
-        return not is_installed(function) or _package(function) in self.packages
+        return not is_installed(function) or package_of(function) in self.packages
 
     def _add_cell(self, cell: Any) -> None:
-        try:
-            value = cell.cell_contents
-        except ValueError:  # empty so far
-            return
+        value = cell.cell_contents
         if not isinstance(value, type):  # of super()
             try:
                 seen = as_it_is(value)
@@ -311,12 +300,12 @@ class Namespaces:
     def _add_module(self, module: ModuleType, names: frozenset[str], follow: bool) -> None:
         namespace = vars(module)
         known = _OF_TORCH.get(id(namespace), namespace)
-        if known is namespace and module is not nn and _package(module) in LIBRARIES:
+        if known is namespace and module is not nn and package_of(module) in LIBRARIES:
             return
         for name in names:
             value = known.get(name, module)
             if isinstance(value, ModuleType):  # as in torch.nn.functional.relu
-                if follow and (value in (nn, F) or _package(value) not in LIBRARIES):
+                if follow and (value in (nn, F) or package_of(value) not in LIBRARIES):
                     self._follow(value, names)
             else:
                 _check_own(module, name, value)
@@ -347,7 +336,7 @@ class Namespaces:
         them: constants, and functions."""
         found = []
         for namespace, given in self.items.values():
-            if type(namespace) is not dict or _package_of(namespace) in LIBRARIES:
+            if type(namespace) is not dict or root_of(namespace.get("__name__")) in LIBRARIES:
                 continue
             for name, value in given.items():
                 if _is_constant(value) or isinstance(value, _CODE):
@@ -429,7 +418,7 @@ def _spoken(function: FunctionType) -> frozenset[str]:
     globals_ = function.__globals__
     values = [globals_[name] for name in names_in(function.__code__) & globals_.keys()]
     values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    values += closure_of(function)
+    values += [cell.cell_contents for cell in cells_of(function)]
     return frozenset(filter(None, map(spelled, (*strings, *values))))
 
 

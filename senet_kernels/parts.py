@@ -68,7 +68,6 @@ class Part(NamedTuple):
     known: frozenset[str]
     asked: Asked
     lookups: tuple[tuple[str, Any], ...]
-    rare: Rare | None
     quick: tuple[Any, ...]  # a Quick
 
 
@@ -131,7 +130,7 @@ def part_of(module: nn.Module, path: Path, words: frozenset[str] = frozenset()) 
     names, values = tuple(settings), tuple(settings.values())
     ours = frozenset() if path else _OURS
     known = frozenset(facts) | ours
-    words_of_class = (asked.builtins & {"type"}) | (asked.names & {"__class__", "_get_name"})
+    words_of_class = asked.names & {"__class__", "_get_name", *(["type"] * asked.calls_type)}
     if not path and words_of_class - known:
         what = ", ".join(sorted(words_of_class))
         raise Refusal(f"its forward asks for its class ({what}), which is another when it is fused")
@@ -141,13 +140,12 @@ def part_of(module: nn.Module, path: Path, words: frozenset[str] = frozenset()) 
         for name, value in settings.items()
         if asked.asks_for(name) and not is_guarded(value)
     )
-    rare = _rare(module, child, path, words)
     quick = Quick(
         path, type(child) if path else None, tuple(child._modules), _registered(child),
-        *_reader(names, values), len(known), rare,
+        *_reader(names, values), len(known), _rare(module, child, path, words),
     )  # fmt: skip
     # A plain tuple is unpacked in a third of the instructions.
-    return Part(path, type(child), names, values, known, asked, lookups, rare, tuple(quick))
+    return Part(path, type(child), names, values, known, asked, lookups, tuple(quick))
 
 
 def _rare(module: nn.Module, child: nn.Module, path: Path, words: frozenset[str]) -> Rare | None:
@@ -323,7 +321,7 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
                     return False
             if part.path and not _finds(child, "forward", _METHOD):
                 return False
-            rare = part.rare
+            rare = part.quick[_RARE]
             if rare is not None:
                 for _, name, empty in rare.slots:
                     if (getattr(child, name) is None) is not empty:
@@ -337,7 +335,8 @@ def guard(module: nn.Module, parts: tuple[Part, ...]) -> bool:
     return True
 
 
-_CHILDREN, _REGISTERED = Quick._fields.index("children"), Quick._fields.index("registered")
+# Dynamo guards what is read of a tuple: of a Quick's fields these alone.
+_CHILDREN, _REGISTERED, _RARE = map(Quick._fields.index, ("children", "registered", "rare"))
 
 
 def _finds(child: Foreign, name: str, value: Any) -> bool:

@@ -9,6 +9,7 @@ to ``KNOWN``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .captured import (
     sounds_like_se,
 )
 from .forms import Form, Halves, Mlp, class_name, not_a_matrix, own_input, pointwise_name
+from .namespaces import words_of
 from .neighbours import source_hash
 from .parts import (
     Foreign,
@@ -37,6 +39,7 @@ from .parts import (
 )
 from .pointwise import ACTIVATIONS, GATES
 from .tensors import foreign_class
+from .watched import package_of
 from .words_asked import words_in
 
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -126,10 +129,8 @@ _CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.C
 
 def _contains(module: nn.Module, child: Foreign) -> bool:
     """Whether a child is a container of PyTorch's, or of a class of the module's own library."""
-    library = type(module).__module__.partition(".")[0]
-    return type(child) in (nn.Sequential, nn.ModuleList) or (
-        type(child).__module__.partition(".")[0] == library
-    )
+    kind = type(child)
+    return kind in (nn.Sequential, nn.ModuleList) or package_of(kind) == package_of(type(module))
 
 
 def _averages(pool: Foreign, rank: int) -> bool:
@@ -286,6 +287,8 @@ class Recogniser:
     """Recognises the modules of one model; equal ones are captured once."""
 
     def __init__(self) -> None:
+        # Of a class: its code stays what it is while a model is looked at.
+        self._words_of: Any = cache(words_of)
         self._seen: list[tuple[Any, Mlp | Halves | Refusal]] = []
 
     def recognise(self, module: nn.Module) -> Form | None:
@@ -330,8 +333,8 @@ class Recogniser:
         if not is_small(module):
             raise Refusal("it holds more modules than an excitation does")
         check_children(module)
-        words = words_in(module)
-        key = _key(module, words)
+        words = words_in(module, self._words_of)
+        key = _key(module, words.every)
         found = next((f for k, f in self._seen if _is_same(k, key)), None)
         if found is None:
             try:

@@ -148,10 +148,11 @@ def _of_function(value: Any) -> Any:
         named = value.__globals__[name]
         if not isinstance(named, ModuleType):
             found[name] = as_it_is(named)
-        elif named.__name__.partition(".")[0] not in LIBRARIES:
+        elif package_of(named) not in LIBRARIES:
             raise TooLarge
     defaults = value.__defaults__, value.__kwdefaults__
-    return _Code(code), as_it_is(defaults), as_it_is(closure_of(value)), found
+    cells = [cell.cell_contents for cell in cells_of(value)]
+    return _Code(code), as_it_is(defaults), as_it_is(cells), found
 
 
 class _Code:
@@ -181,9 +182,19 @@ def is_installed(function: FunctionType) -> bool:
     return function.__code__.co_filename.startswith(INSTALLED)
 
 
-def closure_of(function: FunctionType) -> list[Any]:
-    """The values of its closure, those that are there so far."""
-    return [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+def cells_of(function: FunctionType) -> list[CellType]:
+    """The cells of its closure that have a value so far."""
+    return [cell for cell in function.__closure__ or () if cell != CellType()]
+
+
+def root_of(name: Any) -> str:
+    """The package of a module's name."""
+    return str(name).partition(".")[0]
+
+
+def package_of(owner: Any) -> str:
+    """The package of a module, or of what says which module it is of."""
+    return root_of(owner.__name__ if isinstance(owner, ModuleType) else owner.__module__)
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:
@@ -244,7 +255,7 @@ def as_it_is(value: Any) -> Any:
 
 def _as_it_is(value: Any) -> Any:
     if isinstance(value, type):
-        foreign = value.__module__.partition(".")[0] in ("builtins", "torch", "typing")
+        foreign = package_of(value) in ("builtins", "torch", "typing")
         return value if foreign or issubclass(value, nn.Module) else Snapshot(_of_class, value)
     if isinstance(value, FunctionType) and not is_installed(value):
         return Snapshot(_of_function, value)

@@ -4,6 +4,8 @@ and whether it may be fused at all."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import nn
 from torch.fx import GraphModule
@@ -57,9 +59,21 @@ OF_AUTOCAST = re.compile(r"autocast|\bamp\b")
 OF_CLASSES = frozenset(("isinstance", "issubclass", "type", "__class__"))
 
 
-def words_in(module: nn.Module) -> frozenset[str]:
-    """What the code of a module and of its children names, PyTorch's own aside, and what their
-    attributes are called, or are, which may be functions and names of attributes.
+class Words(NamedTuple):
+    """What code names, PyTorch's own aside: that of a module's class; and its own and its
+    children's, and what their attributes are, which may be functions and names of attributes."""
+
+    own: frozenset[str]
+    every: frozenset[str]
+
+
+def words_in(
+    module: nn.Module, of_kind: Callable[[type[nn.Module]], frozenset[str]] = words_of
+) -> Words:
+    """The words of a module.
+
+    Args:
+        of_kind: what gives those of a class.
 
     Raises:
         Refusal: something that it reads cannot be watched for changes.
@@ -73,9 +87,11 @@ def words_in(module: nn.Module) -> frozenset[str]:
     attributes = (v for child in module.modules() for v in vars(child).values())
     words = frozenset(filter(None, map(spelled, attributes)))
     try:
-        return words.union(*map(words_of, kinds))
+        every = words.union(*map(of_kind, kinds))
+        own = of_kind(type(module)) if type(module) in kinds else frozenset()
     except Unwatchable as unwatchable:
         raise Refusal(str(unwatchable)) from unwatchable
+    return Words(own, every)
 
 
 def check(words: set[str]) -> None:

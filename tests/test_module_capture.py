@@ -20,6 +20,7 @@ from senet_kernels.captured import read_captured
 from senet_kernels.forms import Halves, Mlp
 from senet_kernels.parts import Refusal
 from senet_kernels.validation import DTYPES
+from senet_kernels.words_asked import Words
 
 
 def _outside() -> list[Any]:
@@ -139,7 +140,7 @@ class Layer(nn.Module):
 def test_equal_modules_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     captured: list[nn.Module] = []
 
-    def counted(module: nn.Module, words: frozenset[str]) -> Mlp | Halves:
+    def counted(module: nn.Module, words: Words) -> Mlp | Halves:
         captured.append(module)
         return read_captured(module, words)
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from senet_kernels.watched import codes_in
+
 _TORCH = str(Path(torch.__file__).parent)
 #: Dynamo has state of its own.
 _LOCK = threading.RLock()
@@ -284,13 +286,8 @@ def _inputs(
 
 def _words(codes: list[types.CodeType]) -> frozenset[str]:
     words: set[str] = set()
-    waiting = [code for code in codes if not code.co_filename.startswith(_TORCH)]
-    while waiting:
-        code = waiting.pop()
-        words.update(code.co_names)
-        for constant in code.co_consts:
-            if isinstance(constant, str):
-                words.add(constant)
-            elif isinstance(constant, types.CodeType):
-                waiting.append(constant)
+    for outer in codes:
+        if not outer.co_filename.startswith(_TORCH):
+            for code in codes_in(outer):
+                words.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
     return frozenset(words)

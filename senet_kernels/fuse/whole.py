@@ -150,9 +150,8 @@ def _check_writes(flow: Flow, capture: Capture, called: set[Node]) -> None:
         for target in written(node, flow.op(node)):
             owner = flow.owner(target)
             if owner is not None:
-                name = (
-                    "input" if owner is capture.x else capture.tensors.get(owner, (owner.name,))[0]
-                )
+                name = capture.tensors[owner][0] if owner in capture.tensors else owner.name
+                name = "input" if owner is capture.x else name
                 raise Mismatch(f"it overwrites its {name} ({_called(node)})")
 
 
