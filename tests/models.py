@@ -27,6 +27,21 @@ def library(name: str) -> ModuleType:
         pytest.skip(f"{name}: {error}")
 
 
+class SE(nn.Module):
+    """A block of nobody's library, of 16 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act = nn.Conv2d(16, 4, 1), nn.ReLU()
+        self.fc2, self.gate = nn.Conv2d(4, 16, 1), nn.Sigmoid()
+
+    def gates(self, x: Tensor) -> Any:
+        return self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.gates(x)
+
+
 @dataclass(frozen=True)
 class RealModel:
     """A model of another library, by name."""

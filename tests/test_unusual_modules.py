@@ -13,19 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
 import senet_kernels
-from models import library
+from models import SE, library
 from senet_kernels import FusedSEBlock, fuse_se_blocks, unfuse_se_blocks, use_backend
-
-
-class SE(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.act = nn.Conv2d(16, 4, 1), nn.ReLU()
-        self.fc2, self.gate = nn.Conv2d(4, 16, 1), nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Any:
-        z = x.mean((2, 3), keepdim=True)
-        return x * self.gate(self.fc2(self.act(self.fc1(z))))
 
 
 def _outcome(module: Any, x: Tensor) -> Any:

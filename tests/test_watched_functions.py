@@ -16,25 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import is_grad_enabled as may_differentiate
 
+from models import SE
 from senet_kernels import fuse_se_blocks
 from senet_kernels.converted import Fused, stale_reason
 
 FACTOR = 1.0
 ASKED = "requires_grad"
 TABLE: dict[str, float] = {"factor": 1.0}
-
-
-class SE(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.act = nn.Conv2d(16, 4, 1), nn.ReLU()
-        self.fc2, self.gate = nn.Conv2d(4, 16, 1), nn.Sigmoid()
-
-    def gates(self, x: Tensor) -> Any:
-        return self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
-
-    def forward(self, x: Tensor) -> Any:
-        return x * self.gates(x)
 
 
 def scaled(x: Tensor) -> Any:
