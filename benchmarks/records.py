@@ -46,9 +46,23 @@ def dumps(record: Record) -> str:
 def write(record: Record, path: Path) -> None:
     """Write a record at once, so that whoever reads it finds a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, dumps(record))
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file at once."""
     temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(dumps(record))
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Record:
+    """What a file has that somebody may just be writing; empty where there is none, or half."""
+    try:
+        found: Record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def read(path: Path) -> Record:

@@ -8,7 +8,6 @@ its record, and leaves out what was under way. The last line says how many resul
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -16,8 +15,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from benchmarks.records import read_json
 from senet_kernels._command_line import Parser
 
 STALL = 40.0
@@ -27,13 +26,6 @@ BENCHMARKS = ("-m", "benchmarks", "layers")
 def _age(*paths: Path) -> float:
     """Seconds since the last of the files was written."""
     return time.time() - max((p.stat().st_mtime for p in paths if p.exists()), default=0.0)
-
-
-def _read(record: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        found: dict[str, Any] = json.loads(record.read_text())
-        return found
-    return {}
 
 
 def attempt(command: Sequence[str], record: Path, under_way: Path, stall: float) -> tuple[str, int]:
@@ -56,12 +48,12 @@ def attempt(command: Sequence[str], record: Path, under_way: Path, stall: float)
         return f"nothing new for {stall:.0f} s", code
     if code < 0:
         return f"died by {signal.Signals(-code).name}", code
-    ended = _read(record).get("status") in ("complete", "interrupted") or code == 2
+    ended = read_json(record).get("status") in ("complete", "interrupted") or code == 2
     return "" if ended else f"ended with status {code}", code
 
 
 def _said(record: Path, left_out: dict[str, str]) -> str:
-    found = _read(record)
+    found = read_json(record)
     missed = [n for n in found.get("not_measured", []) if f"{n}/" not in left_out]
     count = len([*found.get("results", []), *found.get("small_call", [])])
     text = f"{count} results"

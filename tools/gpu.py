@@ -32,9 +32,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import read_json
 from benchmarks.strategies import POLICIES
 from tools import gpu_report
-from tools.gpu_report import read_json
 from tools.stage_runner import GRACE, ROOT, Runner, Stage, Task, no_gpu, read_environment
 
 DRY_NOTE = "dry run: pretended devices and small tasks, in place of a GPU"

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import read_json
 from tools.cost.beside import RECORD, beside, summary, table
 
 NOT_RUN = "not run"
 FINE = ("ok", "not here", NOT_RUN)
 RECORDS = ("layers", "layers-native", "all-layers")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is none, or only half of it."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def counted(found: dict[str, dict[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import replace
 from senet_kernels.trust.worker import Worker
 from tools.gpu_kernels import FRESH, Case, cases
 from tools.gpu_report import FINE, NOT_RUN, counted
@@ -129,9 +130,7 @@ class Pool:
             self._begun[case.name] = time.monotonic()
 
     def _write(self) -> None:
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.found, indent=1))
-        os.replace(part, self.path)
+        replace(self.path, json.dumps(self.found, indent=1))
 
 
 def main() -> int:

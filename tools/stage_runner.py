@@ -25,6 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.records import read_json
+
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "senet_kernels.gpu/3"
 SUMMARY = ("summary.txt", "summary.json")
@@ -218,9 +220,7 @@ class Runner:
             return
         self.home.unpack()
         self._fingerprint = fingerprint()
-        found: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            found = json.loads((self.out / "summary.json").read_text())
+        found = read_json(self.out / "summary.json")
         same = (found.get("schema"), found.get("fingerprint"), found.get("note")) == (
             SCHEMA, self._fingerprint, self.note,
         )  # fmt: skip
@@ -404,11 +404,7 @@ def last_line(text: str) -> str:
 
 def read_environment(out: Path) -> dict[str, Any]:
     """What the first stage found; empty where it failed."""
-    try:
-        found: dict[str, Any] = json.loads((out / "environment.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
+    return read_json(out / "environment.json")
 
 
 def no_gpu(out: Path) -> str | None:
