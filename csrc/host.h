@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -32,14 +33,27 @@ std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device);
 // The one for x, which is on one of them.
 const Host& host_of(const torch::stable::Tensor& x);
 
-// SENET_KERNELS_POISON=1, for tests: all memory starts as NaN, scratch memory anew in each call,
-// so that whatever a kernel reads or returns without having written it shows.
-inline bool poisons() {
-  static const bool on = [] {
-    const char* value = std::getenv("SENET_KERNELS_POISON");
-    return value && *value == '1';
-  }();
-  return on;
+// How memory is allocated, a sum of:
+enum Allocation : int {
+  // SENET_KERNELS_POISON=1, for tests: all memory starts as NaN, scratch memory anew in each call,
+  // so that whatever a kernel reads or returns without having written it shows.
+  kPoisoned = 1,
+  // By PyTorch's dispatcher, where a mode of Python sees it: while kernels are proven. Usually past
+  // it, which a small call notices.
+  kDispatched = 2,
+};
+inline std::atomic<int> allocation = [] {
+  const char* value = std::getenv("SENET_KERNELS_POISON");
+  return value && *value == '1' ? kPoisoned : 0;
+}();
+inline void dispatch_allocations(bool on) {
+  on ? allocation.fetch_or(kDispatched) : allocation.fetch_and(~kDispatched);
 }
+inline bool poisons() { return allocation.load(std::memory_order_relaxed) & kPoisoned; }
+
+// An uninitialised tensor on a device: `index` of those of its type.
+torch::stable::Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims,
+                                  torch::headeronly::ScalarType dtype, int32_t device,
+                                  int32_t index);
 
 }  // namespace senet

@@ -3,7 +3,10 @@
 //
 // Schemas and fakes of the private ops are in senet_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
+#include <array>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -393,10 +396,37 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
 }
 
 }  // namespace
+
+Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype,
+                   int32_t device, int32_t index) {
+  using torch::stable::detail::from;
+  if (allocation.load(std::memory_order_relaxed) & kDispatched) {
+    const auto n = static_cast<size_t>(dims);
+    const torch::stable::Device on(static_cast<torch::headeronly::DeviceType>(device), index);
+    std::array<StableIValue, 6> stack{from(torch::headeronly::IntHeaderOnlyArrayRef(sizes, n)),
+                                      from(torch::headeronly::IntHeaderOnlyArrayRef(strides, n)),
+                                      from(std::optional(dtype)),
+                                      from(std::nullopt),
+                                      from(std::optional(on)),
+                                      from(std::nullopt)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  AtenTensorHandle handle = nullptr;
+  const auto code = torch::stable::detail::to<int32_t>(from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, code, device, index, &handle));
+  return Tensor(handle);
+}
+
 }  // namespace senet
 
 #if defined(SENET_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(senet_simt, CPU, m) { senet::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(senet_simt, CompositeExplicitAutograd, m) {
+  m.impl("native_dispatch_allocations", TORCH_BOX(&senet::dispatch_allocations));
+}
 #else
 namespace {
 [[maybe_unused]] const bool defined = senet::define_public_ops();
@@ -413,6 +443,7 @@ STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CUDA, m) {
 #endif
 STABLE_TORCH_LIBRARY_IMPL(senet_kernels, CompositeExplicitAutograd, m) {
   m.impl("native_isa", TORCH_BOX(&senet::cpu_isa));
+  m.impl("native_dispatch_allocations", TORCH_BOX(&senet::dispatch_allocations));
 #if SENET_CUDA
   m.impl("native_plan", TORCH_BOX(&senet::cuda_plan));
 #endif

@@ -129,19 +129,17 @@ inline Tensor rows_copy(const Tensor& t) {
   return allocated(t.numel(), t.element_size(), [&] { return torch::stable::contiguous(t); });
 }
 
-// An uninitialised dense tensor on the device of x; the dispatcher is left out, which a small call
-// notices.
+// An uninitialised dense tensor on the device of x.
 inline Tensor new_dense(const Place& at, ScalarType dtype, const int64_t* sizes,
                         const int64_t* strides, int64_t dims) {
-  AtenTensorHandle handle = nullptr;
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  if (aoti_torch_empty_strided(dims, sizes, strides, code, at.host->device_type(), at.index,
-                               &handle) != AOTI_TORCH_SUCCESS) {
+  Tensor t;
+  try {
+    t = new_strided(sizes, strides, dims, dtype, at.host->device_type(), at.index);
+  } catch (const std::exception&) {
     int64_t n = 1;
     for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
     STD_TORCH_CHECK(false, "out of memory: cannot allocate a tensor of ", n, " elements");
   }
-  Tensor t(handle);
   if (poisons() && t.numel()) {
     at.host->poison(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(),
                     at.index);

@@ -30,6 +30,7 @@ from ptx import compiling
 
 CUDA = build.ROOT / "csrc" / "cuda"
 NAMESPACE = "senet_simt"
+_SETTING = "native_dispatch_allocations"  # an op without tensors
 SANITIZED = "SENET_TEST_SANITIZED"
 #: Where it is set, the PTX of the kernels is executed, not their source (``tests/ptx``): to the
 #: seed of the errors of approximate functions.
@@ -99,6 +100,7 @@ class Simulation:
         for name in ops.NATIVE_OPS:
             schema = getattr(torch.ops.senet_kernels, name).default._schema
             schemas.define(str(schema).partition("::")[2])
+        schemas.define(f"{_SETTING}(bool on) -> ()")
         torch.ops.load_library(str(path))
         self.schemas = schemas  # as long as it lives
         self.finder = compiling.Finder(path)
@@ -226,13 +228,15 @@ def plugged_in(
     simulated.execute_ptx(ptx)
     simulated.use(seed, seed % len(simulated.devices) if device is None else device)
     simulated.take_launches()
-    library = torch.library.Library("senet_kernels", "IMPL", "CPU")
+    library = torch.library.Library("senet_kernels", "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*verrid")
             for name in ops.NATIVE_OPS:
                 op = getattr(getattr(torch.ops, NAMESPACE), name).default
-                library.impl(name, op, allow_override=True)
+                library.impl(name, op, "CPU", allow_override=True)
+            op = getattr(getattr(torch.ops, NAMESPACE), _SETTING).default
+            library.impl(_SETTING, op, "CompositeExplicitAutograd", allow_override=True)
         yield simulated
     finally:
         library._destroy()

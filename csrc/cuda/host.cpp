@@ -52,10 +52,7 @@ using OnDevice = torch::stable::accelerator::DeviceGuard;
 std::optional<Tensor> scratch(int64_t bytes, int32_t index) {
   if (bytes == 0) return std::nullopt;
   const int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
-                                                  device_type(), index, &handle));
-  return Tensor(handle);
+  return new_strided(&bytes, &stride, 1, torch::headeronly::ScalarType::Byte, device_type(), index);
 }
 
 // Plans a call and launches it.

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -203,6 +204,20 @@ def describe() -> str:
         f"C++ kernels for {isas}; running {torch.ops.senet_kernels.native_isa()}; "
         f"compiler {record.get('compiler', 'unknown')}; {cuda}"
     )
+
+
+@contextmanager
+def dispatched_allocations() -> Iterator[None]:
+    """While kernels are proven: the library allocates as PyTorch's operators do, so that modes of
+    this thread see it. It does so in other threads, too, which makes them no more than slower."""
+    if UNAVAILABLE is not None:
+        yield
+        return
+    torch.ops.senet_kernels.native_dispatch_allocations(True)
+    try:
+        yield
+    finally:
+        torch.ops.senet_kernels.native_dispatch_allocations(False)
 
 
 def waits(plan: str) -> bool:

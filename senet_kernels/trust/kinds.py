@@ -30,7 +30,7 @@ MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 INFERENCE, TRAINING = "inference", "training"
 
 # Whatever a change to it makes of older verdicts: they are not read.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def bucket(extent: int) -> int:

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from senet_kernels import fallback, reference
+from senet_kernels.backends import native
 from senet_kernels.pointwise import Options, pack
 
 from .bands import Allocations, Bands
@@ -191,21 +192,10 @@ class Problem:
     # -- the ways to compute it
 
     def kernel(self, x: Tensor | None = None) -> Results:
-        """By the backend's raw ops, what they allocate in Python between bands. ``x``: to
-        overwrite, where the call does."""
-        self._leave_nan()
-        with Allocations(self.bands):
+        """By the backend's raw ops, what they allocate between bands. ``x``: to overwrite, where
+        the call does."""
+        with native.dispatched_allocations(), Allocations(self.bands):
             return self._kernel(x)
-
-    def _leave_nan(self) -> None:
-        """Fill and free as much memory as results take: compiled code does not allocate through
-        operators that could be intercepted, and gets what was freed last."""
-        sizes = [t.numel() * t.element_size() for t in self.tensors.values() if t is not None]
-        filled = [
-            torch.full((size,), 0xFF, dtype=torch.uint8, device=self.kind.device)
-            for size in (*sizes, sizes[0], sizes[0])
-        ]
-        filled.clear()
 
     def kernel_plainly(self) -> Results:
         """The same without bands, for its time."""

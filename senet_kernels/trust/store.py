@@ -7,6 +7,7 @@ is not whole, is not there.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -49,6 +50,11 @@ def _complain(text: str, error: OSError) -> None:
         log.warning("%s: %s; verdicts are kept in memory, for this process alone", text, error)
 
 
+@functools.cache
+def _name_of(environment: tuple[tuple[str, str], ...]) -> str:
+    return digest(json.dumps(environment))
+
+
 class Folder(NamedTuple):
     """The verdicts on one card with one set of software, see :func:`kinds.environment`."""
 
@@ -58,7 +64,7 @@ class Folder(NamedTuple):
     def path(self) -> Path | None:
         """Where it is; it need not exist."""
         folder = root()
-        return folder and folder / digest(json.dumps(self.environment))
+        return folder and folder / _name_of(self.environment)
 
     def read(self, key: str) -> dict[str, Any] | None:
         """The record of a kind, where there is a whole one."""

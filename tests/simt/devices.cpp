@@ -61,13 +61,6 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard) {
   delete before;
   return AOTI_TORCH_SUCCESS;
 }
-AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t,
-                                        int32_t device, AtenTensorHandle* tensor) {
-  event("memory", device);
-  if (out_of_memory) return AOTI_TORCH_FAILURE;
-  *tensor = reinterpret_cast<AtenTensorHandle>(new int64_t(device));
-  return AOTI_TORCH_SUCCESS;
-}
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
   delete reinterpret_cast<int64_t*>(tensor);
   return AOTI_TORCH_SUCCESS;
@@ -91,6 +84,13 @@ AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data) 
 namespace senet {
 
 const Host& host_of(const torch::stable::Tensor&) { return cuda_host(); }
+
+torch::stable::Tensor new_strided(const int64_t*, const int64_t*, int64_t,
+                                  torch::headeronly::ScalarType, int32_t, int32_t device) {
+  event("memory", device);
+  if (out_of_memory) throw std::runtime_error("out of memory");
+  return torch::stable::Tensor(reinterpret_cast<AtenTensorHandle>(new int64_t(device)));
+}
 
 namespace gpu {
 
