@@ -28,6 +28,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .pointwise import Options, pack, unpack
+from .tensors import is_traced
 
 DEFAULT_OPTIONS = pack(Options("relu", "sigmoid", "identity", "identity"))
 
@@ -331,7 +332,7 @@ def _plain_backward(backend: str, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     # Grad mode is on in here only under create_graph=True.
     differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     tensors = ctx.saved_tensors
-    if tensors[_AFFINE] is not None and torch.compiler.is_compiling():
+    if tensors[_AFFINE] is not None and is_traced(dy):
         # AOTAutograd keeps for backward what an op that it cannot fuse reads there. What a fusible
         # one reads, here neg of neg, it computes again: from the statistics that a BatchNorm keeps.
         pair = (t.neg().neg() for t in tensors[_AFFINE : _AFFINE + 2])

@@ -96,6 +96,12 @@ def proxies(*arguments: Any) -> tuple[Any, ...]:
     return tuple(filter(is_proxy, members))
 
 
+def is_traced(t: Tensor) -> bool:
+    """Whether torch.compile records what is done to t: Dynamo, or AOTAutograd behind it, during
+    which torch 2.11 does not call itself compiling."""
+    return torch.compiler.is_compiling() or isinstance(t, _STAND_INS)
+
+
 def is_captured() -> bool:
     """Whether calls are recorded in a graph that is run, and perhaps trained, elsewhere: by
     ``torch.export``, ``make_fx``. Not under torch.compile, whose graphs stay in this process."""

@@ -1,6 +1,7 @@
 """Modules written to be taken for squeeze-and-excitation though they are more, less or other than
 that, and modules that are it in unusual words. Each says whether it may be fused, and where it may
-not, what the true cause is (a regular expression for the report)."""
+not, what the true cause is (a regular expression for the report): what it does, or that Dynamo does
+not trace that, as releases of PyTorch differ in it."""
 
 from __future__ import annotations
 
@@ -172,7 +173,7 @@ class CountsInAGlobal(Case):
 
 
 class CountsInItsClass(Case):
-    cause = r"changes.* type\(self\)"
+    cause = r"changes.* type\(self\)|Dynamo cannot trace.*setattr.*'type'"
     calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class CountsInItsClass(Case):
 
 
 class CountsInAnotherClass(Case):
-    cause = r"changes.* Registry"
+    cause = r"changes.* Registry|Dynamo cannot trace.*setattr.*'type'"
 
     def forward(self, x: Tensor) -> Tensor:
         Registry.calls += 1
@@ -289,11 +290,26 @@ class Warns(Case):
         return x * self.gate(x)
 
 
-class DrawsARandomNumber(Case):
-    cause = "Dynamo cannot trace.*random"
+class BranchesOnARandomNumber(Case):
+    cause = "Dynamo cannot trace.*([Rr]andom|[Dd]ata-dependent branching)"
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x) if random.random() < 2 else x
+
+
+class DrawsARandomNumber(Case):
+    cause = "Dynamo cannot trace.*[Rr]andom|more than compute.*rand"
+
+    def forward(self, x: Tensor) -> Tensor:
+        random.random()
+        return x * self.gate(x)
+
+
+class ScalesByARandomNumber(Case):
+    cause = "more than compute.*rand"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gate(x) * random.uniform(0.5, 2))
 
 
 class DrawsARandomTensor(Case):
@@ -610,7 +626,7 @@ class BranchesOnTheClock(Case):
 
 
 class AdvancesAnIterator(Case):
-    cause = r"changes.* self\.calls"
+    cause = r"changes.* self\.calls|Dynamo cannot trace.*__next__"
 
     def __init__(self) -> None:
         super().__init__()

@@ -61,14 +61,21 @@ def _compiled(name: str, **how: Any) -> Callable[..., Tensor]:
 
 
 def _check(problem: Problem, fn: Callable[..., Tensor], backend: str) -> None:
-    """Forward without gradients, and forward and backward, against the oracle."""
-    right, scale = problem.expected(), magnitudes(problem)
+    """Forward without gradients, and forward and backward, against the oracle; of the fallback,
+    whose accuracy is eager PyTorch's, against that."""
     results = problem.run(fn)
-    oracle.assert_like_oracle(results, right, scale, problem.dtype)
     with torch.no_grad():
         y = problem.call(fn)
-    oracle.assert_like_oracle({"y": y}, {"y": right["y"]}, scale, problem.dtype)
     eager = problem.run(squeeze_excite, backend=backend)
+    if backend == "fallback":
+        assert torch.equal(y, results["y"])
+        for name, value in results.items():
+            close = 4 * oracle.ulp(problem.dtype) * oracle.largest(eager[name])
+            assert oracle.max_error(value, eager[name]) <= close, name
+    else:
+        right, scale = problem.expected(), magnitudes(problem)
+        oracle.assert_like_oracle(results, right, scale, problem.dtype)
+        oracle.assert_like_oracle({"y": y}, {"y": right["y"]}, scale, problem.dtype)
     assert results["y"].stride() == eager["y"].stride()
     if backend in dispatch.KERNELS:  # an opaque op: the same bits
         for name, value in results.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 import re
 from typing import Any
 
@@ -28,7 +29,8 @@ def _outside() -> list[Any]:
     state = [module_cases.LOG, module_cases.TABLE, module_cases.CALLS]
     state += [{k: v for k, v in vars(c).items() if isinstance(v, (int, float))}
               for c in (module_cases.Registry, *module_cases.CASES)]  # fmt: skip
-    return [*copy.deepcopy(state), torch.get_rng_state().tolist(), torch.get_default_dtype()]
+    numbers = [random.getstate(), torch.get_rng_state().tolist()]
+    return [*copy.deepcopy(state), *numbers, torch.get_default_dtype()]
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

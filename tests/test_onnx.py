@@ -17,17 +17,18 @@ from senet_kernels import fuse_se_blocks, use_backend
 
 #: One for each number of dimensions, and one of each kind of block.
 _WANTED = (
-    "call-shape=5x8x12,after=gelu_tanh,lengths=True,shift=True",
+    "call-shape=5x8x12,after=gelu_tanh,shift=True,lengths=True",
     "call-shape=5x8x6x7x2,before=leaky_relu,residual=contiguous,weighted=True",
     "call-shape=5x8x6x7,before=hardswish,weighted=True,affine=True,lengths=True",
     "FusedSEBlock-steps", "FusedSEBlock-single", "FusedSEBlock-tied", "FusedSEBlock-constant",
     "converted-halves", "converted-neighbours", "halves-lengths",
 )  # fmt: skip
 _IN_THE_GATE = (*_WANTED[:2], "FusedSEBlock-steps", "converted-neighbours", "halves-lengths")
+_NAMED = {case.name: case for case in CASES}
 _CASES = [
-    pytest.param(case, marks=() if case.name in _IN_THE_GATE else pytest.mark.slow)
-    for case in CASES if case.name in _WANTED
-]  # fmt: skip
+    pytest.param(_NAMED[name], marks=() if name in _IN_THE_GATE else pytest.mark.slow)
+    for name in _WANTED
+]
 each_case = pytest.mark.parametrize("case", _CASES, ids=str)
 each_exporter = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 
@@ -103,7 +104,7 @@ def test_small_networks(case: Case, dynamo: bool, tmp_path: Path) -> None:
 @each_exporter
 @pytest.mark.parametrize("name", ["native", "fallback"])
 def test_a_backend_named_while_exporting(name: str, dynamo: bool, tmp_path: Path) -> None:
-    case = next(case for case in CASES if case.name == "FusedSEBlock-steps")
+    case = _NAMED["FusedSEBlock-steps"]
     model, (x,) = case.net().float().eval(), case.inputs()
     with use_backend(name):
         _export(model, (x.float(),), tmp_path / "model.onnx", dynamo=dynamo, shapes=({0: "batch"},))
@@ -112,7 +113,7 @@ def test_a_backend_named_while_exporting(name: str, dynamo: bool, tmp_path: Path
 
 
 def test_a_program_of_torch_export(tmp_path: Path) -> None:
-    case = next(case for case in CASES if case.name == "FusedSEBlock-steps")
+    case = _NAMED["FusedSEBlock-steps"]
     model, inputs = case.net().float().eval(), (case.inputs()[0].float(),)
     program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes(case))
     torch.onnx.export(program, f=tmp_path / "model.onnx", dynamo=True, verbose=False)
@@ -123,7 +124,7 @@ def test_a_program_of_torch_export(tmp_path: Path) -> None:
 @each_exporter
 def test_a_network_in_training_mode(dynamo: bool, tmp_path: Path) -> None:
     """Parameters that take gradients are exported all the same."""
-    case = next(case for case in CASES if case.name == "halves-shift")
+    case = _NAMED["halves-shift"]
     model, (x,) = case.net().float(), case.inputs()
     assert all(p.requires_grad for p in model.parameters())
     _export(model, (x.float(),), tmp_path / "model.onnx", dynamo=dynamo, shapes=({},))

@@ -7,10 +7,11 @@ each followed by the network's output) and says what ``run_package`` is to be ca
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 import senet_kernels
@@ -18,8 +19,8 @@ from senet_kernels import public_ops
 from senet_kernels.models import create_model
 
 
-def write(model: nn.Module, folder: Path, *, c_shims: bool = False) -> None:
-    """The package of a network that takes images, and what it gives for three of their shapes.
+def write(model: nn.Module, folder: Path, *, c_shims: bool = False, cases: int = 3) -> None:
+    """The package of a network that takes images, and what it gives for ``cases`` of them.
 
     ``c_shims``: generated code calls the library's C functions, without a dispatcher in between.
     """
@@ -31,8 +32,21 @@ def write(model: nn.Module, folder: Path, *, c_shims: bool = False) -> None:
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(folder / "model.pt2"), inductor_configs=options
         )
-        inputs = [torch.randn(shape) for shape in ((2, 3, 32, 40), (1, 3, 64, 48), (5, 3, 33, 17))]
-        torch.save([t for x in inputs for t in (x, model(x))], folder / "cases.pt")
+    save_cases(model, [*example, *images(cases - 1)], folder / "cases.pt")
+
+
+def images(count: int) -> list[Tensor]:
+    """Random ones, of random batches and sizes."""
+    draw = random.Random(0)
+    sizes = [(draw.randint(1, 64), draw.randint(8, 96), draw.randint(8, 96)) for _ in range(count)]
+    return [torch.randn(batch, 3, height, width) for batch, height, width in sizes]
+
+
+def save_cases(model: nn.Module, inputs: list[Tensor], path: Path) -> None:
+    """Each input, and behind it what the network gives, in the parameters' dtype."""
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        torch.save([t for x in inputs for t in (x, model(x.to(dtype)))], path)
 
 
 def library() -> Path:
@@ -47,10 +61,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="se_resnet8")
+    parser.add_argument("--cases", type=int, default=3, help="how many inputs to try it on")
     parser.add_argument("--c-shims", action="store_true", help="call the library's C functions")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    write(create_model(args.model, num_classes=10, in_chans=3), args.folder, c_shims=args.c_shims)
+    torch.manual_seed(0)
+    model = create_model(args.model, num_classes=10, in_chans=3)
+    write(model, args.folder, c_shims=args.c_shims, cases=args.cases)
     print(f"run_package {args.folder}/model.pt2 {args.folder}/cases.pt {library()}")
 
 

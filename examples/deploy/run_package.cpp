@@ -47,7 +47,8 @@ int main(int argc, char** argv) try {
   for (size_t i = 0; i + 1 < cases.size(); i += 2) {
     const at::Tensor x = cases.get(i).toTensor(), right = cases.get(i + 1).toTensor();
     const double off = (model.run({x})[0] - right).abs().max().item<double>();
-    std::cout << x.sizes() << " difference " << off << "\n";
+    const double largest = right.abs().max().item<double>();
+    std::cout << x.sizes() << " difference " << off << " of " << largest << "\n";
   }
 } catch (const c10::Error& error) {
   std::cerr << "error: " << error.what_without_backtrace() << "\n";

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import dis
 import logging
+import random
 import re
 import threading
 import types
@@ -54,7 +55,7 @@ def capture(module: nn.Module, x: Tensor) -> Capture:
     Raises:
         NotCaptured: so it is; or this PyTorch lacks what this takes.
     """
-    with _LOCK, _quiet():
+    with _LOCK, _quiet(), _random_numbers_kept():
         output = _interpret(module, x)
         found = output.graph_capture_output
         if output.backend_input is None:
@@ -135,6 +136,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.disabled = disabled
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Python's own: Dynamo draws some where a forward does."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _cause(error: BaseException) -> str:
