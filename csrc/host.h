@@ -33,23 +33,20 @@ std::string cuda_plan(std::vector<int64_t> call, std::vector<int64_t> device);
 // The one for x, which is on one of them.
 const Host& host_of(const torch::stable::Tensor& x);
 
-// How memory is allocated, a sum of:
-enum Allocation : int {
-  // SENET_KERNELS_POISON=1, for tests: all memory starts as NaN, scratch memory anew in each call,
-  // so that whatever a kernel reads or returns without having written it shows.
-  kPoisoned = 1,
-  // By PyTorch's dispatcher, where a mode of Python sees it: while kernels are proven. Usually past
-  // it, which a small call notices.
-  kDispatched = 2,
-};
-inline std::atomic<int> allocation = [] {
-  const char* value = std::getenv("SENET_KERNELS_POISON");
-  return value && *value == '1' ? kPoisoned : 0;
-}();
-inline void dispatch_allocations(bool on) {
-  on ? allocation.fetch_or(kDispatched) : allocation.fetch_and(~kDispatched);
+// SENET_KERNELS_POISON=1, for tests: all memory starts as NaN, scratch memory anew in each call,
+// so that whatever a kernel reads or returns without having written it shows.
+inline bool poisons() {
+  static const bool on = [] {
+    const char* value = std::getenv("SENET_KERNELS_POISON");
+    return value && *value == '1';
+  }();
+  return on;
 }
-inline bool poisons() { return allocation.load(std::memory_order_relaxed) & kPoisoned; }
+
+// How many ask, at this moment, that memory be allocated by PyTorch's dispatcher, where modes of
+// Python see it: while kernels are proven. Usually it is past it, which a small call notices.
+inline std::atomic<int> dispatching{0};
+inline void dispatch_allocations(bool on) { dispatching += on ? 1 : -1; }
 
 // An uninitialised tensor on a device: `index` of those of its type.
 torch::stable::Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims,

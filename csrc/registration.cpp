@@ -400,7 +400,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
 Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype,
                    int32_t device, int32_t index) {
   using torch::stable::detail::from;
-  if (allocation.load(std::memory_order_relaxed) & kDispatched) {
+  if (dispatching.load(std::memory_order_relaxed) > 0) {
     const auto n = static_cast<size_t>(dims);
     const torch::stable::Device on(static_cast<torch::headeronly::DeviceType>(device), index);
     std::array<StableIValue, 6> stack{from(torch::headeronly::IntHeaderOnlyArrayRef(sizes, n)),

@@ -90,6 +90,36 @@ def test_without_a_verdict_the_graph_is_the_originals(
         assert {v.state for v in trust.status()} == {trust.TRUSTED}
 
 
+def _kernels(model: nn.Module, *inputs: Tensor) -> list[str]:
+    """The code that Inductor generates for a training step, without its comments, names of files
+    and constants that tell where a line came from."""
+    from torch._inductor.utils import run_and_get_code
+
+    def step(*inputs: Tensor) -> Tensor:
+        y: Tensor = torch.compile(model)(*inputs)
+        y.square().mean().backward()
+        return y
+
+    torch._dynamo.reset()
+    _, sources = run_and_get_code(step, *inputs)
+    assert len(sources) == 2  # forward, backward
+    kept = []
+    for source in sources:
+        lines = (line.partition(" # ")[0] for line in source.splitlines())
+        kept.append("\n".join(line for line in lines if not line.lstrip().startswith(("#", "//"))))
+    return kept
+
+
+def test_without_a_verdict_the_kernels_are_the_originals(card: Path) -> None:
+    """What Inductor generates for a converted model is what it generates for the original."""
+    x = torch.randn(2, 3, 9, 8)
+    expected = _kernels(_model(), x)
+    assert "cpp_fused" in expected[0]
+    converted = _model()
+    assert fuse_se_blocks(converted).replaced
+    assert _kernels(converted, x) == expected
+
+
 def test_a_later_verdict_recompiles_once(card: Path, quick: None) -> None:
     model = FusedSEBlock(16)
     x = torch.randn(2, 16, 5, 5)
