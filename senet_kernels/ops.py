@@ -335,8 +335,8 @@ def _overwriting(op: str) -> Callable[..., None]:
 def _define() -> None:
     # The instruction set the CPU kernels run on; takes no tensors.
     library.define("native_isa() -> str")
-    # Tensors are allocated by the dispatcher, where modes of Python see it, as long as it was called
-    # more often with True than with False.
+    # Tensors are allocated by the dispatcher, where modes of Python see it, as long as it was
+    # called more often with True than with False.
     library.define("native_dispatch_allocations(bool on) -> ()")
     # How the CUDA kernels would be launched: see launch_plan in backends/native.py.
     library.define("native_plan(int[] call, int[] device) -> str")
