@@ -288,6 +288,8 @@ def test_options_of_the_layers(tmp_path: Path, name: str, dry: bool) -> None:
     at = command.index("--")
     assert 0 < float(_values(command[:at], "--budget")[0]) <= 85
     words = command[at + 1 :]
+    assert (words[0] == "layers") == dry
+    words = words[1:] if dry else words
     words[words.index("--device") + 1] = "cpu"
     parsed = options.parse("layers", words)
     assert isinstance(parsed, options.LayerOptions)

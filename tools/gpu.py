@@ -48,8 +48,8 @@ _OURS = " --provider native --provider triton"
 _SIX = "".join(f" --layer {shape}" for shape in ("256x56x56", "512x28x28", "1024x14x14", "2048x7x7",
                                                   "96x56x56", "672x14x14"))  # fmt: skip
 _DRY_LAYERS = (
-    _WATCHED + "--program tests/pretended_layers.py -- --device cpu --no-profile --layer 240x14x14 "
-    "--batch 2 --dtype bf16 --rounds 5 --mode forward --provider eager-linear"
+    _WATCHED + "--program tests/pretended_benchmarks.py -- layers --device cpu --no-profile "
+    "--layer 240x14x14 --batch 2 --dtype bf16 --rounds 5 --mode forward --provider eager-linear"
     + _TWO
     + _OURS
     + " {left_out}"
@@ -92,7 +92,8 @@ STAGES = (
           "{seconds} --most 8", 80, ("device", "ncu", "layers.json"), proof=" measured"),
     _sanitizer("memcheck", "native", 25),
     _sanitizer("memcheck", "triton", 25),
-    Stage("launches", "python -m benchmarks.launches {device}", 12, ("device",)),
+    Stage("launches", "python -m benchmarks.launches {device}", 12, ("device",),
+          "python tests/pretended_benchmarks.py launches", ": forward "),
     Stage("host", _LAYERS % "host" + " --small --provider eager-linear" + _OURS, 13, ("device",),
           _DRY_LAYERS % "host" + " --small", " results"),
     Stage("gpu-tests", _PYTEST + "'gpu and not slow' tests/test_gpu.py", 30,

@@ -37,7 +37,9 @@ class Figure(NamedTuple):
     @property
     def ratio(self) -> float | None:
         """Of the measured time to the computed one."""
-        return self.measured / (sum(self.computed) / 2) if self.computed else None
+        if self.problem or not self.computed:
+            return None
+        return self.measured / (sum(self.computed) / 2)
 
 
 def card_of(device: str, names: Iterable[str]) -> str | None:
@@ -100,7 +102,7 @@ def summary(figures: Sequence[Figure]) -> list[str]:
                 f"; measured over computed: median {median(ratios):.2f}, "
                 f"from {ratios[0]:.2f} to {ratios[-1]:.2f}"
             )
-        else:
+        elif of:
             text += "; nothing was computed for this device"
         lines.append(text)
     return lines
