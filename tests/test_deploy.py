@@ -186,6 +186,17 @@ def test_a_process_without_python(run_package: Path, package: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_the_network_of_the_example(run_package: Path, tmp_path: Path) -> None:
+    """Twenty batches and sizes, each output within 1e-6 of eager PyTorch's."""
+    script = [sys.executable, DEPLOY / "make_package.py", tmp_path, "--cases", "20"]
+    made = _command(*script)
+    assert made.returncode == 0, made.stderr
+    found = _differences(run_package, *made.stdout.split()[1:])
+    assert len(found) == 20
+    assert all(off < 1e-6 for off, _ in found.values()), found
+
+
+@pytest.mark.slow
 def test_without_the_library_the_program_says_so(run_package: Path, package: Path) -> None:
     files = (package / "model.pt2", package / "cases.pt")
     for arguments, message in (
