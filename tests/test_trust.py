@@ -45,10 +45,7 @@ from senet_kernels import (
 )
 from senet_kernels.__main__ import main
 from senet_kernels.backends import native, triton
-from senet_kernels.features import Call
-from senet_kernels.pointwise import Options
 from senet_kernels.trust import kinds, proof, store, verdicts, worker
-from senet_kernels.trust.problem import Problem
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 ROOT = Path(__file__).parent.parent
@@ -200,33 +197,6 @@ def test_few_bits_are_no_excuse(
     with pytest.warns(KernelMistrustWarning, match="wrong: y"):
         calls[part]()
     assert _states() == [trust.REFUSED]
-
-
-@pytest.mark.parametrize("strided", [False, True])
-def test_the_compiled_library_allocates_between_bands(strided: bool) -> None:
-    """All that its ops return lies there, and what they write behind it is noticed."""
-    if native.UNAVAILABLE is not None:
-        pytest.skip(native.UNAVAILABLE)
-    options = Options("relu", "sigmoid", "identity", "relu")
-    call = Call("cpu", torch.float32, torch.float32, options, "two layers", False, False, False,
-                False, True, False)  # fmt: skip
-    x, w1, _, w2, _ = _tensors()
-    x = x[..., ::2] if strided else x
-    kind = kinds.kind_of("native", call, x, w1, w2, 16, kinds.TRAINING)
-    given = Problem(kind, 2)
-    inputs = len(given.bands._buffers)
-    results = given.kernel().values
-    buffers = [buffer for buffer, _ in given.bands._buffers[inputs:]]
-    inside = {buffer.untyped_storage().data_ptr() for buffer in buffers}
-    assert {t.untyped_storage().data_ptr() for t in results.values()} <= inside
-    assert set(results) == {"y", "d x", "d w1", "d b1", "d w2", "d b2", "d residual"}
-    assert given.bands.broken() is None
-    y = results["y"]
-    end = y.storage_offset() + y.numel()
-    y.as_strided((1,), (1,), end).fill_(1.0)
-    assert "behind a tensor" in str(given.bands.broken())
-    outside = given.kernel_plainly().values["y"].untyped_storage()
-    assert outside.nbytes() == y.numel() * 4
 
 
 def test_a_slow_kernel_is_not_run(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:

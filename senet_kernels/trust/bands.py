@@ -63,6 +63,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self, bands: Bands) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._bands = bands
+        self.error: BaseException | None = None  # raised in here, an interrupt from outside too
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -77,10 +78,14 @@ class Allocations(TorchDispatchMode):
         like = args[0] if args and isinstance(args[0], Tensor) else None
         device = kwargs.get("device") or (like.device if like is not None else "cpu")
         # A tensor without memory says which shape, strides and dtype are meant.
-        meant = func(*args, **{**kwargs, "device": "meta", "pin_memory": None})
-        if kwargs.get("pin_memory") or torch.device(device).type == "meta":
-            return func(*args, **kwargs)
-        return self._bands.tensor(meant.shape, meant.stride(), meant.dtype, device)
+        try:
+            meant = func(*args, **{**kwargs, "device": "meta", "pin_memory": None})
+            if kwargs.get("pin_memory") or torch.device(device).type == "meta":
+                return func(*args, **kwargs)
+            return self._bands.tensor(meant.shape, meant.stride(), meant.dtype, device)
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

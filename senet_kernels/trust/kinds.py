@@ -143,18 +143,10 @@ def kind_of(
     ``outputs`` is the number of rows of w2, of columns of u, or C for the squeeze.
     """
     hidden = 0 if w1 is None else w1.shape[0]
-    plan, waits = "", False
-    module = MODULES[backend]
-    if w2 is not None:
-        # As the kernels will be given them: under autocast in other dtypes.
-        like = x if x.dtype == call.dtype else x.to(call.dtype)
-        if w2.dtype != call.param_dtype:
-            w1, w2 = None if w1 is None else w1.to(call.param_dtype), w2.to(call.param_dtype)
-        said = module.notes(like, w1, w2, call.options, call.operands)
-        plan = "; ".join(said if direction == TRAINING else said[:1])
-        # A plan that names no exchange between blocks is one of kernels that do not wait.
-        ask = getattr(module, "waits", None)
-        waits = ask is not None and bool(ask(plan))
+    plan = plan_of(backend, call, x, w1, w2, direction)
+    # A plan that names no exchange between blocks is one of kernels that do not wait.
+    ask = getattr(MODULES[backend], "waits", None)
+    waits = bool(plan) and ask is not None and bool(ask(plan))
     return Kind(
         backend=backend,
         call=call._replace(huge=False, wide=False, subclass=None),
@@ -169,6 +161,21 @@ def kind_of(
         plan=plan,
         waits=waits,
     )
+
+
+def plan_of(
+    backend: str, call: Call, x: Tensor, w1: Tensor | None, w2: Tensor | None, direction: str
+) -> str:
+    """How the kernels of a call would be launched, in words; empty for the halves, which have one
+    way."""
+    if w2 is None:
+        return ""
+    # As the kernels will be given them: under autocast in other dtypes.
+    like = x if x.dtype == call.dtype else x.to(call.dtype)
+    if w2.dtype != call.param_dtype:
+        w1, w2 = None if w1 is None else w1.to(call.param_dtype), w2.to(call.param_dtype)
+    said = MODULES[backend].notes(like, w1, w2, call.options, call.operands)
+    return "; ".join(said if direction == TRAINING else said[:1])
 
 
 @functools.cache

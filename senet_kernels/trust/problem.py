@@ -7,6 +7,7 @@ them alike. Tensors are in the order of the raw ops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from senet_kernels.backends import native
 from senet_kernels.pointwise import Options, pack
 
 from .bands import Allocations, Bands
-from .kinds import TRAINING, Kind, digest
+from .kinds import TRAINING, Kind, digest, plan_of
 
 Tensors = dict[str, Tensor | None]
 
@@ -96,7 +97,9 @@ class Problem:
             if self.form.op == "squeeze":
                 self.dy = self._random(x.shape[:2], call.dtype)
             else:
-                self.dy = self._image(call.dtype)
+                # So small that sums over all images and positions stay within half precision.
+                terms = max(1, x.numel() // max(1, x.shape[1]))
+                self.dy = self._image(call.dtype).mul_(2.0 ** -round(math.log2(terms) / 2))
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -139,10 +142,31 @@ class Problem:
             for extent in kind.shape[2:]:
                 positions *= extent
             images = torch.arange(self.batch, device=kind.device)
-            given["lengths"] = positions - (images * 7) % max(1, positions)
+            given["lengths"] = positions - (images * 7 + 3) % max(1, positions)
         if self.special:
             self._mark(given["x"])
+        elif two and 0 not in kind.shape:
+            self._awaken(given)
         return given
+
+    def _awaken(self, given: Tensors) -> None:
+        """Choose b1 so that no hidden unit is below zero in all images: one that is would hide what
+        becomes of it. Of several images each unit is on in some and off in others."""
+        x, w1, b1 = (given[name] for name in ("x", "w1", "b1"))
+        assert x is not None
+        assert w1 is not None
+        assert b1 is not None
+        a, b = given["a"], given["b"]
+        z = fallback.squeeze(
+            x.float(), before=self.kind.call.options.before, lengths=given["lengths"],
+            before_affine=None if a is None or b is None else (a.float(), b.float()),
+        )  # fmt: skip
+        u = z @ w1.float().t()
+        if len(u) == 1:
+            above = torch.rand(u.shape[1], generator=self._generator, device=u.device) + 0.25
+            b1.copy_(above - u[0])
+        else:
+            b1.copy_((u.amax(0) + u.amin(0)) / -2)
 
     def _random(self, shape: Any, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         values = torch.randn(
@@ -194,8 +218,21 @@ class Problem:
     def kernel(self, x: Tensor | None = None) -> Results:
         """By the backend's raw ops, what they allocate between bands. ``x``: to overwrite, where
         the call does."""
-        with native.dispatched_allocations(), Allocations(self.bands):
-            return self._kernel(x)
+        with native.dispatched_allocations(), Allocations(self.bands) as seen:
+            try:
+                return self._kernel(x)
+            except Exception:
+                if seen.error is not None:  # of which compiled code says that memory is out
+                    raise seen.error from None
+                raise
+
+    def plan(self) -> str:
+        """The launch plan of the call with as many images as there are here."""
+        x, w2 = self.tensors["x"], self.tensors.get("w2")
+        assert x is not None
+        kind = self.kind
+        w1 = self.tensors.get("w1")
+        return plan_of(kind.backend, kind.call, x, w1, w2, kind.direction)
 
     def kernel_plainly(self) -> Results:
         """The same without bands, for its time."""

@@ -1,0 +1,141 @@
+"""What a proof tries a kernel on, and what it notices: the C++ kernels on the CPU, spoiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from senet_kernels.backends import native
+from senet_kernels.features import Call
+from senet_kernels.pointwise import Options
+from senet_kernels.trust import kinds, proof
+from senet_kernels.trust.problem import Problem, Results
+
+pytestmark = pytest.mark.skipif(native.UNAVAILABLE is not None, reason="no compiled library")
+
+
+def _kind(
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = (2, 16, 6, 5),
+    hidden: int = 4,
+    strided: bool = False,
+) -> kinds.Kind:
+    """A training step of the C++ kernels, with a residual and a ReLU after it."""
+    options = Options("relu", "sigmoid", "identity", "relu")
+    call = Call("cpu", dtype, dtype, options, "two layers", False, False, False, False, True, False)
+    x = torch.empty(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+    x = x if strided else x.contiguous()
+    channels = shape[1]
+    w1, w2 = x.new_empty(hidden, channels), x.new_empty(channels, hidden)
+    return kinds.kind_of("native", call, x, w1, w2, channels, kinds.TRAINING)
+
+
+def _spoil(
+    monkeypatch: pytest.MonkeyPatch, do: Callable[[Problem, dict[str, Tensor]], Any]
+) -> None:
+    """Let the kernels of a problem do something more."""
+    kernel = Problem._kernel
+
+    def spoiled(self: Problem, x: Tensor | None) -> Results:
+        results = kernel(self, x)
+        do(self, results.values)
+        return results
+
+    monkeypatch.setattr(Problem, "_kernel", spoiled)
+
+
+def test_where_eager_overflows_it_is_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = _kind(torch.float16, (64, 64, 28, 28))
+    assert proof.correct(kind) is None
+    for name in ("d w1", "d b1", "d w2"):
+        with monkeypatch.context() as patch:
+            _spoil(patch, lambda problem, values, name=name: values[name].zero_())  # type: ignore[misc]
+            wrong = proof.correct(kind)
+            assert wrong is not None
+            assert wrong.text.startswith(name)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_no_hidden_unit_is_off_in_all_images(batch: int) -> None:
+    tensors = Problem(_kind(shape=(batch, 16, 6, 5), hidden=64), batch).tensors
+    x, w1, b1 = (tensors[name] for name in ("x", "w1", "b1"))
+    assert x is not None
+    assert w1 is not None
+    on = torch.nn.functional.linear(x.mean((2, 3)), w1, b1) > 0
+    assert on.any(0).all()
+    assert batch == 1 or not on.all(0).any()
+
+
+@pytest.mark.parametrize(("off", "refused"), [(0.1, True), (2e-5, False)])
+def test_far_off_once_is_wrong(monkeypatch: pytest.MonkeyPatch, off: float, refused: bool) -> None:
+    """A little beyond the limits may be chance, as it is not in other problems."""
+    problems: list[Problem] = []
+
+    def once(problem: Problem, values: dict[str, Tensor]) -> None:
+        problems[:] = problems or [problem]
+        if problem is problems[0]:
+            values["y"].add_(off * (values["y"] == values["y"].max()))
+
+    _spoil(monkeypatch, once)
+    first = Problem(_kind(), 2)
+    assert proof._is_right(first) is not None
+    problems.clear()
+    assert (proof.correct(_kind()) is not None) == refused
+
+
+def test_the_gradient_that_comes_in_is_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overwrite(problem: Problem, values: dict[str, Tensor]) -> None:
+        assert problem.dy is not None
+        problem.dy.mul_(values["y"] > 0)
+
+    _spoil(monkeypatch, overwrite)
+    assert proof.correct(_kind()) == ("wrote outside", "its input dy was overwritten")
+
+
+def test_the_plan_of_the_call_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of fewer images, where it is another one."""
+    kind = _kind(shape=(8, 16, 6, 5))
+    monkeypatch.setattr("senet_kernels.trust.problem.MOST_BYTES", 3 * 16 * 6 * 5 * 4)
+    tried: list[int] = []
+    _spoil(monkeypatch, lambda problem, values: tried.append(problem.batch))
+    assert proof.correct(kind) is None
+    assert set(tried) == {3}
+    tried.clear()
+    monkeypatch.setattr(native, "notes", lambda x, *args: [f"{len(x)} images"] * 2)
+    assert proof.correct(kind._replace(plan="8 images; 8 images")) is None
+    assert set(tried) == {8}
+
+
+def test_an_interrupt_within_an_allocation_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Problem(_kind(), 2)
+
+    def interrupted(*args: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(given.bands, "tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        given.kernel()
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_compiled_library_allocates_between_bands(strided: bool) -> None:
+    """All that its ops return lies there, and what they write behind it is noticed."""
+    kind = _kind(shape=(2, 16, 6, 5), strided=strided)
+    given = Problem(kind, 2)
+    inputs = len(given.bands._buffers)
+    results = given.kernel().values
+    buffers = [buffer for buffer, _ in given.bands._buffers[inputs:]]
+    inside = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+    assert {t.untyped_storage().data_ptr() for t in results.values()} <= inside
+    assert set(results) == {"y", "d x", "d w1", "d b1", "d w2", "d b2", "d residual"}
+    assert given.bands.broken() is None
+    y = results["y"]
+    end = y.storage_offset() + y.numel()
+    y.as_strided((1,), (1,), end).fill_(1.0)
+    assert "behind a tensor" in str(given.bands.broken())
+    outside = given.kernel_plainly().values["y"].untyped_storage()
+    assert outside.nbytes() == y.numel() * 4
