@@ -48,7 +48,7 @@ inline bool poisons() {
 inline std::atomic<int> dispatching{0};
 inline void dispatch_allocations(bool on) { dispatching += on ? 1 : -1; }
 
-// An uninitialised tensor on a device: `index` of those of its type.
+// An uninitialised tensor on a device: `index` of those of its type. Throws where memory is out.
 torch::stable::Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims,
                                   torch::headeronly::ScalarType dtype, int32_t device,
                                   int32_t index);

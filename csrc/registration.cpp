@@ -399,7 +399,9 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
 
 Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype,
                    int32_t device, int32_t index) {
-  using torch::stable::detail::from;
+  using torch::stable::detail::from, torch::stable::detail::to;
+  AtenTensorHandle handle = nullptr;
+  AOTITorchError error;
   if (dispatching.load(std::memory_order_relaxed) > 0) {
     const auto n = static_cast<size_t>(dims);
     const torch::stable::Device on(static_cast<torch::headeronly::DeviceType>(device), index);
@@ -409,14 +411,17 @@ Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, S
                                       from(std::nullopt),
                                       from(std::optional(on)),
                                       from(std::nullopt)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
+    error = torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION);
+    if (error == AOTI_TORCH_SUCCESS) return to<Tensor>(stack[0]);
+  } else {
+    const auto code = to<int32_t>(from(dtype));
+    error = aoti_torch_empty_strided(dims, sizes, strides, code, device, index, &handle);
   }
-  AtenTensorHandle handle = nullptr;
-  const auto code = torch::stable::detail::to<int32_t>(from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, code, device, index, &handle));
+  if (error != AOTI_TORCH_SUCCESS) {
+    int64_t n = 1;
+    for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
+    STD_TORCH_CHECK(false, "out of memory: cannot allocate a tensor of ", n, " elements");
+  }
   return Tensor(handle);
 }
 

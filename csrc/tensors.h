@@ -132,16 +132,7 @@ inline Tensor rows_copy(const Tensor& t) {
 // An uninitialised dense tensor on the device of x.
 inline Tensor new_dense(const Place& at, ScalarType dtype, const int64_t* sizes,
                         const int64_t* strides, int64_t dims) {
-  Tensor t = [&] {
-    try {
-      return new_strided(sizes, strides, dims, dtype, at.host->device_type(), at.index);
-    } catch (const std::exception&) {
-      int64_t n = 1;
-      for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
-      STD_TORCH_CHECK(false, "out of memory: cannot allocate a tensor of ", n, " elements");
-      throw;
-    }
-  }();
+  Tensor t = new_strided(sizes, strides, dims, dtype, at.host->device_type(), at.index);
   if (poisons() && t.numel()) {
     at.host->poison(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(),
                     at.index);

@@ -198,7 +198,7 @@ class _Errors:
 
     def __init__(self, name: str) -> None:
         self.count, self.total, self.size = 0, 0.0, 0.0  # numbers, their errors, their magnitudes
-        self._of_image = name in _IMAGES
+        self.of_image = name in _IMAGES
         self._is_matrix = name in ("d w1", "d w2")
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -207,7 +207,7 @@ class _Errors:
             return
         apart = (value.double() - right).abs().nan_to_num(torch.inf, torch.inf)
         size = right.abs()
-        if self._of_image and right.dim() > 2:
+        if self.of_image and right.dim() > 2:
             apart, size = apart.flatten(2).flatten(0, 1), size.flatten(2).flatten(0, 1)
         elif self._is_matrix and right[0].numel() >= _ROW:
             apart, size = apart.flatten(1), size.flatten(1)
@@ -258,21 +258,20 @@ def _compare(problem: Problem, results: Results, slack: float) -> Wrong | None:
                 value = values[name][part] if of_part else values[name]
                 errors.setdefault(name, _Errors(name)).add(value, expected)
     for name, found in ours.items():
-        value = results.values[name]
-        too_far = _too_far(dtype, value, name in _IMAGES, found, theirs[name], slack)
+        too_far = _too_far(dtype, results.values[name], found, theirs[name], slack)
         if too_far is not None:
             return Wrong(_BY_NUMBERS, f"{name}{too_far}")
     return None
 
 
 def _too_far(
-    dtype: torch.dtype, value: Tensor, of_image: bool, ours: _Errors, eager: _Errors, slack: float
+    dtype: torch.dtype, value: Tensor, ours: _Errors, eager: _Errors, slack: float
 ) -> str | None:
     """Where a result is too far from float64, and how far; None where it is near enough."""
     errors, places, _ = ours.rows()
     if not len(errors):
         return None
-    limits, mean_limit = _limits(dtype, value.dtype, of_image, ours, eager)
+    limits, mean_limit = _limits(dtype, value.dtype, ours, eager)
     limits, mean_limit = slack * limits, slack * mean_limit
     row = int((errors / limits).argmax())
     place = [int(i) for i in torch.unravel_index(places[row].cpu(), value.shape)]
@@ -289,7 +288,7 @@ def _too_far(
 
 
 def _limits(
-    dtype: torch.dtype, stored: torch.dtype, of_image: bool, ours: _Errors, eager: _Errors
+    dtype: torch.dtype, stored: torch.dtype, ours: _Errors, eager: _Errors
 ) -> tuple[Tensor, float]:
     """The largest error allowed in each row, and the mean error."""
     (of_eager, *_), (_, _, sizes) = eager.rows(), ours.rows()
@@ -299,10 +298,10 @@ def _limits(
     eps, least = info.eps, info.smallest_normal * info.eps  # the step below normal numbers
     approximated = torch.finfo(dtype).eps * size / 4
     promise = _FLOAT32 if dtype == torch.float32 else _HALF
-    mean = (promise.mean if of_image else promise.mean_of_parameters) * eager.finite_mean
+    mean = (promise.mean if ours.of_image else promise.mean_of_parameters) * eager.finite_mean
     many = ours.count >= _MANY
     if dtype == torch.float64:
-        limit = 4 * _FLOAT64 * size + least
+        limit = _TIMES * _FLOAT64 * size + least
         return torch.full_like(sizes, limit), limit
     if dtype == torch.float32:
         # One limit for all rows. The numbers of a row share the error of the sums before them (a
