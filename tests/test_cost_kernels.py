@@ -384,7 +384,7 @@ def test_more_budgets(backend: str, card: str, layer: str, layout: str) -> None:
 
 
 def test_page_is_what_the_record_says() -> None:
-    path = ROOT / "docs" / "tuning.md"
+    path = ROOT / "docs" / "cost.md"
     text = path.read_text(encoding="utf-8")
     assert page.renewed(text, path.parent) == text, "run python -m tools.cost.page"
 

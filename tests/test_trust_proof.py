@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from senet_kernels.backends import native
 from senet_kernels.features import Call
 from senet_kernels.pointwise import Options
 from senet_kernels.trust import kinds, proof
-from senet_kernels.trust.problem import Problem, Results
+from senet_kernels.trust.bands import Allocations
+from senet_kernels.trust.problem import Problem, Results, exact_products
 
 pytestmark = pytest.mark.skipif(native.UNAVAILABLE is not None, reason="no compiled library")
 
@@ -23,10 +25,13 @@ def _kind(
     shape: tuple[int, ...] = (2, 16, 6, 5),
     hidden: int = 4,
     strided: bool = False,
+    weighted: bool = False,
 ) -> kinds.Kind:
     """A training step of the C++ kernels, with a residual and a ReLU after it."""
     options = Options("relu", "sigmoid", "identity", "relu")
-    call = Call("cpu", dtype, dtype, options, "two layers", False, False, False, False, True, False)
+    call = Call(
+        "cpu", dtype, dtype, options, "two layers", False, weighted, False, False, True, False
+    )
     x = torch.empty(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
     x = x if strided else x.contiguous()
     channels = shape[1]
@@ -40,8 +45,8 @@ def _spoil(
     """Let the kernels of a problem do something more."""
     kernel = Problem._kernel
 
-    def spoiled(self: Problem, x: Tensor | None) -> Results:
-        results = kernel(self, x)
+    def spoiled(self: Problem, x: Tensor | None, **watched: bool) -> Results:
+        results = kernel(self, x, **watched)
         do(self, results.values)
         return results
 
@@ -139,3 +144,128 @@ def test_the_compiled_library_allocates_between_bands(strided: bool) -> None:
     assert "behind a tensor" in str(given.bands.broken())
     outside = given.kernel_plainly().values["y"].untyped_storage()
     assert outside.nbytes() == y.numel() * 4
+
+
+def test_what_a_call_may_leave_out_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen parameters and images that need no gradient, no biases, alpha and beta alone."""
+    tried: list[tuple[frozenset[str], frozenset[str]]] = []
+
+    def note(problem: Problem, values: dict[str, Tensor]) -> None:
+        given = frozenset(name for name, t in problem.tensors.items() if t is not None)
+        tried.append((given, frozenset(name[2:] for name in values if name != "y")))
+
+    _spoil(monkeypatch, note)
+    assert proof.correct(_kind(weighted=True)) is None
+    images = {"x", "residual"}
+    weights = {"w1", "w2"}
+    everything = images | weights | {"b1", "b2", "alpha", "beta"}
+    bare = images | weights | {"alpha"}
+    assert set(tried) == {
+        (frozenset(everything), frozenset(everything)),
+        (frozenset(bare), frozenset(images)),
+        (frozenset(everything - {"alpha"}), frozenset(everything - images - {"alpha"})),
+    }
+
+
+@pytest.mark.parametrize("spoiled", ["y", "d x", "d w1"])
+def test_a_fault_of_one_variant_is_noticed(monkeypatch: pytest.MonkeyPatch, spoiled: str) -> None:
+    """A kernel that is wrong where biases are left out, or gradients are not wanted."""
+
+    def spoil(problem: Problem, values: dict[str, Tensor]) -> None:
+        of_variant = {"y": "b1" in problem.without, "d x": "d w1" in problem.without}
+        if of_variant.get(spoiled, "d x" in problem.without):
+            values[spoiled].mul_(1.01)
+
+    _spoil(monkeypatch, spoil)
+    wrong = proof.correct(_kind())
+    assert wrong is not None
+    assert wrong.fault == "wrong"
+    assert wrong.text.startswith(spoiled)
+
+
+@pytest.mark.parametrize("name", ["y", "d x"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_channel_that_is_off_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str
+) -> None:
+    """By its mean error, where no number of it is far off."""
+    kind = _kind(dtype, (4, 16, 28, 28))
+    assert proof.correct(kind) is None
+    _spoil(monkeypatch, lambda problem, values: values[name][1, 3].mul_(1.04))
+    wrong = proof.correct(kind)
+    assert wrong is not None
+    assert wrong.text.startswith(name)
+
+
+def test_backward_leaves_what_forward_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = Problem._op
+
+    def overwriting(self: Problem, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = op(self, name)(*args)
+            if name == "backward":
+                saved = args[len(self.form.names) + 1]
+                saved.add_(1)
+            return result
+
+        return call
+
+    monkeypatch.setattr(Problem, "_op", overwriting)
+    wrong = proof.correct(_kind())
+    assert wrong == ("wrote outside", "backward overwrote what forward keeps for it")
+
+
+def test_between_the_elements_of_a_strided_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call in place that writes whole rows."""
+    options = Options("relu", "sigmoid", "identity", "identity")
+    call = Call(
+        "cpu", torch.float32, torch.float32, options, "two layers",
+        False, False, False, False, False, True,
+    )  # fmt: skip
+    x = torch.empty(2, 16, 6, 10)[..., ::2]
+    w1, w2 = torch.empty(4, 16), torch.empty(16, 4)
+    kind = kinds.kind_of("native", call, x, w1, w2, 16, kinds.INFERENCE)
+    assert proof.correct(kind) is None
+
+    def spoil(problem: Problem, values: dict[str, Tensor]) -> None:
+        y = values["y"]
+        y.as_strided((1,), (1,), y.storage_offset() + 1).fill_(0.0)
+
+    _spoil(monkeypatch, spoil)
+    wrong = proof.correct(kind)
+    assert wrong is not None
+    assert wrong.fault == "wrote outside"
+    assert "between the elements" in wrong.text
+
+
+def test_products_of_fewer_bits_are_no_measure() -> None:
+    """Nor does the caller's setting change."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        with exact_products("cpu"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_a_child_of_a_proof_allocates_as_ever() -> None:
+    """The count of proofs that are under way is of the process that proves."""
+    given = Problem(_kind(), 2)
+
+    def is_banded() -> bool:
+        with Allocations(given.bands):
+            y = given.kernel_plainly().values["y"]
+        return y.untyped_storage().nbytes() > y.numel() * 4
+
+    with native.dispatched_allocations():
+        assert is_banded()
+        child = os.fork()
+        if not child:
+            os._exit(int(is_banded()))
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert is_banded()
+    assert not is_banded()

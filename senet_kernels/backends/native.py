@@ -213,10 +213,25 @@ def dispatched_allocations() -> Iterator[None]:
     if UNAVAILABLE is not None:
         yield
         return
+    process = os.getpid()
     torch.ops.senet_kernels.native_dispatch_allocations(True)
+    _dispatching.append(process)
     try:
         yield
     finally:
+        if process in _dispatching:
+            _dispatching.remove(process)
+            torch.ops.senet_kernels.native_dispatch_allocations(False)
+
+
+# A process for each proof that is under way.
+_dispatching: list[int] = []
+
+
+def after_fork() -> None:
+    """In a child: end what proofs of other threads began; those threads are not in it."""
+    while _dispatching:
+        _dispatching.pop()
         torch.ops.senet_kernels.native_dispatch_allocations(False)
 
 

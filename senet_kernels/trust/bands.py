@@ -29,6 +29,7 @@ class Bands:
 
     def __init__(self) -> None:
         self._buffers: list[tuple[Tensor, int]] = []
+        self._gaps: list[tuple[Tensor, Tensor]] = []  # whose tensor leaves some out
 
     def tensor(
         self,
@@ -46,7 +47,10 @@ class Bands:
         buffer = torch.full((_BAND + padded + _BAND,), _PATTERN, dtype=torch.uint8, device=device)
         self._buffers.append((buffer, size))
         inner = buffer[_BAND : _BAND + padded].view(dtype)
-        return inner.as_strided(shape, strides, inner.storage_offset() + offset)
+        made = inner.as_strided(shape, strides, inner.storage_offset() + offset)
+        if elements + offset > made.numel():
+            self._gaps.append((buffer, made))
+        return made
 
     def broken(self) -> str | None:
         """Where something was written outside of a tensor; None where nothing was."""
@@ -54,6 +58,14 @@ class Bands:
             for side, band in (("before", buffer[:_BAND]), ("behind", buffer[_BAND + size :])):
                 if not bool((band == _PATTERN).all()):
                     return f"memory {side} a tensor of {size} bytes was overwritten"
+        for buffer, made in self._gaps:
+            rest = buffer.clone()
+            of_it = rest.view(_integers(made)).as_strided(
+                made.shape, made.stride(), made.storage_offset()
+            )
+            of_it.fill_(-1)
+            if not bool((rest == _PATTERN).all()):
+                return "memory between the elements of a strided tensor was overwritten"
         return None
 
 
@@ -91,6 +103,10 @@ class Allocations(TorchDispatchMode):
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of a dtype and shape agree bit for bit, NaN included."""
     if a.is_floating_point():
-        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-        a, b = a.contiguous().view(integers), b.contiguous().view(integers)
+        a, b = a.contiguous().view(_integers(a)), b.contiguous().view(_integers(b))
     return torch.equal(a, b)
+
+
+def _integers(t: Tensor) -> torch.dtype:
+    """The integers that are as wide as a tensor's elements."""
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]

@@ -8,7 +8,7 @@ them alike. Tensors are in the order of the raw ops.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from senet_kernels import fallback, reference
 from senet_kernels.backends import native
 from senet_kernels.pointwise import Options, pack
 
-from .bands import Allocations, Bands
+from .bands import Allocations, Bands, same_bits
 from .kinds import TRAINING, Kind, digest, plan_of
 
 Tensors = dict[str, Tensor | None]
@@ -75,15 +75,25 @@ class Results(NamedTuple):
 class Problem:
     """Tensors of a kind, on its device."""
 
-    def __init__(self, kind: Kind, batch: int, *, special: bool = False, seed: int = 0) -> None:
-        """``special``: with NaN and infinities in some images, and without biases."""
-        self.kind, self.batch, self.special = kind, batch, special
+    def __init__(
+        self,
+        kind: Kind,
+        batch: int,
+        *,
+        special: bool = False,
+        without: Collection[str] = (),
+        seed: int = 0,
+    ) -> None:
+        """``special``: with NaN and infinities in some images; ``without``: tensors that a call of
+        the kind may leave out, or that need no gradient, which the verdict holds for as well."""
+        self.kind, self.batch, self.special, self.without = kind, batch, special, without
         self.form = _FORMS.get(kind.call.form, _WHOLE)
         self.bands = Bands()
         of_kind = int(digest(kind.name)[:8], 16)
         self._generator = torch.Generator(kind.device).manual_seed(of_kind + seed)
         self.marked: list[int] = []  # images with NaN or infinities
         self.infinite: list[int] = []  # with infinities
+        self.overwritten = False  # what forward keeps, by backward
         self.tensors = self._make()
         call = kind.call
         self.code = pack(call.options)
@@ -109,7 +119,7 @@ class Problem:
     def _has_gradient(self, name: str) -> bool:
         # The residual's gradient through identity is dy itself: no kernel computes it.
         passes_dy = name == "residual" and self.kind.call.options.after == "identity"
-        return self.tensors[name] is not None and not passes_dy
+        return self.tensors[name] is not None and f"d {name}" not in self.without and not passes_dy
 
     # -- data
 
@@ -126,9 +136,8 @@ class Problem:
             given["w2"] = self._random((outputs, inner), wide, 1.5 / max(1, inner) ** 0.5)
             if two:
                 given["w1"] = self._random((hidden, channels), wide, 2 / max(1, channels) ** 0.5)
-            if not self.special:
-                given["b1"] = self._random((hidden,), wide) if two else None
-                given["b2"] = self._random((outputs,), wide)
+            given["b1"] = self._random((hidden,), wide) if two else None
+            given["b2"] = self._random((outputs,), wide)
         if "u" in given:
             given["u"] = self._random((self.batch, outputs), wide)
         if call.weighted:
@@ -143,9 +152,10 @@ class Problem:
                 positions *= extent
             images = torch.arange(self.batch, device=kind.device)
             given["lengths"] = positions - (images * 7 + 3) % max(1, positions)
+        given.update(dict.fromkeys(given.keys() & set(self.without)))
         if self.special:
             self._mark(given["x"])
-        elif two and 0 not in kind.shape:
+        elif given.get("b1") is not None and 0 not in kind.shape:
             self._awaken(given)
         return given
 
@@ -220,7 +230,7 @@ class Problem:
         the call does."""
         with native.dispatched_allocations(), Allocations(self.bands) as seen:
             try:
-                return self._kernel(x)
+                return self._kernel(x, watched=True)
             except Exception:
                 if seen.error is not None:  # of which compiled code says that memory is out
                     raise seen.error from None
@@ -238,7 +248,7 @@ class Problem:
         """The same without bands, for its time."""
         return self._kernel(None)
 
-    def _kernel(self, x: Tensor | None) -> Results:
+    def _kernel(self, x: Tensor | None, *, watched: bool = False) -> Results:
         form, kind = self.form, self.kind
         given = [self.tensors[name] for name in form.names]
         if kind.call.inplace:
@@ -256,7 +266,9 @@ class Problem:
         backward = "backward" if form.op == "forward" else f"{form.op}_backward"
         if kind.call.residual and not Options(*kind.call.options).after_again:
             given[form.names.index("residual")] = None
+        copies = [t.clone() for t in kept] if watched else []
         gradients = self._op(backward)(self.dy, *given, *kept, self.code, self.needs)
+        self.overwritten = not all(map(same_bits, copies, kept))
         for i, name in enumerate(self.differentiable):
             if self.needs & (1 << i):
                 values[f"d {name}"] = gradients[i]
@@ -340,7 +352,8 @@ class Problem:
         if dy is None:
             with torch.no_grad():
                 return Results({"y": forward(given)})
-        names = [n for n in self.differentiable if given[n] is not None]
+        wanted = [n for n in self.differentiable if f"d {n}" not in self.without]
+        names = [n for n in wanted if given[n] is not None]
         leaves = {n: t.detach().requires_grad_() for n in names if (t := given[n]) is not None}
         with torch.enable_grad():
             y = forward({**given, **leaves})
@@ -387,6 +400,30 @@ def undisturbed(device: str) -> Iterator[None]:
         if kind == "cuda":
             stack.enter_context(torch.cuda.device(torch.device(device)))
         yield
+
+
+@contextmanager
+def exact_products(device: str) -> Iterator[None]:
+    """While the errors of PyTorch's own operators are a measure: products of float32 and float16
+    matrices are accumulated in float32 of all bits, whatever the caller allows (TF32, say)."""
+    backend = "cuda" if torch.device(device).type == "cuda" else "mkldnn"
+    of_backend = getattr(torch.backends, backend).matmul
+    settings: list[tuple[Any, str, Any, tuple[Any, ...]]] = [
+        (of_backend, "fp32_precision", "ieee", ("ieee", "none"))
+    ]
+    if backend == "cuda":
+        settings.append((of_backend, "allow_fp16_accumulation", False, (False,)))
+    before = []
+    for owner, name, exact, as_exact in settings:
+        value = getattr(owner, name)
+        if value not in as_exact:
+            before.append((owner, name, value))
+            setattr(owner, name, exact)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def accumulates_in(kind: Kind) -> torch.dtype:

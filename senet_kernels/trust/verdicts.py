@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from senet_kernels.backends import native
+
 from . import worker
 from .kinds import MODULES, Kind, environment, kernel_hash
 from .proof import LEAST_SPEED, Found, NoVerdictError, Wrong, describe, prove
@@ -90,6 +92,7 @@ def _after_fork() -> None:
     global _forked, _lock
     _forked, _lock = True, threading.RLock()
     worker.after_fork()
+    native.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
