@@ -287,7 +287,8 @@ def test_what_ptxas_makes_fewer_instructions_of() -> None:
 def _layer(shape: str) -> Any:
     from tools.cost.record import layers
 
-    return next(layer for layer in layers(["seresnet50"]) if layer.shape == shape)
+    of = ["seresnet50", "efficientnet_b0"]
+    return next(layer for layer in layers(of) if layer.shape == shape)
 
 
 _LOOPS = [
@@ -400,3 +401,21 @@ def test_record_has_every_layer() -> None:
                                ("forward", "backward"))  # fmt: skip
     assert set(wanted) == found
     assert record["what"] == "computed from machine code, not measured"
+
+
+# ---- Triton ----
+
+
+@needs_compilers
+@pytest.mark.slow
+def test_what_adds_up_parts_reads_them_alone() -> None:
+    """Where several programs share a channel's sum; it is no reading of the images."""
+    from tools.cost import triton
+
+    layer = _layer("32x112x112")
+    passes = triton.work(layer, True, H200)
+    adders = {w.kernel: w for _, _, works in passes for w in works if w.kernel in triton._ADDERS}
+    assert set(adders) == set(triton._ADDERS)
+    for work in adders.values():
+        assert not work.moves
+        assert sum(work.l2.values()) < 0.01 * 256 * 2 * layer.channels * layer.positions

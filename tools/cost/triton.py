@@ -31,7 +31,9 @@ PHASES = (
     ("write", r"^(scale|dx)_(flat|tile)_kernel$"),
     ("parameters", r"^(excite_bwd|sums)_kernel$"),
 )  # fmt: skip
-_VERSION = "2"  # of how it is counted here
+# They add up what programs that shared a sum have left.
+_ADDERS = ("mean_kernel", "finish_sums_kernel")
+_VERSION = "3"  # of how it is counted here
 _FLAGS = ("--regAllocOptLevel=2",)  # as Triton's compiler gives them
 
 
@@ -137,6 +139,9 @@ def _launch(launch: dict[str, Any], layer: Layer, card: Card, batch: int, assume
         terms = batch if main == "parameters" else max(inner, layer.channels)
         moves[main], l2[main] = weights, vectors
         latency[main] = -(-terms // 32) * assumed.l2
+    elif kernel in _ADDERS:
+        parts = launch["splits"] * (1 + layer.shift * (kernel == "finish_sums_kernel"))
+        l2[main], latency[main] = vectors + 4.0 * batch * layer.channels * parts, assumed.l2
     elif main == "sum":
         moves[main] = total * (2 if kernel == "bwd_reduce_kernel" else 1)
     else:

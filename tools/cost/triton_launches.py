@@ -95,6 +95,7 @@ def main() -> None:
                 "kernel": self.__name__, "ptx": ptx, "programs": grid[0],
                 "threads_per_program": 32 * compiled.metadata.num_warps,
                 "shared": compiled.metadata.shared,
+                "splits": dict(zip(self.arg_names, args, strict=False)).get("splits", 1),
                 **_execute(self.__name__, ptx, words, grid[0], compiled.metadata),
             })  # fmt: skip
 
