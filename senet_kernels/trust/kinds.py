@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ class Kind(NamedTuple):
     @property
     def key(self) -> str:
         """The name of the variant: its class, memory layout, plan and kernels."""
-        dense = "dense" if _is_dense(self.shape, self.strides) else "strided"
+        dense = "dense" if is_dense(self.shape, self.strides) else "strided"
         memory = dense if self.aligned else f"{dense}, misaligned"
         return f"{self.name} | {memory} | {self.plan} | {kernel_hash(self.backend)}"
 
@@ -120,7 +121,8 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements lie one behind the other, in whatever order of the axes."""
     expected = 1
     for stride, extent in sorted(zip(strides, shape, strict=True)):
         if extent != 1 and stride != expected:

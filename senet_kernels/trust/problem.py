@@ -8,7 +8,7 @@ them alike. Tensors are in the order of the raw ops.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from senet_kernels.pointwise import Options, pack
 
 from .bands import Allocations, Bands, same_bits
 from .kinds import TRAINING, Kind, digest, plan_of
+from .variations import LARGE, MINUS_LARGE, PLAIN, Variation
 
 Tensors = dict[str, Tensor | None]
 
@@ -76,23 +77,16 @@ class Problem:
     """Tensors of a kind, on its device."""
 
     def __init__(
-        self,
-        kind: Kind,
-        batch: int,
-        *,
-        special: bool = False,
-        without: Collection[str] = (),
-        seed: int = 0,
+        self, kind: Kind, batch: int, variation: Variation = PLAIN, *, seed: int = 0
     ) -> None:
-        """``special``: with NaN and infinities in some images; ``without``: tensors that a call of
-        the kind may leave out, or that need no gradient, which the verdict holds for as well."""
-        self.kind, self.batch, self.special, self.without = kind, batch, special, without
+        self.kind, self.variation = kind, variation
+        self.batch = max(1, batch - variation.fewer)
         self.form = _FORMS.get(kind.call.form, _WHOLE)
         self.bands = Bands()
         of_kind = int(digest(kind.name)[:8], 16)
         self._generator = torch.Generator(kind.device).manual_seed(of_kind + seed)
-        self.marked: list[int] = []  # images with NaN or infinities
-        self.infinite: list[int] = []  # with infinities
+        # Images with values of their own, by what these are.
+        self.marked = {2 * i: what for i, what in enumerate(variation.special)}
         self.overwritten = False  # what forward keeps, by backward
         self.tensors = self._make()
         call = kind.call
@@ -100,16 +94,21 @@ class Problem:
         self.needs = sum(
             1 << i for i, name in enumerate(self.differentiable) if self._has_gradient(name)
         )
-        self.dy: Tensor | None = None
-        if kind.direction == TRAINING:
-            x = self.tensors["x"]
-            assert x is not None
-            if self.form.op == "squeeze":
-                self.dy = self._random(x.shape[:2], call.dtype)
-            else:
-                # So small that sums over all images and positions stay within half precision.
-                terms = max(1, x.numel() // max(1, x.shape[1]))
-                self.dy = self._image(call.dtype).mul_(2.0 ** -round(math.log2(terms) / 2))
+        self.dy = self._make_dy() if kind.direction == TRAINING else None
+
+    def _make_dy(self) -> Tensor:
+        call, x = self.kind.call, self.tensors["x"]
+        assert x is not None
+        if self.form.op == "squeeze":
+            dy = self._random(x.shape[:2], call.dtype)
+        else:
+            # So small that sums over all images and positions stay within half precision.
+            terms = max(1, x.numel() // max(1, x.shape[1]))
+            dy = self._image(call.dtype, turned=self.variation.turned)
+            dy.mul_(2.0 ** -round(math.log2(terms) / 2))
+        if self.variation.dy and dy.numel():
+            _last_of(dy[0]).fill_(float(self.variation.dy))
+        return dy
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -119,7 +118,8 @@ class Problem:
     def _has_gradient(self, name: str) -> bool:
         # The residual's gradient through identity is dy itself: no kernel computes it.
         passes_dy = name == "residual" and self.kind.call.options.after == "identity"
-        return self.tensors[name] is not None and f"d {name}" not in self.without and not passes_dy
+        wanted = f"d {name}" not in self.variation.without
+        return self.tensors[name] is not None and wanted and not passes_dy
 
     # -- data
 
@@ -130,8 +130,9 @@ class Problem:
         two = call.form == "two layers"
         inner = hidden if two else channels
         given: Tensors = dict.fromkeys(self.form.names)
-        given["x"] = self._image(call.dtype)
-        given["residual"] = self._image(call.dtype) if call.residual else None
+        given["x"] = self._emphasised(self._image(call.dtype))
+        if call.residual:
+            given["residual"] = self._image(call.dtype, turned=self.variation.turned)
         if "w2" in given:
             given["w2"] = self._random((outputs, inner), wide, 1.5 / max(1, inner) ** 0.5)
             if two:
@@ -147,17 +148,30 @@ class Problem:
             given["a"] = self._random((channels,), wide) * 0.3 + 1
             given["b"] = self._random((channels,), wide)
         if call.lengths and "lengths" in given:
-            positions = 1
-            for extent in kind.shape[2:]:
-                positions *= extent
-            images = torch.arange(self.batch, device=kind.device)
-            given["lengths"] = positions - (images * 7 + 3) % max(1, positions)
-        given.update(dict.fromkeys(given.keys() & set(self.without)))
-        if self.special:
-            self._mark(given["x"])
-        elif given.get("b1") is not None and 0 not in kind.shape:
+            given["lengths"] = self._lengths()
+        given.update(dict.fromkeys(given.keys() & set(self.variation.without)))
+        self._mark(given["x"], given.get("u"))
+        is_finite = not self.marked and self.variation.lengths != "none" and 0 not in kind.shape
+        if given.get("b1") is not None and is_finite:
             self._awaken(given)
         return given
+
+    def _lengths(self) -> Tensor:
+        positions = torch.Size(self.kind.shape[2:]).numel()
+        images = torch.arange(self.batch, device=self.kind.device)
+        lengths = positions - (images * 7 + 3) % max(1, positions)
+        first = {"none": 0, "one": min(1, positions), "all": positions}
+        lengths[:1] = first.get(self.variation.lengths, int(lengths[0]) if self.batch else 0)
+        return lengths
+
+    def _emphasised(self, x: Tensor) -> Tensor:
+        """The images as the variation has them."""
+        if self.variation.tail and x.numel():
+            positions = min(torch.Size(x.shape[2:]).numel(), 4096)
+            x[-1].zero_()
+            for channel in range(min(3, x.shape[1])):  # and every third from there on
+                _last_of(x[-1, channel::3]).fill_(positions * (1 + channel) / 4)
+        return x if self.variation.scale == 1 else x.mul_(self.variation.scale)
 
     def _awaken(self, given: Tensors) -> None:
         """Choose b1 so that no hidden unit is below zero in all images: one that is would hide what
@@ -186,12 +200,12 @@ class Problem:
         made = self.bands.tensor(tuple(shape), strides, dtype, self.kind.device)
         return made.copy_(values.mul_(scale))
 
-    def _image(self, dtype: torch.dtype) -> Tensor:
+    def _image(self, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
         """Random numbers, and a part that says where they are: no two images or channels have the
-        same mean."""
+        same mean. ``turned``: not in the order of x, nor aligned."""
         kind = self.kind
         shape = (self.batch, *kind.shape[1:])
-        strides = _strides_for(kind, shape)
+        strides = _turned(shape, kind.strides) if turned else _strides_for(kind, shape)
         values = torch.randn(
             shape, generator=self._generator, device=kind.device, dtype=torch.float32
         ).mul_(0.7)  # fmt: skip
@@ -200,28 +214,27 @@ class Problem:
             view[axis] = -1
             places = torch.arange(shape[axis], device=kind.device, dtype=torch.float32)
             values += torch.sin(places * step + 0.3).reshape(view)
-        offset = 0 if kind.aligned else 1
+        offset = 0 if kind.aligned and not turned else 1
         made = self.bands.tensor(shape, strides, dtype, kind.device, offset)
         return made.copy_(values)
 
-    def _mark(self, x: Tensor | None) -> None:
-        """NaN, infinities, a zero with a sign and the smallest number, each in an image of its own
-        as far as there are images; every other image stays as it is."""
+    def _mark(self, x: Tensor | None, u: Tensor | None) -> None:
+        """Put what the variation asks for into images of their own: NaN or an infinity into a
+        channel, or numbers so large that exponentials of them overflow."""
         if x is None or 0 in x.shape:
             return
-        info = torch.finfo(x.dtype)
-        values = (torch.nan, torch.inf, -torch.inf, -0.0, info.smallest_normal / 4)
-        for i, value in enumerate(values):
-            image = 2 * i
-            if image >= len(x):
-                return
-            corner = x[image]
-            channel = (3 * i + 1) % x.shape[1]
-            corner[channel].select(-1, corner.shape[-1] // 2).fill_(value)
-            if value != value or abs(value) == torch.inf:
-                self.marked.append(image)
-                if value == value:
-                    self.infinite.append(image)
+        self.marked = {image: what for image, what in self.marked.items() if image < len(x)}
+        for image, what in self.marked.items():
+            if what in (LARGE, MINUS_LARGE):
+                for of_image in (t[image] for t in (x, u) if t is not None):
+                    of_image.clamp_(1, 4).mul_(100 if what == LARGE else -100)
+            else:
+                channel = (3 * image // 2 + 1) % x.shape[1]
+                x[image, channel].select(-1, x.shape[-1] // 2).fill_(float(what))
+
+    def are(self, *what: str) -> list[int]:
+        """The images that hold some special values."""
+        return [image for image, of in self.marked.items() if of in what]
 
     # -- the ways to compute it
 
@@ -318,13 +331,14 @@ class Problem:
     def _oracle_forward(self, given: Tensors) -> Tensor:
         return self.form.oracle(self.kind.call.options, *(given[n] for n in self.form.names))
 
-    def oracle(self) -> Iterator[tuple[slice, Results]]:
+    def oracle(self, first: int = 0) -> Iterator[tuple[slice, Results]]:
         """The results in float64, some images at a time: their slice of the batch, and what is of
-        them; last, with a slice of nothing, the gradients that are sums over the batch."""
+        them; last, with a slice of nothing, the gradients that are sums over the batch. ``first``:
+        begin with this image; sums are then of no use."""
         totals: dict[str, Tensor] = {}
         per_image = max(1, torch.Size(self.kind.shape[1:]).numel())
         step = max(1, _CHUNK // per_image)
-        for start in range(0, self.batch, step):
+        for start in range(first, self.batch, step):
             part = slice(start, min(start + step, self.batch))
             given: Tensors = {
                 name: t if t is None
@@ -340,11 +354,9 @@ class Problem:
             yield part, Results(values)
         yield slice(0, 0), Results(totals)
 
-    def masks(self) -> tuple[Tensor, Tensor]:
-        """Where the reference, in the dtype that kernels compute in, gives NaN, and infinities."""
-        with torch.no_grad():
-            y = self._oracle_forward(self.tensors)
-        return y.isnan(), y.isinf()
+    def reference(self) -> Results:
+        """By the reference, in the dtype that kernels compute in."""
+        return self._differentiated(self._oracle_forward, self.tensors, self.dy)
 
     def _differentiated(
         self, forward: Callable[[Tensors], Tensor], given: Tensors, dy: Tensor | None
@@ -352,7 +364,8 @@ class Problem:
         if dy is None:
             with torch.no_grad():
                 return Results({"y": forward(given)})
-        wanted = [n for n in self.differentiable if f"d {n}" not in self.without]
+        left_out = self.variation.without
+        wanted = [n for n in self.differentiable if f"d {n}" not in left_out]
         names = [n for n in wanted if given[n] is not None]
         leaves = {n: t.detach().requires_grad_() for n in names if (t := given[n]) is not None}
         with torch.enable_grad():
@@ -380,10 +393,30 @@ def _strides_for(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
     return kind.strides
 
 
-def batch_for(kind: Kind) -> int:
+def _last_of(t: Tensor) -> Tensor:
+    """The last position of each row; of what has no positions, its last element."""
+    while t.dim() > 1:
+        t = t.select(-1, -1)
+    return t
+
+
+def _turned(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a batch that is not in the order of x: channels last where x has them first, and
+    the other way round; a part of a larger one."""
+    order = list(range(len(shape)))
+    if len(shape) > 2 and strides[1] != 1:
+        order = [0, *order[2:], 1]
+    found, covered = [0] * len(shape), 1
+    for axis in reversed(order):
+        found[axis] = covered
+        covered *= shape[axis] + (axis == order[1])
+    return tuple(found)
+
+
+def batch_for(kind: Kind, most: int = MOST_BYTES) -> int:
     """How many images a proof takes: those of the call, as far as they are not too many."""
     image = max(1, torch.Size(kind.shape[1:]).numel() * kind.call.dtype.itemsize)
-    return max(1, min(kind.shape[0], MOST_BYTES // image))
+    return max(1, min(kind.shape[0], most // image))
 
 
 @contextmanager

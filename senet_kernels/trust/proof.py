@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,14 +19,24 @@ import torch
 from torch import Tensor
 
 from .bands import same_bits
-from .kinds import TRAINING, Kind
+from .kinds import Kind, is_dense
 from .problem import (
+    MOST_BYTES,
     Problem,
     Results,
     accumulates_in,
     batch_for,
     exact_products,
     undisturbed,
+)
+from .variations import (
+    INFINITE,
+    MINUS_INFINITE,
+    NAN,
+    PLAIN,
+    Variation,
+    of_numbers,
+    special,
 )
 
 #: A kernel is kept where it takes at most 1 / 0.95 of the time of eager PyTorch.
@@ -85,8 +96,11 @@ def prove(kind: Kind, *, speed: bool = True, compiled: bool = False) -> Found:
         NoVerdictError: it could not be tried.
     """
     start = time.perf_counter()
-    with undisturbed(kind.device):
+    with undisturbed(kind.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         wrong = _guarded(lambda: correct(kind))
+        if wrong is None and _batch(kind, MOST_BYTES) < kind.shape[0]:
+            wrong = _is_right_at_full_size(kind)
         times: dict[str, float | None] = {"speed": None, "compiled_speed": None}
         if wrong is None and speed:
             times["speed"] = _measured(kind, Problem.eager)
@@ -108,43 +122,63 @@ def correct(kind: Kind) -> Wrong | None:
     Raises:
         NoVerdictError: PyTorch's own operators cannot compute the call.
     """
-    batch = batch_for(kind)
-    problem = Problem(kind, batch)
-    if batch < kind.shape[0] and problem.plan() != kind.plan:
-        batch = kind.shape[0]  # fewer images are launched in another way: that would say nothing
-    variants = _variants(kind)
+    batch = _batch(kind, MOST_BYTES)
+    plain, *others = of_numbers(kind)
     with exact_products(kind.device):
-        for without in variants:
-            wrong = _is_right_by_and_large(kind, batch, without)
-            if wrong is not None:
-                return wrong
-    if 0 in kind.shape:
-        return None
-    return _keeps_special_values(Problem(kind, batch, special=True, without=variants[1]))
+        wrong = _is_right_by_and_large(kind, batch, plain)
+        fewer = _batch(kind, MOST_BYTES // 4)
+        for variation in others:
+            wrong = wrong or _is_right_by_and_large(kind, fewer, variation)
+    if 0 not in kind.shape:
+        for variation in special(kind, fewer):
+            wrong = wrong or _keeps_special_values(Problem(kind, fewer, variation))
+    return wrong
 
 
-def _variants(kind: Kind) -> tuple[tuple[str, ...], ...]:
-    """What calls of a kind leave out: nothing; biases, and the gradients of frozen parameters; the
-    gradients of images, where nothing before is trained. One of alpha and beta, where there are
-    any."""
-    parameters = ("w1", "b1", "w2", "b2", "alpha", "beta", "a", "b")
-    frozen = ("b1", "b2", "beta", *(f"d {name}" for name in parameters))
-    has_more = kind.call.affine if kind.call.form == "squeeze alone" else True
-    if kind.direction == TRAINING and has_more:
-        return (), frozen, ("alpha", "d x", "d residual")
-    return ((), frozen, ("alpha",)) if kind.call.weighted else ((), frozen)
+def _batch(kind: Kind, most: int) -> int:
+    """How many images, of so many bytes at most: all, where fewer would be launched in another
+    way, which would say nothing."""
+    batch = batch_for(kind, most)
+    if batch < kind.shape[0] and Problem(kind, batch).plan() != kind.plan:
+        return kind.shape[0]
+    return batch
 
 
-def _is_right_by_and_large(kind: Kind, batch: int, without: tuple[str, ...]) -> Wrong | None:
+def _is_right_by_and_large(kind: Kind, batch: int, variation: Variation) -> Wrong | None:
     """What is wrong, and not by chance."""
-    problem = Problem(kind, batch, without=without)
+    problem = Problem(kind, batch, variation)
+    if variation.fewer and problem.plan() != kind.plan:
+        problem = Problem(kind, batch, variation._replace(fewer=0))
     wrong = _is_right(problem)
     if wrong is not None and wrong.fault == _BY_NUMBERS and _is_right(problem, _NEAR) is None:
         # Where sums cancel out, a right kernel may be a little beyond the limits once in thousands
         # of problems: a wrong one is so in others too.
-        others = (Problem(kind, batch, without=without, seed=seed) for seed in (1, 2))
+        others = (Problem(kind, batch, problem.variation, seed=seed) for seed in (1, 2))
         wrong = next(filter(None, map(_is_right, others)), None)
     return wrong
+
+
+def _is_right_at_full_size(kind: Kind) -> Wrong | None:
+    """What is wrong with the last images of a call that is larger than what is compared in full:
+    addresses beyond 32 bits, say. Nothing is said where there is no memory for it."""
+    try:
+        problem = Problem(kind, kind.shape[0])
+        first = kind.shape[0] - max(1, batch_for(kind, MOST_BYTES // 16))
+        runs = [problem.kernel_plainly() for _ in range(2)]
+        if kind.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        for name, value in runs[0].values.items():
+            if not same_bits(value, runs[1].values[name]):
+                place = _place(value, runs[1].values[name])
+                return Wrong("races", f"{name}: two runs of the whole batch differ {place}")
+        with exact_products(kind.device):
+            return _compare(problem, runs[0], _NEAR, first)
+    except (torch.OutOfMemoryError, NoVerdictError):
+        return None
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            return None
+        return Wrong("failed", f"{type(error).__name__}: {error}")
 
 
 def _ready(problem: Problem) -> None:
@@ -175,6 +209,8 @@ def _run(problem: Problem) -> Results | Wrong:
             torch.cuda.synchronize()
     except torch.OutOfMemoryError:
         raise
+    except (OSError, MemoryError, Warning) as error:  # a full disk; where warnings are errors
+        raise NoVerdictError(f"{type(error).__name__}: {error}") from error
     except Exception as error:  # whatever a compiler, a launch or a driver raises
         if "out of memory" in str(error):
             raise NoVerdictError(str(error)) from error
@@ -182,6 +218,9 @@ def _run(problem: Problem) -> Results | Wrong:
     broken = problem.bands.broken()
     if broken is not None:
         return Wrong("wrote outside", broken)
+    for name, value in results.values.items():
+        if (other := _is_otherwise(problem, name, value)) is not None:
+            return Wrong("unlike its fake", f"{name} {other}")
     if problem.overwritten:
         return Wrong("wrote outside", "backward overwrote what forward keeps for it")
     for name, before in given.items():
@@ -191,10 +230,28 @@ def _run(problem: Problem) -> Results | Wrong:
     return results
 
 
+def _is_otherwise(problem: Problem, name: str, value: Tensor) -> str | None:
+    """What of a result's dtype, shape or memory layout is not as promised; None where nothing."""
+    x = problem.tensors["x"]
+    assert x is not None
+    if name == "y" and problem.form.op == "squeeze":
+        expected = (x.dtype, x.shape[:2])
+    else:
+        like = x if name == "y" else problem.tensors[name[2:]]
+        assert like is not None
+        expected = (like.dtype, like.shape)
+    if (value.dtype, value.shape) != expected:
+        return f"is {value.dtype} {list(value.shape)}, not {expected[0]} {list(expected[1])}"
+    of_x = name in _IMAGES and value.dim() == x.dim() and not problem.kind.call.inplace
+    if of_x and is_dense(x.shape, x.stride()) and value.stride() != x.stride():
+        return f"has strides {list(value.stride())}, and x {list(x.stride())}"
+    return None
+
+
 def _is_right(problem: Problem, slack: float = 1.0) -> Wrong | None:
     """What is wrong; ``slack``: times the limits of numbers."""
     first: Results | None = None
-    for _ in range(_RUNS):
+    for _ in range(_RUNS if problem.variation == PLAIN else 2):
         results = _run(problem)
         if isinstance(results, Wrong):
             return results
@@ -239,7 +296,8 @@ class _Errors:
     """The errors of one result, by way of parts of the batch, and by rows: an image's channel, a
     row of a matrix of parameters, or all of what is neither."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, begins: int = 0) -> None:
+        self._begins = begins  # the place of the first number
         self.count, self.total, self.size = 0, 0.0, 0.0  # numbers, their errors, their magnitudes
         self.of_image = name in _IMAGES
         self.positions = 1  # numbers in a row, of an image
@@ -260,7 +318,7 @@ class _Errors:
             apart, size = apart.reshape(1, -1), size.reshape(1, -1)
         largest, places = apart.max(1)
         starts = torch.arange(len(apart), device=apart.device) * apart.shape[1]
-        places = places + starts + self.count
+        places = places + starts + self.count + self._begins
         self._rows.append(_Rows(largest, places, size.amax(1), apart.mean(1), size.mean(1)))
         self.count += right.numel()
         self.total += apart.sum().item()
@@ -283,8 +341,9 @@ class _Errors:
         return self.mean if self.mean < float("inf") else 0.0
 
 
-def _compare(problem: Problem, results: Results, slack: float) -> Wrong | None:
-    """The results against float64, by the measure of what eager PyTorch makes of them."""
+def _compare(problem: Problem, results: Results, slack: float, first: int = 0) -> Wrong | None:
+    """The results against float64, by the measure of what eager PyTorch makes of them; from an
+    image on, where sums over the batch are not compared."""
     dtype = problem.kind.call.dtype
     try:
         eager = problem.eager().values
@@ -294,14 +353,17 @@ def _compare(problem: Problem, results: Results, slack: float) -> Wrong | None:
         raise NoVerdictError(f"PyTorch's own operators fail: {error}") from error
     ours: dict[str, _Errors] = {}
     theirs: dict[str, _Errors] = {}
-    for part, right in problem.oracle():
+    for part, right in problem.oracle(first):
         for name, expected in right.values.items():
-            if name not in results.values:
+            if name not in results.values or (first and part.stop == 0):
                 continue
             of_part = name in ("y", "d x", "d u", "d residual")
             for errors, values in ((ours, results.values), (theirs, eager)):
                 value = values[name][part] if of_part else values[name]
-                errors.setdefault(name, _Errors(name)).add(value, expected)
+                if name not in errors:
+                    begins = first * expected[:1].numel() if of_part else 0
+                    errors[name] = _Errors(name, begins)
+                errors[name].add(value, expected)
     for name, found in ours.items():
         too_far = _too_far(dtype, results.values[name], found, theirs[name], slack)
         if too_far is not None:
@@ -383,30 +445,52 @@ def _limits(dtype: torch.dtype, stored: torch.dtype, ours: _Errors, eager: _Erro
 
 
 def _keeps_special_values(problem: Problem) -> Wrong | None:
+    """NaN, infinities and overflows come out where the reference has them."""
     results = _run(problem)
     if isinstance(results, Wrong):
         return results
-    nan, inf = problem.masks()
+    expected = problem.reference().values
+    nan, inf = expected["y"].isnan(), expected["y"].isinf()
     y = results.values["y"]
     # Of an infinity eager's functions make NaN, as of Inf * 0, where kernels may have the limit.
     either = torch.zeros_like(nan)
-    either[problem.infinite] = nan[problem.infinite]
-    for what, expected, found in (("NaN", nan, y.isnan()), ("infinities", inf, y.isinf())):
-        places = ((expected != found) & ~either).nonzero()
-        if len(places):
-            verb = "lost" if bool(expected[tuple(places[0])]) else "made"
-            return Wrong(
-                "special values",
-                f"y: {what} are {verb} in {len(places)} elements, the first at "
-                f"{places[0].tolist()}",
-            )
-    # The gradients of the other images know nothing of these.
-    clean = [i for i in range(problem.batch) if i not in problem.marked]
-    for name in ("d x", "d residual", "d u"):
-        value = results.values.get(name)
-        if value is not None and clean and not bool(value[clean].isfinite().all()):
+    infinite = problem.are(INFINITE, MINUS_INFINITE)
+    either[infinite] = nan[infinite]
+    for what, right, found in (("NaN", nan, y.isnan()), ("infinities", inf, y.isinf())):
+        wrong = _misplaced(f"y: {what}", right & ~either, found & ~either)
+        if wrong is not None:
+            return wrong
+    # The gradients of an image know nothing of the others.
+    is_first = bool(problem.variation.dy) or problem.variation.lengths == "none"
+    touched = {*problem.marked, *([0] if is_first else [])}
+    clean = [i for i in range(problem.batch) if i not in touched]
+    for name, value in results.values.items():
+        if (
+            name in ("d x", "d residual", "d u")
+            and clean
+            and not bool(value[clean].isfinite().all())
+        ):
             return Wrong("special values", f"{name}: NaN or infinities of another image")
+    # And what a GradScaler looks for is in every gradient that it concerns, as in eager PyTorch,
+    # whose hardsigmoid, say, has a slope of 0 at NaN.
+    if set(problem.marked.values()) <= {NAN}:
+        eager = problem.eager().values
+        for name, value in results.values.items():
+            concerned = ~(expected[name].isfinite() | eager[name].isfinite())
+            lost = concerned & value.isfinite()
+            wrong = _misplaced(f"{name}: NaN and infinities", lost, torch.zeros_like(lost))
+            if wrong is not None:
+                return wrong
     return None
+
+
+def _misplaced(what: str, expected: Tensor, found: Tensor) -> Wrong | None:
+    places = (expected != found).nonzero()
+    if not len(places):
+        return None
+    verb = "lost" if bool(expected[tuple(places[0])]) else "made"
+    where = f"in {len(places)} elements, the first at {places[0].tolist()}"
+    return Wrong("special values", f"{what} are {verb} {where}")
 
 
 # -- speed
