@@ -21,7 +21,7 @@ from . import stats
 from .compiling import CompileAccount, graphs_so_far
 from .environment import clocks, stamp
 from .options import Options, without_option
-from .providers import Call, backend_to_ask_for, one_line
+from .providers import Call, backend_to_ask_for, one_line, unavailable
 from .timing import CpuTimer, CudaTimer, GraphTimer, Rounds, Timer, measure
 
 SCHEMA = "senet_kernels.benchmark/2"
@@ -74,7 +74,8 @@ class Bench(ABC):
             "kind": self.kind,
             "command": options.command,
             "status": "running",
-            "environment": stamp(options.device) | {"backend": backend_to_ask_for(options.device)},
+            "environment": stamp(options.device)
+            | {"backend": backend_to_ask_for(options.device, self.why_not)},
             "clocks": {"start": clocks(options.device)},
             "cache_state": self.cache_state(),
             "seed": options.seed,
@@ -101,6 +102,10 @@ class Bench(ABC):
         if self.options.device.type == "cpu":
             return {"wall": CpuTimer()}
         return {"wall": CudaTimer(copies), "device": GraphTimer(copies)}
+
+    def why_not(self, name: str) -> str | None:
+        """Why a provider cannot run here; None where it can."""
+        return unavailable(name, self.options.device)
 
     # -- resuming ----------------------------------------------------------------------------------
 

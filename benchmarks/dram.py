@@ -1,25 +1,27 @@
 """``python -m benchmarks.dram RECORD.json``: what a card's counters say of calls.
 
-Runs calls of a record of ``layers`` once more, each in a process of its own under NVIDIA's
-``ncu``, and writes into the record the bytes that really came from and went to memory, as
-``dram_bytes``, beside the least traffic by formula; and, as ``counters``, what each kernel did:
-instructions, the share of cycles in which one was issued, what warps waited for, bytes of L2, bank
-conflicts. Goes on where it stopped; stops when ``--budget`` seconds are over, or after ``--most``
-calls. Not yet run on a GPU.
+Runs calls of a record of ``layers`` once more under NVIDIA's ``ncu``, some in a process, and writes
+into the record the bytes that really came from and went to memory, as ``dram_bytes``, beside the
+least traffic by formula; and, as ``counters``, what each kernel did: instructions, the share of
+cycles in which one was issued, what warps waited for, bytes of L2, bank conflicts. Goes on where it
+stopped; stops when ``--budget`` seconds are over, or after ``--most`` calls. Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from senet_kernels._command_line import Parser
 
 from . import records
 from .problem import FORWARD, Case, Problem
-from .providers import make_call, make_provider
+from .providers import make_call, make_provider, one_line
 from .summary import Entry, Record
 from .workloads import Layer
 
@@ -37,7 +39,7 @@ METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 _WAITS = ("long_scoreboard", "short_scoreboard", "barrier", "membar", "lg_throttle", "mio_throttle",
           "math_pipe_throttle", "wait", "not_selected")  # fmt: skip
 COUNTERS = (
-    *METRICS, "gpu__time_duration.sum", "lts__t_bytes.sum", "smsp__inst_executed.sum",
+    "gpu__time_duration.sum", "lts__t_bytes.sum", "smsp__inst_executed.sum",
     "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
     "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
@@ -48,15 +50,21 @@ NCU = (
     "ncu", "--csv", "--print-units", "base", "--profile-from-start", "off", "--cache-control",
     "none", "--clock-control", "none", "--target-processes", "application-only", "--metrics",
 )  # fmt: skip
-ONE_CALL = 90.0  # seconds at most
+CALLS = 8  # of a process: torch is imported, and ncu started, once for them
+# Stands before each call; no provider launches it.
+MARK = "spin_kernel"
+_NO_PERMISSION = "ERR_NVGPUCTRPERM"
 
 
 class NoCounters(RuntimeError):
     """``ncu`` did not measure; the message says why."""
 
 
-def parse(text: str) -> tuple[int, list[dict[str, Any]]]:
-    """Bytes, and what is known of each kernel, from ncu's CSV, which stands among other lines.
+Counted = dict[str, Any]  # of a kernel: its name, and values by the name of their metric
+
+
+def parse(text: str) -> list[list[Counted]]:
+    """For each call the kernels of it, from ncu's CSV, which stands among other lines.
 
     Raises:
         NoCounters: there is no table in it.
@@ -64,26 +72,35 @@ def parse(text: str) -> tuple[int, list[dict[str, Any]]]:
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
-        found = re.search(r"^==(?:ERROR|WARNING)==\s*(.+)$", text, re.MULTILINE)
-        raise NoCounters(found[1] if found else "ncu printed no table")
-    total = 0.0
-    kernels: dict[str, dict[str, Any]] = {}
+        said = [re.search(rf"^=={kind}==\s*(.+)$", text, re.MULTILINE) for kind in _SAID]
+        raise NoCounters(next((found[1] for found in said if found), "ncu printed no table"))
+    kernels: dict[str, Counted] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
         name = row.get("Metric Name")
-        if name not in COUNTERS:
+        if name not in (*METRICS, *COUNTERS):
             continue
+        of = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
         try:
             value = float(row["Metric Value"].replace(",", ""))
         except ValueError:  # "n/a", of what the card does not count
             continue
-        if name in METRICS:
-            if row["Metric Unit"] not in ("byte", "bytes"):
-                raise NoCounters(f"expected bytes, got {row['Metric Unit']!r}")
-            total += value
-        kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"]})[name] = value
+        if name in METRICS and row["Metric Unit"] not in ("byte", "bytes"):
+            raise NoCounters(f"expected bytes, got {row['Metric Unit']!r}")
+        of[name] = value
     if not kernels:
         raise NoCounters("no kernel was seen")
-    return round(total), list(kernels.values())
+    calls: list[list[Counted]] = []
+    for kernel in kernels.values():
+        if MARK in kernel["kernel"]:
+            calls.append([])
+        elif not calls:
+            raise NoCounters(f"{kernel['kernel']} ran before the first call")
+        else:
+            calls[-1].append(kernel)
+    return calls
+
+
+_SAID = ("ERROR", "WARNING")  # of what ncu says the most telling first
 
 
 def _case(entry: dict[str, Any]) -> Case:
@@ -92,23 +109,47 @@ def _case(entry: dict[str, Any]) -> Case:
     return Case(layer, entry["dtype"], entry["layout"], entry["batch"])
 
 
-def one_call(entry: dict[str, Any], name: str, device: str) -> None:
-    """In the child: one profiled call of a provider, caches cold, everything compiled before."""
-    problem = Problem.create(_case(entry), torch.device(device))
-    call = make_call(make_provider(name).build(problem), problem, entry["mode"])
-    with torch.set_grad_enabled(entry["mode"] != FORWARD):
-        for _ in range(3):
-            call(0)
-        if device == "cpu":
-            call(0)
+Asked = tuple[Entry, str]  # an entry of the record, and a provider
+
+
+def run_calls(asked: Sequence[Asked], device: str, seconds: float) -> None:
+    """In the child: one profiled call of each, caches cold, everything compiled before. After
+    ``seconds`` none is begun: what ncu has seen it prints at the end."""
+    begin = time.monotonic()
+    for entry, name in asked:
+        if time.monotonic() - begin > seconds:
             return
-        size = torch.cuda.get_device_properties(device).L2_cache_size
-        torch.empty(3 * size, dtype=torch.uint8, device=device).fill_(1)
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStart()
-        call(0)
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStop()
+        call = None
+        try:
+            problem = Problem.create(_case(entry), torch.device(device))
+            call = make_call(make_provider(name).build(problem), problem, entry["mode"])
+            with torch.set_grad_enabled(entry["mode"] != FORWARD):
+                for _ in range(3):
+                    call(0)
+                if device != "cpu":
+                    _profiled_call(lambda call=call: call(0), device)  # type: ignore[misc]
+        except Exception as error:  # its place among the others is kept
+            print(f"{entry['layer']} {name}: {one_line(error)}", file=sys.stderr)
+            if device != "cpu":
+                _profiled_call(lambda: None, device)
+
+
+def _die_with_parent() -> None:
+    """On Linux: ncu may be killed, and what it runs would disturb whatever is measured next."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+def _profiled_call(call: Callable[[], None], device: str) -> None:
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    torch.empty(3 * size, dtype=torch.uint8, device=device).fill_(1)
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    torch.cuda._sleep(1)
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
 
 
 def _todo(record: Record) -> Iterator[tuple[Entry, str]]:
@@ -122,23 +163,56 @@ def _todo(record: Record) -> Iterator[tuple[Entry, str]]:
                     yield entry, name
 
 
-def measure(
-    entry: Entry, name: str, device: str, limit: float, metrics: Sequence[str] = COUNTERS
-) -> tuple[int, list[dict[str, Any]]]:
-    """Of one call, see :func:`parse`. Raises NoCounters."""
-    what = json.dumps({k: v for k, v in entry.items() if k not in ("providers", "speedup")})
-    child = [sys.executable, "-m", "benchmarks.dram", "--call", what, "--provider", name]
+def _under_ncu(
+    asked: Sequence[Asked], device: str, seconds: float, metrics: Sequence[str]
+) -> list[list[Counted]]:
+    begin = time.monotonic()
+    words = json.dumps([
+        [{k: v for k, v in entry.items() if k not in ("providers", "speedup")}, name]
+        for entry, name in asked
+    ])  # fmt: skip
+    child = [sys.executable, "-m", "benchmarks.dram", "--calls", words, "--budget",
+             f"{0.6 * seconds:.0f}", "--device", device]  # fmt: skip
     try:
         done = subprocess.run(
-            [*NCU, ",".join(metrics), *child, "--device", device],
-            capture_output=True, text=True, timeout=limit, check=False,
+            [*NCU, ",".join(metrics), *child], capture_output=True, text=True, timeout=seconds,
+            check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise NoCounters(f"took longer than {limit:.0f} s") from None
+        raise NoCounters(f"took longer than {seconds:.0f} s") from None
     text = done.stdout + done.stderr
-    if "find metric" in text and metrics != METRICS:  # one that this card does not have
-        return measure(entry, name, device, limit, METRICS)
+    unknown = [name for name in metrics if re.search(rf"ERROR.*\b{re.escape(name)}", text)]
+    left = seconds - (time.monotonic() - begin)
+    if unknown and len(unknown) < len(metrics) and left > 5:  # this card does not have them
+        known = [name for name in metrics if name not in unknown]
+        return _under_ncu(asked, device, left, known)
     return parse(text)
+
+
+def measure(asked: Sequence[Asked], device: str, seconds: float) -> list[tuple[int, list[Counted]]]:
+    """Of each call, as far as it came: bytes of memory, and what is known of each kernel.
+
+    Twice: with more counters than the card has at once ncu repeats each kernel, and finds caches
+    warm from the second time on. Raises NoCounters.
+    """
+    begin = time.monotonic()
+    by_bytes = _under_ncu(asked, device, seconds / 2, METRICS)
+    rest = seconds - (time.monotonic() - begin)
+    try:
+        by_counters = _under_ncu(asked, device, rest, COUNTERS)
+    except NoCounters as error:
+        print(f"bytes alone: {error}", file=sys.stderr)
+        by_counters = []
+    found = []
+    for i, kernels in enumerate(by_bytes):
+        total = round(sum(k.get(name, 0.0) for k in kernels for name in METRICS))
+        more = by_counters[i] if i < len(by_counters) else []
+        if [k["kernel"] for k in more] == [k["kernel"] for k in kernels]:
+            kernels = [a | b for a, b in zip(kernels, more, strict=True)]
+        else:
+            kernels = more or kernels
+        found.append((total, kernels))
+    return found
 
 
 def fill(path: Path, device: str, budget: float, most: int = 0) -> tuple[int, str]:
@@ -147,23 +221,29 @@ def fill(path: Path, device: str, budget: float, most: int = 0) -> tuple[int, st
     todo = list(_todo(record))
     # A few are of all kinds: an odd step meets both passes and all providers.
     step = max(1, (len(todo) // most - 1) | 1) if most else 1
-    for entry, name in todo[::step]:
+    todo = todo[::step][: most or None]
+    failures, reason = 0, ""
+    for at in range(0, len(todo), CALLS):
+        asked = todo[at : at + CALLS]
         left = budget - (time.monotonic() - begin)
         if left < 5:
             return count, "time is up"
-        if most and count == most:
-            break
         try:
-            found = measure(entry, name, device, min(left, ONE_CALL))
-            entry["providers"][name] |= dict(zip(("dram_bytes", "counters"), found, strict=True))
+            found = measure(asked, device, left)
         except NoCounters as error:
-            if count == 0:
-                return 0, str(error)  # it will not be otherwise for the next
-            print(f"{entry['layer']} {name}: {error}", file=sys.stderr)
+            failures += 1
+            if failures == 2 or _NO_PERMISSION in str(error):
+                return count, str(error)  # it will not be otherwise for the next
+            print(error, file=sys.stderr)
+            reason = str(error)
             continue
-        count += 1
+        failures, reason = 0, ""
+        for (entry, name), (total, kernels) in zip(asked, found, strict=False):
+            if kernels:
+                entry["providers"][name] |= {"dram_bytes": total, "counters": kernels}
+                count += 1
         records.write(record, path)
-    return count, ""
+    return count, reason if failures else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,11 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=120.0)
     parser.add_argument("--most", type=int, default=0, help="calls (default: all)")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
-    parser.add_argument("--call", help=argparse.SUPPRESS)
-    parser.add_argument("--provider", help=argparse.SUPPRESS)
+    parser.add_argument("--calls", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.call:
-        one_call(json.loads(args.call), args.provider, args.device)
+    if args.calls:
+        _die_with_parent()
+        run_calls(json.loads(args.calls), args.device, args.budget)
         return 0
     if args.record is None:
         parser.error("a record of python -m benchmarks layers is needed")

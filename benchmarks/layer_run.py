@@ -40,14 +40,14 @@ from .providers import (
     one_line,
     plan_of,
     results,
-    unavailable,
 )
 from .strategies import STRATEGIES
-from .timing import HostTimer, Rounds, cold_copies, keep_freed_memory
+from .timing import CudaTimer, HostTimer, Rounds, cold_copies, keep_freed_memory
 from .workloads import Layer
 
 SMALL = Case(Layer(64, 4, 4, 4, "relu", "sigmoid"), "fp32", "contiguous", 2)
 ALWAYS_COMPLETE = 2  # networks
+LEFT_OUT = "left out: it crashed or hung"
 LEAST_SECONDS = 0.5  # for the rounds of a case while the budget lasts: enough for a small layer
 # How a case's seconds are shared among its modes.
 WEIGHTS = {FORWARD: 3, FORWARD_GRAPH: 3, BACKWARD: 4, TRAINING: 7}
@@ -79,6 +79,7 @@ class LayerBench(Bench):
     """Cases that are one squeeze-excite layer each."""
 
     providers: list[Provider] = field(init=False)
+    _reasons: dict[str, str | None] = field(init=False, default_factory=dict)
 
     # Layers of one name may differ in their neighbours.
     key_fields: ClassVar[tuple[str, ...]] = (
@@ -98,7 +99,7 @@ class LayerBench(Bench):
         missing = self.record["unavailable"]
         names = []
         for name in options.providers:
-            reason = unavailable(name, options.device)
+            reason = self.why_not(name)
             if reason is None:
                 names.append(name)
             else:
@@ -111,6 +112,15 @@ class LayerBench(Bench):
             "providers": names,
             "contenders": fused or names[-1:],
         }
+
+    def why_not(self, name: str) -> str | None:
+        if f"/{name}" in self.options.left_out:
+            return f"{LEFT_OUT} in its first call"
+        if name not in self._reasons:
+            self._now(f"/{name}")
+            self._reasons[name] = super().why_not(name)
+            self._now()  # what it did to the device is told before another begins
+        return self._reasons[name]
 
     def cache_state(self) -> str:
         if self.options.device.type != "cpu":
@@ -166,27 +176,42 @@ class LayerBench(Bench):
         known = {self.key(entry) for entry in self.record["results"]}
         weights = [case.bytes + 2**22 for case in cases]
         setups: list[float] = []
-        for index, case in enumerate(progress(cases)):
-            key = self.key_of(case)
-            if key in known and (self.compile.refuse() or self.spent() > 1):
-                continue  # what there is stays
-            if not keep(case) and self.spent() > OVERRUN:
-                self.record["not_measured"].append(case.name)
-                continue
-            if f"{case.name}/" in self.options.left_out:
-                self.record["not_measured"].append(case.name)
-                continue
-            self.tell(f"b{case.batch} {case.layer.shape} {case.layout}")
-            begin = time.perf_counter()
-            seconds = self._share(weights[index:], setups)
-            before = self.compile.seconds
-            entries = self._case(case, self.options.modes, seconds)
-            kept = [entry for entry in self.record["results"] if self.key(entry) != key]
-            self.record["results"] = kept + entries
-            timed = sum(entry["timed_s"] for entry in entries)
-            compiled = self.compile.seconds - before
-            setups.append(time.perf_counter() - begin - timed - compiled)
-            self.save(self.record)
+        try:
+            for index, case in enumerate(progress(cases)):
+                self._measure_one(case, weights[index:], setups, known, keep)
+        except KeyboardInterrupt:
+            measured = {self.key(entry) for entry in self.record["results"]}
+            missed = [case.name for case in cases if self.key_of(case) not in measured]
+            told = self.record["not_measured"]
+            self.record["not_measured"] = list(dict.fromkeys([*told, *missed]))
+            raise
+
+    def _measure_one(
+        self,
+        case: Case,
+        weights: list[int],
+        setups: list[float],
+        known: set[tuple[Any, ...]],
+        keep: Callable[[Case], bool],
+    ) -> None:
+        """One case, unless the time is up; ``weights`` are of this case and those behind it."""
+        key = self.key_of(case)
+        if key in known and (self.compile.refuse() or self.spent() > 1):
+            return  # what there is stays
+        late = not keep(case) and self.spent() > OVERRUN
+        if late or f"{case.name}/" in self.options.left_out:
+            self.record["not_measured"].append(case.name)
+            return
+        self.tell(f"b{case.batch} {case.layer.shape} {case.layout}")
+        begin = time.perf_counter()
+        before = self.compile.seconds
+        entries = self._case(case, self.options.modes, self._share(weights, setups))
+        kept = [entry for entry in self.record["results"] if self.key(entry) != key]
+        self.record["results"] = kept + entries
+        timed = sum(entry["timed_s"] for entry in entries)
+        compiled = self.compile.seconds - before
+        setups.append(time.perf_counter() - begin - timed - compiled)
+        self.save(self.record)
 
     def _share(self, weights: list[int], setups: list[float]) -> float:
         """Seconds to spend on the rounds of the next case: its part of what is left."""
@@ -209,7 +234,7 @@ class LayerBench(Bench):
     ) -> list[dict[str, Any]]:
         """Check every provider on one case, then time those that are right."""
         device = self.options.device
-        self._now(case)
+        self._now(f"{case.name}/")
         torch.manual_seed(self.options.seed)
         shared = {**_identity(case), "bytes": case.bytes}
         needed = 64 * case.bytes / (4 if case.dtype == "fp32" else 2)  # fp64 oracle included
@@ -234,7 +259,7 @@ class LayerBench(Bench):
                 checked = {p.name: self._check(p, problem, want, group) for p in self.providers}
                 if group is passes[-1]:
                     want.clear()
-                self._now(case)
+                self._now(f"{case.name}/")
                 for mode in group:
                     part = seconds * WEIGHTS[mode] / sum(WEIGHTS[m] for m in modes)
                     late = self.spent() > 1
@@ -245,10 +270,10 @@ class LayerBench(Bench):
                     entry |= self._time(problem, mode, checked, rounds, host=small)
                     entries.append(entry)
                 drop_compiled(module for module, _ in checked.values())
-        self._now(case)
+        self._now(f"{case.name}/")
         return entries
 
-    def _now(self, case: Case, provider: str = "") -> None:
+    def _now(self, begins: str | None = None) -> None:
         """Say what begins. What was before is over: a fault of the device shows here, and ends the
         process, since nothing runs on that device any more.
 
@@ -257,8 +282,8 @@ class LayerBench(Bench):
         """
         if self.options.device.type == "cuda":
             torch.cuda.synchronize(self.options.device)
-        if self.options.under_way is not None:
-            self.options.under_way.write_text(f"{case.name}/{provider}")
+        if self.options.under_way is not None and begins is not None:
+            self.options.under_way.write_text(begins)
 
     def _check(
         self, provider: Provider, problem: Problem, want: dict[str, Tensor], modes: list[str]
@@ -268,9 +293,9 @@ class LayerBench(Bench):
         Returns the module and, per mode, a status: ok (with the error), wrong, or n/a.
         """
         if f"{problem.case.name}/{provider.name}" in self.options.left_out:
-            reason = "left out: it crashed or hung"
+            reason = LEFT_OUT
             return None, {mode: {"status": "n/a", "reason": reason} for mode in modes}
-        self._now(problem.case, provider.name)
+        self._now(f"{problem.case.name}/{provider.name}")
         compiles = provider.name.startswith(self.rival)
         if compiles and (reason := self.compile.refuse(provider.name)):
             return None, {mode: {"status": "n/a", "reason": reason} for mode in modes}
@@ -342,10 +367,23 @@ class LayerBench(Bench):
                 self.record["contenders"],
                 (LIMIT, factor),
             )
+            if self.options.device_time:
+                timed["timed_s"] += self._wall_of_those_without(calls, out, rounds, len(problem.x))
             for name, call in calls.items():
                 if name != LIMIT:
                     out[name] |= self._account(name, call, modules[name], problem, mode)
         return {"limit_in_clones": factor, **timed, "providers": out}
+
+    def _wall_of_those_without(
+        self, calls: dict[str, Call], out: dict[str, Status], rounds: Rounds, copies: int
+    ) -> float:
+        """Wall times of calls that have no time of the device, since no graph could hold them."""
+        without = {n: call for n, call in calls.items() if "reason" in out[n].get("device", {})}
+        if not without:
+            return 0.0
+        timers = {"wall": CudaTimer(copies)}
+        seconds: float = self.time_calls(without, timers, rounds, out, (), ())["timed_s"]
+        return seconds
 
     def _account(
         self, name: str, call: Call, module: nn.Module, problem: Problem, mode: str
@@ -415,6 +453,8 @@ class LayerRun(LayerBench):
             self.save(self.record)
         if not self.options.layers:
             return
-        first = self.options.networks[:ALWAYS_COMPLETE]
+        # Whoever watches ends what runs past the budget.
+        complete = 0 if self.options.under_way is not None else ALWAYS_COMPLETE
+        first = self.options.networks[:complete]
         kept = {layer for network in first for layer, _ in network.layers}
         self.measure_all(self.cases(), lambda case: case.layer in kept, progress)

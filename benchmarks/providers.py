@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
@@ -268,19 +269,24 @@ def unavailable(name: str, device: torch.device) -> str | None:
         w = torch.ones(16, 16, device=device)
         b = torch.ones(16, device=device)
         senet_kernels.squeeze_excite(x, w, b, w, b, backend=backend)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except Exception as error:  # whatever a missing compiler, driver or library raises
         return one_line(error)
     return None
 
 
-def backend_to_ask_for(device: torch.device) -> str:
+def backend_to_ask_for(
+    device: torch.device, why_not: Callable[[str], str | None] | None = None
+) -> str:
     """The backend of calls that name none: what was asked for, else the automatic choice; unless
     that could be the fallback: on a device whose backends run only when asked for by name, or once
-    they have been proven."""
+    they have been proven. ``why_not``: in place of :func:`unavailable`."""
+    why_not = why_not or partial(unavailable, device=device)
     requested = dispatch.requested_backend(None)
     if requested == "auto":
         for name in FUSED:
-            if unavailable(name, device) is None:
+            if why_not(name) is None:
                 by_name = dispatch.only_by_name(name, device.type) is not None
                 by_name = by_name or trust.is_asked(name, device.type)
                 return name if by_name else requested

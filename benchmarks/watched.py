@@ -2,7 +2,8 @@
 
 Runs ``python -m benchmarks layers OPTIONS --record FILE`` in a process of its own. Where that
 crashes, loses its device, or begins nothing new for some seconds, it is started again, goes on from
-its record, and leaves out what was under way. The last line says how many results there are.
+its record, and leaves out what was under way: a provider of a case, or a provider that does not
+come through its first call. The last line says how many results there are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from benchmarks.records import read_json
 from senet_kernels._command_line import Parser
 
-STALL = 40.0
+STALL = 20.0
+START = 60.0  # seconds for Python, torch and the device, before anything is begun
 BENCHMARKS = ("-m", "benchmarks", "layers")
 
 
@@ -31,21 +33,24 @@ def _age(*paths: Path) -> float:
 def attempt(command: Sequence[str], record: Path, under_way: Path, stall: float) -> tuple[str, int]:
     """One process: what went wrong with it, nothing where it came to its end; and its exit code."""
     under_way.write_text("")
-    with subprocess.Popen(command) as process:
-        stalled = False
-        try:
-            while process.poll() is None and not stalled:
-                time.sleep(0.1)
-                stalled = _age(record, under_way) > stall
-        except KeyboardInterrupt:  # it has its own, and saves what it has
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-            raise
-        finally:
-            process.kill()
-    code = process.returncode
+    process = subprocess.Popen(command)
+    stalled, limit = False, max(stall, START)
+    try:
+        while process.poll() is None and not stalled:
+            time.sleep(0.1)
+            limit = stall if under_way.stat().st_size else limit
+            stalled = _age(record, under_way) > limit
+    except KeyboardInterrupt:  # it has its own, and saves what it has
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        raise
+    finally:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # one that waits for the driver may not end
+            process.wait(5)
+    code = -signal.SIGKILL if process.returncode is None else process.returncode
     if stalled:
-        return f"nothing new for {stall:.0f} s", code
+        return f"nothing new for {limit:.0f} s", code
     if code < 0:
         return f"died by {signal.Signals(-code).name}", code
     ended = read_json(record).get("status") in ("complete", "interrupted") or code == 2

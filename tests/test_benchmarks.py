@@ -525,10 +525,13 @@ def test_kernels_of_a_profile() -> None:
 
 _NCU = """==PROF== Connected to process 1
 "ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","forward","dram__bytes_read.sum","byte","1,000,000"
-"0","forward","dram__bytes_write.sum","byte","500"
-"1","second","dram__bytes_read.sum","byte","7"
-"1","second","sm__cycles.sum","cycle","99"
+"0","spin_kernel","dram__bytes_read.sum","byte","64"
+"1","forward","dram__bytes_read.sum","byte","1,000,000"
+"1","forward","dram__bytes_write.sum","byte","500"
+"2","second","dram__bytes_read.sum","byte","7"
+"2","second","sm__cycles.sum","cycle","99"
+"3","spin_kernel","dram__bytes_read.sum","byte","64"
+"4","other","dram__bytes_read.sum","byte","n/a"
 """
 
 
@@ -548,9 +551,9 @@ def test_a_few_calls_are_of_all_kinds(
     records.write(record, path)
     seen: list[tuple[str, str, str]] = []
 
-    def measure(entry: Any, name: str, device: str, limit: float) -> Any:
-        seen.append((entry["layer"], entry["mode"], name))
-        return 7, [{"kernel": "k", "smsp__inst_executed.sum": 1.0}]
+    def measure(asked: Any, device: str, seconds: float) -> Any:
+        seen.extend((entry["layer"], entry["mode"], name) for entry, name in asked)
+        return [(7, [{"kernel": "k", "smsp__inst_executed.sum": 1.0}])] * len(asked)
 
     monkeypatch.setattr(dram, "measure", measure)
     assert dram.fill(path, "cpu", 1e3, most=8) == (8, "")
@@ -564,13 +567,87 @@ def test_a_few_calls_are_of_all_kinds(
     assert [p["dram_bytes"] for p in counted] == [7] * 8
 
 
-def test_bytes_that_ncu_counted() -> None:
-    found, kernels = dram.parse(_NCU + '"1","second","smsp__inst_executed.sum","inst","12"\n')
-    assert found == 1_000_507
-    assert kernels == [
-        {"kernel": "forward", "dram__bytes_read.sum": 1e6, "dram__bytes_write.sum": 500.0},
-        {"kernel": "second", "dram__bytes_read.sum": 7.0, "smsp__inst_executed.sum": 12.0},
+def test_calls_that_ncu_counted() -> None:
+    assert dram.parse(_NCU) == [
+        [
+            {"kernel": "forward", "dram__bytes_read.sum": 1e6, "dram__bytes_write.sum": 500.0},
+            {"kernel": "second", "dram__bytes_read.sum": 7.0},
+        ],
+        [{"kernel": "other"}],
     ]
+
+
+_COUNTED = """"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","spin_kernel","smsp__inst_executed.sum","inst","1"
+"1","forward","smsp__inst_executed.sum","inst","12"
+"2","second","smsp__inst_executed.sum","inst","3"
+"""
+
+
+def _answers(monkeypatch: pytest.MonkeyPatch, *texts: str) -> list[list[str]]:
+    """What ncu prints, call by call; returns the command lines."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **more: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(stdout=texts[len(commands) - 1], stderr="")
+
+    monkeypatch.setattr(dram.subprocess, "run", run)
+    return commands
+
+
+def _metrics(command: list[str]) -> list[str]:
+    return command[command.index("--metrics") + 1].split(",")
+
+
+def test_bytes_are_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated kernel finds warm caches: what needs repeating is counted in another run."""
+    commands = _answers(monkeypatch, _NCU, _COUNTED)
+    entry = {"layer": "a", "mode": "forward"}
+    (first, second) = dram.measure([(entry, "native"), (entry, "triton")], "cuda", 60)
+    assert first[0] == 1_000_507
+    assert [k["smsp__inst_executed.sum"] for k in first[1]] == [12.0, 3.0]
+    assert first[1][0]["dram__bytes_write.sum"] == 500.0
+    assert second == (0, [{"kernel": "other"}])
+    assert [_metrics(c) for c in commands] == [list(dram.METRICS), list(dram.COUNTERS)]
+    assert not set(dram.METRICS) & set(dram.COUNTERS)
+
+
+def test_a_counter_that_the_card_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = "==ERROR== Failed to find metric lts__t_bytes.sum\n"
+    commands = _answers(monkeypatch, _NCU, lacking, _COUNTED)
+    first, _ = dram.measure([({"mode": "forward"}, "native")] * 2, "cuda", 60)
+    assert "smsp__inst_executed.sum" in first[1][0]
+    assert set(dram.COUNTERS) - set(_metrics(commands[-1])) == {"lts__t_bytes.sum"}
+
+
+def test_bytes_stay_where_counters_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    _answers(monkeypatch, _NCU, "")
+    first, _ = dram.measure([({"mode": "forward"}, "native")] * 2, "cuda", 60)
+    assert first[0] == 1_000_507
+    assert [k["kernel"] for k in first[1]] == ["forward", "second"]
+
+
+@pytest.mark.parametrize(("says", "calls"), [("ERR_NVGPUCTRPERM - no", 1), ("other", 2)])
+def test_when_counting_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    run: Callable[..., tuple[int, Any]],
+    says: str,
+    calls: int,
+) -> None:
+    """A failure of one run of calls is none of the next; no permission is."""
+    _, record = run(*LAYER)
+    times = record["results"][0]
+    record["contenders"] = record["providers"] = ["native"]
+    record["results"] = [{**times, "layer": f"{i}", "providers": {"native": {"status": "ok"}}}
+                         for i in range(40)]  # fmt: skip
+    path = tmp_path / "layers.json"
+    records.write(record, path)
+    commands = _answers(monkeypatch, *[f"==WARNING== slow\n==ERROR== {says}\n"] * 9)
+    count, reason = dram.fill(path, "cuda", 1e3)
+    assert (count, reason) == (0, says)
+    assert len(commands) == calls
 
 
 @pytest.mark.parametrize(
@@ -716,3 +793,20 @@ def test_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     providers.make_call(module, made, problem.FORWARD)(0)
     assert seen == ["exchange=cluster,blocks=8"]
     assert PLAN not in os.environ
+
+
+def test_what_an_interrupt_leaves_unmeasured_is_named(tmp_path: Path) -> None:
+    words = ["--layer", "240x14x14", "--batch", "1", "--batch", "2", "--dtype", "fp32", "--rounds",
+             "3", "--mode", "forward", "--provider", "eager-linear", "--device", "cpu", "--record",
+             str(tmp_path / "r.json")]  # fmt: skip
+    bench = layer_run.LayerRun(options.parse("layers", words))
+    names = [case.name for case in bench.cases()]
+    assert len(names) > 2
+
+    def interrupted(cases: list[Any]) -> Any:
+        yield cases[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(interrupted)
+    assert bench.record["not_measured"] == names[1:]

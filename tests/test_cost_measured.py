@@ -38,7 +38,7 @@ def test_cards_by_the_names_of_devices() -> None:
     for device, name in (
         ("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L4", "L4"),
         ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 5090", "RTX 5090"),
-        ("NVIDIA L40S", None), ("cpu", None),
+        ("NVIDIA L40S", None), ("cpu", None), ("NVIDIA H200 MIG 1g.18gb", None),
     ):  # fmt: skip
         assert card_of(device, CARDS) == name
 
@@ -63,9 +63,11 @@ def test_measured_beside_computed() -> None:
     assert (triton.problem, triton.ratio) == ("left out", None)
     assert small.computed is None  # of another batch
     lines = summary([native, triton])
-    assert lines[0].startswith("native backward: 1 layers; of the speed of a copy: median ")
+    assert lines[0].startswith(
+        "native backward: 1 pairs of layer and layout; of the speed of a copy: median "
+    )
     assert lines[0].endswith("measured over computed: median 2.00, from 2.00 to 2.00")
-    assert lines[1] == "triton backward: 0 layers"
+    assert lines[1] == "triton backward: 0 pairs of layer and layout"
     text = table([native, triton])
     assert f"| native | {LAYER} | NCHW | backward | {2 * middle:.1f} | 150.0 |" in text
     assert "| 2.00 |" in text
@@ -79,11 +81,28 @@ def test_a_device_without_prices() -> None:
     assert "nothing was computed for this device" in summary([figure])[0]
 
 
+def test_without_a_graph_it_is_wall_time() -> None:
+    """And where there is no time at all, the reason is that of the clock."""
+    entry = _entry("forward", {"clone": 100.0, "native": 50.0, "triton": 1.0})
+    no_graph = {"reason": "RuntimeError: operation not permitted when stream is capturing"}
+    entry["providers"]["native"] = {
+        "status": "ok", "device": no_graph, "wall": {"median_us": 70.0}
+    }  # fmt: skip
+    entry["providers"]["triton"] = {"status": "ok", "device": no_graph}
+    record = _record(entry)
+    record["contenders"].append("eager-linear")  # which is not the project's own
+    native, triton = beside(record, json.loads(RECORD.read_text()))
+    assert (native.measured, native.clock, native.copy) == (70.0, "wall", None)
+    assert triton.problem == no_graph["reason"]
+    assert "| 70.0 (wall) | n/a |" in table([native])
+    assert "(1 by wall time: no graph could hold them)" in summary([native])[0]
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "layers.json"
     path.write_text(json.dumps(_record(_entry("forward", {"clone": 1e3, "native": 400.0}))))
     assert main([str(path)]) == 0
-    assert "native forward: 1 layers" in capsys.readouterr().out
+    assert "native forward: 1 pairs of layer and layout" in capsys.readouterr().out
 
 
 # -- calibrating -----------------------------------------------------------------------------------

@@ -490,3 +490,47 @@ def test_layers_that_crash_or_hang_are_left_out(
     last = capfd.readouterr().out.strip().splitlines()[-1]
     assert last == ("5 results; left out b/y: died by SIGSEGV; left out c/x: nothing new for 1 s; "
                     "left out d/x: ended with status 1")  # fmt: skip
+
+
+def test_a_provider_that_dies_in_its_first_call_takes_no_other_with_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The probe of whether a backend runs at all is under watch, too."""
+    program, record = tmp_path / "layers.py", tmp_path / "layers.json"
+    program.write_text(_DIES_AT_ONCE)
+    words = [str(record), "--program", str(program), "--", "layers", "--device", "cpu",
+             "--no-profile", "--layer", "240x14x14", "--batch", "2", "--rounds", "3", "--mode",
+             "forward", "--provider", "native", "--provider", "reference", "--provider",
+             "eager-linear"]  # fmt: skip
+    assert watched.main(words) == 1
+    found = json.loads(record.read_text())
+    assert found["unavailable"]["native"] == "left out: it crashed or hung in its first call"
+    assert all(entry["providers"]["reference"]["status"] == "ok" for entry in found["results"])
+    assert found["results"]
+    assert "left out /native: died by SIGSEGV" in capfd.readouterr().out
+
+
+_DIES_AT_ONCE = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from benchmarks import providers
+import senet_kernels
+call = senet_kernels.squeeze_excite
+def dying(*args, backend=None, **more):
+    if backend == "native":
+        os.kill(os.getpid(), 11)
+    return call(*args, backend=backend, **more)
+senet_kernels.squeeze_excite = dying
+from benchmarks.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_one_bad_record_takes_no_verdict_with_it(tmp_path: Path) -> None:
+    good = {"1x3x70x33": {"outcome": "crash", "text": "the process died by SIGSEGV"}}
+    (tmp_path / "verdicts-native.json").write_text(json.dumps(good))
+    (tmp_path / "layers.json").write_text('{"results": [{}], "contenders": []}')
+    found = gpu_report.lines(tmp_path)
+    died = "  crash: 1x3x70x33: the process died by SIGSEGV"
+    assert found[:2] == ["verdicts-native: 1 crash", died]
+    assert found[2].startswith("layers: cannot be read: KeyError")

@@ -79,9 +79,14 @@ while [ "$1" != "--metrics" ]; do shift; done
 shift 2
 "$@" || exit
 echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
-echo '"0","k","dram__bytes_read.sum","byte","1,024"'
-echo '"0","k","dram__bytes_write.sum","byte","512"'
-echo '"0","k","smsp__inst_executed.sum","inst","99"'
+i=0
+for call in $(echo "$*" | grep -o '"mode"'); do
+  echo "\"${i}0\",\"spin_kernel\",\"dram__bytes_read.sum\",\"byte\",\"64\""
+  echo "\"${i}1\",\"k\",\"dram__bytes_read.sum\",\"byte\",\"1,024\""
+  echo "\"${i}1\",\"k\",\"dram__bytes_write.sum\",\"byte\",\"512\""
+  echo "\"${i}1\",\"k\",\"smsp__inst_executed.sum\",\"inst\",\"99\""
+  i=$((i + 1))
+done
 """
 
 

@@ -33,6 +33,7 @@ class Figure(NamedTuple):
     computed: tuple[float, float] | None
     plan: str
     problem: str = ""  # why there is no time
+    clock: str = "device"  # or "wall": what the host needs may be in the time
 
     @property
     def ratio(self) -> float | None:
@@ -43,15 +44,30 @@ class Figure(NamedTuple):
 
 
 def card_of(device: str, names: Iterable[str]) -> str | None:
-    """The card that a device is, of those that prices were computed for."""
+    """The card that a device is, of those that prices were computed for; a part of one (MIG) is
+    none of them."""
     words = device.replace("-", " ").split()
+    if "MIG" in words:
+        return None
     return next((name for name in names if name.split()[-1] in words), None)
 
 
-def _time(provider: dict[str, Any]) -> float | None:
-    of = provider.get("device") or provider.get("wall") or {}
-    found: float | None = of.get("median_us")
-    return found
+def _time(provider: dict[str, Any]) -> tuple[float | None, str]:
+    """Of the device where it was measured, else of the wall clock; and which of the two."""
+    for clock in ("device", "wall"):
+        if (found := provider.get(clock, {}).get("median_us")) is not None:
+            return found, clock
+    return None, "device"
+
+
+def _reason(provider: dict[str, Any]) -> str:
+    """Why there is no time."""
+    of_device: str = provider.get("device", {}).get("reason", "not timed")
+    return of_device if provider["status"] == "ok" else provider.get("reason", provider["status"])
+
+
+def _is_ours(provider: str) -> bool:
+    return provider.split("-")[0] in ("native", "triton")
 
 
 def beside(record: dict[str, Any], cost: dict[str, Any]) -> list[Figure]:
@@ -67,18 +83,19 @@ def beside(record: dict[str, Any], cost: dict[str, Any]) -> list[Figure]:
     found = []
     for entry in record["results"]:
         layout, direction = LAYOUT[entry["layout"]], entry["mode"]
-        copy = _time(entry["providers"].get(_LIMIT, {}))
+        copies = entry["providers"].get(_LIMIT, {})
         priced = (entry["dtype"], entry["batch"]) == ("bf16", cost.get("batch"))
-        for name in record["contenders"]:
+        for name in filter(_is_ours, record["contenders"]):
             provider = entry["providers"].get(name, {"status": "n/a", "reason": "not measured"})
-            time = _time(provider)
+            time, clock = _time(provider)
+            copy = copies.get(clock, {}).get("median_us")
             key = (name, entry["layer"], layout, direction)
             found.append(
                 Figure(
                     name, entry["layer"], layout, direction, time or 0.0,
                     copy * entry["limit_in_clones"] if copy else None,
                     computed.get(key) if priced else None, provider.get("plan", ""),
-                    "" if time else provider.get("reason", provider["status"]),
+                    "" if time else _reason(provider), clock,
                 )
             )  # fmt: skip
     return found
@@ -89,7 +106,10 @@ def summary(figures: Sequence[Figure]) -> list[str]:
     lines = []
     for key in dict.fromkeys((f.backend, f.direction) for f in figures):
         of = [f for f in figures if (f.backend, f.direction) == key and not f.problem]
-        text = f"{key[0]} {key[1]}: {len(of)} layers"
+        names = {(f.layer, f.layout) for f in of}
+        text = f"{key[0]} {key[1]}: {len(names)} pairs of layer and layout"
+        by_wall = sum(f.clock == "wall" for f in of)
+        text += f" ({by_wall} by wall time: no graph could hold them)" if by_wall else ""
         shares = sorted(f.copy / f.measured for f in of if f.copy)
         if shares:
             text += (
@@ -115,7 +135,8 @@ def table(figures: Sequence[Figure]) -> str:
     for f in figures:
         computed = "{:.0f} to {:.0f}".format(*f.computed) if f.computed else "n/a"
         cells = [
-            f.backend, f.layer, f.layout, f.direction, f.problem or f"{f.measured:.1f}",
+            f.backend, f.layer, f.layout, f.direction,
+            f.problem or f"{f.measured:.1f}" + " (wall)" * (f.clock == "wall"),
             f"{f.copy:.1f}" if f.copy else "n/a", computed, f"{f.ratio:.2f}" if f.ratio and not
             f.problem else "n/a",
         ]  # fmt: skip
