@@ -55,8 +55,13 @@ def _of_models(record: Record) -> Iterator[str]:
             text += f" ({found.low:.2f} to {found.high:.2f})"
         if found.price:
             before, after = found.price
-            text += f", the price of SE from {before:.0f} % to {after:.0f} % in the median"
+            text += f"; what SE adds to the time of the network without it {_falls(before, after)}"
         yield text
+
+
+def _falls(before: float, after: float) -> str:
+    went = "falls" if after < before else "goes"
+    return f"{went} from {before:.0f} % to {after:.0f} % (median)"
 
 
 def _overall(record: Record, mode: str, contender: str) -> dict[str, summary.Row]:
@@ -114,7 +119,7 @@ def results(records: Sequence[Record]) -> Lines:
 
 
 def _results_of_models(records: Sequence[Record]) -> Lines:
-    head = ["machine", "networks", "mode", "speed, fused", "of a network", "price of SE"]
+    head = ["machine", "networks", "mode", "speed, fused", "range", "price of SE"]
     out = [head]
     for record in records:
         networks = len({entry["network"] for entry in record["results"]})
@@ -132,9 +137,9 @@ def _results_of_layers(records: Sequence[Record]) -> Lines:
     baselines = list(dict.fromkeys(n for r in records for n in summary.baselines_of(r, "")))
     out = [["machine", "layers", "mode", *(f"vs `{name}`" for name in baselines), "lost"]]
     for record in records:
-        lost = f"{len(summary.losses(record))} of {summary.comparisons(record)}"
         for contender in record["contenders"]:
             for mode in summary.modes(record):
+                lost = f"{len(summary.losses(record, mode))} of {summary.comparisons(record, mode)}"
                 for row in _overall(record, mode, contender).values():
                     means = {name: mean.text("×") for name, mean in row.speedup.items()}
                     cells = [means.get(name, "n/a") for name in baselines]
