@@ -11,7 +11,7 @@ comes what the record, a path from the file's folder, gives: ``TABLE`` is ``laye
 ``-zh`` at the end the latter, ``layers-short`` and ``verdict`` in Chinese; ``losses`` for what is
 slower than what it has to beat, ``verdict`` for the means alone, both of records of any kind;
 ``results`` for those of several records of networks or of layers as one table. ``verdict`` takes
-several records, too: one after the other.
+several records, too: one after the other; ``machines`` of any records is where they were taken.
 ``--check`` changes nothing and only says whether the blocks are what the records give (exit code 1
 if not).
 """
@@ -31,7 +31,7 @@ from . import digest, plots, records, summary
 from .digest import Lines
 from .page import KINDS, warnings
 from .summary import Record
-from .verdict import results, verdict
+from .verdict import machines, results, verdict
 
 BLOCK = re.compile(
     r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+(?: \S+)*?) -->\n)"
@@ -41,6 +41,7 @@ BLOCK = re.compile(
 TABLES = (
     "layers", "layers-short", "layers-short-zh", "models", "models-short", "models-gain",
     "models-gain-zh", "sweep", "losses", "verdict", "verdict-zh", "results",
+    "machines",
 )  # fmt: skip
 MOST_LOSSES = 8
 MOST_LOSSES_IN_SHORT = 3
@@ -234,9 +235,9 @@ def renewed(text: str, start: Path) -> str:
         table, path = match["table"], start / match["record"]
         if table not in TABLES:
             raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
-        if table == "results":
+        if several_in_one := {"results": results, "machines": machines}.get(table):
             several = [records.read(start / name) for name in match["record"].split()]
-            return "\n".join([match[1] + "\n".join(_table(results(several))), match[4]])
+            return "\n".join([match[1] + "\n".join(_table(several_in_one(several))), match[4]])
         if table.startswith("verdict"):
             several = [records.read(start / name) for name in match["record"].split()]
             body = "\n".join(render(record, table, ()) for record in several)

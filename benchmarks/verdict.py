@@ -146,3 +146,23 @@ def _results_of_layers(records: Sequence[Record]) -> Lines:
                     name = processors.name(record["environment"])
                     out.append([name, str(row.layers), mode, *cells, lost])
     return out
+
+
+def machines(records: Sequence[Record]) -> Lines:
+    """A line for each record: what it is of, and what it says of its machine."""
+    out = [["machine", "vectors", "cache per core", "last cache", "record of", "taken", "commit"]]
+    for record in records:
+        env = record["environment"]
+        caches = env.get("caches") or {}
+        sizes = [_bytes(caches[name]) if caches.get(name) else "n/a" for name in ("core", "last")]
+        vectors = _VECTORS.get(env.get("cpu_capability"), "n/a")
+        stamp = [env["date"][:10], (env["commit"] or "n/a")[:10]]
+        out.append([processors.name(env), vectors, *sizes, record["kind"], *stamp])
+    return out
+
+
+_VECTORS = {"AVX512": "AVX-512", "AVX2": "AVX2", "DEFAULT": "plain"}
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
