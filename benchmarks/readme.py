@@ -12,6 +12,7 @@ comes what the record, a path from the file's folder, gives: ``TABLE`` is ``laye
 slower than what it has to beat, ``verdict`` for the means alone, both of records of any kind;
 ``results`` for those of several records of networks or of layers as one table. ``verdict`` takes
 several records, too: one after the other; ``machines`` of any records is where they were taken.
+Tables of ``claims.py`` are of docs/senet_claims.json, in Chinese with ``-zh`` at the end.
 ``--check`` changes nothing and only says whether the blocks are what the records give (exit code 1
 if not).
 """
@@ -19,6 +20,7 @@ if not).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -27,7 +29,7 @@ from pathlib import Path
 
 from senet_kernels._command_line import Parser
 
-from . import digest, plots, records, summary
+from . import claims, digest, plots, records, summary
 from .digest import Lines
 from .page import KINDS, warnings
 from .summary import Record
@@ -62,9 +64,8 @@ CHINESE = (
         r"：融合后网络的速度是原来的 \1（\2 到 \3）",
     ),
     (
-        r"; what SE adds to the time of the network without it (?:falls|goes) "
-        r"from (\d+) % to (\d+) % \(median\)",
-        "；与去掉 SE 的同一网络相比，SE 多花的时间从\u00a0\\1\u00a0%\u00a0变为\u00a0\\2\u00a0%（中位数）",
+        r"; what SE adds to [^.]* without it \w+ from (\d+) % to (\d+) % \(median\)",
+        "；与去掉 SE 的同一网络相比，SE 多花的时间从 \\1 % 变为 \\2 %（中位数）",
     ),
     (r"(?<=）)\. ", "。"),
     (r"Whole networks, ", "整网，"),
@@ -233,6 +234,10 @@ def renewed(text: str, start: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         table, path = match["table"], start / match["record"]
+        if table.startswith("claims-"):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            name, chinese = table.removesuffix("-zh"), table.endswith("-zh")
+            return f"{match[1]}{claims.render(known, name, _table, chinese=chinese)}\n{match[4]}"
         if table not in TABLES:
             raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
         if several_in_one := {"results": results, "machines": machines}.get(table):

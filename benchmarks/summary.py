@@ -302,8 +302,8 @@ def _must_beat(record: Record, contender: str, baseline: str) -> bool:
 def losses(
     record: Record, mode: str | None = None
 ) -> list[tuple[str, str, Entry, dict[str, float]]]:
-    """(contender, baseline, entry, speed-up) wherever a contender loses by more than 5 %, in one mode
-    or in all."""
+    """(contender, baseline, entry, speed-up) wherever a contender loses by more than 5 %: in one
+    mode, or in all."""
     metric = metric_of(record)
     found = [
         (contender, baseline, entry, figure)
@@ -329,8 +329,8 @@ def comparisons(record: Record, mode: str | None = None) -> int:
 
 
 def case_name(entry: Entry, *, whole: bool = False) -> str:
-    """What was measured, in a few words; of a layer its extents, or its ``whole`` name, which has the
-    hidden width and the functions too."""
+    """What was measured, in a few words; of a layer its extents, or its ``whole`` name, which has
+    the hidden width and the functions too."""
     layout = SHORT_LAYOUT[entry["layout"]]
     what = entry["network"] if "layer" not in entry else entry["layer"]
     if "layer" in entry and not whole:

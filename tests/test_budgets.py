@@ -113,18 +113,19 @@ def test_double_precision(backend: BackendCase, spec: Spec) -> None:
 
 def promise() -> str:
     """These numbers in words, for docs/reliability.json."""
-    said = [
+    first = (
         "Errors are distances from float64 on the same inputs; eager is the block with 1x1 "
         "convolutions (in float32 that or matrix products, whichever is further off). "
         f"Over {SEEDS} random inputs:"
-    ]
+    )
+    said = [first]
     for dtype, (activations, parameters) in MEAN_BUDGET.items():
         name = str(dtype).removeprefix("torch.")
         said.append(
             f"{name}: the mean error is at most {activations:g} times eager's in y, dx and "
-            f"d_residual, {parameters:g} times in the gradients of parameters; the largest error at "
-            f"most {MAX_BUDGET[dtype]:g} times eager's and one unit in the last place of the largest "
-            "value."
+            f"d_residual, {parameters:g} times in the gradients of parameters; the largest error "
+            f"at most {MAX_BUDGET[dtype]:g} times eager's and one unit in the last place of the "
+            "largest value."
         )
     said.append(
         f"float64: at most {DOUBLE_BUDGET:g} of the sum of the value and the largest value."
