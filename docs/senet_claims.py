@@ -346,7 +346,9 @@ def _keep(figures: dict[str, Rows]) -> None:
     env = environment.stamp(torch.device("cpu"))
     threads = f"{env['threads']} thread{'s' * (env['threads'] != 1)}"
     machine = f"{processors.name(env)}, {threads}, torch {env['torch']}"
-    commit = f"{str(env['commit'])[:10]}{' and changes' * bool(env['uncommitted_changes'])}"
+    status = ["git", "status", "--porcelain", "--", "csrc", "senet_kernels", __file__]
+    changed = subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout
+    commit = f"{str(env['commit'])[:10]}{' and changes' * bool(changed)}"
     stamp = {"date": str(env["date"])[:10], "machine": machine, "commit": commit, "note": ["", ""]}
     runs[0].update({**stamp, **figures})
     RECORD.write_text(dumps(record), encoding="utf-8")
