@@ -97,6 +97,86 @@ def _folded(text: str) -> str:
     return " ".join(text.split())
 
 
+# ---- figures ----
+
+#: A number with a unit of what is measured, in English and Chinese.
+_NUMBER = r"(?<![\w.])\d[\d.,]*"
+_UNITS = (
+    "µs", "us", "ns", "ms", "s", "[KMGT]i?B(?:/s)?", "(?:micro|milli|nano)?seconds?", "minutes?",
+    "hours?", "instructions", "times", "per cent",
+)  # fmt: skip
+FIGURE = re.compile(
+    rf"{_NUMBER}[ \u00a0]?(?:(?:{'|'.join(_UNITS)})(?!\w)|x(?![\w²])|×(?!\s*\d)|%|倍|微秒|毫秒|秒)"
+    r"|(?:(?:ten|[a-z]+ty)[ -])+(?:to [a-z]+ )?per cent"
+    rf"|{_NUMBER} \({_NUMBER} (?:to|至) [\d.]+\)"  # a median, and what it lies between
+)
+#: Pages that are let through, whole.
+LEFT_OUT = {
+    "cuda-kernels.md": "a program writes it",
+    "reliability.md": "a program writes it",
+    "cost.md": "of a model: outside of its blocks are the times that it assumes",
+    "tuning-log.md": "a log of what was measured by hand, with the commands",
+}
+#: What is no measurement, though it has a unit: where, and why.
+ALLOWED = {
+    ("README.md", "95 %"): "the level of an interval",
+    ("README.zh-CN.md", "95 %"): "the level of an interval",
+    ("backends.md", "64 MiB"): "trust.problem.MOST_BYTES: what a proof takes at most",
+    ("backends.md", "30 seconds"): "how long a process waits for another one's verdict at most",
+    ("backends.md", "15 seconds"): "how often make gpu writes its file",
+    ("backends.md", "15 s"): "how long a case of make gpu may take",
+    ("kernels.md", "16 KB"): "the size of a block in csrc/cpu",
+    ("losses.md", "5 %"): "summary.LOSS: from which on a comparison is lost",
+    ("performance.md", "5 %"): "summary.LOSS: from which on a comparison is lost",
+    ("tuning.md", "4 MiB"): "the bound of a regime, in benchmarks/regimes.py",
+    ("senet.md", "209 ms"): "the paper's",
+    ("senet.zh-CN.md", "190 ms"): "the paper's",
+    ("senet.zh-CN.md", "164 ms"): "the paper's",
+}
+
+
+def _typed(text: str) -> list[str]:
+    """Figures with a unit outside of blocks that are generated, of code and of links' targets."""
+    text = re.sub(r"<!-- (\w+):begin .*?<!-- \1:end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", "", text, flags=re.DOTALL)
+    return [found[0] for found in FIGURE.finditer(_folded(text))]
+
+
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_no_measured_figure_is_typed(path: Path) -> None:
+    """Each comes from a record, by a program: ``python -m benchmarks.readme`` and others."""
+    if path.name in LEFT_OUT:
+        return
+    typed = set(_typed(path.read_text(encoding="utf-8")))
+    allowed = {figure for name, figure in ALLOWED if name == path.name}
+    assert typed - allowed == set(), "take it from a record, or move it to docs/tuning-log.md"
+    assert allowed - typed == set(), "no longer there: take it out of ALLOWED"
+
+
+def test_typed_figures_are_found() -> None:
+    wrong = {
+        "it takes 27 µs": "27 µs", "in 0.9 microseconds.": "0.9 microseconds", "12 MB": "12 MB",
+        "1.08× the speed": "1.08×", "1.9x": "1.9x", "2.5 times as fast": "2.5 times",
+        "a third (33 %)": "33 %", "at 1,200 GB/s": "1,200 GB/s", "about 7,000 instructions": "7,000 instructions",
+        "between a few and some thirty per cent": "thirty per cent", "快 1.5 倍": "1.5 倍",
+        "98.89 (98.61 to 99.44) with SE": "98.89 (98.61 to 99.44)", "3 s": "3 s",
+        "which takes 15\nms": "15 ms", "4 毫秒": "4 毫秒",
+    }  # fmt: skip
+    for text, figure in wrong.items():
+        assert _typed(text) == [figure]
+    right = (
+        "3x3 convolutions, 160x160 images, batch 4 of 160², sm_90, 2N bytes, torch 2.13.0, R = 16",
+        "three times as long, 28 layers, `12 MB`, [a](b%20c) 5 networks, 1x1, 8x128 images",
+        "```text\n12 ms\n```", "<!-- benchmark:begin a b -->\n12 ms\n<!-- benchmark:end -->",
+    )  # fmt: skip
+    for text in right:
+        assert _typed(text) == [], text
+
+
 def test_messages_of_the_faq_are_compared() -> None:
     """In headings and text, too: they stand in a session of their section, which runs."""
     sections = re.split(r"^## ", (ROOT / "docs" / "faq.md").read_text("utf-8"), flags=re.MULTILINE)
