@@ -161,7 +161,8 @@ def test_typed_figures_are_found() -> None:
     wrong = {
         "it takes 27 µs": "27 µs", "in 0.9 microseconds.": "0.9 microseconds", "12 MB": "12 MB",
         "1.08× the speed": "1.08×", "1.9x": "1.9x", "2.5 times as fast": "2.5 times",
-        "a third (33 %)": "33 %", "at 1,200 GB/s": "1,200 GB/s", "about 7,000 instructions": "7,000 instructions",
+        "a third (33 %)": "33 %", "at 1,200 GB/s": "1,200 GB/s",
+        "about 7,000 instructions": "7,000 instructions",
         "between a few and some thirty per cent": "thirty per cent", "快 1.5 倍": "1.5 倍",
         "98.89 (98.61 to 99.44) with SE": "98.89 (98.61 to 99.44)", "3 s": "3 s",
         "which takes 15\nms": "15 ms", "4 毫秒": "4 毫秒",
