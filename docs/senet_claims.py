@@ -332,7 +332,7 @@ def _keep(figures: dict[str, Rows]) -> None:
     """Put the figures of this command into the record, under the run that has the command.
 
     Raises:
-        SystemExit: the page has no such command.
+        SystemExit: the page has no such command, or one with another number of threads.
     """
     sys.path.append(str(ROOT))  # the benchmarks know machines by name
     from benchmarks import environment, processors
@@ -344,6 +344,8 @@ def _keep(figures: dict[str, Rows]) -> None:
     if not runs:
         sys.exit(f"not recorded: the page has no `{command}`")
     env = environment.stamp(torch.device("cpu"))
+    if runs[0]["command"].startswith("OMP_NUM_THREADS=1 ") and env["threads"] != 1:
+        sys.exit(f"not recorded: the page's run is `{runs[0]['command']}`")
     threads = f"{env['threads']} thread{'s' * (env['threads'] != 1)}"
     machine = f"{processors.name(env)}, {threads}, torch {env['torch']}"
     status = ["git", "status", "--porcelain", "--", "csrc", "senet_kernels", __file__]

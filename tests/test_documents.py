@@ -4,6 +4,7 @@ somewhere."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -18,6 +19,7 @@ import torch
 pytest.importorskip("markdown_it")
 
 import markdown_blocks as markdown
+from benchmarks import claims
 from tools import support_table
 
 ROOT = markdown.ROOT
@@ -176,6 +178,58 @@ def test_typed_figures_are_found() -> None:
     )  # fmt: skip
     for text in right:
         assert _typed(text) == [], text
+
+
+# ---- the claims about SENet ----
+
+CLAIMS = ROOT / "docs" / "senet_claims.json"
+
+
+def test_record_of_the_claims(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is as its program writes it, its commands are ones, and a command renews its run alone."""
+    text = CLAIMS.read_text(encoding="utf-8")
+    names = runpy.run_path(str(ROOT / "docs" / "senet_claims.py"))
+    record = json.loads(text)
+    assert names["dumps"](record) == text
+    for run in record["runs"].values():
+        markdown.check_command(run["command"])
+        assert run["date"] or all("2026-11-24" in note for note in run["note"])
+    copy = tmp_path / CLAIMS.name
+    copy.write_text(text, encoding="utf-8")
+    monkeypatch.setitem(names["_keep"].__globals__, "RECORD", copy)
+    monkeypatch.setattr(sys, "argv", ["senet_claims.py", "memory", "--record"])
+    names["_keep"]({"rows": [["resnet50", "reference", 1.0, 2.0]]})
+    renewed = json.loads(copy.read_text(encoding="utf-8"))
+    run = renewed["runs"].pop("memory")
+    assert run["rows"] == [["resnet50", "reference", 1.0, 2.0]]
+    assert run["machine"]
+    assert record["runs"].pop("memory")["command"] == run["command"]
+    assert renewed == record
+    monkeypatch.setattr(sys, "argv", ["senet_claims.py", "accuracy", "--seeds", "1", "--record"])
+    with pytest.raises(SystemExit, match=r"the page has no `python docs/senet_claims\.py acc"):
+        names["_keep"]({"rows": []})
+    monkeypatch.setattr(sys, "argv", ["senet_claims.py", "scale", "--record"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit, match="the page's run is `OMP_NUM_THREADS=1 python docs"):
+        names["_keep"]({"rows": []})
+    assert json.loads(copy.read_text(encoding="utf-8"))["runs"]["scale"] == record["runs"]["scale"]
+
+
+@pytest.mark.parametrize("table", claims.TABLES)
+def test_both_pages_show_each_table_of_the_claims(table: str) -> None:
+    """With the same figures; that they are the record's another test sees."""
+    shown = []
+    for page, suffix in (("senet.md", ""), ("senet.zh-CN.md", "-zh")):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        _, _, rest = text.partition(f"<!-- benchmark:begin {table}{suffix} senet_claims.json -->")
+        block, end, _ = rest.partition("<!-- benchmark:end -->")
+        assert end, f"{page} does not show {table}"
+        lines = block.strip().splitlines()[1:]  # without command, date and machine
+        shown.append(re.findall(r"\d[\d.,]*", "\n".join(lines)))
+    assert shown[0] == shown[1]
+    assert len(shown[0]) >= 6
+    with pytest.raises(ValueError, match="table: expected one of claims-size"):
+        claims.render({"runs": {}}, f"{table}-of-nothing", lambda lines: [], chinese=False)
 
 
 def test_messages_of_the_faq_are_compared() -> None:
