@@ -8,9 +8,11 @@ Without a file, in all of the repository that have some. A file says itself what
 comes what the record, a path from the file's folder, gives: ``TABLE`` is ``layers``, ``models`` or
 ``sweep`` for all there is to say, ``layers-short`` for means, losses and the first plot,
 ``models-short`` for times and price alone, ``models-gain`` for a line for each network; with
-``-zh`` at the end the latter and ``layers-short`` in Chinese; ``losses`` for what is slower than
-what it has to beat, ``verdict`` for the means alone, both of records of any kind; ``results`` for
-those of several records of networks or of layers as one table.
+``-zh`` at the end the latter, ``layers-short`` and ``verdict`` in Chinese; ``losses`` for what is
+slower than what it has to beat, ``verdict`` for the means alone, both of records of any kind;
+``results`` for those of several records of networks or of layers as one table. ``verdict`` takes
+several records, too: one after the other; ``machines`` of any records is where they were taken.
+Tables of ``claims.py`` are of docs/senet_claims.json, in Chinese with ``-zh`` at the end.
 ``--check`` changes nothing and only says whether the blocks are what the records give (exit code 1
 if not).
 """
@@ -18,6 +20,7 @@ if not).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -26,11 +29,11 @@ from pathlib import Path
 
 from senet_kernels._command_line import Parser
 
-from . import digest, plots, records, summary
+from . import claims, digest, plots, records, summary
 from .digest import Lines
 from .page import KINDS, warnings
 from .summary import Record
-from .verdict import results, verdict
+from .verdict import machines, results, verdict
 
 BLOCK = re.compile(
     r"(<!-- benchmark:begin (?P<table>[\w-]+) (?P<record>\S+(?: \S+)*?) -->\n)"
@@ -39,7 +42,8 @@ BLOCK = re.compile(
 )
 TABLES = (
     "layers", "layers-short", "layers-short-zh", "models", "models-short", "models-gain",
-    "models-gain-zh", "sweep", "losses", "verdict", "results",
+    "models-gain-zh", "sweep", "losses", "verdict", "verdict-zh", "results",
+    "machines",
 )  # fmt: skip
 MOST_LOSSES = 8
 MOST_LOSSES_IN_SHORT = 3
@@ -60,9 +64,13 @@ CHINESE = (
         r"：融合后网络的速度是原来的 \1（\2 到 \3）",
     ),
     (
-        r", the price of SE from (\d+) % to (\d+) % in the median",
-        "，SE 的代价（中位数）\\1\u00a0%\u00a0→\u00a0\\2\u00a0%",
+        r"; what SE adds to [^.]* without it \w+ from (\d+) % to (\d+) % \(median\)",
+        "；与去掉 SE 的同一网络相比，SE 多花的时间从 \\1 % 变为 \\2 %（中位数）",
     ),
+    (r"(?<=）)\. ", "。"),
+    (r"Whole networks, ", "整网，"),
+    (r"\bZen 4 or 5\b", "Zen 4 或 5"),
+    (r"\.\*\*", "。**"),
     (r"\bgraph built\b", "建图"),
     (r"\bvs\b", "对"),
     (r"\| layers \|", "| 层数 |"),
@@ -124,7 +132,7 @@ def _all_losses(record: Record) -> list[str]:
     for contender, baseline, entry, figure in found:
         interval = f"{figure['ci_low']:.2f} to {figure['ci_high']:.2f}"
         speed = f"{figure['ratio']:.2f}×"
-        case = summary.case_name(entry)
+        case = summary.case_name(entry, whole=True)
         lines.append([case, entry["mode"], f"`{contender}`", f"`{baseline}`", speed, interval])
     return ["", f"{len(found)} of {every} comparisons are lost by more than 5 %:", "",
             *_table(lines)]  # fmt: skip
@@ -180,8 +188,11 @@ def _others(record: Record, short: bool) -> list[str]:
 
 def render(record: Record, table: str, images: Sequence[tuple[str, str]]) -> str:
     """The block between the marks; ``images`` are (title, path)."""
-    if table == "verdict":
-        return f"**{KINDS[record['kind']]}, {plots.style.machine(record)}.** {verdict(record)}"
+    if table.startswith("verdict"):
+        env = record["environment"]
+        commit = f", commit {env['commit'][:10]}" if env["commit"] else ""
+        what = f"{KINDS[record['kind']]}, {plots.style.machine(record)}, {env['date'][:10]}{commit}"
+        return f"- **{what}.** {verdict(record)}"
     out = [_stamp(record)]
     if table == "losses":
         return "\n".join([*out, *_all_losses(record)])
@@ -191,7 +202,7 @@ def render(record: Record, table: str, images: Sequence[tuple[str, str]]) -> str
         out += _layers_short(record)
         images = images[:1]
     elif table.startswith("models-gain"):
-        out += ["", verdict(record), "", *_table(digest.model_gains(record))]
+        out += ["", *_table(digest.model_gains(record))]
         images = images[:1]
     else:
         out += _others(record, table.endswith("-short"))
@@ -223,11 +234,19 @@ def renewed(text: str, start: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         table, path = match["table"], start / match["record"]
+        if table.startswith("claims-"):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            name, chinese = table.removesuffix("-zh"), table.endswith("-zh")
+            return f"{match[1]}{claims.render(known, name, _table, chinese=chinese)}\n{match[4]}"
         if table not in TABLES:
             raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
-        if table == "results":
+        if several_in_one := {"results": results, "machines": machines}.get(table):
             several = [records.read(start / name) for name in match["record"].split()]
-            return "\n".join([match[1] + "\n".join(_table(results(several))), match[4]])
+            return "\n".join([match[1] + "\n".join(_table(several_in_one(several))), match[4]])
+        if table.startswith("verdict"):
+            several = [records.read(start / name) for name in match["record"].split()]
+            body = "\n".join(render(record, table, ()) for record in several)
+            return f"{match[1]}{_in_chinese(body) if table.endswith('-zh') else body}\n{match[4]}"
         record = records.read(path)
         if table.partition("-")[0] not in (record["kind"], "losses", "verdict"):
             raise ValueError(f"{match['record']}: has {record['kind']}, {table} was asked for")

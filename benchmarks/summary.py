@@ -299,33 +299,42 @@ def _must_beat(record: Record, contender: str, baseline: str) -> bool:
     return True
 
 
-def losses(record: Record) -> list[tuple[str, str, Entry, dict[str, float]]]:
-    """(contender, baseline, entry, speed-up) wherever a contender loses by more than 5 %."""
+def losses(
+    record: Record, mode: str | None = None
+) -> list[tuple[str, str, Entry, dict[str, float]]]:
+    """(contender, baseline, entry, speed-up) wherever a contender loses by more than 5 %: in one
+    mode, or in all."""
     metric = metric_of(record)
     found = [
         (contender, baseline, entry, figure)
         for entry in entries_of(record)
         for contender, over in entry.get("speedup", {}).get(metric, {}).items()
         for baseline, figure in over.items()
-        if figure["ratio"] < LOSS and _must_beat(record, contender, baseline)
+        if figure["ratio"] < LOSS
+        and _must_beat(record, contender, baseline)
+        and mode in (None, entry["mode"])
     ]
     return sorted(found, key=lambda item: item[3]["ratio"])
 
 
-def comparisons(record: Record) -> int:
+def comparisons(record: Record, mode: str | None = None) -> int:
     """How many figures :func:`losses` has looked at."""
     return sum(
         _must_beat(record, contender, baseline)
         for entry in entries_of(record)
+        if mode in (None, entry["mode"])
         for contender, over in entry.get("speedup", {}).get(metric_of(record), {}).items()
         for baseline in over
     )
 
 
-def case_name(entry: Entry) -> str:
-    """What was measured, in a few words."""
+def case_name(entry: Entry, *, whole: bool = False) -> str:
+    """What was measured, in a few words; of a layer its extents, or its ``whole`` name, which has
+    the hidden width and the functions too."""
     layout = SHORT_LAYOUT[entry["layout"]]
-    what = entry["layer"].split("-")[0] if "layer" in entry else entry["network"]
+    what = entry["network"] if "layer" not in entry else entry["layer"]
+    if "layer" in entry and not whole:
+        what = what.split("-")[0]
     return f"{what} {entry['dtype']} b{entry['batch']} {layout}"
 
 

@@ -55,8 +55,13 @@ def _of_models(record: Record) -> Iterator[str]:
             text += f" ({found.low:.2f} to {found.high:.2f})"
         if found.price:
             before, after = found.price
-            text += f", the price of SE from {before:.0f} % to {after:.0f} % in the median"
+            text += f"; what SE adds to the time of the network without it {_falls(before, after)}"
         yield text
+
+
+def _falls(before: float, after: float) -> str:
+    went = "falls" if after < before else "goes"
+    return f"{went} from {before:.0f} % to {after:.0f} % (median)"
 
 
 def _overall(record: Record, mode: str, contender: str) -> dict[str, summary.Row]:
@@ -114,7 +119,7 @@ def results(records: Sequence[Record]) -> Lines:
 
 
 def _results_of_models(records: Sequence[Record]) -> Lines:
-    head = ["machine", "networks", "mode", "speed, fused", "of a network", "price of SE"]
+    head = ["machine", "networks", "mode", "speed, fused", "range", "price of SE"]
     out = [head]
     for record in records:
         networks = len({entry["network"] for entry in record["results"]})
@@ -132,12 +137,32 @@ def _results_of_layers(records: Sequence[Record]) -> Lines:
     baselines = list(dict.fromkeys(n for r in records for n in summary.baselines_of(r, "")))
     out = [["machine", "layers", "mode", *(f"vs `{name}`" for name in baselines), "lost"]]
     for record in records:
-        lost = f"{len(summary.losses(record))} of {summary.comparisons(record)}"
         for contender in record["contenders"]:
             for mode in summary.modes(record):
+                lost = f"{len(summary.losses(record, mode))} of {summary.comparisons(record, mode)}"
                 for row in _overall(record, mode, contender).values():
                     means = {name: mean.text("×") for name, mean in row.speedup.items()}
                     cells = [means.get(name, "n/a") for name in baselines]
                     name = processors.name(record["environment"])
                     out.append([name, str(row.layers), mode, *cells, lost])
     return out
+
+
+def machines(records: Sequence[Record]) -> Lines:
+    """A line for each record: what it is of, and what it says of its machine."""
+    out = [["machine", "vectors", "cache per core", "last cache", "record of", "taken", "commit"]]
+    for record in records:
+        env = record["environment"]
+        caches = env.get("caches") or {}
+        sizes = [_bytes(caches[name]) if caches.get(name) else "n/a" for name in ("core", "last")]
+        vectors = _VECTORS.get(env.get("cpu_capability"), "n/a")
+        stamp = [env["date"][:10], (env["commit"] or "n/a")[:10]]
+        out.append([processors.name(env), vectors, *sizes, record["kind"], *stamp])
+    return out
+
+
+_VECTORS = {"AVX512": "AVX-512", "AVX2": "AVX2", "DEFAULT": "plain"}
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

@@ -76,15 +76,19 @@ def _fuse(
     if not _is_right(model, x, [entry.name for entry in report.replaced], fuse):
         return 1
     what = f"batch {batch}, {'x'.join(map(str, spatial)) or 'no positions'}, {device}"
-    for title, step in (("inference", timing.infer), ("training step", timing.train)):
+    told, left = [], 2 * seconds
+    # The longer one first: what it takes more than its half, the other one takes less.
+    for title, step in (("training step", timing.train), ("inference", timing.infer)):
+        begin, own = time.perf_counter(), max(0.0, min(seconds, left))
+        progress = partial(_progress_of, title)
         try:
-            found = timing.times(model, x, step, fuse, seconds, partial(_progress_of, title))
+            found = timing.times(model, x, step, fuse, own, progress, max(0.0, left - own))
+            told.append(_of_times(title, found, what))
         except Exception as error:  # as a norm's of one image of one position, in training
-            _progress("")
-            print(f"{title}: does not run: {type(error).__name__}: {error}")
-            continue
+            told.append(f"{title}: does not run: {type(error).__name__}: {error}")
+        left -= time.perf_counter() - begin
         _progress("")
-        print(_of_times(title, found, what), flush=True)
+    print("\n".join(reversed(told)), flush=True)
     return 0
 
 
@@ -179,8 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     fuse.add_argument("--batch", type=count, default=8, help="images (8)")
     fuse.add_argument(
-        "--seconds", type=duration, default=15, help="for each of the two timings, about (15)"
-    )
+        "--seconds", type=duration, default=15,
+        help="for each of the two timings, about (15); three rounds of a training step may take "
+        "some of the other's",
+    )  # fmt: skip
     fuse.add_argument("--verbose", action="store_true", help="a line for each block")
     fuse.add_argument("--neighbours", action="store_true", help="the steps around the blocks too")
     verify = commands.add_parser(

@@ -102,16 +102,21 @@ def times(
     fuse: Callable[[nn.Module], object],
     seconds: float,
     progress: Callable[[str], None] = lambda _: None,
+    spare: float = 0.0,
 ) -> Times:
     """A step, original and fused, turn by turn, for about ``seconds``: one round at least, and none
     begun that would not end in time. ``train`` runs in train mode.
 
+    Where that is not enough for an interval, ``spare`` seconds more are taken, up to
+    :data:`ENOUGH` rounds, but for as long as a round lasts, which is left to whoever is next.
     BatchNorm's statistics are those of before afterwards.
     """
     rounds: list[tuple[float, float]] = []
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     start, others, longest = time.perf_counter(), OtherLoad(), 0.0
-    while not rounds or time.perf_counter() - start + longest < seconds:
+    while not rounds or time.perf_counter() - start + longest < _limit(
+        len(rounds), seconds, spare - longest
+    ):
         begin = time.perf_counter()
         turns = [(unfuse_se_blocks, 0), (fuse, 1)]
         took = [0.0, 0.0]
@@ -129,6 +134,15 @@ def times(
         for buffer, before in buffers:
             buffer.copy_(before)
     return summary(rounds, others.read())
+
+
+#: Rounds whose interval says something.
+ENOUGH = 3
+
+
+def _limit(rounds: int, seconds: float, spare: float) -> float:
+    """When the next round has to have ended."""
+    return seconds if rounds >= ENOUGH else seconds + max(0.0, spare)
 
 
 def _timed(model: nn.Module, x: Tensor, step: Callable[[nn.Module, Tensor], None]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import oracle
 from backend_cases import EXACT_BACKENDS, BackendCase
+from checkout import ROOT
 from problems import Spec, build
 from senet_kernels import squeeze_excite
 
@@ -24,6 +26,8 @@ HALF = (torch.bfloat16, torch.float16)
 MEAN_BUDGET = {torch.bfloat16: (1.02, 1.02), torch.float16: (1.02, 1.02), torch.float32: (1.25, 2)}
 # Largest error over eager's at most; one ulp of the largest value on top.
 MAX_BUDGET = {torch.bfloat16: 2.0, torch.float16: 2.0, torch.float32: 4.0}
+# In float64: of the element and the largest value together.
+DOUBLE_BUDGET = 1e-12
 
 _SPECS = (
     Spec((4, 64, 14, 14), 16),
@@ -103,5 +107,37 @@ def test_double_precision(backend: BackendCase, spec: Spec) -> None:
     actual = problem.run(squeeze_excite, backend=backend.name)
     for name, right in problem.expected().items():
         error = (actual[name] - right).abs()
-        allowed = 1e-12 * (right.abs() + oracle.largest(right))
+        allowed = DOUBLE_BUDGET * (right.abs() + oracle.largest(right))
         assert (error <= allowed).all(), f"{name}: largest error {error.max().item():.3g}"
+
+
+def promise() -> str:
+    """These numbers in words, for docs/reliability.json."""
+    first = (
+        "Errors are distances from float64 on the same inputs; eager is the block with 1x1 "
+        "convolutions (in float32 that or matrix products, whichever is further off). "
+        f"Over {SEEDS} random inputs:"
+    )
+    said = [first]
+    for dtype, (activations, parameters) in MEAN_BUDGET.items():
+        name = str(dtype).removeprefix("torch.")
+        said.append(
+            f"{name}: the mean error is at most {activations:g} times eager's in y, dx and "
+            f"d_residual, {parameters:g} times in the gradients of parameters; the largest error "
+            f"at most {MAX_BUDGET[dtype]:g} times eager's and one unit in the last place of the "
+            "largest value."
+        )
+    said.append(
+        f"float64: at most {DOUBLE_BUDGET:g} of the sum of the value and the largest value."
+    )
+    return "<br>".join(said)
+
+
+def test_the_page_promises_these_numbers() -> None:
+    """docs/reliability.md is generated from this file, see ``tools/reliability.py``."""
+    rows = json.loads((ROOT / "docs" / "reliability.json").read_text(encoding="utf-8"))["rows"]
+    test = "tests/test_budgets.py::test_error_against_eager"
+    promises = [row["promise"] for row in rows if row["tests"].get("CPU", [""])[0] == test]
+    assert promises == [promise()]
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert f"| {promise()} |" in page, "python -m tools.reliability"

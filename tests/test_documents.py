@@ -4,6 +4,7 @@ somewhere."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -18,6 +19,7 @@ import torch
 pytest.importorskip("markdown_it")
 
 import markdown_blocks as markdown
+from benchmarks import claims
 from tools import support_table
 
 ROOT = markdown.ROOT
@@ -95,6 +97,139 @@ def test_excerpts_are_of_the_sources(path: Path) -> None:
 
 def _folded(text: str) -> str:
     return " ".join(text.split())
+
+
+# ---- figures ----
+
+#: A number with a unit of what is measured, in English and Chinese.
+_NUMBER = r"(?<![\w.])\d[\d.,]*"
+_UNITS = (
+    "µs", "us", "ns", "ms", "s", "[KMGT]i?B(?:/s)?", "(?:micro|milli|nano)?seconds?", "minutes?",
+    "hours?", "instructions", "times", "per cent",
+)  # fmt: skip
+FIGURE = re.compile(
+    rf"{_NUMBER}[ \u00a0]?(?:(?:{'|'.join(_UNITS)})(?!\w)|x(?![\w²])|×(?!\s*\d)|%|倍|微秒|毫秒|秒)"
+    r"|(?:(?:ten|[a-z]+ty)[ -])+(?:to [a-z]+ )?per cent"
+    rf"|{_NUMBER} \({_NUMBER} (?:to|至) [\d.]+\)"  # a median, and what it lies between
+)
+#: Pages that are let through, whole.
+LEFT_OUT = {
+    "cuda-kernels.md": "a program writes it",
+    "reliability.md": "a program writes it",
+    "cost.md": "of a model: outside of its blocks are the times that it assumes",
+    "tuning-log.md": "a log of what was measured by hand, with the commands",
+}
+#: What is no measurement, though it has a unit: where, and why.
+ALLOWED = {
+    ("README.md", "95 %"): "the level of an interval",
+    ("README.zh-CN.md", "95 %"): "the level of an interval",
+    ("backends.md", "64 MiB"): "trust.problem.MOST_BYTES: what a proof takes at most",
+    ("backends.md", "30 seconds"): "how long a process waits for another one's verdict at most",
+    ("backends.md", "15 seconds"): "how often make gpu writes its file",
+    ("backends.md", "15 s"): "how long a case of make gpu may take",
+    ("kernels.md", "16 KB"): "the size of a block in csrc/cpu",
+    ("losses.md", "5 %"): "summary.LOSS: from which on a comparison is lost",
+    ("performance.md", "5 %"): "summary.LOSS: from which on a comparison is lost",
+    ("tuning.md", "4 MiB"): "the bound of a regime, in benchmarks/regimes.py",
+    ("senet.md", "209 ms"): "the paper's",
+    ("senet.zh-CN.md", "190 ms"): "the paper's",
+    ("senet.zh-CN.md", "164 ms"): "the paper's",
+}
+
+
+def _typed(text: str) -> list[str]:
+    """Figures with a unit outside of blocks that are generated, of code and of links' targets."""
+    text = re.sub(r"<!-- (\w+):begin .*?<!-- \1:end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", "", text, flags=re.DOTALL)
+    return [found[0] for found in FIGURE.finditer(_folded(text))]
+
+
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_no_measured_figure_is_typed(path: Path) -> None:
+    """Each comes from a record, by a program: ``python -m benchmarks.readme`` and others."""
+    if path.name in LEFT_OUT:
+        return
+    typed = set(_typed(path.read_text(encoding="utf-8")))
+    allowed = {figure for name, figure in ALLOWED if name == path.name}
+    assert typed - allowed == set(), "take it from a record, or move it to docs/tuning-log.md"
+    assert allowed - typed == set(), "no longer there: take it out of ALLOWED"
+
+
+def test_typed_figures_are_found() -> None:
+    wrong = {
+        "it takes 27 µs": "27 µs", "in 0.9 microseconds.": "0.9 microseconds", "12 MB": "12 MB",
+        "1.08× the speed": "1.08×", "1.9x": "1.9x", "2.5 times as fast": "2.5 times",
+        "a third (33 %)": "33 %", "at 1,200 GB/s": "1,200 GB/s",
+        "about 7,000 instructions": "7,000 instructions",
+        "between a few and some thirty per cent": "thirty per cent", "快 1.5 倍": "1.5 倍",
+        "98.89 (98.61 to 99.44) with SE": "98.89 (98.61 to 99.44)", "3 s": "3 s",
+        "which takes 15\nms": "15 ms", "4 毫秒": "4 毫秒",
+    }  # fmt: skip
+    for text, figure in wrong.items():
+        assert _typed(text) == [figure]
+    right = (
+        "3x3 convolutions, 160x160 images, batch 4 of 160², sm_90, 2N bytes, torch 2.13.0, R = 16",
+        "three times as long, 28 layers, `12 MB`, [a](b%20c) 5 networks, 1x1, 8x128 images",
+        "```text\n12 ms\n```", "<!-- benchmark:begin a b -->\n12 ms\n<!-- benchmark:end -->",
+    )  # fmt: skip
+    for text in right:
+        assert _typed(text) == [], text
+
+
+# ---- the claims about SENet ----
+
+CLAIMS = ROOT / "docs" / "senet_claims.json"
+
+
+def test_record_of_the_claims(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is as its program writes it, its commands are ones, and a command renews its run alone."""
+    text = CLAIMS.read_text(encoding="utf-8")
+    names = runpy.run_path(str(ROOT / "docs" / "senet_claims.py"))
+    record = json.loads(text)
+    assert names["dumps"](record) == text
+    for run in record["runs"].values():
+        markdown.check_command(run["command"])
+        assert run["date"] or all("2026-11-24" in note for note in run["note"])
+    copy = tmp_path / CLAIMS.name
+    copy.write_text(text, encoding="utf-8")
+    monkeypatch.setitem(names["_keep"].__globals__, "RECORD", copy)
+    monkeypatch.setattr(sys, "argv", ["senet_claims.py", "memory", "--record"])
+    names["_keep"]({"rows": [["resnet50", "reference", 1.0, 2.0]]})
+    renewed = json.loads(copy.read_text(encoding="utf-8"))
+    run = renewed["runs"].pop("memory")
+    assert run["rows"] == [["resnet50", "reference", 1.0, 2.0]]
+    assert run["machine"]
+    assert record["runs"].pop("memory")["command"] == run["command"]
+    assert renewed == record
+    monkeypatch.setattr(sys, "argv", ["senet_claims.py", "accuracy", "--seeds", "1", "--record"])
+    with pytest.raises(SystemExit, match=r"the page has no `python docs/senet_claims\.py acc"):
+        names["_keep"]({"rows": []})
+    monkeypatch.setattr(sys, "argv", ["senet_claims.py", "scale", "--record"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit, match="the page's run is `OMP_NUM_THREADS=1 python docs"):
+        names["_keep"]({"rows": []})
+    assert json.loads(copy.read_text(encoding="utf-8"))["runs"]["scale"] == record["runs"]["scale"]
+
+
+@pytest.mark.parametrize("table", claims.TABLES)
+def test_both_pages_show_each_table_of_the_claims(table: str) -> None:
+    """With the same figures; that they are the record's another test sees."""
+    shown = []
+    for page, suffix in (("senet.md", ""), ("senet.zh-CN.md", "-zh")):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        _, _, rest = text.partition(f"<!-- benchmark:begin {table}{suffix} senet_claims.json -->")
+        block, end, _ = rest.partition("<!-- benchmark:end -->")
+        assert end, f"{page} does not show {table}"
+        lines = block.strip().splitlines()[1:]  # without command, date and machine
+        shown.append(re.findall(r"\d[\d.,]*", "\n".join(lines)))
+    assert shown[0] == shown[1]
+    assert len(shown[0]) >= 6
+    with pytest.raises(ValueError, match="table: expected one of claims-size"):
+        claims.render({"runs": {}}, f"{table}-of-nothing", lambda lines: [], chinese=False)
 
 
 def test_messages_of_the_faq_are_compared() -> None:

@@ -169,7 +169,8 @@ def test_pictures_of_committed_records(path: Path) -> None:
 def test_verdicts() -> None:
     said = verdict.verdict(record("cpu-2-cores-models.json"))
     assert said.startswith(
-        "Forward: fused networks run at 1.08× the speed (1.00 to 1.14), the price"
+        "Forward: fused networks run at 1.08× the speed (1.00 to 1.14); what SE adds "
+        "to the time of the network without it falls from 14 % to 6 % (median). "
     )
     assert verdict.verdict(record("cpu-2-cores-sweep.json")).endswith("at 58 of 58 points.")
     said = verdict.verdict(record("cpu-fallback-layers.json"))

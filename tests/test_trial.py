@@ -507,8 +507,8 @@ def test_training_steps_are_in_training_mode_and_statistics_are_put_back(
 
     code, out = try_(make)
     assert code == 0, out
-    assert modes[-4:] == [(True, True)] * 4
-    assert modes[-8:-4] == [(False, False)] * 4
+    assert modes[-8:-4] == [(True, True)] * 4
+    assert modes[-4:] == [(False, False)] * 4
     norm: Any = made[0][2]  # type: ignore[index]
     assert not norm.running_mean.any()
     assert norm.num_batches_tracked == 0
@@ -531,6 +531,49 @@ def test_a_block_is_fused_in_the_mode_it_is_timed_in(
     monkeypatch.setattr(timing, "times", times)
     assert try_(lambda: _seq(nn.Conv2d(5, 8, 3), Gate()))[0] == 0
     assert {mode is (step is timing.train) for mode, step in seen} == {True}
+
+
+@pytest.mark.parametrize(("step", "seconds", "rounds"), [
+    # A round is four steps; a training step here takes three times as long as inference.
+    (0.25, 15, (14, 4)),
+    (0.5, 15, (5, 3)),
+    (0.6, 15, (3, 3)),
+    (0.8, 15, (3, 2)),
+    (9.0, 15, (1, 1)),
+    (9.0, 0, (1, 1)),
+], ids=str)  # fmt: skip
+def test_a_training_step_gets_rounds_for_an_interval(
+    step: float, seconds: float, rounds: tuple[int, int],
+    try_: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where its own seconds are too few it takes of those of inference, which keeps a round's; both
+    together end in time."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.OtherLoad, "read", lambda _: None)
+
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            now[0] += (3 if self.training else 1) * step
+            return x
+
+    began: list[float] = []
+    times = timing.times
+
+    def watched(*arguments: Any) -> Any:
+        began.append(now[0])
+        return times(*arguments)
+
+    monkeypatch.setattr(timing, "times", watched)
+    options = ("--size", "12", "--batch", "2", "--seconds", str(seconds), "--device", "cpu")
+    code, out = try_(lambda: _seq(nn.Conv2d(5, 8, 3), Gate(), Slow()), *options)
+    assert code == 0, out
+    found = {}
+    for title in ("inference", "training step"):
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{title}: "))
+        found[title] = int(line.partition(" round")[0].rpartition(" ")[2])
+    assert (found["inference"], found["training step"]) == rounds
+    assert now[0] - began[0] <= max(2 * seconds, 4 * step * (1 + 3)), out
 
 
 def test_outputs_without_gradients_and_a_block_called_otherwise(

@@ -138,7 +138,7 @@ def _tell(found: GraphReport, report: Callable[[GraphReport], Any] | None) -> No
 
 
 def compile_report(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> GraphReport:
-    """What the compile door fuses in a call of ``model(*args, **kwargs)``, and what it does not.
+    """What the ``torch.compile`` backend fuses in ``model(*args, **kwargs)``, and what it does not.
 
     The call runs once, through Dynamo and without a compiler; with it what the model does besides
     (running statistics, counters) happens once.
