@@ -77,16 +77,19 @@ class Found(NamedTuple):
     compiled_speed: float | None = None
 
 
-def prove(kind: Kind, *, speed: bool = True, compiled: bool = False) -> Found:
+def prove(
+    kind: Kind, *, speed: bool = True, compiled: bool = False, images: bool = True
+) -> Found:
     """Try a kernel; ``compiled``: measure it against what torch.compile makes of PyTorch's
-    operators too, which takes seconds.
+    operators too, which takes seconds; ``images``: try it without gradients of images, too, which a
+    plan that is forced may not be for.
 
     Raises:
         NoVerdictError: it could not be tried.
     """
     start = time.perf_counter()
     with undisturbed(kind.device):
-        wrong = _guarded(lambda: correct(kind))
+        wrong = _guarded(lambda: correct(kind, images))
         times: dict[str, float | None] = {"speed": None, "compiled_speed": None}
         if wrong is None and speed:
             times["speed"] = _measured(kind, Problem.eager)
@@ -102,7 +105,7 @@ def _guarded(do: Callable[[], Wrong | None]) -> Wrong | None:
         raise NoVerdictError(f"out of memory: {error}") from error
 
 
-def correct(kind: Kind) -> Wrong | None:
+def correct(kind: Kind, images: bool = True) -> Wrong | None:
     """What the kernel does wrong; None where it does nothing wrong.
 
     Raises:
@@ -112,7 +115,7 @@ def correct(kind: Kind) -> Wrong | None:
     problem = Problem(kind, batch)
     if batch < kind.shape[0] and problem.plan() != kind.plan:
         batch = kind.shape[0]  # fewer images are launched in another way: that would say nothing
-    variants = _variants(kind)
+    variants = [v for v in _variants(kind) if images or "d x" not in v]
     with exact_products(kind.device):
         for without in variants:
             wrong = _is_right_by_and_large(kind, batch, without)
