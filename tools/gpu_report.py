@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks.records import read_json
 from tools.cost.beside import RECORD, beside, summary, table

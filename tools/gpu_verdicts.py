@@ -74,7 +74,7 @@ class Trying:
     """A process that takes cases."""
 
     def __init__(self, main: str) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (stop() closes it)
         self._worker = Worker(main, stderr=self._errors, apart=False)
         self.took = 0  # cases
 
@@ -141,7 +141,9 @@ class Pool:
         self.found: dict[str, dict[str, dict[str, Any]]] = {}
         for job in wanted:
             of_file = self.found.setdefault(job.file, {})
-            of_file[job.case.name] = {"outcome": NOT_RUN, "layer": job.case.layer, "text": ""}
+            of_file[job.case.name] = {
+                "outcome": NOT_RUN, "layer": job.case.layer, "policy": job.case.policy, "text": "",
+            }  # fmt: skip
         for name, of_file in self.found.items():
             earlier = read_json(out / name)
             of_file |= {n: v for n, v in earlier.items() if n not in of_file or kept(v["outcome"])}

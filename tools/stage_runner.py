@@ -31,6 +31,8 @@ SCHEMA = "senet_kernels.gpu/4"
 SUMMARY = ("summary.txt", "summary.json")
 #: As senet_kernels.backends.native has it, which cannot be imported without torch.
 PREBUILT = "SENET_KERNELS_PREBUILT"
+#: For tools/resume_tests.py.
+PASSED, LEFT_OUT_TESTS = "SENET_KERNELS_PASSED", "SENET_KERNELS_LEFT_OUT"
 
 # A stage past its limit is interrupted, so that it can report what it has, and killed after this.
 GRACE = 8.0

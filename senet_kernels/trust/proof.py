@@ -77,9 +77,7 @@ class Found(NamedTuple):
     compiled_speed: float | None = None
 
 
-def prove(
-    kind: Kind, *, speed: bool = True, compiled: bool = False, images: bool = True
-) -> Found:
+def prove(kind: Kind, *, speed: bool = True, compiled: bool = False, images: bool = True) -> Found:
     """Try a kernel; ``compiled``: measure it against what torch.compile makes of PyTorch's
     operators too, which takes seconds; ``images``: try it without gradients of images, too, which a
     plan that is forced may not be for.
