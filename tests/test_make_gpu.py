@@ -130,6 +130,49 @@ def test_what_hangs_is_killed_with_its_children(run: Callable[..., _Ran]) -> Non
     assert all(map(_is_gone, pids))
 
 
+_PARENT = """
+import sys
+from pathlib import Path
+from tools.stage_runner import Runner, Stage, Task
+out = Path(sys.argv[1])
+prepare = lambda stage, seconds, results: Task([sys.executable, "-c", stage.command], {})
+Runner(out, 60, prepare, home=out / "gpu.tgz").run([Stage("stubborn", sys.argv[2], 50)])
+"""
+
+
+def test_nothing_survives_the_runner(tmp_path: Path) -> None:
+    """Killed, it can end nothing itself: a stage's children go too, and what ignores signals."""
+    command = [PYTHON, "-c", _PARENT, str(tmp_path), _STUBBORN]
+    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as runner:
+        log = tmp_path / "stubborn.log"
+        pids: list[int] = []
+        while len(pids) < 2:
+            time.sleep(0.1)
+            pids = [int(word) for word in log.read_text().split()] if log.exists() else []
+        begin = time.monotonic()
+        runner.kill()
+    assert all(map(_is_gone, pids))
+    assert time.monotonic() - begin < 2
+
+
+def test_a_renewal_that_fails_is_told_by_the_next(
+    run: Callable[..., _Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_runner, "RENEWED", 0.1)
+    ran, dump, wrong = run(30), json.dumps, [True]
+
+    def sometimes(*args: Any, **options: Any) -> str:
+        if ran.runner.elapsed > 0.5 and wrong:
+            raise RuntimeError(f"changed during iteration {wrong.pop()}")
+        return dump(*args, **options)
+
+    monkeypatch.setattr(stage_runner.json, "dumps", sometimes)
+    ran(Stage("slow", "import time; time.sleep(1.5)", 5))
+    text = brought_home.home(ran.path)["summary.txt"]
+    assert "an earlier renewal failed: RuntimeError: changed during iteration True" in text
+
+
 def test_the_budget_is_for_all(run: Callable[..., _Ran]) -> None:
     """Windows shrink with it; who comes too late is told so."""
     begin = time.monotonic()
@@ -209,6 +252,23 @@ def test_sources_torch_and_device_are_in_the_fingerprint(monkeypatch: pytest.Mon
     assert stage_runner.fingerprint() == before
     monkeypatch.setattr(stage_runner, "_gpus", lambda: "GPU 0: another card")
     assert stage_runner.fingerprint() != before
+
+
+def test_another_library_makes_a_new_start(
+    run: Callable[..., _Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is built, where there was none, does not."""
+    carried = tmp_path / "_native.abi3.so"
+    carried.write_bytes(b"one")
+    monkeypatch.setenv(stage_runner.PREBUILT, str(carried))
+    before = stage_runner.library()
+    carried.write_bytes(b"another")
+    assert stage_runner.library() != before
+    libraries = iter(["", "one", "one", "another"])
+    monkeypatch.setattr(stage_runner, "library", lambda: next(libraries))
+    assert [run(30)(Stage("fine", "", 1))["fine"]["earlier"] for _ in range(4)] == [
+        False, True, True, False,
+    ]  # fmt: skip
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -375,7 +435,7 @@ def test_tests_of_what_crashed_are_not_run(tmp_path: Path) -> None:
         "def test_it(backend, policy): pass\n"
     )
     done = subprocess.run(
-        [PYTHON, "-m", "pytest", "-p", "tools.resume_tests", "-p", "no:cacheprovider", "-q", "-v",
+        [PYTHON, "-m", "pytest", "-p", "tools.resume_tests", "-p", "no:cacheprovider", "-v",
          str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(gpu.ROOT), stage_runner.LEFT_OUT_TESTS: "a=3;a=1"},
     )  # fmt: skip
@@ -400,7 +460,7 @@ def test_a_library_built_meanwhile_is_taken(
     build = _stage("build")._replace(
         command=f"import time; time.sleep(0.5); raise SystemExit({code})", seconds=20
     )
-    lines = ran(build, Stage("one", "", 2, (gpu.native,)), Stage("other", "", 2, (gpu.native,)))
+    lines = ran(build, *(Stage(name, "pass", 2, (gpu.native,)) for name in ("one", "other")))
     assert reasons == {"build": "", "one": status, "other": status}
     assert [line["status"] for line in lines.values()][1:] == 2 * ["skipped" if status else "ok"]
 
@@ -457,6 +517,22 @@ def test_a_library_that_does_not_load_is_named(
     if not found["in place"]:  # then that one is taken
         assert table.environment()[stage_runner.PREBUILT] == ""
         assert not gpu.native(table)
+
+
+def test_a_library_that_takes_too_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_environment, "_LOADING", 0.2)
+    monkeypatch.setattr(gpu_environment, "_ASK", "import time; time.sleep(60)")
+    monkeypatch.setenv(stage_runner.PREBUILT, "somewhere")
+    said = "a process that loads it was not ready within 0.2 s"
+    assert gpu_environment.library(cuda=False) == {"carried along": said, "in place": said}
+
+
+def test_a_python_that_is_given_is_used_as_it_is(tmp_path: Path) -> None:
+    """Without a look whether it has torch, nor pip."""
+    command = ["make", "-n", "gpu", "PYTHON=/no/such/python", f"OUT={tmp_path}"]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"/no/such/python -m tools.gpu --out '{tmp_path}' ")
+    assert len(done.stdout.splitlines()) == 1
 
 
 def test_the_library_that_is_carried_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -246,12 +246,12 @@ def _tell_steps() -> None:
     told(launcher.Launch, "_compile")
 
 
-def serve(device: str) -> None:
+def serve(device: str, backends: Sequence[str]) -> None:
     """Answer for cases by their numbers, as a process of ``tools/gpu_verdicts.py``."""
     if device != "cpu":
         torch.empty(1, device=device)  # the context
-    else:
-        with suppress(Exception), card("native", device):  # it may have to be compiled
+    for backend in backends:
+        with suppress(Exception), card(backend, device):  # a pretended one may have to be compiled
             pass
     _tell_steps()
     worker.say(ready=True)

@@ -46,7 +46,7 @@ MOST_PROCESSES = 8
 MOST_FAILED_STARTS = 2
 _MAIN = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "from tools.gpu_kernels import serve; serve({!r})"
+    "from tools.gpu_kernels import serve; serve({!r}, {!r})"
 )
 
 
@@ -263,10 +263,11 @@ def main() -> int:
     add("--case", default="", help="only those that have this in their names")
     add("--again", action="store_true", help="what is neither ok nor not here, too")
     given = parser.parse_args()
-    every = jobs(given.backend or BACKENDS, given.group or GROUPS, given.device == "cpu")
+    backends = given.backend or list(BACKENDS)
+    every = jobs(backends, given.group or GROUPS, given.device == "cpu")
     wanted = [job for job in every if given.case in job.case.name]
     kept = (lambda word: word in KEPT) if given.again else (lambda word: word != NOT_RUN)
-    pool = Pool(_MAIN.format(given.device), given.folder, wanted, given.watch, kept)
+    pool = Pool(_MAIN.format(given.device, backends), given.folder, wanted, given.watch, kept)
     try:
         pool.run(min(MOST_PROCESSES, os.cpu_count() or 1))
     finally:
