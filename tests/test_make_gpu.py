@@ -615,8 +615,7 @@ def test_an_error_costs_no_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("main", "said"),
     [
-        ("import no_such_module", "ended with status 1: ModuleNotFoundError: No module named "
-                                  "'no_such_module'"),
+        ("import no_such", "ended with status 1: ModuleNotFoundError: No module named 'no_such'"),
         ("import time; time.sleep(60)", "did not start within 0.5 s"),
     ],
 )  # fmt: skip

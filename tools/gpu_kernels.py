@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +259,12 @@ def serve(device: str, backends: Sequence[str]) -> None:
     def answer(message: dict[str, Any]) -> None:
         backend, group, number = message["job"]
         case = cases(backend, group, device == "cpu")[number]
-        with card(backend, device):
-            if case.what == FRESH:
-                with _as_new():
-                    found = outcome(backend, device, case, worker.say)
-            else:
+        new = _as_new() if case.what == FRESH else nullcontext()
+        try:
+            with card(backend, device), new:
                 found = outcome(backend, device, case, worker.say)
+        except Exception as error:  # there is no such card
+            found = {"outcome": "no verdict", "text": f"{type(error).__name__}: {error}"}
         worker.say(**found)
 
     worker.main(answer)

@@ -77,6 +77,7 @@ class Trying:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (stop() closes it)
         self._worker = Worker(main, stderr=self._errors, apart=False)
         self.took = 0  # cases
+        self._before = 0  # bytes of its standard error before this one
 
     def why_not(self, seconds: float) -> str:
         """Waits until it can take a case; why it cannot."""
@@ -89,6 +90,7 @@ class Trying:
     def judge(self, job: Job, watch: float, tell: Callable[[str], None]) -> dict[str, Any]:
         """What becomes of a case; each step of it is told."""
         self.took += 1
+        self._before = os.fstat(self._errors.fileno()).st_size
         step, plan = "it was sent", ""
         tell(step)
         try:
@@ -116,9 +118,9 @@ class Trying:
         return ended + self._said()
 
     def _said(self) -> str:
-        """The last line of its standard error."""
-        size = os.fstat(self._errors.fileno()).st_size
-        text = os.pread(self._errors.fileno(), 4096, max(0, size - 4096)).decode(errors="replace")
+        """The last line of its standard error, since it has its case."""
+        begin = max(self._before, os.fstat(self._errors.fileno()).st_size - 4096)
+        text = os.pread(self._errors.fileno(), 4096, begin).decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return f": {lines[-1][:300]}" if lines else ""
 
@@ -270,6 +272,8 @@ def main() -> int:
     pool = Pool(_MAIN.format(given.device, backends), given.folder, wanted, given.watch, kept)
     try:
         pool.run(min(MOST_PROCESSES, os.cpu_count() or 1))
+    except KeyboardInterrupt:
+        return 130
     finally:
         found = {str((job.file, job.case.name)): pool._verdict(job) for job in wanted}
         why = f"; {pool.no_start}" if pool.no_start else ""
