@@ -664,6 +664,16 @@ def test_what_is_under_way_at_the_end_is_not_run(tmp_path: Path) -> None:
     assert found["4"]["text"].endswith(" s when the time was up, after run")
 
 
+def test_verdicts_end_in_their_time(tmp_path: Path) -> None:
+    """That is no failure: a later stage goes on."""
+    begin = time.monotonic()
+    _pool(tmp_path, _FAULTY, (4, 0, 6)).run(1, seconds=1.0)
+    assert time.monotonic() - begin < 4
+    found = _found(tmp_path)
+    assert {verdict["outcome"] for verdict in found.values()} == {"not run"}
+    assert "when the time was up" in found["4"]["text"]
+
+
 _HOLDER = """
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(8)"], {session})

@@ -163,7 +163,7 @@ def test_dry_run_with_planted_faults(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = subprocess.run(_dry(tmp_path / "out", 290, *only), cwd=gpu.ROOT, capture_output=True,
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 1, done.stdout
-    assert time.monotonic() - begin < 160
+    assert time.monotonic() - begin < 290
     path = tmp_path / "out" / "gpu.tgz"
     home, lines = brought_home.home(path), brought_home.lines(path)
     verdicts = json.loads(home["verdicts-triton.json"])

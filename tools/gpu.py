@@ -139,7 +139,7 @@ _DRY_LAYERS = (
 
 
 def _verdicts(name: str, options: str, seconds: float, *needs: Need, late: bool = False) -> Stage:
-    command = f"python -m tools.gpu_verdicts {{out}} --device {{device}} {options}"
+    command = f"python -m tools.gpu_verdicts {{out}} --budget {{all}} --device {{device}} {options}"
     return Stage(name, command, seconds, needs, proof=r"[1-9]\d* cases: ", late=late, grace=2.0)
 
 
@@ -339,6 +339,7 @@ class Table:
             "python": shlex.quote(sys.executable),
             # A benchmark overruns by up to a sixth; interrupted, it reports what it has.
             "seconds": f"{max(1.0, 0.85 * (seconds - min(GRACE, seconds / 4))):.0f}",
+            "all": f"{max(0.5, seconds - min(stage.grace, seconds / 4) - 0.5):.1f}",
             "left_out": " ".join(f"--leave-out {shlex.quote(case)}" for case in found.cases),
             "shapes": " ".join(f"--layer {shape}" for shape in found.shapes),
             "backends": " ".join(f"--backend {backend}" for backend in self.backends),

@@ -164,15 +164,16 @@ class Pool:
     def _verdict(self, job: Job) -> dict[str, Any]:
         return self.found[job.file][job.case.name]
 
-    def run(self, processes: int) -> None:
-        """Until every case has its verdict, or no process starts."""
+    def run(self, processes: int, seconds: float = 3600.0) -> None:
+        """Until every case has its verdict, the time is up, or no process starts."""
+        over = time.monotonic() + seconds
         count = min(processes, self.todo.qsize())
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         for thread in threads:
             thread.start()
         try:
             for thread in threads:
-                thread.join()
+                thread.join(max(0.0, over - time.monotonic()))
         finally:
             self._end()
 
@@ -261,6 +262,7 @@ def main() -> int:
     add("--backend", action="append", choices=BACKENDS, help="default: both")
     add("--group", action="append", choices=GROUPS, help="default: both")
     add("--device", choices=["cuda", "cpu"], default="cuda")
+    add("--budget", type=float, default=3600.0, help="seconds for everything")
     add("--watch", type=float, default=WATCH, help="seconds of silence in a case")
     add("--case", default="", help="only those that have this in their names")
     add("--again", action="store_true", help="what is neither ok nor not here, too")
@@ -271,7 +273,7 @@ def main() -> int:
     kept = (lambda word: word in KEPT) if given.again else (lambda word: word != NOT_RUN)
     pool = Pool(_MAIN.format(given.device, backends), given.folder, wanted, given.watch, kept)
     try:
-        pool.run(min(MOST_PROCESSES, os.cpu_count() or 1))
+        pool.run(min(MOST_PROCESSES, os.cpu_count() or 1), given.budget)
     except KeyboardInterrupt:
         return 130
     finally:
