@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,7 +140,9 @@ _DRY_LAYERS = (
 
 
 def _verdicts(name: str, options: str, seconds: float, *needs: Need, late: bool = False) -> Stage:
-    command = f"python -m tools.gpu_verdicts {{out}} --budget {{all}} --device {{device}} {options}"
+    command = (
+        f"python -m tools.gpu_verdicts {{out}} --until {{until}} --device {{device}} {options}"
+    )
     return Stage(name, command, seconds, needs, proof=r"[1-9]\d* cases: ", late=late, grace=2.0)
 
 
@@ -339,7 +342,7 @@ class Table:
             "python": shlex.quote(sys.executable),
             # A benchmark overruns by up to a sixth; interrupted, it reports what it has.
             "seconds": f"{max(1.0, 0.85 * (seconds - min(GRACE, seconds / 4))):.0f}",
-            "all": f"{max(0.5, seconds - min(stage.grace, seconds / 4) - 0.5):.1f}",
+            "until": f"{time.time() + seconds - min(stage.grace, seconds / 4) - 1.0:.1f}",
             "left_out": " ".join(f"--leave-out {shlex.quote(case)}" for case in found.cases),
             "shapes": " ".join(f"--layer {shape}" for shape in found.shapes),
             "backends": " ".join(f"--backend {backend}" for backend in self.backends),

@@ -262,7 +262,7 @@ def main() -> int:
     add("--backend", action="append", choices=BACKENDS, help="default: both")
     add("--group", action="append", choices=GROUPS, help="default: both")
     add("--device", choices=["cuda", "cpu"], default="cuda")
-    add("--budget", type=float, default=3600.0, help="seconds for everything")
+    add("--until", type=float, default=float("inf"), help="Unix time: its start is counted, too")
     add("--watch", type=float, default=WATCH, help="seconds of silence in a case")
     add("--case", default="", help="only those that have this in their names")
     add("--again", action="store_true", help="what is neither ok nor not here, too")
@@ -273,7 +273,7 @@ def main() -> int:
     kept = (lambda word: word in KEPT) if given.again else (lambda word: word != NOT_RUN)
     pool = Pool(_MAIN.format(given.device, backends), given.folder, wanted, given.watch, kept)
     try:
-        pool.run(min(MOST_PROCESSES, os.cpu_count() or 1), given.budget)
+        pool.run(min(MOST_PROCESSES, os.cpu_count() or 1), min(3600.0, given.until - time.time()))
     except KeyboardInterrupt:
         return 130
     finally:
