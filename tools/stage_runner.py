@@ -60,7 +60,7 @@ class Stage(NamedTuple):
     Attributes:
         name: of the stage, and of its log.
         command: where ``{out}`` is the folder for what it finds, ``{seconds}`` its time for
-            measuring, ``{until}`` when it should have ended (Unix time) and ``{device}`` the device.
+            measuring, ``{until}`` the Unix time of its end and ``{device}`` the device.
         seconds: its part of :data:`WHOLE`; what earlier stages that ran leave is its, too.
         needs: what must be there, else it is skipped.
         dry: the command of a dry run, where that is another.
