@@ -34,7 +34,11 @@ CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt tests
 STAMPS := $(VENV)/stamps
 
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
-ifneq ($(and $(GIVEN),$(shell $(PYTHON) -c 'import torch; print(1)' 2>/dev/null)),)
+# For gpu it is used as it is: torch is imported within the budget, and a stage says where it fails.
+ifneq ($(and $(GIVEN),$(filter gpu,$(MAKECMDGOALS))),)
+PY := $(PYTHON)
+READY_GPU :=
+else ifneq ($(and $(GIVEN),$(shell $(PYTHON) -c 'import torch; print(1)' 2>/dev/null)),)
 PY := $(PYTHON)
 READY_BENCH := given-python
 READY_TEST := given-python
@@ -73,7 +77,8 @@ help:  ## this list
 bench: $(READY_BENCH) $(FOR_MODELS)  ## install what is needed, run the benchmarks
 	@echo '==> benchmarks'; time $(PY) -m benchmarks $(ARGS)
 
-# Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given.
+# Builds what it needs itself, as one of its stages, and installs nothing into a PYTHON given. Without
+# make: python3 -m tools.gpu --out FOLDER.
 gpu: $(READY_GPU)  ## try, time and check the kernels on this machine's GPU; no network needed
 	@$(PY) -m tools.gpu --out '$(OUT)' --budget '$(BUDGET)' --device '$(DEVICE)' $(ARGS)
 
@@ -81,12 +86,15 @@ gpu-bundle: $(READY_BENCH)  ## all of this as one file, for a machine with a GPU
 	@$(MAKE) --no-print-directory '$(BUNDLE)'
 
 # With the library that is here, for the torch it was built with and later ones; of results what the
-# report compares with. It has to travel in 64 MiB.
+# report compares with; and the commit, for records made where there is no git. It has to travel in
+# 64 MiB.
 $(BUNDLE): FORCE
 	@ls senet_kernels/_native*.so >/dev/null
-	@mkdir -p '$(@D)'; tar czf '$@' --exclude=__pycache__ --exclude='benchmarks/results/[!c]*' \
+	@mkdir -p '$(@D)' build/bundle; \
+	  { git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || cat COMMIT 2>/dev/null || :; } \
+	  > build/bundle/COMMIT; tar czf '$@' --exclude=__pycache__ --exclude='benchmarks/results/[!c]*' \
 	  --exclude='benchmarks/results/c[!o]*' --transform 's,^,senet_kernels/,' senet_kernels benchmarks \
-	  tools tests csrc Makefile setup.py pyproject.toml LICENSE README.md
+	  tools tests csrc Makefile setup.py pyproject.toml LICENSE README.md -C build/bundle COMMIT
 	@size=$$(stat -c %s '$@'); echo "$@: $$size bytes"; \
 	  (( size < 64 << 20 )) || { echo 'expected less than 64 MiB' >&2; exit 1; }
 

@@ -95,14 +95,24 @@ def clocks(device: torch.device) -> dict[str, object]:
     return {"mhz_min": min(mhz), "mhz_max": max(mhz)} if mhz else {}
 
 
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit, and whether files differ from it; of a bundle, by what it says of itself."""
+    bundled = Path(__file__).resolve().parent.parent / "COMMIT"
+    if bundled.exists():
+        commit, _, changed = bundled.read_text().strip().partition("-")
+        return commit or None, bool(changed) if commit else None
+    commit_here = _run("git", "rev-parse", "HEAD")
+    changed_here = _run("git", "status", "--porcelain", "--untracked-files=no")
+    return commit_here, bool(changed_here) if commit_here and changed_here is not None else None
+
+
 def stamp(device: torch.device) -> dict[str, object]:
     """Environment of this run, ready for JSON."""
-    commit = _run("git", "rev-parse", "HEAD")
-    changed = _run("git", "status", "--porcelain", "--untracked-files=no") if commit else None
+    commit, changed = _commit()
     out: dict[str, object] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
-        "uncommitted_changes": None if changed is None else bool(changed),
+        "uncommitted_changes": changed,
         "senet_kernels": _fused(),
         "torch": torch.__version__,
         "torch_built_with": _torch_compiler(),

@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import launches
 from benchmarks.__main__ import main
-from tools.gpu_kernels import pretend
+from tools.gpu_kernels import card
 
-pretend("triton")
+_card = card("triton", "cpu")
+_card.__enter__()
 words = sys.argv[1:]
 sys.exit(launches.main(["cpu"]) if words == ["launches"] else main(words))

@@ -27,7 +27,7 @@ from benchmarks.workloads import Layer, load_networks
 from policies import PLAN, POLICIES
 from problems import TENSORS, Problem, Spec, build, check, magnitudes
 from senet_kernels import squeeze_excite
-from tools.gpu_kernels import NOT_HERE
+from tools.gpu_cases import NOT_HERE
 
 _ON_GPU = [backend for backend in FUSED_BACKENDS if backend.device == "cuda"]
 _INTERPRETED = [b for b in FUSED_BACKENDS if (b.name, b.device) == ("triton", "cpu")]

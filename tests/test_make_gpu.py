@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,9 @@ import pytest
 import brought_home
 import pretended
 from benchmarks import options, watched
-from tools import gpu, gpu_environment, gpu_kernels, gpu_report, gpu_verdicts, stage_runner
-from tools.stage_runner import Runner, Stage, Task
+from tools import gpu, gpu_cases, gpu_environment, gpu_report, gpu_verdicts, stage_runner
+from tools.gpu_cases import Job
+from tools.stage_runner import Result, Runner, Stage, Task
 
 PYTHON = sys.executable
 
@@ -42,9 +44,17 @@ def _is_gone(pid: int) -> bool:
 # -- the runner ------------------------------------------------------------------------------------
 
 
-def _prepare(stage: Stage, seconds: float) -> Task:
-    """Commands are Python; needs are reasons."""
-    return Task([PYTHON, "-c", stage.command], {}, "; ".join(stage.needs))
+def _prepare(stage: Stage, seconds: float, results: Sequence[Result] = ()) -> Task:
+    """Commands are Python."""
+    return Task([PYTHON, "-c", stage.command], {}, "; ".join(need(None) for need in stage.needs))
+
+
+def _not_in_the_mood(known: Any) -> str:
+    return "not in the mood"
+
+
+def _library(known: Any) -> str:
+    return ""
 
 
 class _Ran:
@@ -70,18 +80,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Ran]:
 
 
 def test_a_failure_does_not_stop_the_next(run: Callable[..., _Ran]) -> None:
-    def prepare(stage: Stage, seconds: float) -> Task:
+    def prepare(stage: Stage, seconds: float, results: Sequence[Result]) -> Task:
         if stage.name == "broken":
             raise KeyError("prepared badly")
-        command = ["/no/such/program"] if stage.name == "absent" else _prepare(stage, 0).command
-        return Task(command, {}, "; ".join(stage.needs))
+        task = _prepare(stage, 0)
+        return task._replace(command=["/no/such/program"]) if stage.name == "absent" else task
 
     ran = run(60, prepare=prepare)
     lines = ran(
         Stage("failing", "import sys; print('why'); sys.exit(3)", 5),
         Stage("absent", "", 5),
         Stage("broken", "", 5),
-        Stage("refused", "", 5, ("not in the mood",)),
+        Stage("refused", "", 5, (_not_in_the_mood,)),
         Stage("suspicious", "print('Device not supported')", 5, proof="SUMMARY: 0"),
         Stage("fine", "print('=== 42 passed ==='); print('more')", 5, proof=" passed"),
     )
@@ -120,6 +130,49 @@ def test_what_hangs_is_killed_with_its_children(run: Callable[..., _Ran]) -> Non
     assert all(map(_is_gone, pids))
 
 
+_PARENT = """
+import sys
+from pathlib import Path
+from tools.stage_runner import Runner, Stage, Task
+out = Path(sys.argv[1])
+prepare = lambda stage, seconds, results: Task([sys.executable, "-c", stage.command], {})
+Runner(out, 60, prepare, home=out / "gpu.tgz").run([Stage("stubborn", sys.argv[2], 50)])
+"""
+
+
+def test_nothing_survives_the_runner(tmp_path: Path) -> None:
+    """Killed, it can end nothing itself: a stage's children go too, and what ignores signals."""
+    command = [PYTHON, "-c", _PARENT, str(tmp_path), _STUBBORN]
+    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as runner:
+        log = tmp_path / "stubborn.log"
+        pids: list[int] = []
+        while len(pids) < 2:
+            time.sleep(0.1)
+            pids = [int(word) for word in log.read_text().split()] if log.exists() else []
+        begin = time.monotonic()
+        runner.kill()
+    assert all(map(_is_gone, pids))
+    assert time.monotonic() - begin < 2
+
+
+def test_a_renewal_that_fails_is_told_by_the_next(
+    run: Callable[..., _Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_runner, "RENEWED", 0.1)
+    ran, dump, wrong = run(30), json.dumps, [True]
+
+    def sometimes(*args: Any, **options: Any) -> str:
+        if ran.runner.elapsed > 0.5 and wrong:
+            raise RuntimeError(f"changed during iteration {wrong.pop()}")
+        return dump(*args, **options)
+
+    monkeypatch.setattr(stage_runner.json, "dumps", sometimes)
+    ran(Stage("slow", "import time; time.sleep(1.5)", 5))
+    text = brought_home.home(ran.path)["summary.txt"]
+    assert "an earlier renewal failed: RuntimeError: changed during iteration True" in text
+
+
 def test_the_budget_is_for_all(run: Callable[..., _Ran]) -> None:
     """Windows shrink with it; who comes too late is told so."""
     begin = time.monotonic()
@@ -140,17 +193,18 @@ def test_beside_until_it_is_needed(run: Callable[..., _Ran]) -> None:
     """What is built beside delays only who needs it, and its failure is told."""
     made: list[str] = []
 
-    def prepare(stage: Stage, seconds: float) -> Task:
+    def prepare(stage: Stage, seconds: float, results: Sequence[Result]) -> Task:
         made.append(stage.name)
         return Task([PYTHON, "-c", stage.command], {})
 
     lines = run(30, prepare=prepare)(
         Stage("build", "import time; time.sleep(1); raise SystemExit('no compiler')", 90,
-              beside="library"),
-        Stage("with it", "", 5, ("library",)),
+              beside=_library),
+        Stage("with it", "", 5, (_library,)),
         Stage("without", "", 5),
+        Stage("late", "", 5, late=True),  # which would delay what waits
     )  # fmt: skip
-    assert made == ["build", "without", "with it"]
+    assert made == ["build", "without", "with it", "late"]
     assert (lines["build"]["status"], lines["build"]["detail"]) == ("failed", "no compiler")
     assert lines["build"]["seconds"] >= 1
 
@@ -173,7 +227,7 @@ def test_a_second_call_goes_on(run: Callable[..., _Ran]) -> None:
     assert set(run(30)(stages[0])) == {"environment", "fine", "partial", "broken", "new"} - {
         "partial"
     }
-    build = Stage("build", "", 1, beside="library")  # what it made is not brought home
+    build = Stage("build", "", 1, beside=_library)  # what it made is not brought home
     assert [run(30)(build)["build"]["earlier"] for _ in range(2)] == [False, False]
     assert "(earlier) 1" in brought_home.home(again.path)["summary.txt"]
 
@@ -200,6 +254,23 @@ def test_sources_torch_and_device_are_in_the_fingerprint(monkeypatch: pytest.Mon
     assert stage_runner.fingerprint() != before
 
 
+def test_another_library_makes_a_new_start(
+    run: Callable[..., _Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is built, where there was none, does not."""
+    carried = tmp_path / "_native.abi3.so"
+    carried.write_bytes(b"one")
+    monkeypatch.setenv(stage_runner.PREBUILT, str(carried))
+    before = stage_runner.library()
+    carried.write_bytes(b"another")
+    assert stage_runner.library() != before
+    libraries = iter(["", "one", "one", "another"])
+    monkeypatch.setattr(stage_runner, "library", lambda: next(libraries))
+    assert [run(30)(Stage("fine", "", 1))["fine"]["earlier"] for _ in range(4)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 
@@ -215,19 +286,22 @@ def _stage(name: str) -> Stage:
 
 
 def test_the_first_call_takes_455_seconds() -> None:
-    """Verdicts, then what captures and streams do, layers, plans, counters, memcheck."""
+    """Verdicts, then what captures and streams do, layers, plans, counters, memcheck; the time of
+    what is seldom needed is not granted where it is skipped."""
     names = [stage.name for stage in gpu.STAGES]
     assert len(set(names)) == len(names)
     ends, end = {}, 0.0
     for stage in gpu.STAGES:
-        end += 0 if stage.beside else stage.seconds
+        seldom = stage.name in ("verdicts-native", "layers-otherwise")
+        end += 0 if stage.beside or seldom else stage.seconds
         ends[stage.name] = end
-    wanted = {"verdicts-native": 40, "situations-native": 70, "layers": 210, "plans": 270,
+    wanted = {"verdicts": 40, "situations": 70, "layers": 210, "plans": 270,
               "counters": 350, "memcheck-triton": 400, "gpu-tests": 455}  # fmt: skip
     assert {name: ends[name] for name in wanted} == wanted
     assert stage_runner.WHOLE == 455
-    late = names[names.index("gpu-tests") :]
-    assert {"compiled", "networks", "price-of-se"} < set(late)
+    late = {stage.name for stage in gpu.STAGES if stage.late}
+    assert late == set(names[names.index("gpu-tests") + 1 :])
+    assert {"verdicts-rest", "compiled", "networks", "price-of-se"} < late
 
 
 def test_stages_without_a_gpu(tmp_path: Path) -> None:
@@ -250,7 +324,8 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     said = "no compiled library: carried along: does not load: bad ELF; in place: old"
     assert reason("verdicts-native") == reason("memcheck-native") == said
-    assert reason("verdicts-triton") == "not installed: triton"
+    assert reason("memcheck-triton") == "not installed: triton"
+    assert reason("verdicts") == f"not installed: triton; {said}"
     assert reason("gpu-tests") == "not installed: pytest"
     assert reason("counters") == "ncu is not on PATH"
     assert reason("build") == reason("layers") == ""
@@ -305,27 +380,107 @@ def test_options_of_the_layers(tmp_path: Path, name: str, dry: bool) -> None:
         assert {"native", "native-stages2", "native-reread", "native-grid8"} < set(parsed.providers)
 
 
+def _cases_left_out(table: gpu.Table, name: str) -> set[str]:
+    return set(_values(table.prepare(_stage(name), 100).command, "--leave-out"))
+
+
 def test_what_crashed_is_left_out_of_later_stages(tmp_path: Path) -> None:
-    """A layer then runs by other plans; an exchange that hung is not among these."""
-    case = "256x56x56-r16-relu-sigmoid bf16 b256 contiguous"
-    verdicts = {
-        "a layer": {"outcome": "hang", "layer": case},
-        "5x136x7x7 exchange=cluster,blocks=2,resident=0": {"outcome": "crash", "layer": ""},
-        "5x136x7x7 exchange=grid,blocks=2": {"outcome": "error", "layer": ""},
-    }
-    (tmp_path / "verdicts-native.json").write_text(json.dumps(verdicts))
+    """A layer that hung by an exchange between blocks then runs by plans without that, alone; the
+    plans of a policy that crashed run on no layer."""
+    case, other = (f"{shape}-r16-relu-sigmoid bf16 b256 contiguous"
+                   for shape in ("256x56x56", "96x56x56"))  # fmt: skip
+    policy = "exchange=cluster,blocks=2,resident=0"
+    verdicts: dict[str, dict[str, str]] = {
+        "a layer": {"outcome": "hang", "layer": case, "policy": "",
+                    "plan": "8 blocks per image, exchange through global memory, two passes"},
+        "another": {"outcome": "ok", "layer": other, "policy": "", "plan": "one block per image"},
+        "a policy": {"outcome": "launch error", "layer": "", "policy": policy},
+        "a wrong one": {"outcome": "error", "layer": "", "policy": "exchange=none"},
+    }  # fmt: skip
     table = _table(tmp_path)
-    layers = table.prepare(_stage("layers"), 100).command
-    assert _values(layers, "--leave-out") == [f"{case}/native"]
-    assert {"native-block", "native-grid8"} < set(_values(layers, "--provider"))
-    tried = [*_values(table.prepare(_stage("plans"), 100).command, "--provider"),
-             *_values(layers, "--provider")]  # fmt: skip
-    assert not any("cluster" in name for name in tried)
+
+    def write() -> None:
+        (tmp_path / "verdicts-native.json").write_text(json.dumps(verdicts))
+
+    write()
+    for name in ("layers", "plans", "layers-otherwise", "compiled"):
+        cases = _cases_left_out(table, name)
+        assert f"{case}/native" in cases
+        assert {f"{case}/native-grid8", f"{case}/native-reread", f"{case}/native-stages2"} < cases
+        assert {f"{case}/native-cluster4", f"{other}/native-cluster4"} < cases
+        assert not cases & {f"{case}/native-block", f"{other}/native", f"{other}/native-block",
+                            f"{other}/native-grid8"}  # fmt: skip
+    otherwise = table.prepare(_stage("layers-otherwise"), 100).command
+    assert _values(otherwise, "--layer") == ["256x56x56"]
+    assert "native-block" in _values(otherwise, "--provider")
+    # Which providers there are decides whether a record is gone on with.
+    assert "native-block" not in _values(table.prepare(_stage("layers"), 100).command, "--provider")
+    tests = table.prepare(_stage("gpu-tests"), 100).environment[stage_runner.LEFT_OUT_TESTS]
+    assert tests.split(";") == [f"native-cuda-{case}", policy]
+    memcheck = table.prepare(_stage("verdicts"), 100)._replace(command=[])
+    assert memcheck.environment["SENET_KERNELS_REQUIRE_NATIVE"] == "0"
     verdicts["a layer"]["outcome"] = "error"  # wrong figures are figures
-    (tmp_path / "verdicts-native.json").write_text(json.dumps(verdicts))
-    layers = table.prepare(_stage("layers"), 100).command
-    assert "--leave-out" not in layers
-    assert "native-block" not in layers
+    verdicts["a policy"]["outcome"] = "not run"
+    write()
+    assert not _cases_left_out(table, "layers")
+    assert "no layer crashed" in table.prepare(_stage("layers-otherwise"), 100).why_not
+
+
+def test_tests_of_what_crashed_are_not_run(tmp_path: Path) -> None:
+    """By the whole of a parameter."""
+    (tmp_path / "test_them.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('policy', ['a=1', 'a=1,b=2', 'a=2'])\n"
+        "@pytest.mark.parametrize('backend', ['native-cuda'])\n"
+        "def test_it(backend, policy): pass\n"
+    )
+    done = subprocess.run(
+        [PYTHON, "-m", "pytest", "-p", "tools.resume_tests", "-p", "no:cacheprovider", "-v",
+         str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(gpu.ROOT), stage_runner.LEFT_OUT_TESTS: "a=3;a=1"},
+    )  # fmt: skip
+    assert "2 passed, 1 deselected" in done.stdout, done.stdout
+    assert "[native-cuda-a=1,b=2]" in done.stdout
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, ""), (1, "no compiled library: in place: old")])
+def test_a_library_built_meanwhile_is_taken(
+    run: Callable[..., _Ran], code: int, status: str
+) -> None:
+    """Who waits for it runs as soon as it is there; and by its failure is skipped."""
+    reasons: dict[str, str] = {}
+
+    def prepare(stage: Stage, seconds: float, results: Sequence[Result]) -> Task:
+        task = table.prepare(stage, seconds, results)
+        reasons[stage.name] = task.why_not
+        return task._replace(command=[PYTHON, "-c", stage.command])
+
+    ran = run(30, prepare=prepare)
+    table = _table(ran.out, library={"in place": "old"})
+    build = _stage("build")._replace(
+        command=f"import time; time.sleep(0.5); raise SystemExit({code})", seconds=20
+    )
+    lines = ran(build, *(Stage(name, "pass", 2, (gpu.native,)) for name in ("one", "other")))
+    assert reasons == {"build": "", "one": status, "other": status}
+    assert [line["status"] for line in lines.values()][1:] == 2 * ["skipped" if status else "ok"]
+
+
+def test_backends_that_can_be_tried(tmp_path: Path) -> None:
+    """In one stage; the CUDA kernels' own later, where their library was built meanwhile."""
+    table = _table(tmp_path, library={"in place": "old"})
+    assert _values(table.prepare(_stage("verdicts"), 30).command, "--backend") == ["triton"]
+    built = [Result("build", "ok")]
+    assert not table.prepare(_stage("verdicts-native"), 30, built).why_not
+    both = table.prepare(_stage("situations"), 30, built)
+    assert _values(both.command, "--backend") == ["triton", "native"]
+    (tmp_path / "verdicts-native.json").write_text('{"a": {"outcome": "ok", "layer": ""}}')
+    assert "has them" in table.prepare(_stage("verdicts-native"), 30, built).why_not
+    assert not table.prepare(_stage("verdicts-rest"), 30, built).why_not
+    for backend in gpu_cases.BACKENDS:
+        for group in gpu_cases.GROUPS:
+            path = tmp_path / f"{group}-{backend}.json"
+            path.write_text('{"a": {"outcome": "ok", "layer": ""}}')
+    assert "on each case" in table.prepare(_stage("verdicts-rest"), 30, built).why_not
 
 
 @pytest.mark.parametrize(
@@ -355,81 +510,236 @@ def test_a_library_that_does_not_load_is_named(
 ) -> None:
     broken = tmp_path / "_native.abi3.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setenv(gpu.PREBUILT, str(tmp_path))
+    monkeypatch.setenv(stage_runner.PREBUILT, str(tmp_path))
     found = gpu_environment.library(cuda=False)
     assert f"the compiled library {broken.name} does not load" in found["carried along"]
     table = _table(tmp_path, library=found, device="cpu", dry=True)
     if not found["in place"]:  # then that one is taken
-        assert table.environment()[gpu.PREBUILT] == ""
-        assert not table.why_not("native")
+        assert table.environment()[stage_runner.PREBUILT] == ""
+        assert not gpu.native(table)
+
+
+def test_a_library_that_takes_too_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_environment, "_LOADING", 0.2)
+    monkeypatch.setattr(gpu_environment, "_ASK", "import time; time.sleep(60)")
+    monkeypatch.setenv(stage_runner.PREBUILT, "somewhere")
+    said = "a process that loads it was not ready within 0.2 s"
+    assert gpu_environment.library(cuda=False) == {"carried along": said, "in place": said}
+
+
+def test_a_python_that_is_given_is_used_as_it_is(tmp_path: Path) -> None:
+    """Without a look whether it has torch, nor pip."""
+    command = ["make", "-n", "gpu", "PYTHON=/no/such/python", f"OUT={tmp_path}"]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"/no/such/python -m tools.gpu --out '{tmp_path}' ")
+    assert len(done.stdout.splitlines()) == 1
 
 
 def test_the_library_that_is_carried_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from senet_kernels.backends import native
 
+    assert native.PREBUILT == stage_runner.PREBUILT
     (tmp_path / "_native.abi3.so").write_bytes(b"")
     (tmp_path / "_build.json").write_text('{"cuda": "9.0a"}')
     for given in (tmp_path, tmp_path / "_native.abi3.so"):
-        monkeypatch.setenv(gpu.PREBUILT, str(given))
+        monkeypatch.setenv(stage_runner.PREBUILT, str(given))
         assert native.kernel_files() == [tmp_path / "_native.abi3.so"]
         assert native.build_record() == {"cuda": "9.0a"}
-    monkeypatch.setenv(gpu.PREBUILT, str(tmp_path / "other.so"))
+    monkeypatch.setenv(stage_runner.PREBUILT, str(tmp_path / "other.so"))
     assert native.kernel_files() == []
 
 
 # -- verdicts --------------------------------------------------------------------------------------
 
 _FAULTY = """
-import json, os, sys, time
-sys.path.insert(0, {root!r})
-from types import SimpleNamespace
+import json, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from pathlib import Path
 def say(**message): print("senet_kernels.trust: " + json.dumps(message), flush=True)
+say(ready=True)
 for line in sys.stdin:
-    number = json.loads(line)["case"]
-    say(started=True)
-    say(compiled="a kernel")
+    number = json.loads(line)["job"][2]
+    say(started=True, plan="cluster of 2")
+    say(step="run")
     if number == 1: say(outcome="error", text="wrong: y[3]"); continue
     if number == 2: say(outcome="launch error", text="CUDA error"); continue
     if number == 3: os.kill(os.getpid(), 11)
     if number == 4: time.sleep(600)
-    if number == 5: os._exit(7)
+    if number == 5: print("terminate called", file=sys.stderr); os._exit(7)
+    if number == 8:
+        for i in range(6): time.sleep(0.4); say(step="compile")
     say(outcome="ok", text=str(os.getpid()))
 """
 
 
+def _pool(out: Path, main: str, numbers: Sequence[int], **options: Any) -> gpu_verdicts.Pool:
+    case = gpu_cases.TRITON_CASES[0]
+    wanted = [Job("triton", "verdicts", n, case._replace(policy=f"case {n}")) for n in numbers]
+    return gpu_verdicts.Pool(main, out, wanted, **options)
+
+
+def _found(out: Path) -> dict[str, dict[str, str]]:
+    """The verdicts, by the last word of their case."""
+    found = json.loads((out / "verdicts-triton.json").read_text())
+    return {name.rpartition("case ")[2]: verdict for name, verdict in found.items()}
+
+
 def test_each_case_has_its_verdict_whatever_it_does(tmp_path: Path) -> None:
-    """Processes that failed are replaced; a second call goes on with what was not run."""
-    case = gpu_kernels.TRITON_CASES[0]
-    wanted = {n: case._replace(policy=f"case {n}") for n in range(8)}
-    path = tmp_path / "verdicts.json"
-    names = [case.name for case in wanted.values()]
-    path.write_text(json.dumps({names[7]: {"outcome": "ok", "layer": "", "text": "earlier"}}))
-    pool = gpu_verdicts.Pool(_FAULTY.format(root=str(gpu.ROOT)), path, wanted, watch=1.0)
+    """Processes that failed are replaced, but not for wrong numbers; the watch is for silence; a
+    second call goes on with what was not run."""
+    pool = _pool(tmp_path, _FAULTY, range(9), watch=1.0)
     pool.run(2)
-    found = json.loads(path.read_text())
-    assert [found[name]["outcome"] for name in names] == [
-        "ok", "error", "launch error", "crash", "hang", "crash", "ok", "ok",
+    found = _found(tmp_path)
+    assert [verdict["outcome"] for verdict in found.values()] == [
+        "ok", "error", "launch error", "crash", "hang", "crash", "ok", "ok", "ok",
     ]  # fmt: skip
-    assert found[names[3]]["text"] == "the process died by SIGSEGV"
-    assert found[names[4]]["text"] == "no answer within 1 s"
-    assert found[names[5]]["text"] == "the process ended with status 7"
-    assert found[names[7]]["text"] == "earlier"
+    assert found["3"]["text"] == "the process died by SIGSEGV"
+    assert found["4"]["text"] == "no word for 1 s after run"
+    assert found["4"]["plan"] == "cluster of 2"
+    assert found["5"]["text"] == "the process ended with status 7: terminate called"
     lines = gpu_report.lines(tmp_path)
-    assert lines == []  # of another name
-    path.rename(tmp_path / "verdicts-triton.json")
-    lines = gpu_report.lines(tmp_path)
-    assert lines[0] == "verdicts-triton: 3 ok, 1 error, 1 launch error, 2 crash, 1 hang"
-    assert f"  crash: {names[3]}: the process died by SIGSEGV" in lines
+    assert lines[0] == "verdicts-triton: 4 ok, 1 error, 1 launch error, 2 crash, 1 hang"
+    assert any("crash: 3x24x7x16" in line and "died by SIGSEGV" in line for line in lines)
+    _pool(tmp_path, "raise SystemExit('not needed')", range(9)).run(2)
+    assert _found(tmp_path) == found
+    again = _pool(tmp_path, _FAULTY, range(9), kept=lambda word: word in gpu_verdicts.KEPT)
+    assert again.todo.qsize() == 5
+
+
+def test_an_error_costs_no_process(tmp_path: Path) -> None:
+    _pool(tmp_path, _FAULTY, (0, 1, 6, 2, 7)).run(1)
+    pids = [_found(tmp_path)[name]["text"] for name in "067"]
+    assert pids[0] == pids[1] != pids[2]
+
+
+@pytest.mark.parametrize(
+    ("main", "said"),
+    [
+        ("import no_such", "ended with status 1: ModuleNotFoundError: No module named 'no_such'"),
+        ("import time; time.sleep(60)", "did not start within 0.5 s"),
+    ],
+)  # fmt: skip
+def test_a_process_that_does_not_start_is_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: str, said: str
+) -> None:
+    """After two of them no other is started, and the reason is told."""
+    monkeypatch.setattr(gpu_verdicts, "START", 0.5 if "sleep" in main else 30.0)
+    started = []
+    worker = gpu_verdicts.Worker
+
+    def start(*args: Any, **options: Any) -> Any:
+        started.append(args)
+        return worker(*args, **options)
+
+    monkeypatch.setattr(gpu_verdicts, "Worker", start)
+    pool = _pool(tmp_path, main, range(5))
+    pool.run(1)
+    assert len(started) == 2
+    for verdict in _found(tmp_path).values():
+        assert verdict["outcome"] == "not run"
+        assert said in verdict["text"]
+
+
+def test_what_is_under_way_at_the_end_is_not_run(tmp_path: Path) -> None:
+    """It may have been compiling."""
+    program = tmp_path / "pool.py"
+    program.write_text(
+        "import sys; from pathlib import Path; import test_make_gpu\n"
+        f"test_make_gpu._pool(Path({str(tmp_path)!r}), test_make_gpu._FAULTY, (0, 4)).run(2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{gpu.ROOT}:{gpu.ROOT / 'tests'}"}
+    with subprocess.Popen([PYTHON, str(program)], env=environment, stderr=subprocess.DEVNULL,
+                          start_new_session=True) as process:  # fmt: skip
+        for _ in range(600):
+            time.sleep(0.1)
+            if (tmp_path / "verdicts-triton.json").exists() and _found(tmp_path)["0"]["text"]:
+                break
+        time.sleep(1.0)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(10)
+    found = _found(tmp_path)
+    assert found["0"]["outcome"] == "ok"
+    assert found["4"]["outcome"] == "not run"
+    assert found["4"]["text"].startswith("under way for ")
+    assert found["4"]["text"].endswith(" s when the time was up, after run")
+
+
+def test_verdicts_end_in_their_time(tmp_path: Path) -> None:
+    """That is no failure: a later stage goes on."""
+    begin = time.monotonic()
+    _pool(tmp_path, _FAULTY, (4, 0, 6)).run(1, seconds=1.0)
+    assert time.monotonic() - begin < 4
+    found = _found(tmp_path)
+    assert {verdict["outcome"] for verdict in found.values()} == {"not run"}
+    assert "when the time was up" in found["4"]["text"]
+
+
+_HOLDER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(8)"], {session})
+print("senet_kernels.trust: {{}}", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_stopping_does_not_wait_for_who_holds_the_pipe(apart: bool) -> None:
+    """A grandchild in a session of its own has inherited it."""
+    from senet_kernels.trust.worker import Worker
+
+    process = Worker(_HOLDER.format(session="start_new_session=True"), apart=apart)
+    assert process.receive(30) == {}
+    begin = time.monotonic()
+    process.stop()
+    assert time.monotonic() - begin < 4
+    assert process.process.returncode == -signal.SIGKILL
+
+
+def test_what_a_launch_error_is() -> None:
+    from tools.gpu_kernels import _LAUNCH
+
+    for text in ("failed: AcceleratorError: CUDA error: unspecified launch failure",
+                 "failed: OutOfResources: out of resource: shared memory",
+                 "failed: RuntimeError: Triton Error [CUDA]: invalid argument",
+                 "failed: RuntimeError: an illegal memory access was encountered"):  # fmt: skip
+        assert _LAUNCH.search(text), text
+    for text in ("failed: KeyError: 'launcher'", "wrong: y[0]: relaunch the launch"):
+        assert not _LAUNCH.search(text), text
+
+
+def test_what_the_cases_of_a_card_become(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory is no verdict; what a device lacks is a reason for a policy that is forced."""
+    from senet_kernels.trust import proof
+    from tools import gpu_kernels
+
+    case = gpu_cases.NATIVE_CASES[0]
+    assert not case.policy
+
+    def raises(error: Exception) -> Callable[..., Any]:
+        def prove(*args: Any, **options: Any) -> Any:
+            raise error
+
+        return prove
+
+    def of(error: Exception, policy: str = "") -> str:
+        monkeypatch.setattr(gpu_kernels, "kind_of", raises(error))
+        return gpu_kernels.outcome("native", "cpu", case._replace(policy=policy))["outcome"]  # type: ignore[no-any-return]
+
+    monkeypatch.setenv(gpu_cases.PLAN, "")
+    lacks = RuntimeError(f"{gpu_cases.NOT_HERE[0]} clusters")
+    assert of(lacks, "exchange=cluster,blocks=2") == "not here"
+    assert of(lacks) == "error"
+    assert of(proof.NoVerdictError("out of memory")) == "no verdict"
 
 
 @brought_home.needs_card
 def test_planted_faults_are_told_by_name(tmp_path: Path) -> None:
     """On the pretended card: two of the cases, each with a fault."""
-    path = tmp_path / "verdicts.json"
+    path = tmp_path / "verdicts-triton.json"
     planted = {"1x3x70x33": "wrong", "2x20x70x33": "dies"}
     faults = "; ".join(f"{fault} on {shape}" for shape, fault in planted.items())
-    command = [PYTHON, "-m", "tools.gpu_verdicts", "triton", "verdicts", str(path), "--device",
-               "cpu"]  # fmt: skip
+    command = [PYTHON, "-m", "tools.gpu_verdicts", str(tmp_path), "--backend", "triton", "--group",
+               "verdicts", "--device", "cpu"]  # fmt: skip
     environment = {**os.environ, pretended.FAULT: faults, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([*command, "--case", "x70x33"], cwd=gpu.ROOT, env=environment,
@@ -445,9 +755,9 @@ def test_cases_have_names_of_their_own() -> None:
     for backend in ("triton", "native"):
         for dry in (False, True):
             for group in ("verdicts", "situations"):
-                names = [case.name for case in gpu_kernels.cases(backend, group, dry)]
+                names = [case.name for case in gpu_cases.cases(backend, group, dry)]
                 assert len(set(names)) == len(names) > 5
-    layers = [c.layer for c in gpu_kernels.cases("native", "verdicts", False) if c.layer]
+    layers = [c.layer for c in gpu_cases.cases("native", "verdicts", False) if c.layer]
     assert len(layers) == 28
     assert "256x56x56-r16-relu-sigmoid bf16 b256 contiguous" in layers
 

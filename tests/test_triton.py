@@ -540,11 +540,11 @@ def test_the_interpreter_rounds_as_a_device_does() -> None:
 def test_what_the_sanitizer_sees() -> None:
     """``make gpu``'s script knows every kernel, and its first case is right."""
     from senet_kernels.backends.triton import build
-    from tools import gpu_kernels
+    from tools import gpu_cases, gpu_kernels
 
     known = {kernel.__name__ for kernels in build.KERNELS.values() for kernel in kernels}
-    assert known == gpu_kernels.TRITON_KERNELS
-    of_first = gpu_kernels.outcome("triton", "cpu", gpu_kernels.TRITON_CASES[0])
+    assert known == gpu_cases.TRITON_KERNELS
+    of_first = gpu_kernels.outcome("triton", "cpu", gpu_cases.TRITON_CASES[0])
     assert of_first["outcome"] == "ok", of_first
 
 
@@ -552,7 +552,7 @@ def test_what_the_sanitizer_sees() -> None:
 @interpreted
 def test_cases_of_make_gpu_run_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from senet_kernels.backends.triton import launcher
-    from tools import gpu_kernels
+    from tools import gpu_cases, gpu_kernels
 
     launched: set[str] = set()
     call = launcher.Launch.__call__
@@ -563,6 +563,6 @@ def test_cases_of_make_gpu_run_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(launcher.Launch, "__call__", record)
     monkeypatch.setattr(sys, "argv", ["gpu_kernels", "triton", "cpu"])
-    monkeypatch.setattr(gpu_kernels, "pretend", lambda backend: None)
-    gpu_kernels.main()
-    assert launched == gpu_kernels.TRITON_KERNELS
+    monkeypatch.setattr(gpu_kernels, "card", lambda backend, device: nullcontext())
+    assert gpu_kernels.main() == 0
+    assert launched == gpu_cases.TRITON_KERNELS

@@ -108,7 +108,7 @@ def _plans_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results(dtype: torch.dtype) -> None:
     """Outputs and gradients against the oracle, in three orders of threads and with as many errors
     of approximate functions; every kernel ran."""
-    from tools import gpu_kernels
+    from tools import gpu_cases
 
     triton_on_cpu.launches.names.clear()
     for number in range(3):
@@ -116,8 +116,8 @@ def test_results(dtype: torch.dtype) -> None:
         for options in _SPECS:
             spec = Spec(**{"hidden": None, **options}, dtype=dtype, seed=number)
             check(build(spec), squeeze_excite, backend="triton")
-    flat = {name for name in gpu_kernels.TRITON_KERNELS if "flat" in name}  # none in float64
-    expected = gpu_kernels.TRITON_KERNELS - (flat if dtype == torch.float64 else set())
+    flat = {name for name in gpu_cases.TRITON_KERNELS if "flat" in name}  # none in float64
+    expected = gpu_cases.TRITON_KERNELS - (flat if dtype == torch.float64 else set())
     assert set(triton_on_cpu.launches.names) == expected
 
 

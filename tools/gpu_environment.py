@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import stamp
+from tools.stage_runner import PREBUILT
 
 PACKAGES = (
     "triton", "numpy", "setuptools", "ninja", "pytest", "pytest-xdist", "hypothesis", "rich",
@@ -47,7 +48,7 @@ def _answer(command: tuple[str, ...]) -> list[str] | None:
     return (done.stdout or done.stderr).strip().splitlines()
 
 
-PREBUILT = "SENET_KERNELS_PREBUILT"
+_LOADING = 60.0  # seconds
 _ASK = """
 from senet_kernels.backends import native
 print(native.UNAVAILABLE or (native.unavailable_on("cuda") if {cuda} else None) or "")
@@ -60,10 +61,15 @@ def library(cuda: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     carried = os.environ.get(PREBUILT, "")
     for name, value in [("carried along", carried)] * bool(carried) + [("in place", "")]:
-        done = subprocess.run(
-            [sys.executable, "-c", _ASK.format(cuda=cuda)], env={**os.environ, PREBUILT: value},
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _ASK.format(cuda=cuda)],
+                env={**os.environ, PREBUILT: value}, capture_output=True, text=True,
+                timeout=_LOADING, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            found[name] = f"a process that loads it was not ready within {_LOADING:g} s"
+            continue
         lines = done.stdout.strip().splitlines()
         found[name] = lines[-1] if lines else ""
         if done.returncode:

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.records import read_json
 from tools.cost.beside import RECORD, Figure, beside, summary, table
+from tools.gpu_verdicts import FINE, counted
 
-NOT_RUN = "not run"
-FINE = ("ok", "not here", NOT_RUN)
-RECORDS = ("layers", "layers-native", "all-layers")
-
-
-def counted(found: dict[str, dict[str, Any]]) -> str:
-    """How many verdicts of each kind, in words."""
-    outcomes = [verdict["outcome"] for verdict in found.values()]
-    return ", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes))
+RECORDS = ("layers", "layers-native", "layers-otherwise", "all-layers")
 
 
 def _verdicts(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ All that they find is in one file, which is renewed while they run.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import io
 import json
@@ -28,8 +27,12 @@ from typing import Any, NamedTuple
 from benchmarks.records import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = "senet_kernels.gpu/3"
+SCHEMA = "senet_kernels.gpu/4"
 SUMMARY = ("summary.txt", "summary.json")
+#: As senet_kernels.backends.native has it, which cannot be imported without torch.
+PREBUILT = "SENET_KERNELS_PREBUILT"
+#: For tools/resume_tests.py.
+PASSED, LEFT_OUT_TESTS = "SENET_KERNELS_PASSED", "SENET_KERNELS_LEFT_OUT"
 
 # A stage past its limit is interrupted, so that it can report what it has, and killed after this.
 GRACE = 8.0
@@ -45,7 +48,10 @@ RENEWED = 15.0
 WHOLE = 455.0
 
 OK, FAILED, TIMEOUT, SKIPPED, RUNNING = "ok", "failed", "timeout", "skipped", "running"
-_PARTIAL = re.compile(r"time (is|was) up|\bnot run\b")
+_PARTIAL = re.compile(r"time (is|was) up|\bnot run\b|\bno verdict\b")
+
+# Why something that a stage needs is not there, by what is known; empty where it is.
+Need = Callable[[Any], str]
 
 
 class Stage(NamedTuple):
@@ -53,13 +59,15 @@ class Stage(NamedTuple):
 
     Attributes:
         name: of the stage, and of its log.
-        command: where ``{out}`` is the folder for what it finds, ``{seconds}`` its time and
-            ``{device}`` the device.
-        seconds: its part of :data:`WHOLE`; what earlier stages leave is its, too.
+        command: where ``{out}`` is the folder for what it finds, ``{seconds}`` its time for
+            measuring, ``{until}`` the Unix time of its end and ``{device}`` the device.
+        seconds: its part of :data:`WHOLE`; what earlier stages that ran leave is its, too.
         needs: what must be there, else it is skipped.
         dry: the command of a dry run, where that is another.
-        proof: what its log must have, besides an exit code of 0.
+        proof: a pattern that its log must have, besides an exit code of 0.
         beside: what it makes, where it runs beside stages that do not need that.
+        late: whether it waits for what runs beside, and for the stages that need that.
+        grace: seconds for it to say what it has, at its end.
         always: whether it runs each time, whatever came of it before; others need what it finds,
             and it may take :data:`ALWAYS`.
     """
@@ -67,10 +75,12 @@ class Stage(NamedTuple):
     name: str
     command: str
     seconds: float
-    needs: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
     dry: str = ""
     proof: str = ""
-    beside: str = ""
+    beside: Need | None = None
+    late: bool = False
+    grace: float = GRACE
     always: bool = False
 
 
@@ -100,27 +110,38 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _die_with_parent() -> None:
-    """In the child: a runner that is killed leaves nothing behind."""
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+# Runs the command given, and kills all of the group as soon as its standard input ends: a runner
+# that is killed leaves nothing behind. The command's exit code is its own.
+_WATCHDOG = """
+import os, signal, subprocess, sys, threading
+signal.signal(signal.SIGINT, lambda *_: None)
+def watch():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+try:
+    code = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)
+except OSError as error:
+    sys.exit(str(error))
+sys.stdout.flush()
+os._exit(code if code >= 0 else 128 - code)
+"""
 
 
 def start(task: Task, log: Path) -> subprocess.Popen[bytes]:
-    """Begin a command, in a process group of its own. Raises OSError where it cannot be."""
+    """Begin a command, in a process group of its own, below a watchdog."""
     with log.open("wb") as file:
         return subprocess.Popen(
-            task.command, cwd=ROOT, env={**os.environ, **task.environment},
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=_die_with_parent,
+            [sys.executable, "-I", "-S", "-c", _WATCHDOG, *task.command], cwd=ROOT,
+            env={**os.environ, **task.environment}, stdin=subprocess.PIPE, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
 
-def end(process: subprocess.Popen[bytes], limit: float) -> int | None:
-    """Wait for a command; its exit code, or None where it took longer than ``limit`` seconds.
-    Nothing of its group is left."""
-    grace = min(GRACE, limit / 4)
+def end(process: subprocess.Popen[bytes], limit: float, grace: float = GRACE) -> int | None:
+    """Wait for a command; its exit code, or None where it took longer than ``limit`` seconds, of
+    which so many are for saying what it has. Nothing of its group is left."""
+    grace = min(grace, limit / 4)
     try:
         return process.wait(limit - grace)
     except subprocess.TimeoutExpired:
@@ -141,6 +162,7 @@ class Home:
     def __init__(self, path: Path, folder: Path, before: Callable[[], None]) -> None:
         """``before`` is called before each renewal, to write what is to be true then."""
         self.path, self.folder, self._before = path, folder, before
+        self.fault = ""  # of the last renewal but this
         self._lock = threading.Lock()
 
     def unpack(self) -> None:
@@ -166,14 +188,20 @@ class Home:
                         tar.addfile(member, io.BytesIO(content))
             os.replace(part, self.path)
 
+    def try_to_renew(self) -> None:
+        """Or say in the next one why not: a full disk, say."""
+        try:
+            self.renew()
+        except Exception as error:
+            self.fault = f"{type(error).__name__}: {error}"
+
     def keep_renewing(self) -> None:
         """From now on, beside everything else."""
 
         def again() -> None:
             while True:
                 time.sleep(RENEWED)
-                with suppress(OSError):  # a full disk, say: the next time
-                    self.renew()
+                self.try_to_renew()
 
         threading.Thread(target=again, daemon=True).start()
 
@@ -181,15 +209,15 @@ class Home:
 class Runner:
     """Runs stages within ``budget`` seconds; what they find is in the folder ``out``.
 
-    ``prepare`` makes the task of a stage from its seconds; ``tell`` the lines of the summary that
-    say what was found, and files beside it.
+    ``prepare`` makes the task of a stage from its seconds and the results of those before;
+    ``tell`` the lines of the summary that say what was found, and files beside it.
     """
 
     def __init__(
         self,
         out: Path,
         budget: float,
-        prepare: Callable[[Stage, float], Task],
+        prepare: Callable[[Stage, float, Sequence[Result]], Task],
         *,
         say: Callable[[str], None] = lambda text: None,
         tell: Callable[[Path], list[str]] = lambda out: [],
@@ -201,7 +229,7 @@ class Runner:
         self.results: list[Result] = []
         self._todo: list[Stage] = []
         self._earlier: dict[str, Result] = {}
-        self._fingerprint = ""
+        self._fingerprint = self._library = ""
         self._beside: dict[str, tuple[Stage, Result, subprocess.Popen[bytes], float]] = {}
         self._granted = 0.0
         self._begin = time.monotonic()
@@ -216,15 +244,17 @@ class Runner:
         that run was of other sources or another machine, or is not wanted."""
         if not self.home.path.exists():
             self.home.renew()  # a run that is killed at once has left something
-            self._fingerprint = fingerprint()
+            self._fingerprint, self._library = fingerprint(), library()
             return
         self.home.unpack()
-        self._fingerprint = fingerprint()
+        self._fingerprint, self._library = fingerprint(), library()
         found = read_json(self.out / "summary.json")
         same = (found.get("schema"), found.get("fingerprint"), found.get("note")) == (
             SCHEMA, self._fingerprint, self.note,
         )  # fmt: skip
-        if fresh or not same:
+        # Where there is none it is built of the same sources.
+        libraries = {found.get("library", ""), self._library} - {""}
+        if fresh or not same or len(libraries) > 1:
             put_aside(self.out)
             return
         (self.out / "environment.json").unlink(missing_ok=True)
@@ -237,7 +267,7 @@ class Runner:
         self._todo = [s for s in stages if not self._is_kept(s)]
         windows = sum(s.seconds for s in self._todo if not s.beside)
         scale = self.budget / max(1.0, min(windows, max(WHOLE, self.budget)))
-        self.home.renew()
+        self.home.try_to_renew()
         self.home.keep_renewing()
         try:
             while self._todo:
@@ -258,7 +288,9 @@ class Runner:
         return stage.name in self._earlier and not (stage.always or stage.beside)
 
     def _waits(self, stage: Stage) -> bool:
-        return any(making.beside in stage.needs for making, *_ in self._beside.values())
+        if any(making.beside in stage.needs for making, *_ in self._beside.values()):
+            return True
+        return stage.late and any(self._waits(s) for s in self._todo if not s.late)
 
     def _run(self, stage: Stage, scale: float) -> None:
         self._say(f"==> {stage.name}")
@@ -267,24 +299,26 @@ class Runner:
         begin = self.elapsed
         left = self.budget - begin - RESERVE
         own = ALWAYS if stage.always else stage.seconds * scale
+        granted = self._granted
         if not stage.beside:
-            self._granted = max(self._granted, begin) + stage.seconds * scale
-        limit = left if stage.beside else min(left, max(own, self._granted - begin))
+            granted = max(granted, begin) + stage.seconds * scale
+        limit = left if stage.beside else min(left, max(own, granted - begin))
         try:
             if limit < min(LEAST, own):
                 result.status, result.detail = SKIPPED, f"no time left of {self.budget:.0f} s"
                 return
-            task = self._prepare(stage, limit)
+            task = self._prepare(stage, limit, self.results)
             if task.why_not:
                 result.status, result.detail = SKIPPED, task.why_not
                 return
+            self._granted = granted
             result.limit_s = round(limit, 1)
-            self.home.renew()
+            self.home.try_to_renew()
             process = start(task, self._log(stage))
             if stage.beside:
                 self._beside[stage.name] = stage, result, process, begin
                 return
-            self._conclude(stage, result, end(process, limit))
+            self._conclude(stage, result, end(process, limit, stage.grace))
         except KeyboardInterrupt:
             result.status, result.detail = FAILED, "interrupted"
             raise
@@ -302,6 +336,7 @@ class Runner:
             if process.poll() is not None or over:
                 self._conclude(stage, result, end(process, 0.1 if over else 60.0))
                 result.seconds = round(self.elapsed - begin, 1)
+                self._library = library()
                 del self._beside[name]
 
     def _log(self, stage: Stage) -> Path:
@@ -309,7 +344,8 @@ class Runner:
 
     def _conclude(self, stage: Stage, result: Result, code: int | None) -> None:
         text = self._log(stage).read_text(errors="replace")
-        proof = [line for line in text.splitlines() if stage.proof in line] if stage.proof else []
+        lines = text.splitlines() if stage.proof else []
+        proof = [line for line in lines if re.search(stage.proof, line)]
         result.detail = proof[-1].strip("= ") if proof else last_line(text)
         result.status = TIMEOUT if code is None else FAILED if code else OK
         if result.status == OK and stage.proof and not proof:
@@ -333,6 +369,7 @@ class Runner:
             "device": environment.get("device"),
             "note": self.note,
             "fingerprint": self._fingerprint,
+            "library": self._library,
             "budget_s": self.budget,
             "elapsed_s": round(self.elapsed, 1),
             "stages": [asdict(result) for result in self._known()],
@@ -351,6 +388,7 @@ class Runner:
             + (" with uncommitted changes" if environment.get("uncommitted_changes") else ""),
             f"{self.elapsed:.0f} of {self.budget:.0f} s",
             *([self.note] if self.note else []),
+            *([f"an earlier renewal failed: {self.home.fault}"] if self.home.fault else []),
         ]
         try:
             rows += self._tell(self.out)
@@ -367,11 +405,23 @@ class Runner:
 
 
 def _gpus() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20, check=False)
+        done = subprocess.run(query, capture_output=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return re.sub(r"\(UUID.*?\)", "", done.stdout.decode(errors="replace"))
+    return done.stdout.decode(errors="replace")
+
+
+def library() -> str:
+    """A hash of the compiled library that is there; empty where there is none."""
+    given = os.environ.get(PREBUILT, "")
+    places = [Path(given)] * bool(given) + [ROOT / "senet_kernels"]
+    files = [sorted(p.glob("_native*.so")) if p.is_dir() else [p] * p.exists() for p in places]
+    digest = hashlib.sha256()
+    for path in (path for of_place in files for path in of_place):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16] if any(files) else ""
 
 
 def fingerprint() -> str:

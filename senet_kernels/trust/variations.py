@@ -46,15 +46,17 @@ class Variation(NamedTuple):
 PLAIN = Variation()
 
 
-def of_numbers(kind: Kind) -> tuple[Variation, ...]:
-    """What results are compared of, number by number; the plain call first."""
+def of_numbers(kind: Kind, forced: bool = False) -> tuple[Variation, ...]:
+    """What results are compared of, number by number; the plain call first. ``forced``: by a plan
+    that is not for all calls of the kind: neither one without a second pass, nor misaligned ones.
+    """
     call = kind.call
     bare = Variation((*_BIASES, "beta"), scale=2.5, lengths="one")
-    tail = Variation(("alpha", *_FROZEN), tail=True, turned=True, lengths="all")
+    tail = Variation(("alpha", *_FROZEN), tail=True, turned=not forced, lengths="all")
     if kind.direction != TRAINING:
         return PLAIN, bare, tail
     frozen_images = Variation(_OF_IMAGES, scale=2.5, fewer=1)
-    has_more = call.form != "squeeze alone" or call.affine
+    has_more = (call.form != "squeeze alone" or call.affine) and not forced
     # Of the parameters the vectors alone, which is another launch.
     vectors = Variation(("d w1", "d w2"), tail=True, fewer=1)
     more = (frozen_images,) if has_more else ()

@@ -12,73 +12,26 @@ import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from .kinds import Kind, from_json
+from .process import MARK, Worker
 from .proof import Found, NoVerdictError, Wrong, describe, prove
 
 #: Seconds for a process to start (it imports torch), and for a kernel to be compiled and proven.
 START_SECONDS, JOB_SECONDS = 120.0, 120.0
 _IDLE_SECONDS = 20.0
-_MARK = "senet_kernels.trust: "  # lines with another beginning are not ours
 _MAIN = "from senet_kernels.trust.worker import main; main()"
 
 #: Modules that a worker imports first: those that define backends.
 IMPORTS: list[str] = []
 
-_ENDED = "ended"
 # By the hand of someone else: of these nothing follows.
 _FOREIGN = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGKILL", signal.SIGTERM))
-
-
-class Worker:
-    """The parent's side; ``main`` is what the other process runs, in Python."""
-
-    def __init__(self, main: str = _MAIN) -> None:
-        import subprocess
-
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", main], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
-        )  # fmt: skip
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(_MARK):
-                self._lines.put(line[len(_MARK) :])
-        self._lines.put(_ENDED)
-
-    def send(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
-
-    def receive(self, seconds: float) -> dict[str, Any] | None:
-        """The next message; None if the process has ended.
-
-        Raises:
-            queue.Empty: there is none in time.
-        """
-        line = self._lines.get(timeout=seconds)
-        return None if line == _ENDED else json.loads(line)
-
-    def stop(self) -> None:
-        with suppress(OSError):
-            self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with suppress(OSError, ValueError):
-                    pipe.close()
-        with suppress(Exception):
-            self.process.wait(5)
 
 
 _worker: Worker | None = None
@@ -109,7 +62,7 @@ def _begin(message: dict[str, Any]) -> Worker:
     for is_new in (False, True):
         if is_new or _worker is None or _worker.process.poll() is not None:
             stop()
-            _worker = Worker()
+            _worker = Worker(_MAIN)
         begun = _worker
         try:
             begun.send(message)
@@ -132,7 +85,11 @@ def _outcome(worker: Worker) -> Found:
         stop()
         raise
     if answer is None:
-        code = worker.process.wait(5)
+        try:
+            code = worker.process.wait(5)
+        except subprocess.TimeoutExpired:  # the driver holds it
+            stop()
+            return Found(Wrong("hangs", "the process said no more, and did not end"))
         stop()
         if code < 0 and -code not in _FOREIGN:
             return Found(Wrong("crashes", f"the process died by {signal.Signals(-code).name}"))
@@ -185,7 +142,7 @@ def main(answer: Callable[[dict[str, Any]], None] | None = None) -> None:
 
 def say(**message: Any) -> None:
     """Answer the parent."""
-    sys.stdout.write(f"{_MARK}{json.dumps(message)}\n")
+    sys.stdout.write(f"{MARK}{json.dumps(message)}\n")
     sys.stdout.flush()
 
 
