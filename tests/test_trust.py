@@ -722,7 +722,7 @@ def test_a_proof_that_fails_is_no_verdict(
         raise ZeroDivisionError("in a plan")
 
     arguments = _tensors()
-    for module, name in ((triton, "notes"), (proof, "correct"), (kinds, "card")):
+    for module, name in ((triton, "launches"), (proof, "correct"), (kinds, "card")):
         as_new_process()
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
             patch.setattr(module, name, fail)

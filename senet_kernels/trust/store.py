@@ -15,6 +15,7 @@ import os
 import platform
 import time
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,13 +99,16 @@ class Folder(NamedTuple):
         """Whether a kernel of a backend has had a verdict here."""
         return any(record["key"].startswith(f"{backend} ") for record in self.records())
 
-    def remove(self, key: str) -> None:
-        """Drop a record and the marks beside it."""
-        folder = self.path
-        if folder is not None:
-            with suppress(OSError):
-                for path in folder.glob(f"{digest(key)}.*"):
-                    path.unlink(missing_ok=True)
+    def remove(self, keys: Collection[str]) -> None:
+        """Drop records and the marks beside them."""
+        folder, names = self.path, set(map(digest, keys))
+        if folder is None or not names:
+            return
+        with suppress(OSError):
+            for path in list(folder.iterdir()):
+                if path.name.partition(".")[0] in names:
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
 
     def _file(self, key: str, end: str) -> Path | None:
         folder = self.path
