@@ -152,14 +152,14 @@ def _settle_traced(
     requested = dispatch.requested_backend(backend)
     if requested != "auto":
         if trust.is_asked(choice.backend, call.device) and trust.is_mistrusted_where_traced(
-            choice.backend, call, x, of.w1, of.outputs, differentiated
+            choice.backend, call, x, of.w1, of.outputs, differentiated, of.residual
         ):
             raise _mistrust(requested, "")
         return resolved._replace(asks=False)
     reason = "no verdict lets it run in compiled code; senet_kernels.verify(..., compiled=True)"
     against: tuple[tuple[str, str], ...] = ()
     while trust.is_asked(choice.backend, call.device) and not trust.runs_in_compiled_code(
-        choice.backend, call, x, of.w1, of.outputs, differentiated
+        choice.backend, call, x, of.w1, of.outputs, differentiated, of.residual
     ):
         against = (*against, (choice.backend, reason))
         choice = dispatch.choose(call, "auto", against)

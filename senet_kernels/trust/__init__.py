@@ -22,7 +22,7 @@ from senet_kernels.features import Call
 from senet_kernels.pointwise import Options
 
 from . import verdicts
-from .kinds import INFERENCE, TRAINING, bucket, class_of, kind_for, kind_of
+from .kinds import INFERENCE, TRAINING, bucket, class_of, kind_for, kind_of, number
 from .verdicts import (
     COMPILED,
     MISTRUSTED,
@@ -59,7 +59,6 @@ __all__ = [
 
 ENVIRONMENT_VARIABLE = "SENET_KERNELS_GPU"
 MODES = ("verify", "trust", "off")
-
 
 
 def _checked(text: str) -> str:
@@ -144,23 +143,35 @@ def _is_capturing(x: Tensor) -> bool:
 
 
 def runs_in_compiled_code(
-    backend: str, call: Call, x: Tensor, w1: Tensor | None, outputs: int, differentiated: bool
+    backend: str,
+    call: Call,
+    x: Tensor,
+    w1: Tensor | None,
+    outputs: int,
+    differentiated: bool,
+    residual: Tensor | None = None,
 ) -> bool:
     """Whether a call that is traced runs on kernels: all that it may become at run time is trusted,
     and was measured against compiled code."""
     # Where there is none, nothing is asked of extents, which may be symbols.
     return any_compiled(x.device) and _is_in(
-        COMPILED, backend, call, x, w1, outputs, differentiated
+        COMPILED, backend, call, x, w1, outputs, differentiated, residual
     )
 
 
 def is_mistrusted_where_traced(
-    backend: str, call: Call, x: Tensor, w1: Tensor | None, outputs: int, differentiated: bool
+    backend: str,
+    call: Call,
+    x: Tensor,
+    w1: Tensor | None,
+    outputs: int,
+    differentiated: bool,
+    residual: Tensor | None = None,
 ) -> bool:
     """Whether the kernels of a call that is traced were found wrong."""
     _load_at_trace_time(_name_of(x.device))
     return verdicts.any_mistrusted and _is_in(
-        MISTRUSTED, backend, call, x, w1, outputs, differentiated
+        MISTRUSTED, backend, call, x, w1, outputs, differentiated, residual
     )
 
 
@@ -172,6 +183,7 @@ def _is_in(
     w1: Tensor | None,
     outputs: int,
     differentiated: bool,
+    residual: Tensor | None,
 ) -> bool:
     """Whether the variant that a traced call runs is in a table.
 
@@ -180,20 +192,25 @@ def _is_in(
     """
     device = _name_of(x.device)
     direction = TRAINING if differentiated else INFERENCE
-    hidden = 0 if w1 is None else w1.shape[0]
+    hidden, outputs = 0 if w1 is None else number(w1.shape[0]), number(outputs)
     name = class_of(backend, call, x, hidden, outputs, direction)
     if f"{device} {name}" not in table:
         return False
     most = bucket(x.shape[0])
     least = most // 2 + 1
     if most > _MOST_BATCHES or most <= 1:
-        least = most = _number(x.shape[0])
-    shape = [_number(n) for n in x.shape[1:]]
-    strides = [_number(n) for n in x.stride()]
-    facts = [call.shift, call.weighted, call.affine, call.lengths, call.residual, call.inplace]
+        least = most = number(x.shape[0])
+    shape = [number(n) for n in x.shape[1:]]
+    strides = [number(n) for n in x.stride()]
+    if residual is not None and [number(n) for n in residual.stride()] != strides:
+        return False
+    facts = (call.shift, call.weighted, call.affine, call.lengths, call.residual, call.inplace)
+    given = "".join(["1" if fact else "0" for fact in facts])
+    options = call.options
     variants = _variants_at_trace_time(
-        backend, device, call.device, call.dtype, call.param_dtype, *call.options, call.form,
-        *facts, hidden, outputs, direction, name, least, most, len(shape), *shape, *strides,
+        backend, device, call.device, call.dtype, call.param_dtype, options.activation,
+        options.gate, options.before, options.after, call.form, given, hidden, outputs, direction,
+        name, least, most, len(shape), *shape, *strides,
     )  # fmt: skip
     divides = "ragged"
     if x.shape[0] % 16 == 0:
@@ -209,11 +226,6 @@ def _is_in(
 _MOST_BATCHES = 512
 
 
-def _number(extent: int) -> int:
-    """An extent that may be a symbol, of which a range is made of a number alone."""
-    return len(range(extent))
-
-
 def _variants_at_trace_time(
     backend: str,
     device: str,
@@ -225,12 +237,7 @@ def _variants_at_trace_time(
     before: str,
     after: str,
     form: str,
-    shift: bool,
-    weighted: bool,
-    affine: bool,
-    lengths: bool,
-    residual: bool,
-    inplace: bool,
+    given: str,
     hidden: int,
     outputs: int,
     direction: str,
@@ -241,12 +248,10 @@ def _variants_at_trace_time(
     *extents: int,
 ) -> str:
     """The keys of a call with ``least`` to ``most`` images, as lines of "the most images, whether
-    tiles of 16 divide them, key". Memory is aligned, a residual laid out as x is."""
+    tiles of 16 divide them, key". ``given``: of the call, from ``shift`` on. Memory is aligned."""
     options = Options(activation, gate, before, after)
-    call = Call(
-        device_type, dtype, param_dtype, options, form, shift, weighted, affine, lengths, residual,
-        inplace,
-    )  # fmt: skip
+    facts = [fact == "1" for fact in given]
+    call = Call(device_type, dtype, param_dtype, options, form, *facts)
     shape, strides = extents[:dims], extents[dims:]
     lines: dict[tuple[str, str], int] = {}
     ended: list[str] = []

@@ -52,6 +52,11 @@ def bucket(extent: int) -> int:
     return limit
 
 
+def number(extent: int) -> int:
+    """An extent that may be a symbol, as a number: a range is made of nothing else."""
+    return len(range(extent))
+
+
 def class_of(
     backend: str,
     call: Call,
@@ -75,8 +80,8 @@ def class_of(
     names = "/".join(call.options)
     return (
         f"{backend} {x.device.type} {call.form} {names} {facts} {call.dtype} "
-        f"{call.param_dtype} {layout} {x.dim()}d B{bucket(x.shape[0])} C{x.shape[1]} R{hidden} "
-        f"U{outputs} S{bucket(positions)}{eighths} {direction}"
+        f"{call.param_dtype} {layout} {x.dim()}d B{bucket(x.shape[0])} C{number(x.shape[1])} "
+        f"R{hidden} U{outputs} S{bucket(positions)}{eighths} {direction}"
     )
 
 
@@ -320,7 +325,13 @@ def _triton_version() -> str:
     """Without importing it, which takes long: native kernels have no use for it."""
     if importlib.util.find_spec("triton") is None:
         return "none"
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"):
+    for name in (
+        "triton",
+        "pytorch-triton",
+        "pytorch-triton-rocm",
+        "triton-rocm",
+        "triton-windows",
+    ):
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return "unknown"

@@ -321,8 +321,9 @@ def _is_of_the_machine(wrong: Wrong) -> bool:
     """Whether what failed was the machine (a full disk, where a kernel is compiled) or a warning
     that was made an error: no fault of the kernel."""
     error = getattr(builtins, wrong.text.partition(":")[0], None)
-    is_error = wrong.fault == "failed" and isinstance(error, type)
-    return is_error and issubclass(error, (OSError, MemoryError, Warning))
+    if wrong.fault != "failed" or not isinstance(error, type):
+        return False
+    return issubclass(error, (OSError, MemoryError, Warning))
 
 
 def _judged(kind: Kind, found: Found) -> Verdict:

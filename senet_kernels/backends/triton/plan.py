@@ -280,8 +280,9 @@ def constants(plan: Plan) -> str:
     words = []
     for name, cut in (("sums", plan.sums), ("writes", plan.writes)):
         if isinstance(cut, TilePlan):
-            few = {"tiles": cut.tiles, "splits": cut.splits, "rounds": cut.rounds}
-            cut = cut._replace(**{field: min(n, 2) for field, n in few.items()})
+            cut = cut._replace(
+                tiles=min(cut.tiles, 2), splits=min(cut.splits, 2), rounds=min(cut.rounds, 2)
+            )
         else:
             cut = cut._replace(vectors=0, blocks=0)
         words.append(f"{name} {cut}")
