@@ -11,6 +11,7 @@ from . import dispatch, features, trust
 from .dispatch import BackendChoice
 from .pointwise import Options
 from .tensors import PLAIN_TYPES, requires_grad
+from .trust.verdicts import once
 
 # Prepared calls that are kept for each kind. Who has more (a new shape in every step) asks again.
 _MOST_KNOWN = 4096
@@ -89,15 +90,16 @@ def settle(
         None if of.w1 is None else of.w1.shape[0],
         None if of.residual is None else (of.residual.stride(), of.residual.data_ptr() & 15),
     )  # fmt: skip
-    known = asks.known.get(key)
+    answers = asks.known
+    known = answers.get(key)
     if known is not None:
         answer: ResolvedCall = known
         return answer
     answer, is_final = _settle_eagerly(resolved, x, of, backend, differentiated, may_prove)
     if is_final and may_prove:
-        if len(asks.known) >= _MOST_KNOWN:
-            asks.known.clear()
-        asks.known[key] = answer
+        if len(answers) >= _MOST_KNOWN:
+            answers.clear()
+        answers[key] = answer
     return answer
 
 
@@ -124,7 +126,7 @@ def _settle_eagerly(
             runs = "PyTorch's own operators run"
             if requested != "auto":
                 runs = f"backend={requested!r} was asked for, and runs all the same"
-            trust.once(f"{verdict.name or choice.backend}: {verdict.reason}: {runs}")
+            once(f"{verdict.name or choice.backend}: {verdict.reason}: {runs}")
         if requested != "auto":
             if verdict.state == trust.REFUSED:
                 raise _mistrust(requested, f": {verdict.reason}")

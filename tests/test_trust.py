@@ -5,6 +5,7 @@ On a pretended card, see :mod:`pretended`: the CPU, whose kernels are to be prov
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import math
@@ -296,15 +297,15 @@ def test_modes(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_mode_is_checked_at_import() -> None:
     """In any case of letters."""
-    code = "from senet_kernels import trust; print(trust.mode())"
-    for given, expected in (("OFF", "off"), (" Trust ", "trust"), ("", "verify"), ("0", None)):
-        environment = {**os.environ, "SENET_KERNELS_GPU": given, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if expected is None:
-            assert "expected one of verify, trust, off, got '0'" in done.stderr
-        else:
-            assert done.stdout.strip() == expected, done.stderr
+    assert [trust._checked(text) for text in ("OFF", " Trust ", "verify")] == [
+        "off",
+        "trust",
+        "verify",
+    ]
+    environment = {**os.environ, "SENET_KERNELS_GPU": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import senet_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "SENET_KERNELS_GPU: expected one of verify, trust, off, got '0'" in done.stderr
 
 
 def test_a_verdict_is_of_a_variant(card: Path) -> None:
@@ -597,15 +598,21 @@ def test_where_no_process_can_be_made_for_what_may_have_ended_one(
     """It is not tried here: the next process asks again."""
     arguments = _tensors()
     owner = store.Owner(store._boot(), _dead(), "12", store.IN_PROCESS)
-    _mark(card, arguments, owner)
-    monkeypatch.setattr(sys, "executable", str(card / "no-such-python"))
+    pending = _mark(card, arguments, owner)
     launches = pretended.launches
-    torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(card / "no-such-python"))
+        torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
     assert pretended.launches == launches
     (verdict,) = trust.status()
     assert verdict.state == trust.UNPROVEN
     assert f"process {owner.pid} ended while it tried this" in verdict.reason
     assert not list(card.rglob("*.json"))
+    as_new_process()
+    squeeze_excite(*arguments)
+    assert _states() == [trust.TRUSTED]
+    assert json.loads(_file(card).read_text())["how"] == store.IN_SUBPROCESS
+    assert not pending.exists()
 
 
 def test_waiting_for_another_process(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -787,7 +794,7 @@ def test_a_process_that_dies_of_a_kernel(card: Path, monkeypatch: pytest.MonkeyP
     """In process: that one is lost, and the next one tries the kernel in a process of its own."""
     arguments = _tensors()
     monkeypatch.setenv(pretended.FAULT, "dies")
-    pid = _in_a_child(lambda: squeeze_excite(*arguments))
+    pid = _in_a_child(lambda: (faulthandler.disable(), squeeze_excite(*arguments)))
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGSEGV
     with pytest.warns(KernelMistrustWarning, match="crashes: the process died by SIGSEGV"):
         torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
@@ -856,6 +863,8 @@ def test_verify_runs_what_a_step_would_run(card: Path) -> None:
     with torch.inference_mode():
         within = torch.randn(2, 16, 6, 5)
         found = {"in inference mode": senet_kernels.verify(block, within)}
+        made_there = torch.nn.Sequential(torch.nn.BatchNorm2d(16), FusedSEBlock(16))
+        found["a model made in inference mode"] = senet_kernels.verify(made_there, within)
     found["of a function"] = senet_kernels.verify(lambda x: block(x), x)
     block.requires_grad_(False)
     found["frozen"] = senet_kernels.verify(block, x)
@@ -864,6 +873,7 @@ def test_verify_runs_what_a_step_would_run(card: Path) -> None:
         directions[name] = sorted(v.name.split()[-1] for v in verdicts_of)
     assert directions == {
         "in inference mode": ["inference", "training"],
+        "a model made in inference mode": ["inference"],
         "of a function": ["inference", "training"],
         "frozen": ["inference"],
         "an input with gradients": ["inference", "training"],

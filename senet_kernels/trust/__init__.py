@@ -37,7 +37,6 @@ from .verdicts import (
     as_lines,
     forget,
     freeze,
-    once,
     status,
 )
 
@@ -53,7 +52,6 @@ __all__ = [
     "as_lines",
     "forget",
     "freeze",
-    "once",
     "status",
 ]
 
@@ -250,8 +248,11 @@ def _variants_at_trace_time(
     """The keys of a call with ``least`` to ``most`` images, as lines of "the most images, whether
     tiles of 16 divide them, key". ``given``: of the call, from ``shift`` on. Memory is aligned."""
     options = Options(activation, gate, before, after)
-    facts = [fact == "1" for fact in given]
-    call = Call(device_type, dtype, param_dtype, options, form, *facts)
+    shift, weighted, affine, lengths, residual, inplace = (fact == "1" for fact in given)
+    call = Call(
+        device_type, dtype, param_dtype, options, form, shift, weighted, affine, lengths, residual,
+        inplace,
+    )  # fmt: skip
     shape, strides = extents[:dims], extents[dims:]
     lines: dict[tuple[str, str], int] = {}
     ended: list[str] = []

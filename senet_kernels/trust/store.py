@@ -136,6 +136,13 @@ class Folder(NamedTuple):
             return None
         return _owner_of(path) or UNREADABLE._replace(how=how)
 
+    def leave_mark(self, key: str, owner: Owner) -> None:
+        """Put back the mark of a process that has ended."""
+        path = self._file(key, f"{_place()}.pending")
+        if path is not None:
+            with suppress(OSError):
+                _create(path, json.dumps(owner._asdict()))
+
     def drop_mark(self, key: str, owner: Owner) -> None:
         """Remove the mark of a process that has ended."""
         path = self._file(key, f"{_place()}.pending")

@@ -248,7 +248,7 @@ _UNDECIDED = "another process of this host has not decided yet"
 def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Verdict:
     is_first = (folder, kind.backend) not in _begun and not folder.has_any(kind.backend)
     how = IN_SUBPROCESS if kind.waits or is_first else IN_PROCESS
-    suspect = ""  # of what a process may have died
+    suspect: Owner | None = None  # who may have died of it
     for _ in range(3):
         mark = folder.claim(kind.key, how)
         if not isinstance(mark, Owner):
@@ -269,27 +269,33 @@ def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Ve
         if verdict:
             return _remember(where, verdict)
         # By a kernel, or by who ends processes: a process of its own shows it, at no risk.
-        how, suspect = IN_SUBPROCESS, f"process {mark.pid} ended while it tried this"
+        how, suspect = IN_SUBPROCESS, mark
         folder.drop_mark(kind.key, mark)
     return unproven._replace(reason=_UNDECIDED)
 
 
 def _prove(
     kind: Kind, where: Any, folder: Folder, how: str, mark: Mark | None, unproven: Verdict,
-    suspect: str = "",
+    suspect: Owner | None = None,
 ) -> Verdict:  # fmt: skip
+    left_by: Owner | None = None  # for the next process to know
     try:
-        found = _find(kind, how, alone=bool(suspect))
+        found = _find(kind, how, alone=suspect is not None)
         _begun.add((folder, kind.backend))
         verdict = _judged(kind, found)
         _keep(folder, verdict, how, found.seconds, describe(kind))
         _remember(where, verdict)
     except NoVerdictError as error:
-        reason = "; ".join(filter(None, (f"it could not be tried: {error}", suspect)))
+        reason = f"it could not be tried: {error}"
+        if suspect is not None:
+            reason += f"; process {suspect.pid} ended while it tried this"
+            left_by = suspect
         return _remember(where, unproven._replace(reason=reason, final=True))
     finally:
         if mark is not None:
             mark.release()
+        if left_by is not None:
+            folder.leave_mark(kind.key, left_by)
     log.info("%s (%s, %.0f ms): %s", kind.key, how, 1e3 * found.seconds, verdict)
     if verdict.state == REFUSED:
         _warn(kind, found)
@@ -384,7 +390,7 @@ def forget_answers() -> None:
     with _questions_lock:
         questions = list(_questions)
     for question in questions:
-        question.known.clear()
+        question.known = {}  # another one: answers that are being found go to the old one
 
 
 def forget() -> int:

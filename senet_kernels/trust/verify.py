@@ -39,9 +39,13 @@ def verify(model: Any, *inputs: Any, compiled: bool = False, **kwargs: Any) -> S
     owner = _owner(model)
     tensors = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
     parameters = list(owner.parameters()) if owner is not None else []
+    of_inference = owner is not None and any(
+        t.is_inference() for t in (*parameters, *owner.buffers())
+    )
     # Of a function nobody knows what it trains.
     trains = owner is None or any(t.requires_grad for t in (*parameters, *tensors))
-    with _listening(found), _unchanged(owner, tensors), _eagerly():
+    trains = trains and not of_inference
+    with _listening(found), _eagerly(of_inference), _unchanged(owner, tensors):
         with torch.no_grad():
             model(*inputs, **kwargs)
         if trains:
@@ -83,10 +87,11 @@ def _differentiable(t: Tensor) -> Tensor:
 
 
 @contextmanager
-def _eagerly() -> Iterator[None]:
-    """With no part of a model compiled: compiled code asks for no proof."""
+def _eagerly(of_inference: bool) -> Iterator[None]:
+    """With no part of a model compiled, since compiled code asks for no proof; in inference mode
+    only for a model that was made there."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.inference_mode(of_inference))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes long
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
