@@ -355,6 +355,17 @@ def test_layouts_that_kernels_walk_differently_are_kinds_of_their_own() -> None:
     assert found["channels-last"] == "channels-last"
 
 
+def test_a_kind_is_the_same_in_another_process() -> None:
+    """With a residual in other memory, too."""
+    x, w1, _, w2, _ = _tensors()
+    call = _call("two layers", residual=True)._replace(device="cpu")
+    of_channels = x.contiguous(memory_format=torch.channels_last)
+    for residual in (None, x, of_channels):
+        kind = kinds.kind_of("native", call, x, w1, w2, 16, kinds.TRAINING, residual)
+        assert kind.residual == (of_channels.stride() if residual is of_channels else ())
+        assert kinds.from_json(kind.as_json()) == kind
+
+
 def _call(form: str, **facts: bool) -> Call:
     names = ("shift", "weighted", "affine", "lengths", "residual", "inplace")
     options = Options("identity", "identity", "identity", "identity")

@@ -100,14 +100,14 @@ class Kind(NamedTuple):
     name: str  # see class_of
     plan: str = ""
     waits: bool = False
-    residual: str = ""  # the memory of the residual, where it is not that of x
+    residual: tuple[int, ...] = ()  # strides of the residual, where kernels see another memory
 
     @property
     def key(self) -> str:
         """The name of the variant: its class, memory, divisors, plan and kernels."""
         memory = memory_of(self.shape, self.strides, self.aligned)
         if self.residual:
-            memory += f"; residual {self.residual}"
+            memory += f"; residual {memory_of(self.shape, self.residual, self.aligned)}"
         return (
             f"{self.name} | {memory} | {_divisors(self.shape)} | {self.plan} | "
             f"{kernel_hash(self.backend)}"
@@ -128,7 +128,7 @@ def from_json(text: str) -> Kind:
     call["options"] = Options(*call["options"])
     call |= {name: getattr(torch, call[name]) for name in ("dtype", "param_dtype")}
     fields |= {"call": Call(**call)}
-    fields |= {name: tuple(fields[name]) for name in ("shape", "strides")}
+    fields |= {name: tuple(fields[name]) for name in ("shape", "strides", "residual")}
     return Kind(**fields)
 
 
@@ -184,17 +184,16 @@ def kind_of(
     """
     hidden = 0 if w1 is None else w1.shape[0]
     shape, (strides, aligned) = tuple(x.shape), _memory_given(x, call)
-    others = ""
+    other: tuple[int, ...] = ()
     if residual is not None:
         # One that is misaligned alone makes kernels take all images so.
-        strides_too, aligned_too = _memory_given(residual, call)
-        aligned = aligned and aligned_too
-        others = memory_of(shape, strides_too, aligned)
-        if others == memory_of(shape, strides, aligned):
-            others = ""
+        other, is_aligned = _memory_given(residual, call)
+        aligned = aligned and is_aligned
+        if memory_of(shape, other, aligned) == memory_of(shape, strides, aligned):
+            other = ()
     return kind_for(
         backend, call, str(x.device), shape, strides, aligned, hidden, outputs, direction,
-        class_of(backend, call, x, hidden, outputs, direction), others,
+        class_of(backend, call, x, hidden, outputs, direction), other,
     )  # fmt: skip
 
 
@@ -217,7 +216,7 @@ def kind_for(
     outputs: int,
     direction: str,
     name: str,
-    residual: str = "",
+    residual: tuple[int, ...] = (),
 ) -> Kind:
     """The kind of a call whose tensors need not be there."""
     # A copy of what is not dense is aligned.
