@@ -11,6 +11,7 @@ from . import dispatch, features, trust
 from .dispatch import BackendChoice
 from .pointwise import Options
 from .tensors import PLAIN_TYPES, requires_grad
+from .trust.verdicts import once
 
 # Prepared calls that are kept for each kind. Who has more (a new shape in every step) asks again.
 _MOST_KNOWN = 4096
@@ -79,23 +80,26 @@ def settle(
     differentiated = transformed or requires_grad(*tensors)
     if compiling or transformed or type(x) not in PLAIN_TYPES:
         traced = compiling or type(x) not in PLAIN_TYPES
-        return _settle_traced(resolved, x, of, backend, differentiated, traced)
+        if traced:
+            return _settle_traced(resolved, x, of, backend, differentiated)
+        return _settle_transformed(resolved, x, of, backend)
     asks = resolved.asks
     assert isinstance(asks, trust.Question)
     key = (
         x.shape, x.stride(), x.device, x.data_ptr() & 15, differentiated, of.outputs,
         None if of.w1 is None else of.w1.shape[0],
-        None if of.residual is None else of.residual.stride(),
+        None if of.residual is None else (of.residual.stride(), of.residual.data_ptr() & 15),
     )  # fmt: skip
-    known = asks.known.get(key)
+    answers = asks.known
+    known = answers.get(key)
     if known is not None:
         answer: ResolvedCall = known
         return answer
     answer, is_final = _settle_eagerly(resolved, x, of, backend, differentiated, may_prove)
     if is_final and may_prove:
-        if len(asks.known) >= _MOST_KNOWN:
-            asks.known.clear()
-        asks.known[key] = answer
+        if len(answers) >= _MOST_KNOWN:
+            answers.clear()
+        answers[key] = answer
     return answer
 
 
@@ -114,16 +118,18 @@ def _settle_eagerly(
     is_final = True
     while trust.is_asked(choice.backend, call.device):
         verdict = trust.verdict_on(
-            choice.backend, call, x, of.w1, of.w2, of.outputs, differentiated, may_prove=may_prove
-        )
+            choice.backend, call, x, of.w1, of.w2, of.outputs, differentiated, of.residual,
+            may_prove=may_prove,
+        )  # fmt: skip
         is_final = is_final and verdict.final
+        if verdict.state == trust.UNPROVEN and may_prove:
+            runs = "PyTorch's own operators run"
+            if requested != "auto":
+                runs = f"backend={requested!r} was asked for, and runs all the same"
+            once(f"{verdict.name or choice.backend}: {verdict.reason}: {runs}")
         if requested != "auto":
             if verdict.state == trust.REFUSED:
-                raise KernelMistrustError(
-                    f"backend={requested!r} was asked for, and its kernel was found wrong on this "
-                    f"machine: {verdict.reason}; {trust.ENVIRONMENT_VARIABLE}=trust runs it "
-                    "all the same, senet_kernels.trust.forget() has it tried anew"
-                )
+                raise _mistrust(requested, f": {verdict.reason}")
             break
         if verdict.state == trust.TRUSTED:
             break
@@ -132,25 +138,68 @@ def _settle_eagerly(
     return resolved._replace(choice=choice, asks=False), is_final
 
 
+def _mistrust(requested: str, why: str) -> KernelMistrustError:
+    return KernelMistrustError(
+        f"backend={requested!r} was asked for, and its kernel was found wrong on this "
+        f"machine{why}; {trust.ENVIRONMENT_VARIABLE}=trust runs it "
+        "all the same, senet_kernels.trust.forget() has it tried anew"
+    )
+
+
 def _settle_traced(
-    resolved: ResolvedCall,
-    x: Tensor,
-    of: _Matrices,
-    backend: str | None,
-    differentiated: bool,
-    traced: bool,
+    resolved: ResolvedCall, x: Tensor, of: _Matrices, backend: str | None, differentiated: bool
 ) -> ResolvedCall:
-    """The same where nothing can be proven, by the verdicts that there are."""
+    """The same in compiled code, where nothing can be proven, by the verdicts that there are."""
     call, choice = resolved.call, resolved.choice
-    if dispatch.requested_backend(backend) != "auto":
+    requested = dispatch.requested_backend(backend)
+    if requested != "auto":
+        if trust.is_asked(choice.backend, call.device) and trust.is_mistrusted_where_traced(
+            choice.backend, call, x, of.w1, of.outputs, differentiated, of.residual
+        ):
+            raise _mistrust(requested, "")
         return resolved._replace(asks=False)
     reason = "no verdict lets it run in compiled code; senet_kernels.verify(..., compiled=True)"
-    if not traced:
-        reason = "no verdict lets it run under torch.func"
     against: tuple[tuple[str, str], ...] = ()
-    while trust.is_asked(choice.backend, call.device) and not trust.runs_where_traced(
-        choice.backend, call, x, of.w1, of.outputs, differentiated, traced
+    while trust.is_asked(choice.backend, call.device) and not trust.runs_in_compiled_code(
+        choice.backend, call, x, of.w1, of.outputs, differentiated, of.residual
     ):
         against = (*against, (choice.backend, reason))
         choice = dispatch.choose(call, "auto", against)
     return resolved._replace(choice=choice, asks=False)
+
+
+def _settle_transformed(
+    resolved: ResolvedCall, x: Tensor, of: _Matrices, backend: str | None
+) -> ResolvedCall:
+    """The same under torch.func, where nothing is proven either."""
+    call, choice = resolved.call, resolved.choice
+    requested = dispatch.requested_backend(backend)
+    images, residual = _unwrapped(x), None if of.residual is None else _unwrapped(of.residual)
+    against: tuple[tuple[str, str], ...] = ()
+    while trust.is_asked(choice.backend, call.device):
+        verdict = trust.verdict_on(
+            choice.backend, call, images, of.w1, of.w2, of.outputs, True, residual,
+            may_prove=False,
+        )  # fmt: skip
+        if requested != "auto":
+            if verdict.state == trust.REFUSED:
+                raise _mistrust(requested, f": {verdict.reason}")
+            break
+        if verdict.state == trust.TRUSTED:
+            break
+        reason = "no verdict lets it run under torch.func"
+        against = (*against, (choice.backend, reason))
+        choice = dispatch.choose(call, "auto", against)
+    return resolved._replace(choice=choice, asks=False)
+
+
+def _unwrapped(images: Tensor) -> Tensor:
+    """The images that a kernel is given under transforms: vmap's are folded into the batch."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(images):
+        mapped = functorch.is_batchedtensor(images)
+        axis = functorch.maybe_get_bdim(images) if mapped else 0
+        images = functorch.get_unwrapped(images)
+        if mapped:
+            images = images.movedim(axis, 0).flatten(0, 1)
+    return images

@@ -147,6 +147,7 @@ def pretend(set_to: Callable[[Any, str, Any], None] = setattr) -> None:
     define_ops()
     set_to(triton, "UNAVAILABLE", None)
     set_to(triton, "notes", lambda *args: ("forward: pretended", "backward: pretended"))
+    set_to(triton, "launches", lambda *args: ("pretended",))
     set_to(triton, "kernel_files", _files)
     set_to(triton, "describe", lambda: "pretended")
     set_to(features, "COLUMNS", (*features.COLUMNS, ("triton", "cpu")))
@@ -173,11 +174,11 @@ def as_new_process() -> None:
     """Forget what this process knows of verdicts."""
     for table in (
         verdicts._memory, verdicts._later, verdicts._devices, verdicts._loaded, verdicts._begun,
-        verdicts._said, verdicts.TRUSTED_CLASSES, verdicts.COMPILED_CLASSES, store._complained,
+        verdicts._said, verdicts.COMPILED, verdicts.MISTRUSTED, store._complained,
         resolve._RESOLVED,
     ):  # fmt: skip
         table.clear()
     verdicts._frozen = verdicts._forked = False
-    verdicts.any_trusted = verdicts.any_compiled = False
+    verdicts.any_compiled = verdicts.any_mistrusted = False
     kinds.kernel_hash.cache_clear()
     kinds.environment.cache_clear()

@@ -86,7 +86,7 @@ while [ "$1" != "application-only" ]; do shift; done
 shift
 "$@" && echo "========= ERROR SUMMARY: 0 errors"
 """
-_FAKE_NCU = """#!/bin/sh
+_FAKE_NCU = r"""#!/bin/sh
 while [ "$1" != "--metrics" ]; do shift; done
 shift 2
 "$@" || exit

@@ -5,8 +5,10 @@ On a pretended card, see :mod:`pretended`: the CPU, whose kernels are to be prov
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -45,6 +47,10 @@ from senet_kernels import (
 )
 from senet_kernels.__main__ import main
 from senet_kernels.backends import native, triton
+from senet_kernels.backends.triton import operands
+from senet_kernels.backends.triton.plan import Device, Shape, TilePlan, make_plan
+from senet_kernels.features import Call
+from senet_kernels.pointwise import Options
 from senet_kernels.trust import kinds, proof, store, verdicts, worker
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -228,6 +234,45 @@ def test_by_name_a_mismatch_raises(card: Path, monkeypatch: pytest.MonkeyPatch) 
     squeeze_excite(*arguments, backend="triton")
 
 
+def test_by_name_a_mismatch_raises_under_transforms(
+    card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where vmap folds what it maps into the batch."""
+    monkeypatch.setenv(pretended.FAULT, "wrong")
+    x, *rest = _tensors(batch=3)
+    x.requires_grad_()
+    with pytest.warns(KernelMistrustWarning), pytest.raises(KernelMistrustError):
+        squeeze_excite(x, *rest, backend="triton")
+
+    def call(x: Tensor) -> Tensor:
+        return squeeze_excite(x, *rest, backend="triton")
+
+    x = x.detach()
+    with pytest.raises(KernelMistrustError):
+        torch.func.grad(lambda x: call(x).sum())(x)
+    with pytest.raises(KernelMistrustError):
+        torch.func.vmap(call)(x[:, None])
+
+
+@pytest.mark.parametrize("where", ["frozen", "a forked child", "a captured stream"])
+def test_by_name_a_kernel_runs_where_nothing_can_be_proven(
+    card: Path, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And that is said once."""
+    if where == "frozen":
+        trust.freeze()
+    monkeypatch.setattr(verdicts, "_forked", where == "a forked child")
+    monkeypatch.setattr(trust, "_is_capturing", lambda x: where == "a captured stream")
+    launches, arguments = pretended.launches, _tensors()
+    with caplog.at_level(logging.INFO, "senet_kernels.trust"):
+        squeeze_excite(*arguments, backend="triton")
+        squeeze_excite(*arguments, backend="triton")
+    assert pretended.launches == launches + 2
+    (record,) = caplog.records
+    assert "backend='triton' was asked for, and runs all the same" in record.message
+    assert not trust.status()
+
+
 def test_modes(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = _tensors()
     monkeypatch.setattr(trust, "_mode", "trust")
@@ -250,6 +295,19 @@ def test_modes(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         squeeze_excite(*arguments)
 
 
+def test_the_mode_is_checked_at_import() -> None:
+    """In any case of letters."""
+    assert [trust._checked(text) for text in ("OFF", " Trust ", "verify")] == [
+        "off",
+        "trust",
+        "verify",
+    ]
+    environment = {**os.environ, "SENET_KERNELS_GPU": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import senet_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "SENET_KERNELS_GPU: expected one of verify, trust, off, got '0'" in done.stderr
+
+
 def test_a_verdict_is_of_a_variant(card: Path) -> None:
     """Of a bucket of batches, of dtype, layout, options, memory, and direction."""
     x, *rest = _tensors(batch=3)
@@ -270,7 +328,118 @@ def test_a_verdict_is_of_a_variant(card: Path) -> None:
     assert count(misaligned) == 6
     strided = torch.empty(3, 16, 6, 10)[..., ::2].copy_(x)
     assert count(strided) == 7
+    assert count(x, residual=x.clone()) == 8
+    assert count(x, residual=x.contiguous(memory_format=torch.channels_last)) == 9
+    assert count(x, residual=misaligned) == 10
     assert set(_states()) <= {trust.TRUSTED, trust.SLOWER}
+
+
+def test_layouts_that_kernels_walk_differently_are_kinds_of_their_own() -> None:
+    """Whatever the strides are called: dense or not."""
+    layouts = {
+        "contiguous": torch.randn(2, 16, 6, 5),
+        "batch and channels swapped": torch.randn(16, 2, 6, 5).transpose(0, 1),
+        "channels-last": torch.randn(2, 6, 5, 16).permute(0, 3, 1, 2),
+        "the same, misaligned": torch.randn(961)[1:].view(2, 6, 5, 16).permute(0, 3, 1, 2),
+        "rows of channels": torch.randn(2, 5, 6, 16).permute(0, 3, 2, 1),
+        "channels cut": torch.randn(2, 20, 6, 5)[:, :16],
+        "every other position": torch.randn(2, 16, 6, 10)[..., ::2],
+        "one image twice": torch.randn(1, 16, 6, 5).expand(2, -1, -1, -1),
+    }
+    found = {}
+    for name, x in layouts.items():
+        found[name] = kinds.memory_of(tuple(x.shape), x.stride(), x.data_ptr() % 16 == 0)
+    assert len(set(found.values())) == len(found) - 1, found
+    assert found["every other position"] == "rows, copied"
+    assert found["channels cut"] == "rows, apart"
+    assert found["channels-last"] == "channels-last"
+
+
+def test_a_kind_is_the_same_in_another_process() -> None:
+    """With a residual in other memory, too."""
+    x, w1, _, w2, _ = _tensors()
+    call = _call("two layers", residual=True)._replace(device="cpu")
+    of_channels = x.contiguous(memory_format=torch.channels_last)
+    for residual in (None, x, of_channels):
+        kind = kinds.kind_of("native", call, x, w1, w2, 16, kinds.TRAINING, residual)
+        assert kind.residual == (of_channels.stride() if residual is of_channels else ())
+        assert kinds.from_json(kind.as_json()) == kind
+
+
+def _call(form: str, **facts: bool) -> Call:
+    names = ("shift", "weighted", "affine", "lengths", "residual", "inplace")
+    options = Options("identity", "identity", "identity", "identity")
+    given = [facts.get(name, False) for name in names]
+    return Call("cuda", torch.float32, torch.float32, options, form, *given)
+
+
+def _kind_on_a_card(
+    backend: str, call: Call, shape: tuple[int, ...], direction: str = kinds.TRAINING
+) -> kinds.Kind:
+    x = torch.empty(shape, device="meta", memory_format=torch.channels_last)
+    channels, hidden = shape[1], 16 if call.form == "two layers" else 0
+    name = kinds.class_of(backend, call, x, hidden, channels, direction)
+    return kinds.kind_for(
+        backend, call, "cuda:0", shape, x.stride(), True, hidden, channels, direction, name
+    )
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for one that is not there."""
+    if native.UNAVAILABLE or native.unavailable_on("cuda"):
+        pytest.skip("no CUDA kernels in the library")
+    gpu, plan = native.Gpu(90, 132, 232_448, 233_472), native._launch_plan
+    monkeypatch.setattr(native, "_launch_plan", lambda x, _, *rest: plan(x, gpu, *rest))
+    device = Device("sm_90", 132)
+    monkeypatch.setattr(operands, "_device", lambda _: device)
+
+
+@pytest.mark.parametrize("form", ["two layers", "squeeze alone", "channel_scale alone"])
+def test_every_form_has_its_plan_in_the_key(h100: None, form: str) -> None:
+    """Halves too: where few images are shared out among blocks, those wait for one another."""
+    for backend in ("native", "triton"):
+        few, many = (_kind_on_a_card(backend, _call(form), (n, 64, 56, 56)) for n in (1, 700))
+        assert few.plan.startswith("forward: ")
+        assert "; backward: " in few.plan
+        assert few.plan in few.key
+        assert few.plan != many.plan
+        of_inference = _kind_on_a_card(backend, _call(form), (1, 64, 56, 56), kinds.INFERENCE)
+        assert "backward" not in of_inference.plan
+    exchanges = _kind_on_a_card("native", _call("squeeze alone"), (8, 64, 56, 56))
+    assert exchanges.waits
+    assert "cluster" in exchanges.plan or "exchange" in exchanges.plan
+
+
+def test_constants_of_tritons_kernels_are_in_the_key(h100: None) -> None:
+    """One key, one set of constants; and not a key for each batch."""
+    call = _call("two layers")
+    by_key: dict[str, set[Any]] = {}
+    for side in (7, 8, 13, 14, 16):
+        for batch in range(33, 65):
+            kind = _kind_on_a_card("triton", call, (batch, 24, side, side))
+            shape = Shape(batch, 24, side * side, 16, 24, True, math.gcd(24 * side * side, 16))
+            plan = make_plan(shape, 4, Device("sm_90", 132), masked=False)
+            constants = [
+                cut._replace(tiles=0, splits=cut.splits > 1, rounds=0)
+                if isinstance(cut, TilePlan) else cut._replace(vectors=0, blocks=0)
+                for cut in (plan.sums, plan.writes)
+            ]  # fmt: skip
+            by_key.setdefault(kind.key, set()).add((*constants, batch % 16 == 0))
+    assert all(len(constants) == 1 for constants in by_key.values())
+    assert len(by_key) <= 3 * 5
+
+
+def test_what_tiles_divide_is_proven_by_itself(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch of an epoch; another image of a size that vectors do not divide."""
+    monkeypatch.setenv(pretended.FAULT, "wrong on 20x16x6x5; wrong on 2x16x7x5")
+    for shapes in (((32, 16, 6, 5), (20, 16, 6, 5)), ((2, 16, 6, 6), (2, 16, 7, 5))):
+        trust.forget()
+        right, wrong = ((torch.randn(shape), *_tensors()[1:]) for shape in shapes)
+        squeeze_excite(*right)
+        assert _states() == [trust.TRUSTED]
+        with pytest.warns(KernelMistrustWarning):
+            torch.testing.assert_close(squeeze_excite(*wrong), _right(wrong))
 
 
 def test_nothing_of_the_callers_has_a_part(card: Path) -> None:
@@ -418,29 +587,42 @@ def _dead() -> int:
     return process.pid
 
 
-def test_a_kernel_that_ended_its_process_is_refused(card: Path) -> None:
-    """Whatever the clock says: a boot, a process and its start are compared."""
+@pytest.mark.parametrize("of", ["a process", "a subprocess", "another process of that number"])
+def test_a_mark_of_a_process_that_ended(card: Path, of: str) -> None:
+    """It may have been ended by anyone (SIGTERM, no memory): the kernel is tried, in a process of
+    its own. Whatever the clock says: a boot, a process and its start are compared."""
     arguments = _tensors()
-    owner = store.Owner(store._boot(), _dead(), "12", store.IN_PROCESS)
-    pending = _mark(card, arguments, owner)
-    with pytest.warns(KernelMistrustWarning, match=f"process {owner.pid} ended while it was tried"):
+    how = store.IN_SUBPROCESS if of == "a subprocess" else store.IN_PROCESS
+    pid = os.getpid() if of == "another process of that number" else _dead()
+    pending = _mark(card, arguments, store.Owner(store._boot(), pid, "12", how))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
-    assert _states() == [trust.REFUSED]
+    assert _states() == [trust.TRUSTED]
+    assert json.loads(_file(card).read_text())["how"] == store.IN_SUBPROCESS
     assert not pending.exists()
 
 
-@pytest.mark.parametrize("of", ["a subprocess", "another process of that number"])
-def test_a_mark_that_means_nothing(card: Path, of: str) -> None:
+def test_where_no_process_can_be_made_for_what_may_have_ended_one(
+    card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not tried here: the next process asks again."""
     arguments = _tensors()
-    how = store.IN_SUBPROCESS if of == "a subprocess" else store.IN_PROCESS
-    pid = _dead() if of == "a subprocess" else os.getpid()
-    pending = _mark(card, arguments, store.Owner(store._boot(), pid, "12", how))
-    if of == "a subprocess":  # its process was ended, not by a kernel: that ran in another
-        squeeze_excite(*arguments)
-        assert _states() == [trust.TRUSTED]
-    else:
-        with pytest.warns(KernelMistrustWarning):
-            squeeze_excite(*arguments)
+    owner = store.Owner(store._boot(), _dead(), "12", store.IN_PROCESS)
+    pending = _mark(card, arguments, owner)
+    launches = pretended.launches
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(card / "no-such-python"))
+        torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+    assert pretended.launches == launches
+    (verdict,) = trust.status()
+    assert verdict.state == trust.UNPROVEN
+    assert f"process {owner.pid} ended while it tried this" in verdict.reason
+    assert not list(card.rglob("*.json"))
+    as_new_process()
+    squeeze_excite(*arguments)
+    assert _states() == [trust.TRUSTED]
+    assert json.loads(_file(card).read_text())["how"] == store.IN_SUBPROCESS
     assert not pending.exists()
 
 
@@ -620,13 +802,12 @@ def test_plans_of_cuda_that_wait() -> None:
 
 @needs_fork
 def test_a_process_that_dies_of_a_kernel(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In process: that one is lost, and the next one refuses the kernel."""
+    """In process: that one is lost, and the next one tries the kernel in a process of its own."""
     arguments = _tensors()
-    monkeypatch.setenv(pretended.FAULT, "killed")
-    pid = _in_a_child(lambda: squeeze_excite(*arguments))
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-    monkeypatch.delenv(pretended.FAULT)
-    with pytest.warns(KernelMistrustWarning, match=f"process {pid} ended while it was tried"):
+    monkeypatch.setenv(pretended.FAULT, "dies")
+    pid = _in_a_child(lambda: (faulthandler.disable(), squeeze_excite(*arguments)))
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGSEGV
+    with pytest.warns(KernelMistrustWarning, match="crashes: the process died by SIGSEGV"):
         torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
     assert _states() == [trust.REFUSED]
 
@@ -668,6 +849,75 @@ def test_verify_leaves_a_model_as_it_was(card: Path) -> None:
     assert [v.state for v in senet_kernels.verify(model, x)] == [trust.TRUSTED] * 2
 
 
+@pytest.mark.parametrize("what", ["the module", "in place", "its forward", "a part"])
+def test_verify_finds_what_is_compiled(card: Path, what: str) -> None:
+    """It is run eagerly."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), FusedSEBlock(16))
+    given: Any = model
+    if what == "the module":
+        given = torch.compile(model, backend="eager")
+    elif what == "in place":
+        model.compile(backend="eager")
+    elif what == "its forward":
+        given = torch.compile(model.forward, backend="eager")
+    else:
+        model[1] = torch.compile(model[1], backend="eager")
+    found = senet_kernels.verify(given, torch.randn(2, 3, 8, 7))
+    assert sorted(v.name.split()[-1] for v in found) == ["inference", "training"]
+
+
+def test_verify_runs_what_a_step_would_run(card: Path) -> None:
+    """Of frozen parameters and inputs with gradients, in inference mode, of a function."""
+    block = FusedSEBlock(16)
+    directions: dict[str, list[str]] = {}
+    x = torch.randn(2, 16, 6, 5)
+    with torch.inference_mode():
+        within = torch.randn(2, 16, 6, 5)
+        found = {"in inference mode": senet_kernels.verify(block, within)}
+        made_there = torch.nn.Sequential(torch.nn.BatchNorm2d(16), FusedSEBlock(16))
+        found["a model made in inference mode"] = senet_kernels.verify(made_there, within)
+    found["of a function"] = senet_kernels.verify(lambda x: block(x), x)
+    block.requires_grad_(False)
+    found["frozen"] = senet_kernels.verify(block, x)
+    found["an input with gradients"] = senet_kernels.verify(block, x.clone().requires_grad_())
+    for name, verdicts_of in found.items():
+        directions[name] = sorted(v.name.split()[-1] for v in verdicts_of)
+    assert directions == {
+        "in inference mode": ["inference", "training"],
+        "a model made in inference mode": ["inference"],
+        "of a function": ["inference", "training"],
+        "frozen": ["inference"],
+        "an input with gradients": ["inference", "training"],
+    }
+
+
+def test_verify_puts_buffers_back_by_their_names(card: Path) -> None:
+    class Running(torch.nn.Module):
+        mean: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = FusedSEBlock(16)
+            self.register_buffer("mean", torch.zeros(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+            y: Tensor = self.block(x)
+            return y
+
+    model = Running()
+    before = model.mean
+    assert len(senet_kernels.verify(model, torch.randn(2, 16, 6, 5))) == 2
+    assert model.mean is before
+    assert not model.mean.any()
+
+
+def test_verify_says_that_there_is_nothing_to_prove() -> None:
+    """On a CPU, whose kernels run unasked."""
+    found = senet_kernels.verify(FusedSEBlock(8), torch.randn(2, 8, 4, 4))
+    assert (len(found), str(found)[:16]) == (0, "nothing to prove")
+
+
 def test_no_memory_is_no_verdict(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -679,6 +929,160 @@ def test_no_memory_is_no_verdict(card: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert verdict.state == trust.UNPROVEN
     assert "out of memory" in verdict.reason
     assert not list(card.rglob("*.json"))
+
+
+def _raising(error: Exception) -> Callable[[str], Callable[..., Any]]:
+    def op(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            raise error
+
+        return call
+
+    return op
+
+
+def test_a_full_disk_is_no_verdict(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a compiler keeps its kernels: what fails is not the kernel."""
+    arguments = _tensors()
+    with monkeypatch.context() as patch:
+        patch.setattr(pretended, "_native", _raising(OSError(28, "No space left on device")))
+        torch.testing.assert_close(squeeze_excite(*arguments), _right(arguments))
+        (verdict,) = trust.status()
+        assert verdict.state == trust.UNPROVEN
+        assert "No space left on device" in verdict.reason
+    assert not list(card.rglob("*.json"))
+    as_new_process()
+    squeeze_excite(*arguments)
+    assert _states() == [trust.TRUSTED]
+
+
+def test_a_warning_is_no_verdict(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a compiler's, say, which the user makes an error."""
+    made = pretended._native
+
+    def warn(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            warnings.warn("this is deprecated", DeprecationWarning, stacklevel=2)
+            return made(name)(*args)
+
+        return call
+
+    arguments = _tensors()
+    monkeypatch.setattr(pretended, "_native", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        verdict = verdicts.decide(
+            kinds.kind_of("triton", _call("two layers")._replace(device="cpu"), arguments[0],
+                          arguments[1], arguments[3], 16, kinds.INFERENCE)
+        )  # fmt: skip
+    assert verdict.state == trust.TRUSTED
+    monkeypatch.setattr(pretended, "_native", _raising(DeprecationWarning("deprecated")))
+    squeeze_excite(*arguments)
+    assert sorted(_states()) == [trust.TRUSTED, trust.UNPROVEN]
+
+
+@pytest.mark.parametrize("why", ["frozen", "forked", "no memory"])
+def test_what_cannot_be_proven_is_asked_once(
+    card: Path, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until freeze() or forget() is called."""
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if why == "frozen":
+        trust.freeze()
+    monkeypatch.setattr(verdicts, "_forked", why == "forked")
+    asked: list[Any] = []
+    decide = verdicts.decide
+    monkeypatch.setattr(verdicts, "decide", lambda *a, **k: asked.append(a) or decide(*a, **k))
+    arguments = _tensors()
+    with monkeypatch.context() as patch:
+        if why == "no memory":
+            patch.setattr("senet_kernels.trust.proof.Problem", full)
+        for _ in range(3):
+            squeeze_excite(*arguments)
+    assert len(asked) == 1
+    verdicts._forked = False
+    trust.forget()
+    squeeze_excite(*arguments)
+    assert len(asked) == 2
+    assert _states() == [trust.TRUSTED]
+
+
+def test_no_interpreter_to_start(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python within another program: kernels are tried in the process."""
+    monkeypatch.setattr(store.Folder, "has_any", lambda *args: False)
+    monkeypatch.setattr(sys, "executable", None)
+    squeeze_excite(*_tensors())
+    assert _states() == [trust.TRUSTED]
+
+
+def test_the_environment_does_not_import_triton() -> None:
+    code = (
+        "import sys; from senet_kernels.trust import kinds; "
+        "facts = dict(kinds.environment('cpu')); "
+        "assert 'triton' not in sys.modules; print(facts['triton'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    try:
+        import triton as installed
+    except ImportError:
+        assert done.stdout.strip() == "none"
+    else:
+        assert done.stdout.strip() == installed.__version__
+
+
+def test_many_verdicts(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are read, published and dropped in a time that grows with their number."""
+    squeeze_excite(*_tensors())
+    path = _file(card)
+    record = json.loads(path.read_text())
+    del record["sum"]
+    for i in range(100, 600):
+        other = {
+            **record,
+            **{name: record[name].replace("C16", f"C{i}") for name in ("key", "name")},
+        }
+        text = json.dumps({**other, "sum": store._sum(other)})
+        path.with_name(f"{kinds.digest(other['key'])}.json").write_text(text)
+    as_new_process()
+    published: list[Any] = []
+    publish = verdicts._publish
+    monkeypatch.setattr(verdicts, "_publish", lambda *a: published.append(a) or publish(*a))
+    verdicts.load("cpu")
+    assert len(published) == len(trust.status()) == 501
+    assert trust.forget() == 501
+    assert not list(card.rglob("*.json"))
+
+
+def test_status_while_verdicts_are_reached(card: Path) -> None:
+    facts = kinds.environment("cpu")
+    verdict = trust.Verdict(trust.TRUSTED, "", key="triton | ", name="triton")
+    done, errors = threading.Event(), []
+
+    def add() -> None:
+        for i in range(30_000):
+            verdicts._memory[facts, str(i % 1000)] = verdict
+            verdicts._memory.pop((facts, str(i * 7 % 1000)), None)
+        done.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=add)
+    thread.start()
+    try:
+        with suppress(RuntimeError):
+            errors.append("status() raised")
+            while not done.is_set():
+                trust.status()
+            errors.clear()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert not errors
 
 
 def test_stream_capture(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -722,7 +1126,7 @@ def test_a_proof_that_fails_is_no_verdict(
         raise ZeroDivisionError("in a plan")
 
     arguments = _tensors()
-    for module, name in ((triton, "notes"), (proof, "correct"), (kinds, "card")):
+    for module, name in ((triton, "launches"), (proof, "correct"), (kinds, "card")):
         as_new_process()
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
             patch.setattr(module, name, fail)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import pretended
 import senet_kernels
 from senet_kernels import FusedSEBlock, fuse_se_blocks, squeeze_excite, trust
+from senet_kernels.backends import triton
 from senet_kernels.trust import proof, verdicts
 from senet_kernels.trust.problem import Problem
 
@@ -198,6 +199,99 @@ def test_dynamic_batches_go_by_buckets(card: Path, quick: None) -> None:
             assert len(y) == batch
             assert counting.fused == fused
         assert len(counting.graphs) == 3
+
+
+def _by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six images and more are launched in another way, by kernels that wait."""
+
+    def launches(x: Tensor, *args: Any) -> tuple[str, ...]:
+        return ("one block" if len(x) < 6 else "cluster of 8 blocks",)
+
+    monkeypatch.setattr(triton, "launches", launches)
+    monkeypatch.setattr(triton, "waits", lambda plan: "cluster" in plan, raising=False)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_another_plan_of_a_class_does_not_enter_a_graph(
+    card: Path, quick: None, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of the same bucket may be launched in a way that was never proven."""
+    _by_batch(monkeypatch)
+    monkeypatch.setenv(pretended.FAULT, "wrong on 8x16x5x5; wrong on 6x16x5x5; wrong on 16x16x5x5")
+    model = FusedSEBlock(16)
+    with torch.no_grad():
+        senet_kernels.verify(model, torch.randn(5, 16, 5, 5), compiled=True)
+        compiled, counting = _compile(model, dynamic=dynamic, fullgraph=True)
+        compiled(torch.randn(5, 16, 5, 5))
+        assert counting.fused
+        for batch in (6, 8):
+            x = torch.randn(batch, 16, 5, 5)
+            y = squeeze_excite(x, *_parameters(model), backend="reference")
+            torch.testing.assert_close(compiled(x), y)
+            assert not counting.fused
+        assert len(counting.graphs) == (2 if dynamic else 3)
+
+
+def _parameters(model: FusedSEBlock) -> tuple[Any, ...]:
+    return model.fc1.weight, model.fc1.bias, model.fc2.weight, model.fc2.bias
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_tiles_divide_is_guarded_on(card: Path, quick: None, dynamic: bool) -> None:
+    model = FusedSEBlock(16)
+    with torch.no_grad():
+        senet_kernels.verify(model, torch.randn(32, 16, 5, 5), compiled=True)
+        compiled, counting = _compile(model, dynamic=dynamic, fullgraph=True)
+        for batch, fused in ((32, True), (20, False), (32, True), (31, False)):
+            compiled(torch.randn(batch, 16, 5, 5))
+            if batch != 32 or len(counting.graphs) == 1:
+                assert counting.fused == fused
+        strided = torch.randn(32, 20, 5, 5)[:, :16]
+        compiled(strided)
+        assert not counting.fused
+
+
+def test_a_class_that_has_one_refused_kernel_runs_the_others(
+    card: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(pretended.FAULT, "wrong on 20x16x5x5")
+    model = FusedSEBlock(16)
+    with torch.no_grad():
+        with pytest.warns(senet_kernels.KernelMistrustWarning):
+            senet_kernels.verify(model, torch.randn(20, 16, 5, 5), compiled=True)
+        senet_kernels.verify(model, torch.randn(32, 16, 5, 5), compiled=True)
+        compiled, counting = _compile(model)
+        compiled(torch.randn(32, 16, 5, 5))
+        assert counting.fused
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_by_name_a_refused_kernel_raises_in_compiled_code(
+    card: Path, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of which nothing is known runs."""
+    model, x = FusedSEBlock(16), torch.randn(3, 16, 5, 5)
+
+    def call(x: Tensor) -> Tensor:
+        y: Tensor = squeeze_excite(x, *_parameters(model), backend="triton")
+        return y
+
+    compiled, counting = _compile(call, dynamic=dynamic)
+    with torch.no_grad():
+        compiled(x)
+        assert counting.fused
+        monkeypatch.setenv(pretended.FAULT, "wrong on 3x16x5x5")
+        with (
+            pytest.warns(senet_kernels.KernelMistrustWarning),
+            pytest.raises(senet_kernels.KernelMistrustError),
+        ):
+            call(x)
+        with pytest.raises(senet_kernels.KernelMistrustError):
+            compiled(x)
+        compiled, counting = _compile(call, dynamic=dynamic)
+        torch._dynamo.reset()
+        compiled(torch.randn(32, 16, 5, 5))
+        assert counting.fused
 
 
 def test_the_graph_door_asks_too(card: Path, quick: None) -> None:

@@ -144,38 +144,104 @@ def launch_plan(
     reason = UNAVAILABLE or unavailable_on("cuda")
     if reason is not None:
         raise RuntimeError(reason)
-    hidden = 0 if w1 is None else w1.shape[0]
+    form = "single layer (w1=None)" if w1 is None else "two layers"
+    return _launch_plan(
+        x, gpu or x.device, gpu is not None or _is_aligned(x), w2.dtype, form,
+        0 if w1 is None else w1.shape[0], w2.shape[0],
+        Options("identity", "identity", before, after), given, backward,
+    )  # fmt: skip
+
+
+# In the order of csrc/se.h.
+_FORMS = ("two layers", "single layer (w1=None)", "squeeze alone", "channel_scale alone")
+
+
+def _launch_plan(
+    x: Tensor,
+    gpu: Gpu | torch.device,
+    aligned: bool,
+    param_dtype: torch.dtype,
+    form: str,
+    hidden: int,
+    outputs: int,
+    options: Options,
+    given: Collection[str],
+    backward: bool,
+) -> str:
     call = [
-        w1 is None,
+        _FORMS.index(form),
         x.shape[0],
         x.shape[1],
         x.shape[2:].numel(),
         hidden,
-        w2.shape[0],
+        outputs,
         ops.inner_is_channels(x),
         _DTYPES.index(x.dtype),
-        _DTYPES.index(w2.dtype),
+        _DTYPES.index(param_dtype),
         backward,
-        pack(Options("identity", "identity", before, after)),
+        pack(options),
         "before_affine" in given,
-        gpu is not None or _is_aligned(x),
+        aligned,
         "lengths" in given,
         "residual" in given,
     ]
     numbers = [int(v) for v in call]
-    device = [x.device.index or 0] if gpu is None else [int(v) for v in gpu]
+    device = [int(v) for v in gpu] if isinstance(gpu, Gpu) else [gpu.index or 0]
     plan: str = torch.ops.senet_kernels.native_plan(numbers, device)
     return plan
 
 
-def _is_aligned(x: Tensor) -> bool:
+def launches(
+    x: Tensor,
+    device: torch.device,
+    aligned: bool,
+    param_dtype: torch.dtype,
+    form: str,
+    hidden: int,
+    outputs: int,
+    options: Options,
+    given: Collection[str],
+    training: bool,
+) -> tuple[str, ...]:
+    """How kernels of any form are launched, for the names of verdicts: forward and, when
+    ``training``, backward. Nothing on a CPU, where one plan takes all.
+
+    Args:
+        x: of the shape, strides and dtype of the call's, on the meta device.
+        device: that of the call.
+        aligned: whether its images begin at multiples of 16 bytes.
+        param_dtype: of the parameters.
+        form: the row of the feature table.
+        hidden: R; 0 where there is no hidden layer.
+        outputs: rows of w2, columns of u, or C.
+        options: the functions of the call.
+        given: as for :func:`launch_plan`.
+        training: whether it is differentiated.
+    """
+    if device.type != "cuda":
+        return ()
+    aligned = _is_aligned(x, aligned)
+    names = ("forward", "backward") if training else ("forward",)
+    return tuple(
+        f"{name}: "
+        + _launch_plan(
+            x, device, aligned, param_dtype, form, hidden, outputs, options, given,
+            name == "backward",
+        )
+        for name in names
+    )  # fmt: skip
+
+
+def _is_aligned(x: Tensor, begins: bool | None = None) -> bool:
     """Whether all images of x, or of the copy that is made of it where they are not dense, begin at
-    multiples of 16 bytes and of 8 elements."""
+    multiples of 16 bytes and of 8 elements; ``begins``: whether the first one does."""
     image = x[:1].movedim(1, -1) if ops.inner_is_channels(x) else x[:1]
     if not image.is_contiguous():
         return True
+    if begins is None:
+        begins = x.data_ptr() % 16 == 0
     stride = x.stride(0)
-    return x.data_ptr() % 16 == 0 and stride % 8 == 0 and stride * x.element_size() % 16 == 0
+    return begins and stride % 8 == 0 and stride * x.element_size() % 16 == 0
 
 
 def notes(

@@ -16,17 +16,19 @@ import os
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from senet_kernels.features import Call
+from senet_kernels.pointwise import Options
 
 from . import verdicts
-from .kinds import INFERENCE, TRAINING, class_of, kind_of
+from .kinds import INFERENCE, TRAINING, bucket, class_of, kind_for, kind_of, number
 from .verdicts import (
-    COMPILED_CLASSES,
+    COMPILED,
+    MISTRUSTED,
     REFUSED,
     SLOWER,
     TRUSTED,
-    TRUSTED_CLASSES,
     UNPROVEN,
     KernelMistrustWarning,
     Question,
@@ -56,8 +58,23 @@ __all__ = [
 ENVIRONMENT_VARIABLE = "SENET_KERNELS_GPU"
 MODES = ("verify", "trust", "off")
 
+
+def _checked(text: str) -> str:
+    """A mode, in whatever case it is written.
+
+    Raises:
+        ValueError: it is none of the three.
+    """
+    name = text.strip().lower()
+    if name not in MODES:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(MODES)}, got {text!r}"
+        )
+    return name
+
+
 # A plain global, on which torch.compile guards.
-_mode: str = os.environ.get(ENVIRONMENT_VARIABLE) or "verify"
+_mode: str = _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "verify")
 
 #: Backends whose kernels are to be proven on a device type.
 ASKED: set[tuple[str, str]] = {("native", "cuda"), ("triton", "cuda")}
@@ -69,11 +86,7 @@ def mode() -> str:
     Raises:
         ValueError: it is none of the three.
     """
-    if _mode not in MODES:
-        raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(MODES)}, got {_mode!r}"
-        )
-    return _mode
+    return _mode if _mode in MODES else _checked(_mode)
 
 
 def is_asked(backend: str, device: str) -> bool:
@@ -96,6 +109,7 @@ def verdict_on(
     w2: Tensor | None,
     outputs: int,
     differentiated: bool,
+    residual: Tensor | None = None,
     *,
     may_prove: bool,
 ) -> Verdict:
@@ -103,11 +117,11 @@ def verdict_on(
     if may_prove and _is_capturing(x):
         # What has not been called before may have to be compiled, or allocate what stays.
         reason = "a CUDA graph is being captured, and this process has not made such a call before"
-        verdicts.once(f"{reason}: PyTorch's own operators run")
         return Verdict(UNPROVEN, reason, final=False)
     try:
         direction = TRAINING if differentiated else INFERENCE
-        kind = kind_of(backend, call, x, w1, w2, outputs, direction)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            kind = kind_of(backend, call, x, w1, w2, outputs, direction, residual)
         verdict = verdicts.decide(kind, may_prove=may_prove)
     except Warning:  # one that the user has made an error
         raise
@@ -126,37 +140,156 @@ def _is_capturing(x: Tensor) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def runs_where_traced(
+def runs_in_compiled_code(
     backend: str,
     call: Call,
     x: Tensor,
     w1: Tensor | None,
     outputs: int,
     differentiated: bool,
-    compiling: bool,
+    residual: Tensor | None = None,
 ) -> bool:
-    """Whether a call that is traced, or transformed by torch.func, runs on kernels.
-    ``compiling``: in compiled code, for which kernels are measured against it."""
-    device = f"{x.device.type}:{x.device.index}" if x.device.type != "cpu" else "cpu"
-    _load_at_trace_time(device)
+    """Whether a call that is traced runs on kernels: all that it may become at run time is trusted,
+    and was measured against compiled code."""
     # Where there is none, nothing is asked of extents, which may be symbols.
-    if not (verdicts.any_compiled if compiling else verdicts.any_trusted):
-        return False
-    table = COMPILED_CLASSES if compiling else TRUSTED_CLASSES
+    return any_compiled(x.device) and _is_in(
+        COMPILED, backend, call, x, w1, outputs, differentiated, residual
+    )
+
+
+def is_mistrusted_where_traced(
+    backend: str,
+    call: Call,
+    x: Tensor,
+    w1: Tensor | None,
+    outputs: int,
+    differentiated: bool,
+    residual: Tensor | None = None,
+) -> bool:
+    """Whether the kernels of a call that is traced were found wrong."""
+    _load_at_trace_time(_name_of(x.device))
+    return verdicts.any_mistrusted and _is_in(
+        MISTRUSTED, backend, call, x, w1, outputs, differentiated, residual
+    )
+
+
+def _is_in(
+    table: dict[str, bool],
+    backend: str,
+    call: Call,
+    x: Tensor,
+    w1: Tensor | None,
+    outputs: int,
+    differentiated: bool,
+    residual: Tensor | None,
+) -> bool:
+    """Whether the variant that a traced call runs is in a table.
+
+    Extents that are symbols become numbers, all but the batch: of that the code is guarded to the
+    numbers of images that are launched in the same way.
+    """
+    device = _name_of(x.device)
     direction = TRAINING if differentiated else INFERENCE
-    hidden = 0 if w1 is None else w1.shape[0]
-    return f"{device} {class_of(backend, call, x, hidden, outputs, direction)}" in table
+    hidden, outputs = 0 if w1 is None else number(w1.shape[0]), number(outputs)
+    name = class_of(backend, call, x, hidden, outputs, direction)
+    if f"{device} {name}" not in table:
+        return False
+    most = bucket(x.shape[0])
+    least = most // 2 + 1
+    if most > _MOST_BATCHES or most <= 1:
+        least = most = number(x.shape[0])
+    shape = [number(n) for n in x.shape[1:]]
+    strides = [number(n) for n in x.stride()]
+    if residual is not None and [number(n) for n in residual.stride()] != strides:
+        return False
+    facts = (call.shift, call.weighted, call.affine, call.lengths, call.residual, call.inplace)
+    given = "".join(["1" if fact else "0" for fact in facts])
+    options = call.options
+    variants = _variants_at_trace_time(
+        backend, device, call.device, call.dtype, call.param_dtype, options.activation,
+        options.gate, options.before, options.after, call.form, given, hidden, outputs, direction,
+        name, least, most, len(shape), *shape, *strides,
+    )  # fmt: skip
+    divides = "ragged"
+    if x.shape[0] % 16 == 0:
+        divides = "whole"
+    for variant in variants.split("\n"):
+        last, of, key = variant.split(" ", 2)
+        if of == divides and x.shape[0] <= int(last):
+            return f"{device} {key}" in table
+    return False
+
+
+# Of larger buckets the plans are not all made: the batch becomes a number.
+_MOST_BATCHES = 512
+
+
+def _variants_at_trace_time(
+    backend: str,
+    device: str,
+    device_type: str,
+    dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    activation: str,
+    gate: str,
+    before: str,
+    after: str,
+    form: str,
+    given: str,
+    hidden: int,
+    outputs: int,
+    direction: str,
+    name: str,
+    least: int,
+    most: int,
+    dims: int,
+    *extents: int,
+) -> str:
+    """The keys of a call with ``least`` to ``most`` images, as lines of "the most images, whether
+    tiles of 16 divide them, key". ``given``: of the call, from ``shift`` on. Memory is aligned."""
+    options = Options(activation, gate, before, after)
+    shift, weighted, affine, lengths, residual, inplace = (fact == "1" for fact in given)
+    call = Call(
+        device_type, dtype, param_dtype, options, form, shift, weighted, affine, lengths, residual,
+        inplace,
+    )  # fmt: skip
+    shape, strides = extents[:dims], extents[dims:]
+    lines: dict[tuple[str, str], int] = {}
+    ended: list[str] = []
+    for divides in ("ragged", "whole"):
+        lines.clear()
+        for batch in range(least, most + 1):
+            if (batch % 16 == 0) != (divides == "whole"):
+                continue
+            kind = kind_for(
+                backend, call, device, (batch, *shape), strides, True, hidden, outputs, direction,
+                name,
+            )  # fmt: skip
+            if (divides, kind.key) not in lines:
+                ended += [f"{last} {of} {key}" for (of, key), last in lines.items()]
+                lines.clear()
+            lines[divides, kind.key] = batch
+        ended += [f"{last} {of} {key}" for (of, key), last in lines.items()]
+    return "\n".join(ended)
+
+
+_variants_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def any_compiled(device: torch.device) -> bool:
     """Whether any kernel on a device runs in compiled code."""
-    _load_at_trace_time(f"{device.type}:{device.index}" if device.type != "cpu" else "cpu")
+    _load_at_trace_time(_name_of(device))
     return verdicts.any_compiled
 
 
+def _name_of(device: torch.device) -> str:
+    """``str`` of a device, which Dynamo does not trace."""
+    return f"{device.type}:{device.index}" if device.type != "cpu" else "cpu"
+
+
 def compiled_classes() -> tuple[str, ...]:
-    """The classes of calls that run on kernels in compiled code, on the cards of this process."""
-    return tuple(sorted(COMPILED_CLASSES))
+    """The variants that run in compiled code, and their classes, on the cards of this process."""
+    return tuple(sorted(COMPILED))
 
 
 def _load_at_trace_time(device: str) -> None:

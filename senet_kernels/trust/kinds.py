@@ -2,17 +2,21 @@
 
 A :class:`Kind` is a call as a kernel sees it. Its *class* is what a verdict holds for: functions,
 dtypes, form, layout, channels, hidden channels, direction, and the number of images and positions
-in buckets. Its *key* adds the launch plan and the hash of the kernels; the environment (card,
-driver, versions) names the folder that verdicts are kept in.
+in buckets. Its *key* adds what kernels treat differently within a class (the constants of the
+launch plan, the layout that they walk, what tiles divide) and the hash of the kernels; the
+environment (card, driver, versions) names the folder that verdicts are kept in.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
+import math
 import platform
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from senet_kernels import ops
 from senet_kernels._version import __version__
 from senet_kernels.backends import native, triton
 from senet_kernels.features import Call
@@ -31,7 +36,7 @@ MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 INFERENCE, TRAINING = "inference", "training"
 
 # Whatever a change to it makes of older verdicts: they are not read.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def bucket(extent: int) -> int:
@@ -45,6 +50,11 @@ def bucket(extent: int) -> int:
     while extent > limit:
         limit *= 2
     return limit
+
+
+def number(extent: int) -> int:
+    """An extent that may be a symbol, as a number: a range is made of nothing else."""
+    return len(range(extent))
 
 
 def class_of(
@@ -70,8 +80,8 @@ def class_of(
     names = "/".join(call.options)
     return (
         f"{backend} {x.device.type} {call.form} {names} {facts} {call.dtype} "
-        f"{call.param_dtype} {layout} {x.dim()}d B{bucket(x.shape[0])} C{x.shape[1]} R{hidden} "
-        f"U{outputs} S{bucket(positions)}{eighths} {direction}"
+        f"{call.param_dtype} {layout} {x.dim()}d B{bucket(x.shape[0])} C{number(x.shape[1])} "
+        f"R{hidden} U{outputs} S{bucket(positions)}{eighths} {direction}"
     )
 
 
@@ -90,13 +100,18 @@ class Kind(NamedTuple):
     name: str  # see class_of
     plan: str = ""
     waits: bool = False
+    residual: tuple[int, ...] = ()  # strides of the residual, where kernels see another memory
 
     @property
     def key(self) -> str:
-        """The name of the variant: its class, memory layout, plan and kernels."""
-        dense = "dense" if is_dense(self.shape, self.strides) else "strided"
-        memory = dense if self.aligned else f"{dense}, misaligned"
-        return f"{self.name} | {memory} | {self.plan} | {kernel_hash(self.backend)}"
+        """The name of the variant: its class, memory, divisors, plan and kernels."""
+        memory = memory_of(self.shape, self.strides, self.aligned)
+        if self.residual:
+            memory += f"; residual {memory_of(self.shape, self.residual, self.aligned)}"
+        return (
+            f"{self.name} | {memory} | {_divisors(self.shape)} | {self.plan} | "
+            f"{kernel_hash(self.backend)}"
+        )
 
     def as_json(self) -> str:
         """For another process."""
@@ -113,7 +128,7 @@ def from_json(text: str) -> Kind:
     call["options"] = Options(*call["options"])
     call |= {name: getattr(torch, call[name]) for name in ("dtype", "param_dtype")}
     fields |= {"call": Call(**call)}
-    fields |= {name: tuple(fields[name]) for name in ("shape", "strides")}
+    fields |= {name: tuple(fields[name]) for name in ("shape", "strides", "residual")}
     return Kind(**fields)
 
 
@@ -121,14 +136,36 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements lie one behind the other, in whatever order of the axes."""
-    expected = 1
-    for stride, extent in sorted(zip(strides, shape, strict=True)):
-        if extent != 1 and stride != expected:
-            return False
-        expected *= extent
-    return True
+@functools.lru_cache(maxsize=4096)
+def memory_of(shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool) -> str:
+    """How kernels walk images in such memory: by channels or by positions, where they are or as a
+    copy, and how the images follow one another; whether results can be written where they are
+    to be."""
+    x = torch.empty_strided(shape, strides, device="meta")
+    by_channels = ops.inner_is_channels(x)
+    words = ["channels-last" if by_channels else "rows"]
+    image = math.prod(shape[1:])
+    follow = shape[0] <= 1 or strides[0] == image
+    if not _is_dense(x[:1], by_channels):
+        words.append("copied")
+    elif not follow:
+        words.append("repeated" if strides[0] == 0 else "apart")
+    y = torch.empty_like(x)
+    if not _is_dense(y[:1], by_channels) or (shape[0] > 1 and y.stride(0) != image):
+        words.append("y copied")
+    if not aligned:
+        words.append("misaligned")
+    return ", ".join(words)
+
+
+def _is_dense(image: Tensor, by_channels: bool) -> bool:
+    return (image.movedim(1, -1) if by_channels else image).is_contiguous()
+
+
+def _divisors(shape: tuple[int, ...]) -> str:
+    """What tiles and vectors divide of the extents that a class has in buckets only."""
+    whole = "16n" if shape[0] % 16 == 0 else "ragged"
+    return f"B{whole} S{math.gcd(math.prod(shape[2:]), 16)}n"
 
 
 def kind_of(
@@ -139,45 +176,100 @@ def kind_of(
     w2: Tensor | None,
     outputs: int,
     direction: str,
+    residual: Tensor | None = None,
 ) -> Kind:
     """The kind of an eager call.
 
     ``outputs`` is the number of rows of w2, of columns of u, or C for the squeeze.
     """
     hidden = 0 if w1 is None else w1.shape[0]
-    plan = plan_of(backend, call, x, w1, w2, direction)
-    # A plan that names no exchange between blocks is one of kernels that do not wait.
+    shape, (strides, aligned) = tuple(x.shape), _memory_given(x, call)
+    other: tuple[int, ...] = ()
+    if residual is not None:
+        # One that is misaligned alone makes kernels take all images so.
+        other, is_aligned = _memory_given(residual, call)
+        aligned = aligned and is_aligned
+        if memory_of(shape, other, aligned) == memory_of(shape, strides, aligned):
+            other = ()
+    return kind_for(
+        backend, call, str(x.device), shape, strides, aligned, hidden, outputs, direction,
+        class_of(backend, call, x, hidden, outputs, direction), other,
+    )  # fmt: skip
+
+
+def _memory_given(t: Tensor, call: Call) -> tuple[tuple[int, ...], bool]:
+    """The strides of an image as a kernel is given it, and whether it is aligned: under autocast it
+    may be a copy in another dtype."""
+    if t.dtype != call.dtype:
+        return torch.empty_like(t, device="meta").stride(), True
+    return tuple(t.stride()), t.data_ptr() % 16 == 0
+
+
+def kind_for(
+    backend: str,
+    call: Call,
+    device: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    aligned: bool,
+    hidden: int,
+    outputs: int,
+    direction: str,
+    name: str,
+    residual: tuple[int, ...] = (),
+) -> Kind:
+    """The kind of a call whose tensors need not be there."""
+    # A copy of what is not dense is aligned.
+    plan = plan_for(backend, call, device, shape, strides, aligned, hidden, outputs, direction)
     ask = getattr(MODULES[backend], "waits", None)
-    waits = bool(plan) and ask is not None and bool(ask(plan))
     return Kind(
         backend=backend,
         call=call._replace(huge=False, wide=False, subclass=None),
-        device=str(x.device),
-        shape=tuple(x.shape),
-        strides=tuple(x.stride()),
-        aligned=x.data_ptr() % 16 == 0,
+        device=device,
+        shape=shape,
+        strides=strides,
+        aligned=aligned,
         hidden=hidden,
         outputs=outputs,
         direction=direction,
-        name=class_of(backend, call, x, hidden, outputs, direction),
+        name=name,
         plan=plan,
-        waits=waits,
+        waits=ask is not None and bool(ask(plan)),
+        residual=residual,
     )
+
+
+def plan_for(
+    backend: str,
+    call: Call,
+    device: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    aligned: bool,
+    hidden: int,
+    outputs: int,
+    direction: str,
+) -> str:
+    """How the kernels of a call are launched: forward, and with gradients backward."""
+    x = torch.empty_strided(shape, strides, dtype=call.dtype, device="meta")
+    return "; ".join(
+        MODULES[backend].launches(
+            x, torch.device(device), aligned, call.param_dtype, call.form, hidden, outputs,
+            call.options, call.operands, direction == TRAINING,
+        )
+    )  # fmt: skip
 
 
 def plan_of(
     backend: str, call: Call, x: Tensor, w1: Tensor | None, w2: Tensor | None, direction: str
 ) -> str:
-    """How the kernels of a call would be launched, in words; empty for the halves, which have one
-    way."""
-    if w2 is None:
-        return ""
-    # As the kernels will be given them: under autocast in other dtypes.
-    like = x if x.dtype == call.dtype else x.to(call.dtype)
-    if w2.dtype != call.param_dtype:
-        w1, w2 = None if w1 is None else w1.to(call.param_dtype), w2.to(call.param_dtype)
-    said = MODULES[backend].notes(like, w1, w2, call.options, call.operands)
-    return "; ".join(said if direction == TRAINING else said[:1])
+    """:func:`plan_for` of tensors that are there."""
+    strides, aligned = _memory_given(x, call)
+    return plan_for(
+        backend, call, str(x.device), tuple(x.shape), strides, aligned,
+        0 if w1 is None else w1.shape[0],
+        x.shape[1] * (1 + call.shift) if w2 is None else w2.shape[0], direction,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -229,11 +321,19 @@ def _driver() -> str:
 
 
 def _triton_version() -> str:
-    if triton.UNAVAILABLE is not None:
+    """Without importing it, which takes long: native kernels have no use for it."""
+    if importlib.util.find_spec("triton") is None:
         return "none"
-    import triton as installed
-
-    return str(installed.__version__)
+    for name in (
+        "triton",
+        "pytorch-triton",
+        "pytorch-triton-rocm",
+        "triton-rocm",
+        "triton-windows",
+    ):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "unknown"
 
 
 def digest(text: str) -> str:

@@ -132,7 +132,9 @@ class Problem:
         given: Tensors = dict.fromkeys(self.form.names)
         given["x"] = self._emphasised(self._image(call.dtype))
         if call.residual:
-            given["residual"] = self._image(call.dtype, turned=self.variation.turned)
+            given["residual"] = self._image(
+                call.dtype, strides=kind.residual, turned=self.variation.turned
+            )
         if "w2" in given:
             given["w2"] = self._random((outputs, inner), wide, 1.5 / max(1, inner) ** 0.5)
             if two:
@@ -200,12 +202,16 @@ class Problem:
         made = self.bands.tensor(tuple(shape), strides, dtype, self.kind.device)
         return made.copy_(values.mul_(scale))
 
-    def _image(self, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
+    def _image(
+        self, dtype: torch.dtype, *, strides: tuple[int, ...] = (), turned: bool = False
+    ) -> Tensor:
         """Random numbers, and a part that says where they are: no two images or channels have the
-        same mean. ``turned``: not in the order of x, nor aligned."""
+        same mean. ``strides``: for the kind's batch, in place of those of x; ``turned``: not in the
+        order of these, nor aligned."""
         kind = self.kind
         shape = (self.batch, *kind.shape[1:])
-        strides = _turned(shape, kind.strides) if turned else _strides_for(kind, shape)
+        strides = strides or kind.strides
+        strides = _turned(shape, strides) if turned else _strides_for(kind, strides, shape)
         values = torch.randn(
             shape, generator=self._generator, device=kind.device, dtype=torch.float32
         ).mul_(0.7)  # fmt: skip
@@ -379,10 +385,10 @@ class Problem:
         return Results({"y": y.detach(), **named})
 
 
-def _strides_for(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of the kind's x for another batch; dense ones where its elements overlap."""
+def _strides_for(kind: Kind, strides: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of the kind's images for another batch; dense ones where its elements overlap."""
     covered = 1
-    for stride, extent in sorted(zip(kind.strides, kind.shape, strict=True)):
+    for stride, extent in sorted(zip(strides, kind.shape, strict=True)):
         if extent > 1:
             if stride < covered:
                 layout = torch.empty(shape, device="meta")
@@ -390,7 +396,7 @@ def _strides_for(kind: Kind, shape: tuple[int, ...]) -> tuple[int, ...]:
                     layout = layout.contiguous(memory_format=torch.channels_last)
                 return tuple(layout.stride())
             covered = stride * extent
-    return kind.strides
+    return strides
 
 
 def _last_of(t: Tensor) -> Tensor:
@@ -414,9 +420,15 @@ def _turned(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]
 
 
 def batch_for(kind: Kind, most: int = MOST_BYTES) -> int:
-    """How many images a proof takes: those of the call, as far as they are not too many."""
+    """How many images a proof takes: those of the call, as far as they are not too many; tiles of
+    16 are full with them, or not, as with the call's."""
     image = max(1, torch.Size(kind.shape[1:]).numel() * kind.call.dtype.itemsize)
-    return max(1, min(kind.shape[0], most // image))
+    batch = max(1, min(kind.shape[0], most // image))
+    if batch == kind.shape[0] or (batch % 16 == 0) == (kind.shape[0] % 16 == 0):
+        return batch
+    if kind.shape[0] % 16:
+        return batch - 1
+    return max(16, batch // 16 * 16)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .bands import same_bits
 from .errors import IMAGES, compare
-from .kinds import Kind, is_dense
+from .kinds import Kind
 from .problem import (
     MOST_BYTES,
     Problem,
@@ -225,9 +225,19 @@ def _is_otherwise(problem: Problem, name: str, value: Tensor) -> str | None:
     if (value.dtype, value.shape) != expected:
         return f"is {value.dtype} {list(value.shape)}, not {expected[0]} {list(expected[1])}"
     of_x = name in IMAGES and value.dim() == x.dim() and not problem.kind.call.inplace
-    if of_x and is_dense(x.shape, x.stride()) and value.stride() != x.stride():
+    if of_x and _is_dense(x) and value.stride() != x.stride():
         return f"has strides {list(value.stride())}, and x {list(x.stride())}"
     return None
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether elements lie one behind the other, in whatever order of the axes."""
+    expected = 1
+    for stride, extent in sorted(zip(t.stride(), t.shape, strict=True)):
+        if extent != 1 and stride != expected:
+            return False
+        expected *= extent
+    return True
 
 
 def _is_right(problem: Problem, slack: float = 1.0) -> Wrong | None:

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,13 +99,16 @@ class Folder(NamedTuple):
         """Whether a kernel of a backend has had a verdict here."""
         return any(record["key"].startswith(f"{backend} ") for record in self.records())
 
-    def remove(self, key: str) -> None:
-        """Drop a record and the marks beside it."""
-        folder = self.path
-        if folder is not None:
-            with suppress(OSError):
-                for path in folder.glob(f"{digest(key)}.*"):
-                    path.unlink(missing_ok=True)
+    def remove(self, keys: Collection[str]) -> None:
+        """Drop records and the marks beside them."""
+        folder, names = self.path, set(map(digest, keys))
+        if folder is None or not names:
+            return
+        with suppress(OSError):
+            for path in list(folder.iterdir()):
+                if path.name.partition(".")[0] in names:
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
 
     def _file(self, key: str, end: str) -> Path | None:
         folder = self.path
@@ -131,6 +135,13 @@ class Folder(NamedTuple):
             _complain(f"no mark can be made in {path.parent}", error)
             return None
         return _owner_of(path) or UNREADABLE._replace(how=how)
+
+    def leave_mark(self, key: str, owner: Owner) -> None:
+        """Put back the mark of a process that has ended."""
+        path = self._file(key, f"{_place()}.pending")
+        if path is not None:
+            with suppress(OSError):
+                _create(path, json.dumps(owner._asdict()))
 
     def drop_mark(self, key: str, owner: Owner) -> None:
         """Remove the mark of a process that has ended."""

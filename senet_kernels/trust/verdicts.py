@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import warnings
@@ -17,7 +18,7 @@ from senet_kernels.backends import native
 
 from . import worker
 from .kinds import MODULES, Kind, environment, kernel_hash
-from .proof import LEAST_SPEED, Found, NoVerdictError, Wrong, describe, prove
+from .proof import LEAST_SPEED, Found, NoVerdictError, describe, prove
 from .store import IN_PROCESS, IN_SUBPROCESS, Folder, Mark, Owner, wait_for
 
 log = logging.getLogger("senet_kernels.trust")
@@ -44,7 +45,8 @@ class Verdict(NamedTuple):
         compiled_speed: the same beside what ``torch.compile`` makes of PyTorch's operators.
         key: the variant.
         name: its class.
-        final: whether asking again in this process gives the same.
+        final: whether asking again in this process gives the same, unless :func:`forget` or
+            :func:`freeze` is called.
     """
 
     state: str
@@ -67,10 +69,12 @@ class Question:
 
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}
-        _questions.add(self)
+        with _questions_lock:
+            _questions.add(self)
 
 
 _questions: weakref.WeakSet[Question] = weakref.WeakSet()
+_questions_lock = threading.Lock()
 
 _lock = threading.RLock()
 _memory: dict[tuple[Any, str], Verdict] = {}
@@ -79,18 +83,19 @@ _said: set[str] = set()
 _frozen = False
 _forked = False
 
-#: "device class" of calls that are trusted in eager mode; and in compiled code, where they were
-#: measured against it. torch.compile guards on whether a class is in there.
-TRUSTED_CLASSES: dict[str, bool] = {}
-COMPILED_CLASSES: dict[str, bool] = {}
+#: "device class" and "device key" of variants that run in compiled code: trusted, and measured
+#: against it. The same of variants that were found wrong. torch.compile guards on whether a name is
+#: in there; on a key only where its class is.
+COMPILED: dict[str, bool] = {}
+MISTRUSTED: dict[str, bool] = {}
 #: Whether there are any: a guard on this is none on how many.
-any_trusted = any_compiled = False
+any_compiled = any_mistrusted = False
 _devices: dict[Any, set[str]] = {}  # of an environment
 
 
 def _after_fork() -> None:
-    global _forked, _lock
-    _forked, _lock = True, threading.RLock()
+    global _forked, _lock, _questions_lock
+    _forked, _lock, _questions_lock = True, threading.RLock(), threading.Lock()
     worker.after_fork()
     native.after_fork()
 
@@ -123,28 +128,25 @@ def _place(kind: Kind) -> tuple[Any, str]:
 def _remember(where: tuple[Any, str], verdict: Verdict) -> Verdict:
     _memory[where] = verdict
     _later.pop(where, None)
-    _publish(where[0], verdict.name)
+    for device in _devices.get(where[0], ()):
+        _publish(device, verdict)
     return verdict
 
 
-def _publish(facts: Any, name: str) -> None:
-    """Let a class run where all of its variants that have a verdict may."""
-    verdicts = [
-        v for (of, _), v in list(_memory.items())
-        if of == facts and v.name == name and v.state != UNPROVEN
-    ]  # fmt: skip
-    eager = bool(verdicts) and all(v.state == TRUSTED for v in verdicts)
-    compiled = eager and all(
-        v.compiled_speed is not None and v.compiled_speed >= LEAST_SPEED for v in verdicts
-    )
-    global any_trusted, any_compiled
-    for table, runs in ((TRUSTED_CLASSES, eager), (COMPILED_CLASSES, compiled)):
-        for device in _devices.get(facts, ()):
-            if runs:
+def _publish(device: str, verdict: Verdict) -> None:
+    """Tell calls that are traced of a verdict. A class stays where it once was: it is no more than
+    a reason to look for keys."""
+    fast = verdict.compiled_speed is not None and verdict.compiled_speed >= LEAST_SPEED
+    global any_compiled, any_mistrusted
+    for table, there in (
+        (COMPILED, verdict.state == TRUSTED and fast), (MISTRUSTED, verdict.state == REFUSED),
+    ):  # fmt: skip
+        if there:
+            for name in (verdict.key, verdict.name):
                 table.setdefault(f"{device} {name}", True)
-            else:
-                table.pop(f"{device} {name}", None)
-    any_trusted, any_compiled = bool(TRUSTED_CLASSES), bool(COMPILED_CLASSES)
+        else:
+            table.pop(f"{device} {verdict.key}", None)
+    any_compiled, any_mistrusted = bool(COMPILED), bool(MISTRUSTED)
 
 
 def _is_on(device: str, facts: Any) -> None:
@@ -152,8 +154,9 @@ def _is_on(device: str, facts: Any) -> None:
     devices = _devices.setdefault(facts, set())
     if device not in devices:
         devices.add(device)
-        for name in {v.name for (of, _), v in list(_memory.items()) if of == facts}:
-            _publish(facts, name)
+        for (of, _), verdict in list(_memory.items()):
+            if of == facts:
+                _publish(device, verdict)
 
 
 def _from_record(record: dict[str, Any]) -> Verdict | None:
@@ -219,7 +222,10 @@ def decide(kind: Kind, *, may_prove: bool = True) -> Verdict:
             return verdict
         _is_on(kind.device, where[0])
         if _frozen:
-            return unproven._replace(reason="trust.freeze() pinned the verdicts before this call")
+            reason = "trust.freeze() pinned the verdicts before this call"
+            return unproven._replace(reason=reason, final=True)
+        if time.monotonic() < _later.get(where, 0):
+            return unproven._replace(reason=_UNDECIDED)
         folder = Folder(where[0])
         record = folder.read(kind.key)
         if record is not None:
@@ -230,20 +236,22 @@ def decide(kind: Kind, *, may_prove: bool = True) -> Verdict:
         if not may_prove:
             return unproven._replace(reason="not proven on this card; its first call does that")
         if _forked:
-            once(f"a forked child proves nothing: {kind.name} runs on PyTorch's own operators")
-            return unproven._replace(reason="not proven on this card, nor by a forked child")
-        if time.monotonic() < _later.get(where, 0):
-            return unproven._replace(reason="another process of this host has not decided yet")
+            reason = "not proven on this card, and a forked child proves nothing"
+            return unproven._replace(reason=reason, final=True)
         return _decide_now(kind, where, folder, unproven)
+
+
+_UNDECIDED = "another process of this host has not decided yet"
 
 
 def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Verdict:
     is_first = (folder, kind.backend) not in _begun and not folder.has_any(kind.backend)
     how = IN_SUBPROCESS if kind.waits or is_first else IN_PROCESS
+    suspect: Owner | None = None  # who may have died of it
     for _ in range(3):
         mark = folder.claim(kind.key, how)
         if not isinstance(mark, Owner):
-            return _prove(kind, where, folder, how, mark, unproven)
+            return _prove(kind, where, folder, how, mark, unproven, suspect)
         if mark.is_alive():
             record = wait_for(folder, kind.key, mark, WAIT_SECONDS)
             verdict = record and _from_record(record)
@@ -253,52 +261,55 @@ def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Ve
                 folder.drop_mark(kind.key, mark)
                 continue
             if mark.is_alive():
-                once(f"another process is still trying {kind.name}: PyTorch's own operators run")
                 _later[where] = time.monotonic() + _AGAIN_SECONDS
-                return unproven._replace(reason="another process of this host has not decided yet")
+                return unproven._replace(reason=_UNDECIDED)
         record = folder.read(kind.key)
         verdict = record and _from_record(record)
         if verdict:
             return _remember(where, verdict)
-        if mark.how == IN_PROCESS:
-            found = Found(Wrong("crashes", f"process {mark.pid} ended while it was tried"))
-            verdict = _judged(kind, found)
-            _keep(folder, verdict, IN_PROCESS, 0.0, describe(kind))
-            folder.drop_mark(kind.key, mark)
-            _remember(where, verdict)
-            _warn(kind, found)
-            return verdict
+        # By a kernel, or by who ends processes: a process of its own shows it, at no risk.
+        how, suspect = IN_SUBPROCESS, mark
         folder.drop_mark(kind.key, mark)
-    return unproven._replace(reason="another process of this host has not decided yet")
+    return unproven._replace(reason=_UNDECIDED)
 
 
 def _prove(
-    kind: Kind, where: Any, folder: Folder, how: str, mark: Mark | None, unproven: Verdict
-) -> Verdict:
+    kind: Kind, where: Any, folder: Folder, how: str, mark: Mark | None, unproven: Verdict,
+    suspect: Owner | None = None,
+) -> Verdict:  # fmt: skip
+    left_by: Owner | None = None  # for the next process to know
     try:
-        found = _find(kind, how)
+        found = _find(kind, how, alone=suspect is not None)
         _begun.add((folder, kind.backend))
         verdict = _judged(kind, found)
         _keep(folder, verdict, how, found.seconds, describe(kind))
         _remember(where, verdict)
     except NoVerdictError as error:
-        once(f"{kind.name} runs on PyTorch's own operators, it could not be tried: {error}")
-        return _remember(where, unproven._replace(reason=f"it could not be tried: {error}"))
+        reason = f"it could not be tried: {error}"
+        if suspect is not None:
+            reason += f"; process {suspect.pid} ended while it tried this"
+            left_by = suspect
+        return _remember(where, unproven._replace(reason=reason, final=True))
     finally:
         if mark is not None:
             mark.release()
+        if left_by is not None:
+            folder.leave_mark(kind.key, left_by)
     log.info("%s (%s, %.0f ms): %s", kind.key, how, 1e3 * found.seconds, verdict)
     if verdict.state == REFUSED:
         _warn(kind, found)
     return verdict
 
 
-def _find(kind: Kind, how: str, *, compiled: bool = False) -> Found:
+def _find(kind: Kind, how: str, *, compiled: bool = False, alone: bool = False) -> Found:
+    """``alone``: in a process of its own or not at all, as kernels that wait are."""
     if how == IN_SUBPROCESS:
         try:
+            if not sys.executable:
+                raise NoVerdictError("no process for trying kernels: sys.executable is not set")
             return worker.try_kind(kind, compiled=compiled)
         except NoVerdictError as error:
-            if kind.waits:
+            if kind.waits or alone:
                 raise
             once(f"{error}; {kind.name} is tried in this process")
     return prove(kind, compiled=compiled)
@@ -324,7 +335,8 @@ def measure_compiled(kind: Kind) -> Verdict:
         return verdict
     with _lock:
         try:
-            found = _find(kind, IN_SUBPROCESS if kind.waits else IN_PROCESS, compiled=True)
+            how = IN_SUBPROCESS if kind.waits else IN_PROCESS
+            found = _find(kind, how, compiled=True)
         except NoVerdictError as error:
             once(f"{kind.name} could not be measured against compiled code: {error}")
             return verdict
@@ -358,8 +370,10 @@ def report(kind: Kind, found: Found) -> str:
 
 def forget_answers() -> None:
     """Have the next call of each kind ask anew."""
-    for question in list(_questions):
-        question.known.clear()
+    with _questions_lock:
+        questions = list(_questions)
+    for question in questions:
+        question.known = {}  # another one: answers that are being found go to the old one
 
 
 def forget() -> int:
@@ -369,21 +383,22 @@ def forget() -> int:
     Returns:
         How many there were.
     """
-    global _frozen, any_trusted, any_compiled
+    global _frozen, any_compiled, any_mistrusted
     with _lock:
         _frozen = False
-        keys = dict.fromkeys(_memory)
+        count = 0
         for facts in _known_environments():
-            keys |= {(facts, r["key"]): None for r in Folder(facts).records()}
-        for facts, key in keys:
-            Folder(facts).remove(key)
-        for table in (_memory, _later, _devices, TRUSTED_CLASSES, COMPILED_CLASSES):
+            keys = {key for of, key in list(_memory) if of == facts}
+            keys |= {record["key"] for record in Folder(facts).records()}
+            Folder(facts).remove(keys)
+            count += len(keys)
+        for table in (_memory, _later, _devices, COMPILED, MISTRUSTED):
             table.clear()
-        any_trusted = any_compiled = False
+        any_compiled = any_mistrusted = False
         for names in (_loaded, _said, _begun):
             names.clear()
         forget_answers()
-        return len(keys)
+        return count
 
 
 def freeze() -> None:
@@ -396,7 +411,7 @@ def freeze() -> None:
 
 
 def _known_environments(may_start_cuda: bool = True) -> list[Any]:
-    known = {facts: None for facts, _ in _memory}
+    known = {facts: None for facts, _ in list(_memory)}
     if torch.cuda.is_initialized() or (may_start_cuda and torch.cuda.is_available()):
         for i in range(torch.cuda.device_count()):
             known[environment(f"cuda:{i}")] = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import verdicts
 from .kinds import Kind
@@ -17,12 +19,12 @@ from .verdicts import Status, Verdict
 def verify(model: Any, *inputs: Any, compiled: bool = False, **kwargs: Any) -> Status:
     """Have every kernel proven that a model's calls would run, before a long run.
 
-    Calls ``model(*inputs, **kwargs)`` eagerly, once without gradients and, where it has parameters
-    that need some, once with them. Nothing is changed by that: buffers (running statistics) and
-    random numbers are as before, no gradient is accumulated.
+    Calls ``model(*inputs, **kwargs)`` eagerly, what is compiled in it too, once without gradients
+    and, where a parameter or an input needs some, or ``model`` is a function, once with them.
+    Buffers (running statistics) and random numbers are as before, no gradient is accumulated.
 
     Args:
-        model: a module or function; of one that ``torch.compile`` returned, what it compiles.
+        model: a module or function, or what ``torch.compile`` made of it.
         inputs, kwargs: of a call, of the extents of the run: a verdict holds for a number of images
             up to the next power of two.
         compiled: measure each kernel beside what ``torch.compile`` makes of PyTorch's operators
@@ -30,24 +32,69 @@ def verify(model: Any, *inputs: Any, compiled: bool = False, **kwargs: Any) -> S
             code.
 
     Returns:
-        The verdicts on all kernels that the model asks for, those known before among them: none for
-        a model on the CPU, whose kernels run unasked.
+        The verdicts on all kernels that the model asks for, those known before among them; empty,
+        and printed as such, for a model on the CPU, whose kernels run unasked.
     """
-    model = getattr(model, "_orig_mod", model)
     found: dict[Kind, Verdict] = {}
-    with _listening(found), _unchanged(model):
+    owner = _owner(model)
+    tensors = [t for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
+    parameters = list(owner.parameters()) if owner is not None else []
+    of_inference = owner is not None and any(
+        t.is_inference() for t in (*parameters, *owner.buffers())
+    )
+    # Of a function nobody knows what it trains.
+    trains = owner is None or any(t.requires_grad for t in (*parameters, *tensors))
+    trains = trains and not of_inference
+    with _listening(found), _eagerly(of_inference), _unchanged(owner, tensors):
         with torch.no_grad():
             model(*inputs, **kwargs)
-        if any(p.requires_grad for p in _parameters(model)):
+        if trains:
+            inputs, kwargs = tree_map_only(Tensor, _differentiable, (inputs, kwargs))
             with torch.enable_grad():
                 model(*inputs, **kwargs)
     if compiled:
         found = {kind: verdicts.measure_compiled(kind) for kind in found}
-    return Status(found.values())
+    return Status(found.values()) if found else NothingToProve()
 
 
-def _parameters(model: Any) -> list[nn.Parameter]:
-    return list(model.parameters()) if isinstance(model, nn.Module) else []
+class NothingToProve(Status):
+    """What :func:`verify` returns of a model that asks for no verdict."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return (
+            "nothing to prove: the model made no call whose kernels are proven before they run "
+            "(those for the CPU run unasked; see SENET_KERNELS_GPU and senet_kernels.explain)"
+        )
+
+    __repr__ = __str__
+
+
+def _owner(model: Any) -> nn.Module | None:
+    """The module that a call of ``model`` runs, also where ``torch.compile`` has wrapped it, or its
+    method."""
+    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_torchdynamo_orig_callable", model)
+    if not isinstance(model, nn.Module):
+        model = getattr(model, "__self__", None)
+    return model if isinstance(model, nn.Module) else None
+
+
+def _differentiable(t: Tensor) -> Tensor:
+    """What autograd takes: a copy of a tensor that was made in inference mode."""
+    return t.clone() if t.is_inference() else t
+
+
+@contextmanager
+def _eagerly(of_inference: bool) -> Iterator[None]:
+    """With no part of a model compiled, since compiled code asks for no proof; in inference mode
+    only for a model that was made there."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(of_inference))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes long
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @contextmanager
@@ -64,15 +111,24 @@ def _listening(found: dict[Kind, Verdict]) -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
-    """With the model's buffers and the random numbers as they were, afterwards."""
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    kept = [b.detach().clone() for b in buffers]
-    devices = {t.get_device() for t in (*_parameters(model), *buffers) if t.is_cuda}
+def _unchanged(owner: nn.Module | None, tensors: list[Tensor]) -> Iterator[None]:
+    """With the buffers of a module, by their names, and the random numbers as they were,
+    afterwards."""
+    modules = list(owner.modules()) if owner is not None else []
+    kept = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+    ]
+    tensors = [*tensors, *(owner.parameters() if owner is not None else ())]
+    tensors += [buffer for _, _, buffer, _ in kept if buffer is not None]
+    devices = {t.get_device() for t in tensors if t.is_cuda}
     with torch.random.fork_rng(sorted(devices)):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, before in zip(buffers, kept, strict=True):
-                    buffer.copy_(before)
+                for module, name, buffer, before in kept:
+                    module._buffers[name] = buffer
+                    if buffer is not None and before is not None:
+                        buffer.copy_(before)

@@ -9,15 +9,17 @@ can be used, CUDA is touched on the first call.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from senet_kernels import ops
@@ -99,6 +101,44 @@ def notes(
         f"forward: {plan.describe(forward, 2 + layers)}",
         f"backward: {plan.describe(backward, 2 + layers + affine)}",
     )
+
+
+def launches(
+    x: Tensor,
+    device: torch.device,
+    aligned: bool,
+    param_dtype: torch.dtype,
+    form: str,
+    hidden: int,
+    outputs: int,
+    options: Options,
+    given: Collection[str],
+    training: bool,
+) -> tuple[str, ...]:
+    """The constants that kernels of any form are compiled with, for the names of verdicts: forward
+    and, when ``training``, backward. Arguments as for the native backend's."""
+    from . import operands, plan
+
+    last, _ = operands._layout(x.shape, x.stride())
+    whole = form in ("two layers", "single layer (w1=None)")
+    shape = plan.Shape(
+        x.shape[0], x.shape[1], x.shape[2:].numel(), hidden if form == "two layers" else None,
+        outputs if whole else 0, last,
+    )  # fmt: skip
+    stride = x.stride(0) if operands._image_is_dense(x, last) else shape.image
+    shape = shape._replace(alignment=math.gcd(shape.image, stride, 16) or 1)
+    cut = shape, x.element_size(), operands._device(device)
+    masked = training and form != "squeeze alone" and options.after == "relu"
+    crowded = plan.is_crowded(options.before, options.after_again)
+    forward = plan.make_plan(*cut, masked=masked, crowded=crowded, lengths="lengths" in given)
+    said = [f"forward: {plan.constants(forward)}"]
+    if training:
+        backward = plan.make_plan(*cut, masked=masked, crowded=crowded)
+        said.append(f"backward: {plan.constants(backward)}")
+        if "before_affine" in given:  # whose gradients may be wanted, or not
+            backward = plan.make_plan(*cut, masked=masked, crowded=crowded, sums_in_dx=True)
+            said.append(f"to before_affine: {plan.constants(backward)}")
+    return tuple(said)
 
 
 def kernel_files() -> list[Path]:

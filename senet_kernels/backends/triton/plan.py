@@ -272,3 +272,18 @@ def describe(plan: Plan, launches: int) -> str:
         f"{launches + (sums.splits > 1)} launches; sums by tiles of {sums.outer} x {sums.inner}, "
         f"{sums.steps} in flight{shared}; images written by {plan.why}"
     )
+
+
+def constants(plan: Plan) -> str:
+    """What kernels are compiled for, which alone makes them other kernels: not how many programs
+    there are. Of counts that kernels loop over, whether there is more than one."""
+    words = []
+    for name, cut in (("sums", plan.sums), ("writes", plan.writes)):
+        if isinstance(cut, TilePlan):
+            cut = cut._replace(
+                tiles=min(cut.tiles, 2), splits=min(cut.splits, 2), rounds=min(cut.rounds, 2)
+            )
+        else:
+            cut = cut._replace(vectors=0, blocks=0)
+        words.append(f"{name} {cut}")
+    return ", ".join(words)
