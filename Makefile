@@ -85,11 +85,14 @@ gpu: $(READY_GPU)  ## try, time and check the kernels on this machine's GPU; no 
 gpu-bundle: $(READY_BENCH)  ## all of this as one file, for a machine with a GPU, torch and Triton
 	@$(MAKE) --no-print-directory '$(BUNDLE)'
 
-# With the library that is here, for the torch it was built with and later ones; of results what the
+# With the library that is here, which any torch from 2.11 on and any Python loads; of results what the
 # report compares with; and the commit, for records made where there is no git. It has to travel in
 # 64 MiB.
 $(BUNDLE): FORCE
 	@ls senet_kernels/_native*.so >/dev/null
+	@[[ '$(SENET_KERNELS_BUILD)' != auto ]] || grep -q '"cuda": "' senet_kernels/_build.json || \
+	  { echo 'the library has no CUDA kernels: install nvcc and build again (make build), or say' \
+	    'SENET_KERNELS_BUILD=cpu' >&2; exit 1; }
 	@mkdir -p '$(@D)' build/bundle; \
 	  { git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || cat COMMIT 2>/dev/null || :; } \
 	  > build/bundle/COMMIT; tar czf '$@' --exclude=__pycache__ --exclude='benchmarks/results/[!c]*' \

@@ -20,8 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,13 @@ def _case(entry: dict[str, Any]) -> Case:
 Asked = tuple[Entry, str]  # an entry of the record, and a provider
 
 
-def run_calls(asked: Sequence[Asked], device: str, seconds: float) -> None:
+def run_calls(asked: Sequence[Asked], device: str, until: float) -> None:
     """In the child: one profiled call of each, caches cold, everything compiled before. After
-    ``seconds`` none is begun: what ncu has seen it prints at the end."""
-    begin = time.monotonic()
+    ``until``, a Unix time, none is begun: what ncu has seen it prints at the end."""
     for entry, name in asked:
-        if time.monotonic() - begin > seconds:
+        if time.time() > until:
             return
-        call = None
+        marked = False
         try:
             problem = Problem.create(_case(entry), torch.device(device))
             call = make_call(make_provider(name).build(problem), problem, entry["mode"])
@@ -127,11 +126,15 @@ def run_calls(asked: Sequence[Asked], device: str, seconds: float) -> None:
                 for _ in range(3):
                     call(0)
                 if device != "cpu":
-                    _profiled_call(lambda call=call: call(0), device)  # type: ignore[misc]
-        except Exception as error:  # its place among the others is kept
+                    _cool(device)
+                    marked = True
+                    with _profiled():
+                        call(0)
+        except Exception as error:
             print(f"{entry['layer']} {name}: {one_line(error)}", file=sys.stderr)
-            if device != "cpu":
-                _profiled_call(lambda: None, device)
+            if device != "cpu" and not marked:  # its place among the others is kept
+                with _profiled():
+                    pass
 
 
 def _die_with_parent() -> None:
@@ -141,15 +144,25 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
-def _profiled_call(call: Callable[[], None], device: str) -> None:
+def _cool(device: str) -> None:
+    """Leave nothing of a call in L2, nor lines there that are yet to be written."""
     size = torch.cuda.get_device_properties(device).L2_cache_size
-    torch.empty(3 * size, dtype=torch.uint8, device=device).fill_(1)
+    other = torch.ones(3 * size, dtype=torch.uint8, device=device)
+    torch.ones_like(other)
+    other.max()  # reads it: what was written last is in memory then
+
+
+@contextmanager
+def _profiled() -> Iterator[None]:
+    """What ncu sees, behind a mark."""
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()
     torch.cuda._sleep(1)
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStop()
+    try:
+        yield
+        torch.cuda.synchronize()
+    finally:
+        torch.cuda.cudart().cudaProfilerStop()
 
 
 def _todo(record: Record) -> Iterator[tuple[Entry, str]]:
@@ -171,8 +184,9 @@ def _under_ncu(
         [{k: v for k, v in entry.items() if k not in ("providers", "speedup")}, name]
         for entry, name in asked
     ])  # fmt: skip
-    child = [sys.executable, "-m", "benchmarks.dram", "--calls", words, "--budget",
-             f"{0.6 * seconds:.0f}", "--device", device]  # fmt: skip
+    until = time.time() + seconds - min(10.0, seconds / 3)
+    child = [sys.executable, "-m", "benchmarks.dram", "--calls", words, "--until", f"{until:.1f}",
+             "--device", device]  # fmt: skip
     try:
         done = subprocess.run(
             [*NCU, ",".join(metrics), *child], capture_output=True, text=True, timeout=seconds,
@@ -196,7 +210,7 @@ def measure(asked: Sequence[Asked], device: str, seconds: float) -> list[tuple[i
     warm from the second time on. Raises NoCounters.
     """
     begin = time.monotonic()
-    by_bytes = _under_ncu(asked, device, seconds / 2, METRICS)
+    by_bytes = _under_ncu(asked, device, max(0.6 * seconds, seconds - 60.0), METRICS)
     rest = seconds - (time.monotonic() - begin)
     try:
         by_counters = _under_ncu(asked, device, rest, COUNTERS)
@@ -253,10 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=0, help="calls (default: all)")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--calls", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.calls:
         _die_with_parent()
-        run_calls(json.loads(args.calls), args.device, args.budget)
+        run_calls(json.loads(args.calls), args.device, args.until)
         return 0
     if args.record is None:
         parser.error("a record of python -m benchmarks layers is needed")

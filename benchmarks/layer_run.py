@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from senet_kernels.backends import triton
 
 from . import launches
 from .bench import OVERRUN, Bench, Entry, Status, drop_compiled, memory_available
@@ -285,6 +288,28 @@ class LayerBench(Bench):
         if self.options.under_way is not None and begins is not None:
             self.options.under_way.write_text(begins)
 
+    @contextmanager
+    def _told_of_compiling(self) -> Iterator[None]:
+        """Whoever watches sees each kernel that Triton compiles: some of them take as long as it
+        waits for what hangs."""
+        under_way = self.options.under_way
+        if under_way is None or triton.UNAVAILABLE is not None:
+            yield
+            return
+        from senet_kernels.backends.triton import launcher
+
+        compile_one = launcher.Launch._compile
+
+        def told(*args: Any, **options: Any) -> Any:
+            os.utime(under_way)
+            return compile_one(*args, **options)
+
+        launcher.Launch._compile = told  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            launcher.Launch._compile = compile_one  # type: ignore[method-assign]
+
     def _check(
         self, provider: Provider, problem: Problem, want: dict[str, Tensor], modes: list[str]
     ) -> tuple[nn.Module | None, dict[str, Status]]:
@@ -457,4 +482,5 @@ class LayerRun(LayerBench):
         complete = 0 if self.options.under_way is not None else ALWAYS_COMPLETE
         first = self.options.networks[:complete]
         kept = {layer for network in first for layer, _ in network.layers}
-        self.measure_all(self.cases(), lambda case: case.layer in kept, progress)
+        with self._told_of_compiling():
+            self.measure_all(self.cases(), lambda case: case.layer in kept, progress)

@@ -9,6 +9,7 @@ come through its first call. The last line says how many results there are.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 left_out["all that was not yet measured"] = wrong
                 break
             left_out[at] = wrong
+            record.with_suffix(".left-out.json").write_text(json.dumps(list(left_out)))
     finally:
         under_way.unlink(missing_ok=True)
         print(_said(record, left_out), flush=True)

@@ -844,3 +844,27 @@ def test_one_bad_record_takes_no_verdict_with_it(tmp_path: Path) -> None:
     died = "  crash: 1x3x70x33: the process died by SIGSEGV"
     assert found[:2] == ["verdicts-native: 1 crash", died]
     assert found[2].startswith("layers: cannot be read: KeyError")
+
+
+def test_a_process_that_ends_between_cases_is_none_of_the_next(tmp_path: Path) -> None:
+    """The case is tried once more, in another process; the one that ends by itself is a crash."""
+    path = tmp_path / "first"
+    program = f"""
+import os, pathlib
+from senet_kernels.trust import worker
+first = not pathlib.Path({str(path)!r}).exists()
+pathlib.Path({str(path)!r}).touch()
+worker.say(ready=True)
+taken = []
+def answer(message):
+    if first and taken:
+        os._exit(3)
+    taken.append(message)
+    worker.say(step="it")
+    worker.say(outcome="ok", text="", plan="")
+worker.main(answer)
+"""
+    pool = _pool(tmp_path, program, range(2), watch=5.0)
+    pool.run(1, 60.0)
+    assert {name: v["outcome"] for name, v in _found(tmp_path).items()} == {"0": "ok", "1": "ok"}
+    assert pool._again

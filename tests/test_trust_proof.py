@@ -110,7 +110,7 @@ def test_the_plan_of_the_call_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert proof.correct(kind) is None
     assert set(tried) == {12, 3, 2}  # in full, what else is tried, and one image less
     tried.clear()
-    monkeypatch.setattr(native, "notes", lambda x, *args: [f"{len(x)} images"] * 2)
+    monkeypatch.setattr(Problem, "plan", lambda self: f"{self.batch} images; {self.batch} images")
     assert proof.correct(kind._replace(plan="20 images; 20 images")) is None
     assert set(tried) == {20}
 
@@ -304,6 +304,9 @@ def test_the_last_images_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> No
     kind = _kind(shape=(64, 16, 6, 5))
     monkeypatch.setattr("senet_kernels.trust.proof.MOST_BYTES", 8 * 16 * 6 * 5 * 4)
     assert proof.prove(kind, speed=False).wrong is None
+
+    inplace = kind._replace(call=kind.call._replace(inplace=True), direction=kinds.INFERENCE)
+    assert proof.prove(inplace, speed=False).wrong is None
 
     def spoil(problem: Problem, values: dict[str, Tensor]) -> None:
         if problem.batch == 64:

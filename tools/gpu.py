@@ -21,6 +21,7 @@ stage failed (some may have been skipped); 1: one failed or ran out of time; 130
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -176,7 +177,7 @@ def _sanitizer(tool: str, backend: str, seconds: float, late: bool = True) -> St
     command = (
         f"compute-sanitizer --tool {tool}{options} --error-exitcode 9 --target-processes "
         f"application-only {{python}} -m tools.gpu_kernels {backend} {{device}} "
-        f"--verdicts {{out}}/verdicts-{backend}.json"
+        f"--verdicts {{out}}/verdicts-{backend}.json --until {{until}}"
     )
     return Stage(f"{tool}-{backend}", command, seconds,
                  (_BACKENDS[backend], nvidia("compute-sanitizer")), proof=r"SUMMARY: 0\b",
@@ -276,6 +277,8 @@ def left_out(out: Path) -> LeftOut:
                 found.shapes.append(layer.partition("-")[0])
                 own = _exchanges(verdict.get("plan", ""))
                 found.cases.extend(f"{layer}/{n}" for n, p in POLICIES.items() if _meets(p, own))
+    for path in sorted(out.glob("*.left-out.json")):  # by stages that were watched
+        found.cases.extend(json.loads(path.read_text()))
     found.cases.extend(
         f"{layer}/{name}"
         for layer in layers
@@ -313,11 +316,14 @@ class Table:
         return shutil.which(name, path=self.environment()["PATH"])
 
     def environment(self) -> dict[str, str]:
-        inherited, path = os.environ.get("PYTHONPATH"), os.environ.get("PATH", "")
-        home = os.environ.get("CUDA_HOME")
+        inherited = os.environ.get("PYTHONPATH")
+        # Shells that are no login shells have seldom the toolkit on their PATH.
+        folders = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
+        folders += sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)[:1]
+        path = [os.environ.get("PATH", ""), *(f for f in folders if Path(f).is_dir())]
         found = {
             "PYTHONPATH": str(ROOT) + (os.pathsep + inherited if inherited else ""),
-            "PATH": f"{path}{os.pathsep}{home}/bin" if home else path,
+            "PATH": os.pathsep.join(path),
             # Stages try the kernels themselves: none is tried before it is called, and refused.
             "SENET_KERNELS_GPU": "trust",
             "SENET_KERNELS_BUILD": "cuda",
@@ -352,6 +358,10 @@ class Table:
         environment = self.environment()
         environment[PASSED] = str(self.out / f"{stage.name}.passed")
         environment[LEFT_OUT_TESTS] = ";".join(found.tests)
+        if found.cases and "{left_out}" not in stage.command and stage.late:
+            # What cannot leave out single calls has each kernel prove itself.
+            environment["SENET_KERNELS_GPU"] = "verify"
+            environment["SENET_KERNELS_CACHE"] = str(self.out / "cache")
         if program != "python":
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or a bad access meets a neighbour
         program = sys.executable if program == "python" else self.tool(program) or program
@@ -372,6 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.budget <= 0:
         parser.error(f"budget: expected more than 0 seconds, got {args.budget}")
+    if carried := os.environ.get(PREBUILT):
+        os.environ[PREBUILT] = str(Path(carried).resolve())  # stages run in another folder
     # SIGINT may be ignored in what a script started in the background; the stages inherit that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

@@ -51,8 +51,21 @@ def _answer(command: tuple[str, ...]) -> list[str] | None:
 _LOADING = 60.0  # seconds
 _ASK = """
 from senet_kernels.backends import native
-print(native.UNAVAILABLE or (native.unavailable_on("cuda") if {cuda} else None) or "")
+why = native.UNAVAILABLE or (native.unavailable_on("cuda") if {cuda} else None) or ""
+if {cuda} and not why:
+    import torch
+    from senet_kernels import squeeze_excite
+    x, w = torch.ones(1, 16, 4, 4, device="cuda"), torch.ones(16, 16, device="cuda")
+    try:
+        squeeze_excite(x, w, None, w, None, backend="native")
+        torch.cuda.synchronize()
+    except Exception as error:  # what is wrong with the kernels is for their verdicts to say
+        if any(words in str(error) for words in {not_for_it}):
+            why = " ".join(str(error).split())[:200]
+print(why)
 """
+# A library for other devices or drivers; nvcc here would make another one.
+_NOT_FOR_IT = ("driver version is insufficient", "no kernel image", "unsupported toolchain")
 
 
 def library(cuda: bool) -> dict[str, str]:
@@ -63,7 +76,7 @@ def library(cuda: bool) -> dict[str, str]:
     for name, value in [("carried along", carried)] * bool(carried) + [("in place", "")]:
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _ASK.format(cuda=cuda)],
+                [sys.executable, "-c", _ASK.format(cuda=cuda, not_for_it=_NOT_FOR_IT)],
                 env={**os.environ, PREBUILT: value}, capture_output=True, text=True,
                 timeout=_LOADING, check=False,
             )  # fmt: skip
@@ -72,7 +85,7 @@ def library(cuda: bool) -> dict[str, str]:
             continue
         lines = done.stdout.strip().splitlines()
         found[name] = lines[-1] if lines else ""
-        if done.returncode:
+        if done.returncode > 0:
             found[name] = f"a process that loads it ended with {done.returncode}"
         if not found[name]:
             break

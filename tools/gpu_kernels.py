@@ -226,26 +226,6 @@ def outcome(
     return {"outcome": word, "text": " ".join(text.split())[:400], "plan": plan}
 
 
-def _tell_steps() -> None:
-    """The watch begins anew with each step of a proof, and with each kernel that Triton has
-    compiled: it is for the one that does not end."""
-    from senet_kernels.backends.triton import launcher
-
-    def told(of: Any, name: str) -> None:
-        do = getattr(of, name)
-
-        def step(*args: Any, **options: Any) -> Any:
-            worker.say(step=name.strip("_"))
-            return do(*args, **options)
-
-        setattr(of, name, step)
-
-    told(proof, "_run")
-    told(proof, "_compare")
-    told(problem.Problem, "kernel_plainly")
-    told(launcher.Launch, "_compile")
-
-
 def serve(device: str, backends: Sequence[str]) -> None:
     """Answer for cases by their numbers, as a process of ``tools/gpu_verdicts.py``."""
     if device != "cpu":
@@ -253,7 +233,7 @@ def serve(device: str, backends: Sequence[str]) -> None:
     for backend in backends:
         with suppress(Exception), card(backend, device):  # a pretended one may have to be compiled
             pass
-    _tell_steps()
+    worker.tell_steps()
     worker.say(ready=True)
 
     def answer(message: dict[str, Any]) -> None:
@@ -276,13 +256,17 @@ def main() -> int:
     parser.add_argument("backend", choices=BACKENDS)
     parser.add_argument("device", nargs="?", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--verdicts", type=Path, help="what crashed or hung by it is left out")
+    parser.add_argument("--until", type=float, default=float("inf"), help="Unix time of its end")
     given = parser.parse_args()
     known = read_json(given.verdicts) if given.verdicts else {}
-    ran, failed = 0, 0
+    ran, failed, late = 0, 0, 0
     with card(given.backend, given.device):
         for case in TRITON_CASES if given.backend == "triton" else NATIVE_CASES:
             if known.get(case.name, {}).get("outcome") in LEFT_OUT:
                 print(f"{case.name}: left out: {known[case.name]['outcome']}", flush=True)
+                continue
+            if time.time() > given.until:  # the sanitizer has its summary still to write
+                late += 1
                 continue
             said = _once(given.backend, given.device, case)
             print(f"{case.name}: {said or 'ran'}", flush=True)
@@ -291,7 +275,8 @@ def main() -> int:
             if failed and (broken := _in_error(given.device)):
                 print(f"no further{broken}", flush=True)
                 break
-    print(f"{ran} cases of {given.backend}; {failed} failed")
+    print(f"{ran} cases of {given.backend}; {failed} failed", end="")
+    print(f"; {late} not run: the time was up" if late else "")
     return 1 if failed else 0
 
 

@@ -36,6 +36,7 @@ from tools.gpu_cases import BACKENDS, FRESH, GROUPS, Job, jobs
 NOT_RUN = "not run"
 FINE = ("ok", "not here", NOT_RUN)
 # What of a case nothing else is to run, and a process that is not to take another one.
+UNSAID = "unsaid"  # of a process that ended before it was heard of: of its case nothing is known
 LEFT_OUT = ("crash", "hang", "launch error")
 KEPT = ("ok", "not here")  # by a second call
 
@@ -106,7 +107,12 @@ class Trying:
             return {"outcome": "hang", "text": text, "plan": plan}
         except OSError:
             pass
-        return {"outcome": "crash", "text": f"the process {self._end()}", "plan": plan}
+        # Nothing of this case was begun, if it was not heard of: it may have ended by one before.
+        outcome = "crash" if step != "it was sent" else UNSAID if self.took > 1 else "crash"
+        text, code = f"the process {self._end()}", self._worker.process.returncode
+        if code is not None and -code in (signal.SIGTERM, signal.SIGKILL):  # by someone else
+            outcome = UNSAID
+        return {"outcome": outcome, "text": text, "plan": plan}
 
     def _end(self) -> str:
         """How it ended."""
@@ -156,6 +162,7 @@ class Pool:
         self.no_start = ""  # why processes did not
         self._under_way: dict[tuple[str, str], tuple[float, str]] = {}  # since when; the last word
         self._alive: set[Trying] = set()
+        self._again: set[tuple[str, str]] = set()  # tried once more
         self._lock = threading.RLock()
         self._over = False
         for name in self.found:
@@ -204,9 +211,12 @@ class Pool:
             if process is not None and process.took and job.case.what == FRESH:
                 process = self._replace(process)
             if process is None:
-                process = self._replace(None, Trying(self.main))
-                assert process is not None
-                if reason := process.why_not(START):
+                reason = ""
+                try:
+                    process = self._replace(None, Trying(self.main))
+                except OSError as error:  # no memory for a process, no disk for its words
+                    reason = f"a process did not start: {error}"
+                if reason or (process and (reason := process.why_not(START))):
                     self.todo.put(job)
                     failed += 1
                     self._say_no_start(reason)
@@ -214,6 +224,14 @@ class Pool:
                     continue
                 failed = 0
             verdict = process.judge(job, self.watch, partial(self._tell, job))
+            if verdict["outcome"] == UNSAID:
+                process = self._replace(process)
+                key = job.file, job.case.name
+                if key not in self._again:
+                    self._again.add(key)
+                    self.todo.put(job)
+                    continue
+                verdict["outcome"] = "no verdict"
             self._conclude(job, verdict)  # before anything that may take its time
             if verdict["outcome"] in LEFT_OUT:
                 process = self._replace(process)
@@ -280,7 +298,10 @@ def main() -> int:
         found = {str((job.file, job.case.name)): pool._verdict(job) for job in wanted}
         why = f"; {pool.no_start}" if pool.no_start else ""
         print(f"{len(wanted)} cases: {counted(found)}{why}", flush=True)
-    return bool(pool.no_start) or any(v["outcome"] not in FINE for v in found.values())
+    outcomes = [v["outcome"] for found in pool.found.values() for v in found.values()]
+    return (bool(pool.no_start) and NOT_RUN in outcomes) or any(
+        v["outcome"] not in FINE for v in found.values()
+    )
 
 
 if __name__ == "__main__":

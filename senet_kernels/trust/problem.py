@@ -28,7 +28,8 @@ from .variations import LARGE, MINUS_LARGE, PLAIN, Variation
 
 Tensors = dict[str, Tensor | None]
 
-#: Bytes of x that a proof takes at most, by taking fewer images.
+#: Bytes of x that a proof takes at most, by taking fewer images; but 16 of them where those of the
+#: call are a multiple of that.
 MOST_BYTES = 64 << 20
 # Elements of x that the oracle takes at a time.
 _CHUNK = 1 << 22
@@ -424,7 +425,7 @@ def batch_for(kind: Kind, most: int = MOST_BYTES) -> int:
     16 are full with them, or not, as with the call's."""
     image = max(1, torch.Size(kind.shape[1:]).numel() * kind.call.dtype.itemsize)
     batch = max(1, min(kind.shape[0], most // image))
-    if batch == kind.shape[0] or (batch % 16 == 0) == (kind.shape[0] % 16 == 0):
+    if batch >= kind.shape[0] or (batch % 16 == 0) == (kind.shape[0] % 16 == 0):
         return batch
     if kind.shape[0] % 16:
         return batch - 1

@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-MARK = "senet_kernels.trust: "  # lines with another beginning are not ours
+MARK = "senet_kernels.trust: "  # lines without it are not ours
 _ENDED = "ended"
 
 
@@ -32,7 +32,7 @@ class Worker:
         self._apart = apart
         self.process = subprocess.Popen(
             [sys.executable, "-c", main], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=stderr, text=True, env=environment, start_new_session=apart,
+            stderr=stderr, text=True, errors="replace", env=environment, start_new_session=apart,
         )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -41,11 +41,15 @@ class Worker:
         # Closed here: whoever else closes it waits for this thread, and this thread for all that
         # have inherited the pipe.
         assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            for line in lines:
-                if line.startswith(MARK):
-                    self._lines.put(line[len(MARK) :])
-        self._lines.put(_ENDED)
+        try:
+            with self.process.stdout as lines:
+                for line in lines:
+                    # Behind what C code has left of a line of its own, it may be.
+                    _, mark, message = line.partition(MARK)
+                    if mark:
+                        self._lines.put(message)
+        finally:
+            self._lines.put(_ENDED)
 
     def send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin is not None
@@ -62,9 +66,10 @@ class Worker:
         return None if line == _ENDED else json.loads(line)
 
     def stop(self) -> None:
-        """Kill it, and what it has started. Takes at most some seconds."""
+        """Kill it; and what it has started, where it is apart. Takes at most some seconds."""
         with suppress(OSError):
-            if self._apart and hasattr(os, "killpg"):
+            # Of one that has been waited for the number may be another's by now.
+            if self._apart and hasattr(os, "killpg") and self.process.returncode is None:
                 os.killpg(self.process.pid, signal.SIGKILL)
             else:
                 self.process.kill()

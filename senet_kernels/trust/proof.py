@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ from .variations import (
 LEAST_SPEED = 0.95
 
 _RUNS = 3
+_T = TypeVar("_T")
 #: Times the limits: what is no further beyond them may be by chance.
 _NEAR = 4.0
 _BY_NUMBERS = "wrong"  # the fault of results that are too far from float64
@@ -78,10 +78,9 @@ def prove(kind: Kind, *, speed: bool = True, compiled: bool = False, forced: boo
         NoVerdictError: it could not be tried.
     """
     start = time.perf_counter()
-    with undisturbed(kind.device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with undisturbed(kind.device):
         wrong = _guarded(lambda: correct(kind, forced))
-        if wrong is None and _batch(kind, MOST_BYTES) < kind.shape[0]:
+        if wrong is None and _guarded_batch(kind) < kind.shape[0]:
             wrong = _is_right_at_full_size(kind)
         times: dict[str, float | None] = {"speed": None, "compiled_speed": None}
         if wrong is None and speed:
@@ -91,11 +90,18 @@ def prove(kind: Kind, *, speed: bool = True, compiled: bool = False, forced: boo
     return Found(wrong, seconds=time.perf_counter() - start, **times)
 
 
-def _guarded(do: Callable[[], Wrong | None]) -> Wrong | None:
+def _guarded(do: Callable[[], _T]) -> _T:
+    """What is no fault of the kernel, whose own are returned, leaves it without a verdict."""
     try:
         return do()
     except torch.OutOfMemoryError as error:
         raise NoVerdictError(f"out of memory: {error}") from error
+    except (RuntimeError, OSError, MemoryError, Warning) as error:
+        raise NoVerdictError(f"{type(error).__name__}: {error}") from error
+
+
+def _guarded_batch(kind: Kind) -> int:
+    return _guarded(lambda: _batch(kind, MOST_BYTES))
 
 
 def correct(kind: Kind, forced: bool = False) -> Wrong | None:
@@ -108,7 +114,7 @@ def correct(kind: Kind, forced: bool = False) -> Wrong | None:
     plain, *others = of_numbers(kind, forced)
     with exact_products(kind.device):
         wrong = _is_right_by_and_large(kind, batch, plain)
-        fewer = _batch(kind, MOST_BYTES // 4)
+        fewer = min(batch, _batch(kind, MOST_BYTES // 4))
         for variation in others:
             wrong = wrong or _is_right_by_and_large(kind, fewer, variation)
     if 0 not in kind.shape:
@@ -145,22 +151,19 @@ def _is_right_at_full_size(kind: Kind) -> Wrong | None:
     addresses beyond 32 bits, say. Nothing is said where there is no memory for it."""
     try:
         problem = Problem(kind, kind.shape[0])
-        first = kind.shape[0] - max(1, batch_for(kind, MOST_BYTES // 16))
-        runs = [problem.kernel_plainly() for _ in range(2)]
-        if kind.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        for name, value in runs[0].values.items():
-            if not same_bits(value, runs[1].values[name]):
-                place = _place(value, runs[1].values[name])
-                return Wrong("races", f"{name}: two runs of the whole batch differ {place}")
+        runs = [_run(problem, watched=False) for _ in range(2)]
+        for run in runs:
+            if isinstance(run, Wrong):
+                return run
+        one, two = (run for run in runs if not isinstance(run, Wrong))
+        for name, value in one.values.items():
+            if not same_bits(value, two.values[name]):
+                return Wrong("races", f"{name}: two runs of the whole batch differ")
+        first = kind.shape[0] - min(kind.shape[0], max(1, batch_for(kind, MOST_BYTES // 16)))
         with exact_products(kind.device):
-            return _compare(problem, runs[0], _NEAR, first)
-    except (torch.OutOfMemoryError, NoVerdictError):
-        return None
-    except RuntimeError as error:
-        if "out of memory" in str(error):
-            return None
-        return Wrong("failed", f"{type(error).__name__}: {error}")
+            return _compare(problem, one, _NEAR, first)
+    except (RuntimeError, OSError, MemoryError, Warning, NoVerdictError):
+        return None  # memory, above all: of the kernel itself _run has told
 
 
 def _ready(problem: Problem) -> None:
@@ -172,10 +175,11 @@ def _ready(problem: Problem) -> None:
             raise NoVerdictError(f"the device is not ready: {error}") from error
 
 
-def _run(problem: Problem) -> Results | Wrong:
-    """One call by the kernels, looked after."""
+def _run(problem: Problem, *, watched: bool = True) -> Results | Wrong:
+    """One call by the kernels, looked after; ``watched``: whether it writes elsewhere, for which
+    the inputs are copied."""
     inputs = {**problem.tensors, "dy": problem.dy}
-    given = {name: t.clone() for name, t in inputs.items() if t is not None}
+    given = {name: t.clone() for name, t in inputs.items() if t is not None and watched}
     _ready(problem)
     x = None
     if problem.kind.call.inplace:
@@ -186,7 +190,7 @@ def _run(problem: Problem) -> Results | Wrong:
             0 if problem.kind.aligned else 1,
         ).copy_(original)  # fmt: skip
     try:
-        results = problem.kernel(x)
+        results = problem.kernel(x) if watched else problem._kernel(x)
         if problem.kind.device.startswith("cuda"):
             torch.cuda.synchronize()
     except torch.OutOfMemoryError:

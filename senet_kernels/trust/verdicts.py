@@ -216,29 +216,38 @@ def decide(kind: Kind, *, may_prove: bool = True) -> Verdict:
     if verdict is not None:
         return verdict
     unproven = Verdict(UNPROVEN, "", key=kind.key, name=kind.name, final=False)
-    with _lock:
-        verdict = _memory.get(where)
+    # Whoever holds it runs the autograd engine, which another thread that asks may be a part of.
+    if not _lock.acquire(timeout=WAIT_SECONDS):
+        return unproven._replace(reason=_UNDECIDED)
+    try:
+        return _decide(kind, where, unproven, may_prove)
+    finally:
+        _lock.release()
+
+
+def _decide(kind: Kind, where: Any, unproven: Verdict, may_prove: bool) -> Verdict:
+    verdict = _memory.get(where)
+    if verdict is not None:
+        return verdict
+    _is_on(kind.device, where[0])
+    if _frozen:
+        reason = "trust.freeze() pinned the verdicts before this call"
+        return unproven._replace(reason=reason, final=True)
+    if time.monotonic() < _later.get(where, 0):
+        return unproven._replace(reason=_UNDECIDED)
+    folder = Folder(where[0])
+    record = folder.read(kind.key)
+    if record is not None:
+        verdict = _from_record(record)
         if verdict is not None:
-            return verdict
-        _is_on(kind.device, where[0])
-        if _frozen:
-            reason = "trust.freeze() pinned the verdicts before this call"
-            return unproven._replace(reason=reason, final=True)
-        if time.monotonic() < _later.get(where, 0):
-            return unproven._replace(reason=_UNDECIDED)
-        folder = Folder(where[0])
-        record = folder.read(kind.key)
-        if record is not None:
-            verdict = _from_record(record)
-            if verdict is not None:
-                log.debug("remembered: %s: %s", kind.key, verdict)
-                return _remember(where, verdict)
-        if not may_prove:
-            return unproven._replace(reason="not proven on this card; its first call does that")
-        if _forked:
-            reason = "not proven on this card, and a forked child proves nothing"
-            return unproven._replace(reason=reason, final=True)
-        return _decide_now(kind, where, folder, unproven)
+            log.debug("remembered: %s: %s", kind.key, verdict)
+            return _remember(where, verdict)
+    if not may_prove:
+        return unproven._replace(reason="not proven on this card; its first call does that")
+    if _forked:
+        reason = "not proven on this card, and a forked child proves nothing"
+        return unproven._replace(reason=reason, final=True)
+    return _decide_now(kind, where, folder, unproven)
 
 
 _UNDECIDED = "another process of this host has not decided yet"
@@ -277,18 +286,18 @@ def _prove(
     kind: Kind, where: Any, folder: Folder, how: str, mark: Mark | None, unproven: Verdict,
     suspect: Owner | None = None,
 ) -> Verdict:  # fmt: skip
-    left_by: Owner | None = None  # for the next process to know
+    left_by = suspect  # for the next process to know, unless there is a verdict
     try:
         found = _find(kind, how, alone=suspect is not None)
         _begun.add((folder, kind.backend))
         verdict = _judged(kind, found)
         _keep(folder, verdict, how, found.seconds, describe(kind))
+        left_by = None
         _remember(where, verdict)
     except NoVerdictError as error:
         reason = f"it could not be tried: {error}"
         if suspect is not None:
             reason += f"; process {suspect.pid} ended while it tried this"
-            left_by = suspect
         return _remember(where, unproven._replace(reason=reason, final=True))
     finally:
         if mark is not None:

@@ -22,7 +22,8 @@ from .kinds import Kind, from_json
 from .process import MARK, Worker
 from .proof import Found, NoVerdictError, Wrong, describe, prove
 
-#: Seconds for a process to start (it imports torch), and for a kernel to be compiled and proven.
+#: Seconds for a process to start (it imports torch), and between two steps of a proof: a kernel is
+#: compiled, or runs.
 START_SECONDS, JOB_SECONDS = 120.0, 120.0
 _IDLE_SECONDS = 20.0
 _MAIN = "from senet_kernels.trust.worker import main; main()"
@@ -76,11 +77,13 @@ def _begin(message: dict[str, Any]) -> Worker:
 
 def _outcome(worker: Worker) -> Found:
     """What becomes of a kind that the worker has begun with."""
+    step = "its start"
     try:
-        answer = worker.receive(JOB_SECONDS)
+        while (answer := worker.receive(JOB_SECONDS)) is not None and "step" in answer:
+            step = answer["step"]
     except queue.Empty:
         stop()
-        return Found(Wrong("hangs", f"no result within {JOB_SECONDS:g} seconds"))
+        return Found(Wrong("hangs", f"no word for {JOB_SECONDS:g} seconds after {step}"))
     except BaseException:
         stop()
         raise
@@ -146,7 +149,36 @@ def say(**message: Any) -> None:
     sys.stdout.flush()
 
 
+def tell_steps() -> None:
+    """The watch begins anew with each step of a proof, and with each kernel that Triton has
+    compiled: it is for the one that does not end."""
+    from senet_kernels.backends import triton
+
+    from . import problem, proof
+
+    def told(of: Any, name: str) -> None:
+        do = getattr(of, name)
+
+        def step(*args: Any, **options: Any) -> Any:
+            say(step=name.strip("_"))
+            return do(*args, **options)
+
+        setattr(of, name, step)
+
+    told(proof, "_run")
+    told(proof, "_compare")
+    told(problem.Problem, "kernel_plainly")
+    if triton.UNAVAILABLE is None:
+        from senet_kernels.backends.triton import launcher
+
+        told(launcher.Launch, "_compile")
+
+
+_steps_are_told = False
+
+
 def _answer(message: dict[str, Any]) -> None:
+    global _steps_are_told
     try:
         for name in message["imports"]:
             importlib.import_module(name)
@@ -159,6 +191,9 @@ def _answer(message: dict[str, Any]) -> None:
         say(no_verdict=f"{type(error).__name__}: {error}")
         return
     say(started=describe(kind))
+    if not _steps_are_told:
+        tell_steps()
+        _steps_are_told = True
     try:
         found = prove(kind, compiled=message["compiled"])
     except NoVerdictError as error:
