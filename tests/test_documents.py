@@ -126,7 +126,6 @@ ALLOWED = {
     ("backends.md", "64 MiB"): "trust.problem.MOST_BYTES: what a proof takes at most",
     ("backends.md", "30 seconds"): "how long a process waits for another one's verdict at most",
     ("backends.md", "15 seconds"): "how often make gpu writes its file",
-    ("backends.md", "15 s"): "how long a case of make gpu may take",
     ("kernels.md", "16 KB"): "the size of a block in csrc/cpu",
     ("losses.md", "5 %"): "summary.LOSS: from which on a comparison is lost",
     ("performance.md", "5 %"): "summary.LOSS: from which on a comparison is lost",
