@@ -209,3 +209,17 @@ def test_what_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             match=r"^Triton .* does not compile some_kernel with .*8.*: PassManager::run failed$",
         ):
             call(None)
+
+
+def test_who_watches_is_told_before_a_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def fail() -> Any:
+        told.append("compiled")
+        return _fail()
+
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
+    monkeypatch.setattr(launcher, "listeners", [lambda: told.append("told")])
+    with pytest.raises(launcher.CannotCompileError):
+        launcher.Launch(_Kernel(fail), 1, {}, warps=8)(None)
+    assert told == ["told", "compiled"]

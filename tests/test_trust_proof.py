@@ -110,7 +110,7 @@ def test_the_plan_of_the_call_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert proof.correct(kind) is None
     assert set(tried) == {12, 3, 2}  # in full, what else is tried, and one image less
     tried.clear()
-    monkeypatch.setattr(Problem, "plan", lambda self: f"{self.batch} images; {self.batch} images")
+    monkeypatch.setattr(proof, "plan_with", lambda kind, batch: f"{batch} images; {batch} images")
     assert proof.correct(kind._replace(plan="20 images; 20 images")) is None
     assert set(tried) == {20}
 

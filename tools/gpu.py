@@ -317,7 +317,8 @@ class Table:
 
     def environment(self) -> dict[str, str]:
         inherited = os.environ.get("PYTHONPATH")
-        # Shells that are no login shells have seldom the toolkit on their PATH.
+        # Shells that are no login shells have seldom the toolkit on their PATH: it is looked for
+        # where NVIDIA's packages put it.
         folders = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
         folders += sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)[:1]
         path = [os.environ.get("PATH", ""), *(f for f in folders if Path(f).is_dir())]

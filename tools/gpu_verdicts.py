@@ -35,8 +35,8 @@ from tools.gpu_cases import BACKENDS, FRESH, GROUPS, Job, jobs
 
 NOT_RUN = "not run"
 FINE = ("ok", "not here", NOT_RUN)
-# What of a case nothing else is to run, and a process that is not to take another one.
 UNSAID = "unsaid"  # of a process that ended before it was heard of: of its case nothing is known
+# What of a case nothing else is to run, and a process that is not to take another one.
 LEFT_OUT = ("crash", "hang", "launch error")
 KEPT = ("ok", "not here")  # by a second call
 

@@ -13,6 +13,7 @@ project's own tests, and run unasked.
 from __future__ import annotations
 
 import os
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from senet_kernels.features import Call
 from senet_kernels.pointwise import Options
 
 from . import verdicts
-from .kinds import INFERENCE, TRAINING, bucket, class_of, kind_for, kind_of, number
+from .kinds import INFERENCE, TRAINING, bucket, class_of, facts_of, kind_for, kind_of, number
 from .verdicts import (
     COMPILED,
     MISTRUSTED,
@@ -202,13 +203,11 @@ def _is_in(
     strides = [number(n) for n in x.stride()]
     if residual is not None and [number(n) for n in residual.stride()] != strides:
         return False
-    facts = (call.shift, call.weighted, call.affine, call.lengths, call.residual, call.inplace)
-    given = "".join(["1" if fact else "0" for fact in facts])
     options = call.options
     variants = _variants_at_trace_time(
         backend, device, call.device, call.dtype, call.param_dtype, options.activation,
-        options.gate, options.before, options.after, call.form, given, hidden, outputs, direction,
-        name, least, most, len(shape), *shape, *strides,
+        options.gate, options.before, options.after, call.form, facts_of(call), hidden, outputs,
+        direction, name, least, most, len(shape), *shape, *strides,
     )  # fmt: skip
     divides = "ragged"
     if x.shape[0] % 16 == 0:
@@ -254,23 +253,19 @@ def _variants_at_trace_time(
         inplace,
     )  # fmt: skip
     shape, strides = extents[:dims], extents[dims:]
-    lines: dict[tuple[str, str], int] = {}
-    ended: list[str] = []
+
+    def key_with(batch: int) -> str:
+        return kind_for(
+            backend, call, device, (batch, *shape), strides, True, hidden, outputs, direction, name
+        ).key
+
+    lines: list[str] = []
     for divides in ("ragged", "whole"):
-        lines.clear()
-        for batch in range(least, most + 1):
-            if (batch % 16 == 0) != (divides == "whole"):
-                continue
-            kind = kind_for(
-                backend, call, device, (batch, *shape), strides, True, hidden, outputs, direction,
-                name,
-            )  # fmt: skip
-            if (divides, kind.key) not in lines:
-                ended += [f"{last} {of} {key}" for (of, key), last in lines.items()]
-                lines.clear()
-            lines[divides, kind.key] = batch
-        ended += [f"{last} {of} {key}" for (of, key), last in lines.items()]
-    return "\n".join(ended)
+        of_it = (b for b in range(least, most + 1) if (b % 16 == 0) == (divides == "whole"))
+        for key, batches in groupby(of_it, key_with):
+            *_, last = batches
+            lines.append(f"{last} {divides} {key}")
+    return "\n".join(lines)
 
 
 _variants_at_trace_time._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Problem, Results
+from .problem import OF_IMAGES, Problem, Results
 
 #: Results that have a row for each channel of an image.
 IMAGES = ("y", "d x", "d residual")
@@ -109,7 +109,7 @@ def compare(
         for name, expected in right.values.items():
             if name not in results.values or (first and part.stop == 0):
                 continue
-            of_part = name in ("y", "d x", "d u", "d residual")
+            of_part = name in OF_IMAGES
             for errors, values in ((ours, results.values), (theirs, eager.values)):
                 value = values[name][part] if of_part else values[name]
                 if name not in errors:

@@ -75,14 +75,18 @@ def class_of(
     eighths = "8n"
     if positions % 8 != 0:
         eighths = "odd"
-    given = (call.shift, call.weighted, call.affine, call.lengths, call.residual, call.inplace)
-    facts = "".join(["1" if fact else "0" for fact in given])
     names = "/".join(call.options)
     return (
-        f"{backend} {x.device.type} {call.form} {names} {facts} {call.dtype} "
+        f"{backend} {x.device.type} {call.form} {names} {facts_of(call)} {call.dtype} "
         f"{call.param_dtype} {layout} {x.dim()}d B{bucket(x.shape[0])} C{number(x.shape[1])} "
         f"R{hidden} U{outputs} S{bucket(positions)}{eighths} {direction}"
     )
+
+
+def facts_of(call: Call) -> str:
+    """What a call has been given, a digit each, from ``shift`` on; Dynamo traces this."""
+    given = (call.shift, call.weighted, call.affine, call.lengths, call.residual, call.inplace)
+    return "".join(["1" if fact else "0" for fact in given])
 
 
 class Kind(NamedTuple):
@@ -257,18 +261,6 @@ def plan_for(
             x, torch.device(device), aligned, call.param_dtype, call.form, hidden, outputs,
             call.options, call.operands, direction == TRAINING,
         )
-    )  # fmt: skip
-
-
-def plan_of(
-    backend: str, call: Call, x: Tensor, w1: Tensor | None, w2: Tensor | None, direction: str
-) -> str:
-    """:func:`plan_for` of tensors that are there."""
-    strides, aligned = _memory_given(x, call)
-    return plan_for(
-        backend, call, str(x.device), tuple(x.shape), strides, aligned,
-        0 if w1 is None else w1.shape[0],
-        x.shape[1] * (1 + call.shift) if w2 is None else w2.shape[0], direction,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from senet_kernels.backends import native
 from senet_kernels.pointwise import Options, pack
 
 from .bands import Allocations, Bands, same_bits
-from .kinds import TRAINING, Kind, digest, plan_of
+from .kinds import TRAINING, Kind, digest, plan_for
 from .variations import LARGE, MINUS_LARGE, PLAIN, Variation
 
 Tensors = dict[str, Tensor | None]
@@ -60,8 +60,10 @@ _FORMS: dict[str, _Form] = {
     ),
 }
 
-#: Of these the first extent is the batch.
+# Of these the first extent is the batch,
 _OF_IMAGES = frozenset(("x", "u", "residual", "lengths"))
+#: and of the results these.
+OF_IMAGES = ("y", "d x", "d u", "d residual")
 
 
 class Results(NamedTuple):
@@ -256,14 +258,6 @@ class Problem:
                     raise seen.error from None
                 raise
 
-    def plan(self) -> str:
-        """The launch plan of the call with as many images as there are here."""
-        x, w2 = self.tensors["x"], self.tensors.get("w2")
-        assert x is not None
-        kind = self.kind
-        w1 = self.tensors.get("w1")
-        return plan_of(kind.backend, kind.call, x, w1, w2, kind.direction)
-
     def kernel_plainly(self) -> Results:
         """The same without bands, for its time."""
         return self._kernel(None)
@@ -355,7 +349,7 @@ class Problem:
             }  # fmt: skip
             dy = None if self.dy is None else self.dy[part].double()
             values = self._differentiated(self._oracle_forward, given, dy).values
-            for name in [n for n in values if n[2:] not in (*_OF_IMAGES, "") and n != "y"]:
+            for name in [n for n in values if n not in OF_IMAGES]:
                 sums = values.pop(name)
                 totals[name] = totals[name] + sums if name in totals else sums
             yield part, Results(values)
@@ -418,6 +412,15 @@ def _turned(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]
         found[axis] = covered
         covered *= shape[axis] + (axis == order[1])
     return tuple(found)
+
+
+def plan_with(kind: Kind, batch: int) -> str:
+    """The launch plan of the call with another number of images."""
+    shape = (batch, *kind.shape[1:])
+    return plan_for(
+        kind.backend, kind.call, kind.device, shape, _strides_for(kind, kind.strides, shape),
+        kind.aligned, kind.hidden, kind.outputs, kind.direction,
+    )  # fmt: skip
 
 
 def batch_for(kind: Kind, most: int = MOST_BYTES) -> int:

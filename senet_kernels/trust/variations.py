@@ -9,7 +9,6 @@ from .kinds import TRAINING, Kind
 
 _PARAMETERS = ("w1", "b1", "w2", "b2", "alpha", "beta", "a", "b")
 _BIASES = ("b1", "b2")
-_OF_IMAGES = ("d x", "d residual")
 _FROZEN = tuple(f"d {name}" for name in _PARAMETERS)
 
 #: What takes an image of its own in :func:`special`: values of a channel, or all of an image so
@@ -55,7 +54,7 @@ def of_numbers(kind: Kind, forced: bool = False) -> tuple[Variation, ...]:
     tail = Variation(("alpha", *_FROZEN), tail=True, turned=not forced, lengths="all")
     if kind.direction != TRAINING:
         return PLAIN, bare, tail
-    frozen_images = Variation(_OF_IMAGES, scale=2.5, fewer=1)
+    frozen_images = Variation(("d x", "d residual"), scale=2.5, fewer=1)
     has_more = (call.form != "squeeze alone" or call.affine) and not forced
     # Of the parameters the vectors alone, which is another launch.
     vectors = Variation(("d w1", "d w2"), tail=True, fewer=1)

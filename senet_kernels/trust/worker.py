@@ -171,7 +171,7 @@ def tell_steps() -> None:
     if triton.UNAVAILABLE is None:
         from senet_kernels.backends.triton import launcher
 
-        told(launcher.Launch, "_compile")
+        launcher.listeners.append(lambda: say(step="compile"))
 
 
 _steps_are_told = False

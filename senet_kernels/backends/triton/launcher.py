@@ -18,6 +18,10 @@ class CannotCompileError(RuntimeError):
     """Triton does not compile a kernel for this device with these constants."""
 
 
+#: Called before a kernel is compiled, for whoever watches for what hangs: that takes long.
+listeners: list[Callable[[], None]] = []
+
+
 class Launch:
     """A kernel with all its arguments but the pointers; called with these it launches.
 
@@ -85,6 +89,8 @@ class Launch:
     def _compile(self, pointers: tuple[Tensor | None, ...], options: Mapping[str, int]) -> Any:
         """The kernel, compiled and loaded: only then are its registers known."""
         grid = (self._programs, 1, 1)
+        for listen in listeners:
+            listen()
         try:
             kernel = self.kernel.warmup(*pointers, *self._rest, grid=grid, **options)
         except RuntimeError as error:  # MLIR's passes, and LLVM, raise no error of Triton's own
