@@ -75,14 +75,13 @@ def settle(
     """
     x = tensors[0]
     assert x is not None
-    transformed = not compiling and torch._C._are_functorch_transforms_active()
     of = _matrices(resolved.call.form, tensors)
-    differentiated = transformed or requires_grad(*tensors)
-    if compiling or transformed or type(x) not in PLAIN_TYPES:
-        traced = compiling or type(x) not in PLAIN_TYPES
-        if traced:
-            return _settle_traced(resolved, x, of, backend, differentiated)
-        return _settle_transformed(resolved, x, of, backend)
+    differentiated = requires_grad(*tensors)
+    if compiling or type(x) not in PLAIN_TYPES:
+        return _settle_traced(resolved, x, of, backend, differentiated)
+    if torch._C._are_functorch_transforms_active():  # where nothing is proven either
+        x, may_prove, differentiated = _unwrapped(x), False, True
+        of = of._replace(residual=None if of.residual is None else _unwrapped(of.residual))
     asks = resolved.asks
     assert isinstance(asks, trust.Question)
     key = (
@@ -96,7 +95,7 @@ def settle(
         answer: ResolvedCall = known
         return answer
     answer, is_final = _settle_eagerly(resolved, x, of, backend, differentiated, may_prove)
-    if is_final and may_prove:
+    if is_final:
         if len(answers) >= _MOST_KNOWN:
             answers.clear()
         answers[key] = answer
@@ -163,31 +162,6 @@ def _settle_traced(
     while trust.is_asked(choice.backend, call.device) and not trust.runs_in_compiled_code(
         choice.backend, call, x, of.w1, of.outputs, differentiated, of.residual
     ):
-        against = (*against, (choice.backend, reason))
-        choice = dispatch.choose(call, "auto", against)
-    return resolved._replace(choice=choice, asks=False)
-
-
-def _settle_transformed(
-    resolved: ResolvedCall, x: Tensor, of: _Matrices, backend: str | None
-) -> ResolvedCall:
-    """The same under torch.func, where nothing is proven either."""
-    call, choice = resolved.call, resolved.choice
-    requested = dispatch.requested_backend(backend)
-    images, residual = _unwrapped(x), None if of.residual is None else _unwrapped(of.residual)
-    against: tuple[tuple[str, str], ...] = ()
-    while trust.is_asked(choice.backend, call.device):
-        verdict = trust.verdict_on(
-            choice.backend, call, images, of.w1, of.w2, of.outputs, True, residual,
-            may_prove=False,
-        )  # fmt: skip
-        if requested != "auto":
-            if verdict.state == trust.REFUSED:
-                raise _mistrust(requested, f": {verdict.reason}")
-            break
-        if verdict.state == trust.TRUSTED:
-            break
-        reason = "no verdict lets it run under torch.func"
         against = (*against, (choice.backend, reason))
         choice = dispatch.choose(call, "auto", against)
     return resolved._replace(choice=choice, asks=False)

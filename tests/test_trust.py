@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -55,6 +56,7 @@ from senet_kernels.trust import kinds, proof, store, verdicts, worker
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 ROOT = Path(__file__).parent.parent
+_has_any = store.Folder.has_any  # which the card has replaced
 
 
 @pytest.fixture
@@ -234,6 +236,27 @@ def test_by_name_a_mismatch_raises(card: Path, monkeypatch: pytest.MonkeyPatch) 
     squeeze_excite(*arguments, backend="triton")
 
 
+def test_transforms_ask_once(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a verdict; they reach none."""
+    x, *rest = _tensors()
+    asked: list[Any] = []
+    decide = verdicts.decide
+    monkeypatch.setattr(verdicts, "decide", lambda *a, **k: asked.append(a) or decide(*a, **k))
+    gradient = torch.func.grad(lambda x: squeeze_excite(x, *rest).sum())
+    launches = pretended.launches
+    gradient(x)
+    gradient(x)
+    assert len(asked) == 2
+    assert pretended.launches == launches
+    squeeze_excite(x.clone().requires_grad_(), *rest)
+    asked.clear()
+    launches = pretended.launches
+    for _ in range(3):
+        gradient(x)
+    assert len(asked) <= 1
+    assert pretended.launches == launches + 6
+
+
 def test_by_name_a_mismatch_raises_under_transforms(
     card: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +374,7 @@ def test_layouts_that_kernels_walk_differently_are_kinds_of_their_own() -> None:
         found[name] = kinds.memory_of(tuple(x.shape), x.stride(), x.data_ptr() % 16 == 0)
     assert len(set(found.values())) == len(found) - 1, found
     assert found["every other position"] == "rows, copied"
-    assert found["channels cut"] == "rows, apart"
+    assert found["channels cut"] == "rows, apart by 8n"
     assert found["channels-last"] == "channels-last"
 
 
@@ -541,12 +564,17 @@ def test_another_driver_is_another_card(card: Path, monkeypatch: pytest.MonkeyPa
 def test_other_kernels_are_proven_anew(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = _tensors()
     squeeze_excite(*arguments)
+    folder = store.Folder(kinds.environment("cpu"))
+    assert _has_any(folder, "triton")
+    assert not _has_any(folder, "native")
     monkeypatch.setattr(triton, "kernel_files", lambda: [Path(pytest.__file__)])
     as_new_process()
+    assert not _has_any(folder, "triton")
     launches = pretended.launches
     squeeze_excite(*arguments)
     assert pretended.launches > launches + 3
     assert len(list(card.rglob("*.json"))) == 2
+    assert _has_any(folder, "triton")
 
 
 def test_forget_and_freeze(card: Path) -> None:
@@ -560,11 +588,32 @@ def test_forget_and_freeze(card: Path) -> None:
     others = _tensors(batch=9)
     torch.testing.assert_close(squeeze_excite(*others), _right(others))
     assert pretended.launches == launches + 1
+    left = _file(card).with_suffix(f".{store._place()}.pending")
+    left.write_text("of a process that ended, for a kernel without a verdict")
     assert trust.forget() == 1
     assert not list(card.rglob("*.json"))
+    assert not left.exists()
     assert not trust.status()
     squeeze_excite(*others)
     assert pretended.launches > launches + 3
+
+
+@pytest.mark.parametrize("where", ["frozen", "a forked child"])
+def test_nothing_is_measured_against_compiled_code(
+    card: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w1, b1, w2, b2 = arguments = _tensors()
+    squeeze_excite(*arguments)
+    options = Options("relu", "sigmoid", "identity", "identity")
+    call = Call("cpu", x.dtype, x.dtype, options, "two layers", *[False] * 6)
+    kind = kinds.kind_of("triton", call, x, w1, w2, 16, kinds.INFERENCE)
+    assert verdicts.decide(kind, may_prove=False).state == trust.TRUSTED
+    if where == "frozen":
+        trust.freeze()
+    monkeypatch.setattr(verdicts, "_forked", where == "a forked child")
+    launches = pretended.launches
+    assert verdicts.measure_compiled(kind).compiled_speed is None
+    assert pretended.launches == launches
 
 
 # -- marks and processes
@@ -1036,6 +1085,12 @@ def test_the_environment_does_not_import_triton() -> None:
         assert done.stdout.strip() == "none"
     else:
         assert done.stdout.strip() == installed.__version__
+
+
+def test_a_module_that_stands_in_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tests of other projects have it: without a spec."""
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    assert kinds._triton_version() == "unknown"
 
 
 def test_many_verdicts(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from senet_kernels.features import Call
 from senet_kernels.pointwise import Options, pack
 from senet_kernels.trust import kinds, proof, variations
 from senet_kernels.trust.bands import Allocations
-from senet_kernels.trust.problem import Problem, Results, exact_products
+from senet_kernels.trust.problem import Problem, Results, batch_for, exact_products
 
 pytestmark = pytest.mark.skipif(native.UNAVAILABLE is not None, reason="no compiled library")
 
@@ -394,8 +394,35 @@ def test_products_of_fewer_bits_are_no_measure() -> None:
         with exact_products("cpu"):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "bf16"
+        # One that follows the setting for all backends still does.
+        matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with exact_products("cpu"):
+            assert matmul.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
     finally:
+        torch.backends.fp32_precision = "none"
         matmul.fp32_precision = before
+
+
+def test_sums_of_fewer_bits_are_no_measure() -> None:
+    products = torch.backends.cuda.matmul
+    with exact_products("cuda"):
+        assert not products.allow_bf16_reduced_precision_reduction
+        assert not products.allow_fp16_reduced_precision_reduction
+    assert products.allow_bf16_reduced_precision_reduction
+    assert products.allow_fp16_reduced_precision_reduction
+
+
+def test_a_proof_takes_images_that_lie_far_apart_for_as_large() -> None:
+    """As what lies between them: between bands there is room for it."""
+    kind = _kind()
+    image = torch.Size(kind.shape[1:]).numel()
+    far = kind._replace(shape=(64, *kind.shape[1:]), strides=(100 * image, *kind.strides[1:]))
+    near = far._replace(strides=(image, *kind.strides[1:]))
+    assert batch_for(near, 100 * image * 4 * 4) == 64
+    assert batch_for(far, 100 * image * 4 * 4) == 16  # so that a tile is full
 
 
 def test_a_child_of_a_proof_allocates_as_ever() -> None:

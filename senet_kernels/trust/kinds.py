@@ -153,7 +153,8 @@ def memory_of(shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool) -
     if not _is_dense(x[:1], by_channels):
         words.append("copied")
     elif not follow:
-        words.append("repeated" if strides[0] == 0 else "apart")
+        apart = f"apart by {math.gcd(strides[0], 16)}n"
+        words.append("repeated" if strides[0] == 0 else apart)
     y = torch.empty_like(x)
     if not _is_dense(y[:1], by_channels) or (shape[0] > 1 and y.stride(0) != image):
         words.append("y copied")
@@ -314,8 +315,11 @@ def _driver() -> str:
 
 def _triton_version() -> str:
     """Without importing it, which takes long: native kernels have no use for it."""
-    if importlib.util.find_spec("triton") is None:
-        return "none"
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return "none"
+    except ValueError:  # a module without a spec stands in for it
+        return "unknown"
     for name in (
         "triton",
         "pytorch-triton",

@@ -426,7 +426,8 @@ def plan_with(kind: Kind, batch: int) -> str:
 def batch_for(kind: Kind, most: int = MOST_BYTES) -> int:
     """How many images a proof takes: those of the call, as far as they are not too many; tiles of
     16 are full with them, or not, as with the call's."""
-    image = max(1, torch.Size(kind.shape[1:]).numel() * kind.call.dtype.itemsize)
+    elements = max(1, torch.Size(kind.shape[1:]).numel(), kind.strides[0])  # and what lies between
+    image = elements * kind.call.dtype.itemsize
     batch = max(1, min(kind.shape[0], most // image))
     if batch >= kind.shape[0] or (batch % 16 == 0) == (kind.shape[0] % 16 == 0):
         return batch
@@ -455,24 +456,31 @@ def undisturbed(device: str) -> Iterator[None]:
 def exact_products(device: str) -> Iterator[None]:
     """While the errors of PyTorch's own operators are a measure: products of float32 and float16
     matrices are accumulated in float32 of all bits, whatever the caller allows (TF32, say)."""
-    backend = "cuda" if torch.device(device).type == "cuda" else "mkldnn"
-    of_backend = getattr(torch.backends, backend).matmul
-    settings: list[tuple[Any, str, Any, tuple[Any, ...]]] = [
-        (of_backend, "fp32_precision", "ieee", ("ieee", "none"))
-    ]
-    if backend == "cuda":
-        settings.append((of_backend, "allow_fp16_accumulation", False, (False,)))
-    before = []
-    for owner, name, exact, as_exact in settings:
-        value = getattr(owner, name)
-        if value not in as_exact:
-            before.append((owner, name, value))
-            setattr(owner, name, exact)
+    is_gpu = torch.device(device).type == "cuda"
+    products = getattr(torch.backends, "cuda" if is_gpu else "mkldnn").matmul
+    precision = products.fp32_precision
+    flags = {name: getattr(products, name) for name in _REDUCED if is_gpu}
+    if precision not in ("ieee", "none"):
+        products.fp32_precision = "ieee"
+    for name in flags:
+        setattr(products, name, False)
     try:
         yield
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+        if precision not in ("ieee", "none"):
+            products.fp32_precision = "none"  # which follows torch.backends.fp32_precision
+            if products.fp32_precision != precision:
+                products.fp32_precision = precision
+        for name, value in flags.items():
+            setattr(products, name, value)
+
+
+# Of products of half-precision matrices.
+_REDUCED = (
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
 
 
 def accumulates_in(kind: Kind) -> torch.dtype:

@@ -15,12 +15,11 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .kinds import digest
+from .kinds import digest, kernel_hash
 
 log = logging.getLogger("senet_kernels.trust")
 
@@ -96,17 +95,19 @@ class Folder(NamedTuple):
         return [record for path in paths if (record := _read(path)) is not None]
 
     def has_any(self, backend: str) -> bool:
-        """Whether a kernel of a backend has had a verdict here."""
-        return any(record["key"].startswith(f"{backend} ") for record in self.records())
+        """Whether a kernel of a backend, as its kernels are now, has had a verdict here."""
+        begin, end = f"{backend} ", f" {kernel_hash(backend)}"
+        keys = [record["key"] for record in self.records()]
+        return any(key.startswith(begin) and key.endswith(end) for key in keys)
 
-    def remove(self, keys: Collection[str]) -> None:
-        """Drop records and the marks beside them."""
-        folder, names = self.path, set(map(digest, keys))
-        if folder is None or not names:
+    def clear(self) -> None:
+        """Drop all records, and all marks."""
+        folder = self.path
+        if folder is None:
             return
         with suppress(OSError):
             for path in list(folder.iterdir()):
-                if path.name.partition(".")[0] in names:
+                if path.suffix in (".json", ".pending"):
                     with suppress(OSError):
                         path.unlink(missing_ok=True)
 

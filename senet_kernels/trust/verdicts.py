@@ -243,7 +243,7 @@ def _decide(kind: Kind, where: Any, unproven: Verdict, may_prove: bool) -> Verdi
             log.debug("remembered: %s: %s", kind.key, verdict)
             return _remember(where, verdict)
     if not may_prove:
-        return unproven._replace(reason="not proven on this card; its first call does that")
+        return unproven._replace(reason="not proven on this card; its first eager call does that")
     if _forked:
         reason = "not proven on this card, and a forked child proves nothing"
         return unproven._replace(reason=reason, final=True)
@@ -340,7 +340,7 @@ def _judged(kind: Kind, found: Found) -> Verdict:
 def measure_compiled(kind: Kind) -> Verdict:
     """Measure a variant that is trusted in eager mode against compiled code too."""
     verdict = decide(kind)
-    if verdict.state != TRUSTED or verdict.compiled_speed is not None:
+    if verdict.state != TRUSTED or verdict.compiled_speed is not None or _frozen or _forked:
         return verdict
     with _lock:
         try:
@@ -399,7 +399,7 @@ def forget() -> int:
         for facts in _known_environments():
             keys = {key for of, key in list(_memory) if of == facts}
             keys |= {record["key"] for record in Folder(facts).records()}
-            Folder(facts).remove(keys)
+            Folder(facts).clear()
             count += len(keys)
         for table in (_memory, _later, _devices, COMPILED, MISTRUSTED):
             table.clear()
