@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,15 +237,21 @@ def test_a_second_call_goes_on(run: Callable[..., _Ran]) -> None:
 def test_a_new_start(run: Callable[..., _Ran], monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     ran = run(30)
     (ran.out / "layers.json").write_text("{}")
-    ran(Stage("fine", "", 1))
+    ran(Stage("fine", "", 1), Stage("older", "", 1))
     if why == "other sources":
         monkeypatch.setattr(stage_runner, "fingerprint", lambda: "others")
-    again = run(30)
+    said: list[str] = []
+    again = run(30, say=said.append)
     lines = again(Stage("fine", "", 1), fresh=why == "fresh")
     assert not lines["fine"]["earlier"]
     home = brought_home.home(again.path)
-    assert "layers.json" not in home
-    assert "layers.before.json" in home
+    assert {"layers.before.json", "older.before.log", "fine.log"} <= set(home)
+    assert not {"layers.json", "older.log"} & set(home)
+    reason = {"fresh": ": --fresh", "other sources": ": sources, GPU, Python, torch"}[why]
+    assert reason in said[0]
+    assert said[0] in home["summary.txt"]
+    run(30)(Stage("fine", "", 1))
+    assert "begun anew" not in brought_home.home(again.path)["summary.txt"]
 
 
 def test_sources_torch_and_device_are_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,6 +448,29 @@ def test_tests_of_what_crashed_are_not_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "2 passed, 1 deselected" in done.stdout, done.stdout
     assert "[native-cuda-a=1,b=2]" in done.stdout
+
+
+def test_what_may_have_ended_the_tests_comes_last(tmp_path: Path) -> None:
+    """The others pass before, and are not run again."""
+    (tmp_path / "test_them.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('i', range(4))\n"
+        "def test_it(i):\n"
+        "    if i == 1: os._exit(9)\n"
+        "    assert i != 3\n"
+    )
+    command = [PYTHON, "-m", "pytest", "-p", "tools.resume_tests", "-p", "no:cacheprovider", "-v",
+               str(tmp_path)]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT),
+                   stage_runner.PASSED: str(tmp_path / "them.passed")}  # fmt: skip
+    ran = []
+    for _ in range(3):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False,
+                              env=environment)  # fmt: skip
+        assert done.returncode == 9
+        ran.append(re.findall(r"test_it\[(\d)\]", done.stdout))
+    assert ran[0] == ["0", "1"]
+    assert [list(dict.fromkeys(of)) for of in ran[1:]] == [["2", "3", "1"], ["3", "1"]]
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, ""), (1, "no compiled library: in place: old")])

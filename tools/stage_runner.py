@@ -229,7 +229,7 @@ class Runner:
         self.results: list[Result] = []
         self._todo: list[Stage] = []
         self._earlier: dict[str, Result] = {}
-        self._fingerprint = self._library = ""
+        self._fingerprint = self._library = self._anew = ""
         self._beside: dict[str, tuple[Stage, Result, subprocess.Popen[bytes], float]] = {}
         self._granted = 0.0
         self._begin = time.monotonic()
@@ -249,13 +249,21 @@ class Runner:
         self.home.unpack()
         self._fingerprint, self._library = fingerprint(), library()
         found = read_json(self.out / "summary.json")
-        same = (found.get("schema"), found.get("fingerprint"), found.get("note")) == (
-            SCHEMA, self._fingerprint, self.note,
-        )  # fmt: skip
-        # Where there is none it is built of the same sources.
+        # Where there is no library it is built of the same sources.
         libraries = {found.get("library", ""), self._library} - {""}
-        if fresh or not same or len(libraries) > 1:
+        reasons = {
+            "--fresh": fresh,
+            "it is of another release of these tools, or cut off": found.get("schema") != SCHEMA,
+            "sources, GPU, Python, torch or Triton are others":
+                found.get("fingerprint") != self._fingerprint,
+            "one of the two is a dry run": found.get("note") != self.note,
+            "the compiled library is another": len(libraries) > 1,
+        }  # fmt: skip
+        why = next((reason for reason, holds in reasons.items() if holds), "")
+        if why:
             put_aside(self.out)
+            self._anew = f"begun anew, what gpu.tgz had is in it as *.before.*: {why}"
+            self._say(self._anew)
             return
         (self.out / "environment.json").unlink(missing_ok=True)
         lines = [Result(**{**line, "earlier": True}) for line in found["stages"]]
@@ -387,7 +395,7 @@ class Runner:
             f"commit: {environment.get('commit') or 'unknown'}"
             + (" with uncommitted changes" if environment.get("uncommitted_changes") else ""),
             f"{self.elapsed:.0f} of {self.budget:.0f} s",
-            *([self.note] if self.note else []),
+            *filter(None, (self.note, self._anew)),
             *([f"an earlier renewal failed: {self.home.fault}"] if self.home.fault else []),
         ]
         try:
@@ -442,9 +450,9 @@ def fingerprint() -> str:
 
 def put_aside(out: Path) -> None:
     """What stages go on from is not gone on from."""
-    for path in [*out.glob("*.json"), *out.glob("*.passed")]:
-        if not path.name.endswith(".before.json"):
-            os.replace(path, path.with_suffix(".before.json"))
+    for path in [*out.glob("*.json"), *out.glob("*.passed"), *out.glob("*.log")]:
+        if ".before." not in path.name:
+            os.replace(path, path.with_suffix(f".before{path.suffix}"))
 
 
 def last_line(text: str) -> str:
