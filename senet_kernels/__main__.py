@@ -18,6 +18,7 @@ from ._command_line import command
 from .backends.triton.runtime import architecture
 from .convert import fuse_se_blocks
 from .dispatch import backends
+from .recognise import one_recogniser
 from .selftest import run as selftest
 
 
@@ -216,10 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = getattr(torch, args.dtype)
         return workloads.run(args.device, dtype, args.batch, args.compiled, args.network)
     if args.command == "fuse":
-        return _fuse(
-            args.model, args.size, args.batch, args.device, args.seconds, args.neighbours,
-            args.verbose,
-        )  # fmt: skip
+        with one_recogniser():  # the model is fused many times
+            return _fuse(
+                args.model, args.size, args.batch, args.device, args.seconds, args.neighbours,
+                args.verbose,
+            )  # fmt: skip
     return _selftest() if args.command == "selftest" else _report()
 
 

@@ -24,7 +24,7 @@ from .converted import Fused, check_code, fused_class, stale_reason
 from .forms import Form, Mlp, one_line
 from .neighbours import Block, recognise_block
 from .parts import Refusal, find
-from .recognise import Passed, Recogniser
+from .recognise import Passed, recogniser
 from .report import Entry, FusionReport, Placed
 
 if TYPE_CHECKING:  # it takes a while to import
@@ -58,13 +58,13 @@ class _Plan:
         """Every squeeze-and-excitation module; what lies inside one is done with."""
         inside: set[nn.Module] = set()
         passed: list[tuple[nn.Module, Entry]] = []
-        recogniser = Recogniser()
+        its = recogniser()
         for name, module in self.candidates:
             if module in inside or isinstance(_form_of(module), Block):
                 continue
             try:
                 with _as_it_was(module):
-                    form = _form_of(module) or recogniser.recognise(module)
+                    form = _form_of(module) or its.recognise(module)
                     if form is not None and not isinstance(module, Fused):
                         check_code(type(module), form.kinds)
             except Passed as refusal:

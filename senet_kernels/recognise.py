@@ -8,7 +8,8 @@ to ``KNOWN``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -347,6 +348,25 @@ class Recogniser:
         chain = found.excite if isinstance(found, Halves) else None
         assert chain is None or isinstance(chain, Chain)
         return found._replace(parts=parts_around(module, chain, words))
+
+
+_kept: list[Recogniser] = []
+
+
+@contextmanager
+def one_recogniser() -> Iterator[None]:
+    """Within, modules that are equal are captured once in all calls: for who converts a model again
+    and again, and changes no code meanwhile."""
+    _kept.append(recogniser())
+    try:
+        yield
+    finally:
+        _kept.pop()
+
+
+def recogniser() -> Recogniser:
+    """For one call."""
+    return _kept[-1] if _kept else Recogniser()
 
 
 def _key(module: nn.Module, words: frozenset[str]) -> Any:

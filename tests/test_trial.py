@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import library
-from senet_kernels import between, converted, parity, timing, trial
+from senet_kernels import between, converted, parity, recognise, timing, trial
 from senet_kernels.__main__ import main
 
 OPTIONS = ("--size", "12", "--batch", "2", "--seconds", "0", "--device", "cpu")
@@ -32,6 +32,13 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u = self.fc2(self.act(self.fc1(x.flatten(2).mean(2))))
         return x * u.sigmoid().view(*u.shape, *[1] * (x.dim() - 2))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _captured_once() -> Iterator[None]:
+    """The same blocks are in many tests."""
+    with recognise.one_recogniser():
+        yield
 
 
 @pytest.fixture
@@ -195,6 +202,25 @@ def test_inputs(kind: str, try_: Callable[..., tuple[int, str]]) -> None:
     assert "(1 of 1 compared" in out
     for line in ("inference: ", "training step: "):
         assert f"(batch 2, {extents}, cpu)" in out.partition(line)[2].partition("\n")[0], out
+
+
+def test_equal_blocks_are_captured_once(
+    try_: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the model is fused on the way."""
+
+    class Own(Gate):
+        pass
+
+    captured: list[nn.Module] = []
+    read = recognise.read_captured
+    monkeypatch.setattr(
+        recognise, "read_captured", lambda m, words: captured.append(m) or read(m, words)
+    )
+    code, out = try_(lambda: _seq(nn.Conv2d(5, 8, 3), Own(), Own()))
+    assert code == 0, out
+    assert "2 SE blocks fused\n" in out
+    assert len(captured) == 1
 
 
 def test_default_sizes(try_: Callable[..., tuple[int, str]]) -> None:
