@@ -163,16 +163,16 @@ def why_no_cuda() -> str | None:
     return why_no_cpu()
 
 
-def nvcc_release(nvcc: str) -> tuple[int, ...]:
+def nvcc_version(nvcc: str) -> str:
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+)\.(\d+)", output)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    found = re.search(r"release [\d.]+, V([\d.]+)", output)
+    return found[1] if found else "0.0"
 
 
 def cuda_compile_flags(nvcc: str) -> list[str]:
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-    if nvcc_release(nvcc) >= (13, 0):
+    if int(nvcc_version(nvcc).split(".")[0]) >= 13:
         # A third of the size. Every driver that runs CUDA 13 unpacks it, older ones do not.
         flags.append("--compress-mode=size")
     for arch in CUDA_ARCHITECTURES.replace(";", " ").split():
@@ -378,6 +378,7 @@ class build_ext(_build_ext):
             record["cuda_reason"] = reasons["cuda"]
         else:
             record["cuda"] = CUDA_ARCHITECTURES
+            record["nvcc"] = nvcc_version(find_nvcc() or "nvcc")
         self.deliver(bool(compiler), record)
 
     def deliver(self, library: bool, record: dict[str, object]) -> None:
