@@ -212,7 +212,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.delenv(pretended.FAULT, raising=False)
     pretended.pretend(monkeypatch.setattr)
     pretended.as_new_process()
-    monkeypatch.setattr(store.Folder, "has_any", lambda *args: True)
+    monkeypatch.setattr(store.Folder, "has_right", lambda *args: True)
     monkeypatch.setattr(verdicts, "LEAST_SPEED", 0.0)  # who knows what else runs here
     yield tmp_path
     worker.stop()

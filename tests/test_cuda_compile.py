@@ -238,7 +238,9 @@ def test_registers_of_the_library() -> None:
     used = _of_library("80")
     assert not {usage[1:] for usage in used.values()} - {(0, 0, 0)}
     rows = _rows_of_compiler("80", native.build_record().get("nvcc"))
-    assert sorted(u.registers for u in used.values()) == sorted(int(r.split(" | ")[3]) for r in rows)
+    assert sorted(u.registers for u in used.values()) == sorted(
+        int(r.split(" | ")[3]) for r in rows
+    )
 
 
 @needs_nvcc
@@ -297,10 +299,11 @@ def _head(version: str) -> list[str]:
         "Not yet run on a GPU: this is what the compiler says. The same is a test: no spills, no",
         "more registers than the launch plan counts on (fp64 apart), and to global memory 16-byte",
         "accesses on the aligned path (`vectors`), none off it; and so is that this page is right,",
-        "where nvcc is the same: in the gate for the kernels of the compiled library, sm_80 and sm_90;",
-        "a kernel is compiled there for each of the others. `before` is the code of the function in",
-        "`senet_kernels/pointwise.py` that a kernel is specialised for, -1 is any. Lean kernels",
-        "are those of `csrc/cuda/lean.cuh`; fp16 has its own, else 2 bytes are both 16-bit types.",
+        "where nvcc is the same: in the gate for the kernels of the compiled library, sm_80 and",
+        "sm_90; a kernel is compiled there for each of the others. `before` is the code of the",
+        "function in `senet_kernels/pointwise.py` that a kernel is specialised for, -1 is any.",
+        "Lean kernels are those of `csrc/cuda/lean.cuh`; fp16 has its own, else 2 bytes are both",
+        "16-bit types.",
         "",
         "Accesses are counted in the PTX of a kernel, without the functions it calls: the products",
         "with the weights. Global loads are of images: x, dy and the residual. Shared loads are of",

@@ -56,7 +56,7 @@ from senet_kernels.trust import kinds, proof, store, verdicts, worker
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 ROOT = Path(__file__).parent.parent
-_has_any = store.Folder.has_any  # which the card has replaced
+_has_right = store.Folder.has_right  # which the card has replaced
 
 
 @pytest.fixture
@@ -565,16 +565,16 @@ def test_other_kernels_are_proven_anew(card: Path, monkeypatch: pytest.MonkeyPat
     arguments = _tensors()
     squeeze_excite(*arguments)
     folder = store.Folder(kinds.environment("cpu"))
-    assert _has_any(folder, "triton")
-    assert not _has_any(folder, "native")
+    assert _has_right(folder, "triton")
+    assert not _has_right(folder, "native")
     monkeypatch.setattr(triton, "kernel_files", lambda: [Path(pytest.__file__)])
     as_new_process()
-    assert not _has_any(folder, "triton")
+    assert not _has_right(folder, "triton")
     launches = pretended.launches
     squeeze_excite(*arguments)
     assert pretended.launches > launches + 3
     assert len(list(card.rglob("*.json"))) == 2
-    assert _has_any(folder, "triton")
+    assert _has_right(folder, "triton")
 
 
 def test_forget_and_freeze(card: Path) -> None:
@@ -757,7 +757,7 @@ import pretended
 pretended.pretend()
 import test_trust
 from senet_kernels.trust import store, verdicts
-store.Folder.has_any = lambda *args: True
+store.Folder.has_right = lambda *args: True
 verdicts.LEAST_SPEED = 0.0
 print(test_trust._loop(float(sys.argv[3])))
 """
@@ -912,7 +912,7 @@ def test_verify_finds_what_is_compiled(card: Path, what: str) -> None:
     else:
         model[1] = torch.compile(model[1], backend="eager")
     found = senet_kernels.verify(given, torch.randn(2, 3, 8, 7))
-    assert sorted(v.name.split()[-1] for v in found) == ["inference", "training"]
+    assert sorted(v.name.split()[-3] for v in found) == ["inference", "training"]
 
 
 def test_verify_runs_what_a_step_would_run(card: Path) -> None:
@@ -930,7 +930,7 @@ def test_verify_runs_what_a_step_would_run(card: Path) -> None:
     found["frozen"] = senet_kernels.verify(block, x)
     found["an input with gradients"] = senet_kernels.verify(block, x.clone().requires_grad_())
     for name, verdicts_of in found.items():
-        directions[name] = sorted(v.name.split()[-1] for v in verdicts_of)
+        directions[name] = sorted(v.name.split()[-3] for v in verdicts_of)
     assert directions == {
         "in inference mode": ["inference", "training"],
         "a model made in inference mode": ["inference"],
@@ -1064,7 +1064,7 @@ def test_what_cannot_be_proven_is_asked_once(
 
 def test_no_interpreter_to_start(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python within another program: kernels are tried in the process."""
-    monkeypatch.setattr(store.Folder, "has_any", lambda *args: False)
+    monkeypatch.setattr(store.Folder, "has_right", lambda *args: False)
     monkeypatch.setattr(sys, "executable", None)
     squeeze_excite(*_tensors())
     assert _states() == [trust.TRUSTED]

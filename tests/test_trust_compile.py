@@ -159,7 +159,7 @@ def test_directions_have_verdicts_of_their_own(card: Path, quick: None) -> None:
     for p in model.parameters():
         p.requires_grad_(False)
     senet_kernels.verify(model, x, compiled=True)
-    assert [v.name.split()[-1] for v in trust.status()] == ["inference"]
+    assert [v.name.split()[-3] for v in trust.status()] == ["inference"]
     compiled, counting = _compile(model)
     compiled(x)
     assert counting.fused
@@ -176,7 +176,7 @@ def test_slower_than_compiled_code_does_not_enter_a_graph(
     model, x = FusedSEBlock(16), torch.randn(2, 16, 5, 5)
     with torch.no_grad():
         (found,) = [v for v in senet_kernels.verify(model, x, compiled=True)
-                    if v.name.endswith("inference")]  # fmt: skip
+                    if " inference " in v.name]  # fmt: skip
         assert found.state == trust.TRUSTED
         assert found.compiled_speed is not None
         assert found.compiled_speed < 0.05
@@ -199,6 +199,51 @@ def test_dynamic_batches_go_by_buckets(card: Path, quick: None) -> None:
             assert len(y) == batch
             assert counting.fused == fused
         assert len(counting.graphs) == 3
+
+
+@pytest.mark.parametrize("what", ["batches", "sizes"])
+def test_a_verdict_on_other_layers_compiles_nothing_anew(
+    card: Path, quick: None, what: str
+) -> None:
+    """No guard is on extents of a layer of which nothing is known."""
+
+    def graphs() -> int:
+        torch._dynamo.reset()
+        model = _model().requires_grad_(False)
+        fuse_se_blocks(model)
+        compiled, counting = _compile(model, dynamic=True)
+        for n in (2, 3, 5, 9, 17, 33, 65):
+            compiled(torch.randn(*((n, 3, 6, 6) if what == "batches" else (2, 3, n + 4, n + 4))))
+        return len(counting.graphs)
+
+    before = graphs()
+    other = FusedSEBlock(32).requires_grad_(False)
+    senet_kernels.verify(other, torch.randn(2, 32, 6, 6), compiled=True)
+    assert verdicts.any_compiled
+    assert graphs() == before
+
+
+def test_each_kind_is_compiled_to_be_measured(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, and whatever the stance of the caller."""
+    import torch._dynamo
+    from torch._inductor import compile_fx
+
+    graphs: list[Any] = []
+    monkeypatch.setattr(
+        compile_fx, "compile_fx", lambda graph, inputs: graphs.append(graph) or graph.forward
+    )
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    with torch.compiler.set_stance("force_eager"):
+        for channels in (4, 8, 12):
+            block = FusedSEBlock(channels).requires_grad_(False)
+            (verdict,) = senet_kernels.verify(block, torch.randn(2, channels, 6, 6), compiled=True)
+            assert verdict.compiled_speed is not None
+    assert len(graphs) == 3
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    block = FusedSEBlock(16).requires_grad_(False)
+    (verdict,) = senet_kernels.verify(block, torch.randn(2, 16, 6, 6), compiled=True)
+    assert verdict.state == trust.TRUSTED
+    assert verdict.compiled_speed is None
 
 
 def _by_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,17 @@ from senet_kernels.features import Call
 from senet_kernels.pointwise import Options
 
 from . import verdicts
-from .kinds import INFERENCE, TRAINING, bucket, class_of, facts_of, kind_for, kind_of, number
+from .kinds import (
+    INFERENCE,
+    TRAINING,
+    bucket,
+    class_of,
+    facts_of,
+    kind_for,
+    kind_of,
+    layer_of,
+    number,
+)
 from .verdicts import (
     COMPILED,
     MISTRUSTED,
@@ -115,23 +125,28 @@ def verdict_on(
     may_prove: bool,
 ) -> Verdict:
     """The verdict on the kernels of an eager call, see :mod:`.verdicts`."""
-    if may_prove and _is_capturing(x):
-        # What has not been called before may have to be compiled, or allocate what stays.
-        reason = "a CUDA graph is being captured, and this process has not made such a call before"
-        return Verdict(UNPROVEN, reason, final=False)
+    capturing = may_prove and _is_capturing(x)
     try:
         direction = TRAINING if differentiated else INFERENCE
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             kind = kind_of(backend, call, x, w1, w2, outputs, direction, residual)
+        if capturing:
+            return verdicts.while_capturing(kind) or Verdict(UNPROVEN, _CAPTURING, final=False)
         verdict = verdicts.decide(kind, may_prove=may_prove)
     except Warning:  # one that the user has made an error
         raise
     except Exception as error:  # of a plan, of PyTorch: a call must not fail of being looked after
         verdicts.complain(f"a kernel could not be tried: {type(error).__name__}: {error}")
-        return Verdict(UNPROVEN, f"it could not be tried: {error}")
+        return Verdict(UNPROVEN, f"it could not be tried: {error}", final=not capturing)
+    if may_prove and verdict.state == TRUSTED:
+        verdicts.lets_run(kind)
     for listen in verdicts.listeners:
         listen(kind, verdict)
     return verdict
+
+
+# What has not been called before may have to be compiled, or allocate what stays.
+_CAPTURING = "a CUDA graph is being captured, and this process has not made such a call before"
 
 
 def _is_capturing(x: Tensor) -> bool:
@@ -192,6 +207,10 @@ def _is_in(
     device = _name_of(x.device)
     direction = TRAINING if differentiated else INFERENCE
     hidden, outputs = 0 if w1 is None else number(w1.shape[0]), number(outputs)
+    # Of batch and positions nothing is asked where nothing is known of such layers: each question
+    # is a guard, by which code is compiled anew.
+    if f"{device} {layer_of(backend, call, x, hidden, outputs, direction)}" not in table:
+        return False
     name = class_of(backend, call, x, hidden, outputs, direction)
     if f"{device} {name}" not in table:
         return False

@@ -36,7 +36,7 @@ MODULES: dict[str, ModuleType] = {"native": native, "triton": triton}
 INFERENCE, TRAINING = "inference", "training"
 
 # Whatever a change to it makes of older verdicts: they are not read.
-_FORMAT = 3
+_FORMAT = 4
 
 
 def bucket(extent: int) -> int:
@@ -69,18 +69,36 @@ def class_of(
     positions = 1
     for extent in x.shape[2:]:
         positions *= extent
-    layout = "rows"
-    if x.stride(1) == 1:
-        layout = "channels-last"
     eighths = "8n"
     if positions % 8 != 0:
         eighths = "odd"
+    layer = layer_of(backend, call, x, hidden, outputs, direction)
+    return f"{layer} B{bucket(x.shape[0])} S{bucket(positions)}{eighths}"
+
+
+def layer_of(
+    backend: str,
+    call: Call,
+    x: Tensor,
+    hidden: int,
+    outputs: int,
+    direction: str,
+) -> str:
+    """The part of a class that is not of the numbers of images and positions."""
+    layout = "rows"
+    if x.stride(1) == 1:
+        layout = "channels-last"
     names = "/".join(call.options)
     return (
         f"{backend} {x.device.type} {call.form} {names} {facts_of(call)} {call.dtype} "
-        f"{call.param_dtype} {layout} {x.dim()}d B{bucket(x.shape[0])} C{number(x.shape[1])} "
-        f"R{hidden} U{outputs} S{bucket(positions)}{eighths} {direction}"
+        f"{call.param_dtype} {layout} {x.dim()}d C{number(x.shape[1])} R{hidden} U{outputs} "
+        f"{direction}"
     )
+
+
+def layer_in(name: str) -> str:
+    """The layer of a class."""
+    return name.rpartition(" B")[0]
 
 
 def facts_of(call: Call) -> str:

@@ -438,7 +438,8 @@ def batch_for(kind: Kind, most: int = MOST_BYTES) -> int:
 
 @contextmanager
 def undisturbed(device: str) -> Iterator[None]:
-    """Where nothing of the caller's has a part: modes, autocast, hooks, inference mode."""
+    """Where nothing of the caller's has a part: modes, autocast, hooks, inference mode, the search
+    for anomalies."""
     kind = torch.device(device).type
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
@@ -446,7 +447,10 @@ def undisturbed(device: str) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        hooks_are_on: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        if hooks_are_on:  # else there are none
+            stack.enter_context(saved_tensors_hooks(lambda t: t, lambda t: t))
         if kind == "cuda":
             stack.enter_context(torch.cuda.device(torch.device(device)))
         yield

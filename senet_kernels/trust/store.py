@@ -94,11 +94,15 @@ class Folder(NamedTuple):
             return []
         return [record for path in paths if (record := _read(path)) is not None]
 
-    def has_any(self, backend: str) -> bool:
-        """Whether a kernel of a backend, as its kernels are now, has had a verdict here."""
+    def has_right(self, backend: str) -> bool:
+        """Whether a kernel of a backend, as its kernels are now, was found right here."""
         begin, end = f"{backend} ", f" {kernel_hash(backend)}"
-        keys = [record["key"] for record in self.records()]
-        return any(key.startswith(begin) and key.endswith(end) for key in keys)
+        return any(
+            record["key"].startswith(begin)
+            and record["key"].endswith(end)
+            and record.get("state") in ("trusted", "slower")
+            for record in self.records()
+        )
 
     def clear(self) -> None:
         """Drop all records, and all marks."""

@@ -17,7 +17,7 @@ import torch
 from senet_kernels.backends import native
 
 from . import worker
-from .kinds import MODULES, Kind, environment, kernel_hash
+from .kinds import MODULES, Kind, environment, kernel_hash, layer_in
 from .proof import LEAST_SPEED, Found, NoVerdictError, describe, prove
 from .store import IN_PROCESS, IN_SUBPROCESS, Folder, Mark, Owner, wait_for
 
@@ -26,7 +26,7 @@ log = logging.getLogger("senet_kernels.trust")
 #: States of a variant.
 UNPROVEN, TRUSTED, SLOWER, REFUSED = "unproven", "trusted", "slower", "refused"
 
-#: Seconds that a process waits for the verdict that another one is about to reach.
+#: Seconds that a process waits, once, for the verdict that another one is about to reach.
 WAIT_SECONDS = 30.0
 _AGAIN_SECONDS = 10.0  # between looks for it after that
 
@@ -79,13 +79,15 @@ _questions_lock = threading.Lock()
 _lock = threading.RLock()
 _memory: dict[tuple[Any, str], Verdict] = {}
 _later: dict[tuple[Any, str], float] = {}
+_waited: set[tuple[Any, str]] = set()  # for whose verdict this process has waited
+_ran: set[tuple[Any, str]] = set()  # whose kernels were let run in this process
 _said: set[str] = set()
 _frozen = False
 _forked = False
 
-#: "device class" and "device key" of variants that run in compiled code: trusted, and measured
-#: against it. The same of variants that were found wrong. torch.compile guards on whether a name is
-#: in there; on a key only where its class is.
+#: "device layer", "device class" and "device key" of variants that run in compiled code: trusted,
+#: and measured against it. The same of variants that were found wrong. torch.compile guards on
+#: whether a name is in there: of a class only where its layer is, of a key only where its class is.
 COMPILED: dict[str, bool] = {}
 MISTRUSTED: dict[str, bool] = {}
 #: Whether there are any: a guard on this is none on how many.
@@ -142,7 +144,7 @@ def _publish(device: str, verdict: Verdict) -> None:
         (COMPILED, verdict.state == TRUSTED and fast), (MISTRUSTED, verdict.state == REFUSED),
     ):  # fmt: skip
         if there:
-            for name in (verdict.key, verdict.name):
+            for name in (verdict.key, verdict.name, layer_in(verdict.name)):
                 table.setdefault(f"{device} {name}", True)
         else:
             table.pop(f"{device} {verdict.key}", None)
@@ -198,7 +200,7 @@ def load(device: str) -> None:
 
 
 _loaded: set[str] = set()
-# Of which a kernel has been tried, by this process.
+# Of which a kernel was found right, by this process.
 _begun: set[tuple[Folder, str]] = set()
 
 #: What is told of every verdict that an eager call asks for.
@@ -223,6 +225,21 @@ def decide(kind: Kind, *, may_prove: bool = True) -> Verdict:
         return _decide(kind, where, unproven, may_prove)
     finally:
         _lock.release()
+
+
+def lets_run(kind: Kind) -> None:
+    """Note that the kernels of a variant are about to run."""
+    _ran.add(_place(kind))
+
+
+def while_capturing(kind: Kind) -> Verdict | None:
+    """The verdict on a variant while a graph is captured: one that needs nothing to be launched,
+    compiled or allocated for good."""
+    where = _place(kind)
+    verdict = _memory.get(where)
+    if verdict is not None and (verdict.state != TRUSTED or where in _ran):
+        return verdict
+    return None
 
 
 def _decide(kind: Kind, where: Any, unproven: Verdict, may_prove: bool) -> Verdict:
@@ -254,7 +271,7 @@ _UNDECIDED = "another process of this host has not decided yet"
 
 
 def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Verdict:
-    is_first = (folder, kind.backend) not in _begun and not folder.has_any(kind.backend)
+    is_first = (folder, kind.backend) not in _begun and not folder.has_right(kind.backend)
     how = IN_SUBPROCESS if kind.waits or is_first else IN_PROCESS
     suspect: Owner | None = None  # who may have died of it
     for _ in range(3):
@@ -262,7 +279,9 @@ def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Ve
         if not isinstance(mark, Owner):
             return _prove(kind, where, folder, how, mark, unproven, suspect)
         if mark.is_alive():
-            record = wait_for(folder, kind.key, mark, WAIT_SECONDS)
+            seconds = 0.0 if where in _waited and mark.boot else WAIT_SECONDS
+            _waited.add(where)
+            record = wait_for(folder, kind.key, mark, seconds)
             verdict = record and _from_record(record)
             if verdict:
                 return _remember(where, verdict)
@@ -289,8 +308,9 @@ def _prove(
     left_by = suspect  # for the next process to know, unless there is a verdict
     try:
         found = _find(kind, how, alone=suspect is not None)
-        _begun.add((folder, kind.backend))
         verdict = _judged(kind, found)
+        if verdict.state != REFUSED:
+            _begun.add((folder, kind.backend))
         _keep(folder, verdict, how, found.seconds, describe(kind))
         left_by = None
         _remember(where, verdict)
@@ -404,7 +424,7 @@ def forget() -> int:
         for table in (_memory, _later, _devices, COMPILED, MISTRUSTED):
             table.clear()
         any_compiled = any_mistrusted = False
-        for names in (_loaded, _said, _begun):
+        for names in (_loaded, _said, _begun, _waited, _ran):
             names.clear()
         forget_answers()
         return count

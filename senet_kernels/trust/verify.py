@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ def verify(model: Any, *inputs: Any, compiled: bool = False, **kwargs: Any) -> S
 
     Calls ``model(*inputs, **kwargs)`` eagerly, what is compiled in it too, once without gradients
     and, where a parameter or an input needs some, or ``model`` is a function, once with them.
-    Buffers (running statistics) and random numbers are as before, no gradient is accumulated.
+    Buffers (running statistics) and random numbers are as before, no gradient is accumulated; of a
+    function, those of the modules that its object, closure, arguments or globals hold.
 
     Args:
         model: a module or function, or what ``torch.compile`` made of it.
@@ -45,7 +48,7 @@ def verify(model: Any, *inputs: Any, compiled: bool = False, **kwargs: Any) -> S
     # Of a function nobody knows what it trains.
     trains = owner is None or any(t.requires_grad for t in (*parameters, *tensors))
     trains = trains and not of_inference
-    with _listening(found), _eagerly(of_inference), _unchanged(owner, tensors):
+    with _listening(found), _eagerly(of_inference), _unchanged(_modules_of(model), tensors):
         with torch.no_grad():
             model(*inputs, **kwargs)
         if trains:
@@ -111,16 +114,15 @@ def _listening(found: dict[Kind, Verdict]) -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(owner: nn.Module | None, tensors: list[Tensor]) -> Iterator[None]:
-    """With the buffers of a module, by their names, and the random numbers as they were,
+def _unchanged(modules: list[nn.Module], tensors: list[Tensor]) -> Iterator[None]:
+    """With the buffers of modules, by their names, and the random numbers as they were,
     afterwards."""
-    modules = list(owner.modules()) if owner is not None else []
     kept = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in modules
+        for module in dict.fromkeys(inner for outer in modules for inner in outer.modules())
         for name, buffer in module._buffers.items()
     ]
-    tensors = [*tensors, *(owner.parameters() if owner is not None else ())]
+    tensors = [*tensors, *(parameter for module in modules for parameter in module.parameters())]
     tensors += [buffer for _, _, buffer, _ in kept if buffer is not None]
     devices = {t.get_device() for t in tensors if t.is_cuda}
     with torch.random.fork_rng(sorted(devices)):
@@ -132,3 +134,40 @@ def _unchanged(owner: nn.Module | None, tensors: list[Tensor]) -> Iterator[None]
                     module._buffers[name] = buffer
                     if buffer is not None and before is not None:
                         buffer.copy_(before)
+
+
+def _modules_of(called: Any) -> list[nn.Module]:
+    """The modules that a callable is, or can reach: by its object, what it is partial of, its
+    closure, its defaults, and the globals that it names."""
+    found: dict[nn.Module, None] = {}
+    todo, seen = [called], set()
+    while todo:
+        it = todo.pop()
+        if id(it) in seen or isinstance(it, (type, ModuleType, Tensor, str)):
+            continue
+        seen.add(id(it))
+        if isinstance(it, nn.Module):
+            found[it] = None
+        elif isinstance(it, dict):
+            todo += it.values()
+        elif isinstance(it, (list, tuple, set)):
+            todo += it
+        elif isinstance(it, partial):
+            todo += [it.func, it.args, it.keywords]
+        elif isinstance(it, FunctionType):
+            todo += [it.__defaults__ or (), it.__kwdefaults__ or {}, vars(it)]
+            todo += [cell.cell_contents for cell in it.__closure__ or () if _is_filled(cell)]
+            todo += [it.__globals__[n] for n in it.__code__.co_names if n in it.__globals__]
+        elif isinstance(it, MethodType):
+            todo += [it.__self__, it.__func__]
+        elif hasattr(it, "__dict__") and type(it).__module__.partition(".")[0] != "torch":
+            todo += vars(it).values()
+            todo += [vars(type(it)).get("__call__")]
+    return list(found)
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
