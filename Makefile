@@ -29,6 +29,9 @@ SHELL := bash
 export TIMEFORMAT := <== %1R s
 PIP := -m pip --disable-pip-version-check install -qq -c .ci/constraints.txt
 
+# Ninja has no use for make's jobserver, whose descriptors it does not get.
+BUILD = env -u MAKEFLAGS $(PY)
+
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt tests/ptx tests/team examples -type f 2>/dev/null))
 STAMPS := $(VENV)/stamps
@@ -59,7 +62,7 @@ DEVICE ?= cuda
 BUNDLE ?= build/gpu-bundle.tgz
 
 .PHONY: help bench build docs fuzz gpu gpu-bundle sanitize mutants reliability test test-all lint format clean \
-	given-python FORCE
+	library given-python FORCE
 
 help:  ## this list
 	@echo 'Targets:'
@@ -181,7 +184,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	  elif ! command -v nvidia-smi >/dev/null && $(PY) $(PIP) --retries 0 --timeout 10 \
 	    --extra-index-url $(CPU_INDEX) '$(TORCH)' 2>/dev/null; then :; \
 	  else $(PY) $(PIP) '$(TORCH)'; fi; \
-	  $(PY) $(PIP) 'setuptools>=77' ninja; touch $@; }
+	  $(PY) $(PIP) 'setuptools>=77' ninja numpy; touch $@; }
 
 # Changes whenever the choice of what to build does.
 $(STAMPS)/choice: FORCE | $(STAMPS)/venv
@@ -192,7 +195,7 @@ SOURCES := pyproject.toml .ci/constraints.txt setup.py senet_kernels/_version.py
 
 $(STAMPS)/bench: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch
 	@echo '==> senet_kernels[bench], native: $(SENET_KERNELS_BUILD)'; time { \
-	  $(PY) $(PIP) --no-build-isolation -e '.[bench]'; cat senet_kernels/_build.json; touch $@; }
+	  $(BUILD) $(PIP) --no-build-isolation -e '.[bench]'; cat senet_kernels/_build.json; touch $@; }
 
 # torchvision belongs to one release of torch, and to one kind of build, which has to be of torch's
 # index; and this transformers is not for Python 3.10. With others these tests are left out. Where
@@ -221,10 +224,15 @@ $(STAMPS)/nvcc: | $(STAMPS)/torch
 	    if [[ -n "$$release" ]]; then wheels="$$(sed -E "s/==[^ ]*/==$$release.*/g" <<< "$$wheels")"; fi; \
 	    set -f; $(PY) $(PIP) $$wheels || echo '    not installed'; fi; touch $@; }
 
-$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/models $(STAMPS)/nvcc
+# While the library is compiled, packages are fetched and unpacked: pip finds it compiled.
+$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/nvcc
+	@$(MAKE) --no-print-directory -j2 --output-sync=target $(STAMPS)/models library
 	@echo '==> senet_kernels[test,onnx,lint,train,docs], native: $(SENET_KERNELS_BUILD)'; time { \
-	  $(PY) $(PIP) --no-build-isolation -e '.[test,onnx,lint,train,docs]' "$(TRITON); sys_platform == 'linux'"; \
+	  $(BUILD) $(PIP) --no-build-isolation -e '.[test,onnx,lint,train,docs]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }
+
+library:
+	@echo '==> library'; time $(BUILD) setup.py -q build_ext --inplace
 
 given-python:
 	@echo '==> senet_kernels into $(PYTHON), native: $(SENET_KERNELS_BUILD)'; time { \

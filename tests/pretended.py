@@ -174,8 +174,8 @@ def as_new_process() -> None:
     """Forget what this process knows of verdicts."""
     for table in (
         verdicts._memory, verdicts._later, verdicts._devices, verdicts._loaded, verdicts._begun,
-        verdicts._said, verdicts._waited, verdicts._ran, verdicts.COMPILED, verdicts.MISTRUSTED, store._complained,
-        resolve._RESOLVED,
+        verdicts._said, verdicts._waited, verdicts._ran, verdicts.COMPILED, verdicts.MISTRUSTED,
+        store._complained, resolve._RESOLVED,
     ):  # fmt: skip
         table.clear()
     verdicts._frozen = verdicts._forked = False

@@ -376,7 +376,7 @@ def test_a_converted_network_runs_the_operators_it_ran(name: str, how: torch.dty
         partial(torch.autocast, "cpu", torch.bfloat16) if how == "autocast" else nullcontext
     )
     model = _network(name, dtype)
-    x = torch.randn(2, 3, 64, 64, dtype=dtype)
+    x = torch.randn(2, 3, 33, 33, dtype=dtype)
 
     def count(backward: bool) -> list[str]:
         model.train(backward).zero_grad()

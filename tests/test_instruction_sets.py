@@ -41,8 +41,10 @@ def _python(isa: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize(
     "choice",
     [
-        "native and not pairs_of_choices",
-        pytest.param("native and pairs_of_choices", marks=pytest.mark.slow),  # a minute each
+        "native and not pairs_of_choices and not thread_counts",
+        # Half a minute and more each. Shares of threads are the same code for every variant.
+        pytest.param("native and thread_counts", marks=pytest.mark.slow),
+        pytest.param("native and pairs_of_choices", marks=pytest.mark.slow),
     ],
 )
 def test_variant_passes_the_oracle_tests(backend: BackendCase, isa: str, choice: str) -> None:

@@ -46,22 +46,25 @@ def _python(folder: Path, *words: str, **environment: str) -> subprocess.Complet
     )  # fmt: skip
 
 
-#: Runs a module as if what is installed lacked one library; the working directory may have it.
+#: Runs a module as if what is installed lacked some libraries; the working directory may have it.
 _HIDE = """
 import runpy, sys
 from importlib.machinery import PathFinder
 found = PathFinder.find_spec
 def find_spec(name, path=None, target=None):
-    return found(name, [{folder!r}] if name == {library!r} else path, target)
+    return found(name, [{folder!r}] if name in {libraries!r} else path, target)
 PathFinder.find_spec = find_spec
 sys.argv[0] = {module!r}
 runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
 
 
-def _run(folder: Path, library: str, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+def _run(
+    folder: Path, libraries: str | tuple[str, ...], module: str, *words: str
+) -> subprocess.CompletedProcess[str]:
     script = folder / "start.py"
-    script.write_text(_HIDE.format(library=library, folder=str(folder), module=module))
+    hidden = (libraries,) if isinstance(libraries, str) else libraries
+    script.write_text(_HIDE.format(libraries=hidden, folder=str(folder), module=module))
     return _python(folder, str(script), *words)
 
 
@@ -122,21 +125,34 @@ TRAIN = ("--model", "se_resnet8", "--epochs", "1", "--stop-after", "1", "--class
 
 
 @needs_images
-@pytest.mark.parametrize(("library", "kind", "left_out"), [
-    ("tensorboard", "a folder", "no TensorBoard files"),
-    ("tensorboard", "TypeError", "no TensorBoard files"),
-    ("tqdm", "an empty module", "no progress bar"),  # torch itself imports it
-    ("matplotlib", "OSError", "no curves"),
-])  # fmt: skip
-def test_training_goes_on_without(library: str, kind: str, left_out: str, tmp_path: Path) -> None:
-    _shadow(tmp_path, library, kind)
-    done = _run(tmp_path, library, "senet_kernels.train", *TRAIN)
+def test_training_goes_on_without(tmp_path: Path) -> None:
+    """Three at once: each has its line."""
+    unusable = {
+        "tensorboard": ("TypeError", "no TensorBoard files"),
+        "tqdm": ("an empty module", "no progress bar"),  # torch itself imports it
+        "matplotlib": ("OSError", "no curves"),
+    }
+    for library, (kind, _) in unusable.items():
+        _shadow(tmp_path, library, kind)
+    done = _run(tmp_path, tuple(unusable), "senet_kernels.train", *TRAIN)
     assert (done.returncode, done.stderr) == (0, "")
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith(left_out)]
-    assert library in line
-    if kind.endswith("Error"):
-        assert f"does not import: {kind}: " in line
-    assert str(tmp_path / library) in line
+    for library, (kind, left_out) in unusable.items():
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(left_out)]
+        assert library in line
+        if kind.endswith("Error"):
+            assert f"does not import: {kind}: " in line
+        assert str(tmp_path / library) in line
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+@needs_images
+@pytest.mark.slow
+def test_training_goes_on_without_a_library_that_is_a_folder(tmp_path: Path) -> None:
+    _shadow(tmp_path, "tensorboard", "a folder")
+    done = _run(tmp_path, "tensorboard", "senet_kernels.train", *TRAIN)
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = [li for li in done.stdout.splitlines() if li.startswith("no TensorBoard files")]
+    assert str(tmp_path / "tensorboard") in line
     assert (tmp_path / "run" / "last.pt").exists()
 
 
@@ -205,7 +221,10 @@ def test_a_model_library(library: str, kind: str, tmp_path: Path) -> None:
     assert str(tmp_path / library) in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["a folder", "an empty module", "AttributeError"])
+@pytest.mark.parametrize("kind", [
+    "a folder", pytest.param("an empty module", marks=pytest.mark.slow),
+    pytest.param("AttributeError", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_triton(kind: str, tmp_path: Path) -> None:
     """The report says why it is not available, and calls are answered by others."""
     _shadow(tmp_path, "triton", kind)
@@ -217,7 +236,7 @@ def test_triton(kind: str, tmp_path: Path) -> None:
         "print(sk.backends().reasons['triton'])\n"
         "print(sk.backends().available['triton'])\n"
     )
-    script = _HIDE.format(library="triton", folder=str(tmp_path), module="x")
+    script = _HIDE.format(libraries=("triton",), folder=str(tmp_path), module="x")
     start = script.rpartition("sys.argv")[0]
     done = _python(tmp_path, "-c", start + code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
@@ -230,18 +249,20 @@ def test_triton(kind: str, tmp_path: Path) -> None:
     assert "triton: not available: triton" in report.stdout
 
 
-@pytest.mark.parametrize(("library", "kind", "says"), [
-    ("rich", "a folder", "no tables: "), ("tqdm", "a folder", "no progress bar: "),
-    ("matplotlib", "OSError", "no plots: "),
-])  # fmt: skip
-def test_benchmarks(library: str, kind: str, says: str, tmp_path: Path) -> None:
-    _shadow(tmp_path, library, kind)
+def test_benchmarks(tmp_path: Path) -> None:
+    unusable = {
+        "rich": ("a folder", "no tables: "), "tqdm": ("a folder", "no progress bar: "),
+        "matplotlib": ("OSError", "no plots: "),
+    }  # fmt: skip
+    for library, (kind, _) in unusable.items():
+        _shadow(tmp_path, library, kind)
     done = _run(
-        tmp_path, library, "benchmarks", "sweep", "--device", "cpu", "--budget", "1",
+        tmp_path, tuple(unusable), "benchmarks", "sweep", "--device", "cpu", "--budget", "1",
         "--record", "record.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith(says)]) == 1
+    for _, says in unusable.values():
+        assert len([line for line in done.stderr.splitlines() if line.startswith(says)]) == 1
     assert "Traceback" not in done.stderr
     assert (tmp_path / "record.json").exists()
 

@@ -104,18 +104,18 @@ def _plans_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @executes
 @pytest.mark.usefixtures("_plans_of_the_device", "poisoned_empty")
+@pytest.mark.parametrize("number", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 @pytest.mark.parametrize("dtype", _dtypes(), ids=str)
-def test_results(dtype: torch.dtype) -> None:
-    """Outputs and gradients against the oracle, in three orders of threads and with as many errors
-    of approximate functions; every kernel ran."""
+def test_results(dtype: torch.dtype, number: int) -> None:
+    """Outputs and gradients against the oracle, in several orders of threads and with as many
+    errors of approximate functions; every kernel ran."""
     from tools import gpu_cases
 
     triton_on_cpu.launches.names.clear()
-    for number in range(3):
-        triton_on_cpu.launches.seed = triton_on_cpu.launches.approximations = number
-        for options in _SPECS:
-            spec = Spec(**{"hidden": None, **options}, dtype=dtype, seed=number)
-            check(build(spec), squeeze_excite, backend="triton")
+    triton_on_cpu.launches.seed = triton_on_cpu.launches.approximations = number
+    for options in _SPECS:
+        spec = Spec(**{"hidden": None, **options}, dtype=dtype, seed=number)
+        check(build(spec), squeeze_excite, backend="triton")
     flat = {name for name in gpu_cases.TRITON_KERNELS if "flat" in name}  # none in float64
     expected = gpu_cases.TRITON_KERNELS - (flat if dtype == torch.float64 else set())
     assert set(triton_on_cpu.launches.names) == expected
