@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -118,18 +117,10 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks what needs a GPU. Under Triton's interpreter its tests alone are left, most of them
     marked slow: it takes a tenth of a second and more for what a device does in microseconds."""
-    seen: Counter[str] = Counter()
     for item in items:
         case = _case_of(item)
         if case is not None and case.device == "cuda":
             item.add_marker(pytest.mark.gpu)
-        sampled = item.get_closest_marker("sampled")
-        if sampled is not None:
-            name, (n,) = item.nodeid.partition("[")[0], sampled.args
-            i = seen[name]
-            seen[name] += 1
-            if (i + i // n) % n:  # in a grid, of each row another
-                item.add_marker(pytest.mark.slow)
     wanted = _is_of_triton if triton.INTERPRETED else _is_no_simulation_in_vain
     dropped = [item for item in items if not wanted(item)]
     config.hook.pytest_deselected(items=dropped)

@@ -353,7 +353,6 @@ def test_compiled(case: Case) -> None:
         assert_same(gradients((compiled, dict(module.named_parameters())), inputs), right)
 
 
-@pytest.mark.sampled(3)
 @each_of_three
 def test_inductor_keeps_the_ops_of_a_captured_network(
     case: Case, monkeypatch: pytest.MonkeyPatch
@@ -385,7 +384,6 @@ def test_gradient_penalty_of_a_compiled_network(case: Case, captured: bool) -> N
     _equal_or_error(lambda: penalties((compiled, parameters), inputs), right)
 
 
-@pytest.mark.sampled(3)
 @each_of_three
 def test_compiled_gradient_penalty(case: Case) -> None:
     """The whole loss, first gradient included, inside torch.compile."""

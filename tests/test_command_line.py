@@ -77,7 +77,6 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize("words", [
     ("senet_kernels",), ("benchmarks", "report", "--help"),
@@ -110,7 +109,6 @@ sys.exit(main([]))
 _OTHER_PIPE = "ends = os.pipe(); os.close(ends[0]); os.write(ends[1], b'x')"
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize(("body", "unbuffered", "closed", "code"), [
     ("print('x' * 100_000)", "", True, 141),

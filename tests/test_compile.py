@@ -83,7 +83,6 @@ def _check(problem: Problem, fn: Callable[..., Tensor], backend: str) -> None:
             assert torch.equal(value, eager[name]), name
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dynamic", [False, True])
 @each_spec
 @each_exact
@@ -135,7 +134,6 @@ def test_no_layout_copies_in_generated_code(backend: BackendCase, layout: str, g
         assert kernel not in code, code
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_space"])
 @each_backend
@@ -168,7 +166,6 @@ def test_inplace(backend: BackendCase, layout: str, how: str) -> None:
     torch.testing.assert_close(x, right)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @each_backend

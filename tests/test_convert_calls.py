@@ -296,7 +296,6 @@ class Island(nn.Module):
         return self.compute(self, x)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compute", _ISLANDS)
 def test_modules_that_leave_autocast(
@@ -408,7 +407,6 @@ _HIDDEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "when",
     ["eager", "copied", "compiled before", "exported",
@@ -650,7 +648,6 @@ class OfAChildsMode(ConstantGates):
         return y if self.drop.training == self.training else 2 * y
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", [ConstantGates, Raising, OfAChildsMode])
 def test_flags_that_a_forward_asks_for(kind: Callable[[], nn.Module], compiled: bool) -> None:

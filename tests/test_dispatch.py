@@ -120,7 +120,6 @@ def _with_environment(value: str | None) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("value", ["reference", "", "auto", None])
 def test_environment_variable(value: str | None) -> None:
     done = _with_environment(value)

@@ -109,7 +109,6 @@ needs_gloo = pytest.mark.skipif(
 
 
 # In eval mode with symbolic extents: test_recompiles.
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("training", "dynamic"), [(False, False), (True, False), (True, True)])
 def test_compiled_in_one_graph(fresh_dynamo: None, training: bool, dynamic: bool) -> None:
     net, eager = _net().train(training), _net(fused=False).train(training)

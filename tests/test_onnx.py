@@ -86,7 +86,6 @@ def _assert_same(model: nn.Module, path: Path, batches: list[tuple[Tensor, ...]]
         assert (got - right).abs().max() <= 1e-5 * max(1.0, oracle.largest(right))
 
 
-@pytest.mark.sampled(2)
 @each_exporter
 @each_case
 def test_small_networks(case: Case, dynamo: bool, tmp_path: Path) -> None:

@@ -60,7 +60,6 @@ _SPECS = (
 )
 
 
-@pytest.mark.sampled(2)
 @each_fused
 @reproducible_padding
 @pytest.mark.parametrize("spec", _SPECS, ids=str)
@@ -154,7 +153,6 @@ _SHAPES = ((2, 8, 3, 5), (1, 8, 3, 5), (2, 1, 3, 5), (2, 8, 1, 1), (2, 8, 15), (
            (0, 8, 3, 5), (2, 9, 1, 7))  # fmt: skip
 
 
-@pytest.mark.sampled(2)
 @each_fused
 @pytest.mark.parametrize("weights", ["matrix", "conv", "transposed", "nhwc"])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -346,7 +346,6 @@ _MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("transform", _transforms(nn.Identity()))
 @pytest.mark.parametrize("name", _MODELS)
 def test_transforms_while_compiling(name: str, transform: str) -> None:
@@ -460,7 +459,6 @@ print(forward, counter.get_total_flops())
 """
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("before", ["", "import torch.utils.flop_counter", "import copy"])
 def test_flops_are_counted_without_another_import(before: str) -> None:
     code = _COUNT.format(before=before)
