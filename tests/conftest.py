@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -97,6 +98,46 @@ SIMULATED_CASES = {
     "test_first_and_second_derivatives": 3,
     "others": 6,
 }
+# Products of parameters, of which the gate runs cases that have each value of each parameter once;
+# the slow tests have all of them.
+COVERED = {
+    "test_accuracy.py": ("test_thread_counts",),
+    "test_capture.py": (
+        "test_autocast_inside", "test_gradient_penalty_of_a_compiled_network", "test_make_fx",
+    ),
+    "test_capture_tools.py": ("test_pipelined",),
+    "test_compile.py": (
+        "test_export", "test_halves_with_code_between", "test_inplace",
+        "test_one_graph_with_gradients",
+    ),
+    "test_convert.py": ("test_captured_at_every_width", "test_captured_forms"),
+    "test_convert_calls.py": (
+        "test_a_class_of_a_child_that_is_patched_after_fusing",
+        "test_attributes_that_hide_or_change", "test_changes_after_fusing",
+        "test_flags_that_a_forward_asks_for", "test_modules_that_leave_autocast",
+    ),
+    "test_cost_kernels.py": ("test_loops_are_as_long_as_in_ptx",),
+    "test_cuda_on_cpu.py": (
+        "test_bits_of_several_stretches", "test_bytes_moved",
+        "test_kept_weights_are_not_read_again", "test_same_bits_in_any_order",
+        "test_what_is_not_legal_is_refused", "test_what_is_read_is_asked_for",
+    ),
+    "test_fused_models.py": ("test_compiled_in_one_graph", "test_export"),
+    "test_gradcheck.py": ("test_first_and_second_derivatives",),
+    "test_graph_models.py": ("test_networks_of_others",),
+    "test_memory_model.py": ("test_kernels_follow_the_protocols",),
+    "test_onnx.py": ("test_small_networks",),
+    "test_ops.py": (
+        "test_fakes_have_the_real_strides", "test_fakes_of_halves_have_the_real_strides",
+        "test_opcheck", "test_opcheck_halves", "test_opcheck_inplace",
+    ),
+    "test_public_op_graphs.py": ("test_make_fx_graphs_train",),
+    "test_tensor_likes.py": (
+        "test_fx_traces_every_block", "test_transforms_while_compiling",
+        "test_weights_of_another_class",
+    ),
+    "test_watched_functions.py": ("test_what_a_forward_asks_of_its_children",),
+}  # fmt: skip
 
 
 def pytest_report_header() -> list[str]:
@@ -112,6 +153,14 @@ def pytest_configure() -> None:
         import interpreter
 
         interpreter.install()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Of files that have nothing for Triton's interpreter nothing is imported there."""
+    name = collection_path.name
+    if triton.INTERPRETED and name.startswith("test_") and name.endswith(".py"):
+        return True if name not in (*TRITON_TESTS, *KERNEL_TESTS) else None
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -137,6 +186,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                      and not i.get_closest_marker("slow")]  # fmt: skip
             for plain, few in enumerate(tables):
                 _thin_out([i for i in cases if (_case_of(i).name in PLAIN) == bool(plain)], few)
+        _cover(items)
 
 
 def _thin_out(items: list[pytest.Item], few: dict[str, int]) -> None:
@@ -150,6 +200,30 @@ def _thin_out(items: list[pytest.Item], few: dict[str, int]) -> None:
         for i, item in enumerate(cases):
             if i not in sample:
                 item.add_marker(pytest.mark.slow)
+
+
+def _cover(items: list[pytest.Item]) -> None:
+    """Marks those cases of the functions in COVERED slow that have no value of a parameter which
+    others, of the gate too, lack."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        name = item.nodeid.split("[")[0].split("::")[-1]
+        if name in COVERED.get(item.path.name, ()) and not (
+            item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        ):
+            functions.setdefault(f"{item.path.name}::{name}", []).append(item)
+    for cases in functions.values():
+        left = {i: {(k, repr(v)) for k, v in case.callspec.params.items()}
+                for i, case in enumerate(cases)}  # fmt: skip
+        used: Counter[tuple[str, str]] = Counter()
+        missing = set().union(*left.values())
+        while missing:
+            # Of those that have as many, the one whose other values have had fewer turns.
+            best = max(left, key=lambda i: (len(left[i] & missing), -sum(used[v] for v in left[i])))
+            used.update(left[best])
+            missing -= left.pop(best)
+        for i in left:
+            cases[i].add_marker(pytest.mark.slow)
 
 
 def _case_of(item: pytest.Item) -> BackendCase | None:
