@@ -225,17 +225,17 @@ $(STAMPS)/nvcc: | $(STAMPS)/torch
 	    set -f; $(PY) $(PIP) $$wheels || echo '    not installed'; fi; touch $@; }
 
 # While the library is compiled, packages are fetched and unpacked: pip finds it compiled.
-$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice | $(STAMPS)/torch $(STAMPS)/nvcc
+$(STAMPS)/test: $(SOURCES) $(STAMPS)/choice tools/torchvision_ops.py | $(STAMPS)/torch $(STAMPS)/nvcc
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(STAMPS)/models library
 	@echo '==> senet_kernels[test,onnx,lint,train,docs], native: $(SENET_KERNELS_BUILD)'; time { \
 	  $(BUILD) $(PIP) --no-build-isolation -e '.[test,onnx,lint,train,docs]' "$(TRITON); sys_platform == 'linux'"; \
 	  cat senet_kernels/_build.json; touch $@; }
 
-library:
+library: | $(STAMPS)/torch $(STAMPS)/nvcc
 	@echo '==> library'; time $(BUILD) setup.py -q build_ext --inplace
 
 given-python:
 	@echo '==> senet_kernels into $(PYTHON), native: $(SENET_KERNELS_BUILD)'; time { \
-	  $(PY) $(PIP) --no-deps --no-build-isolation -e .; cat senet_kernels/_build.json; \
+	  $(BUILD) $(PIP) --no-deps --no-build-isolation -e .; cat senet_kernels/_build.json; \
 	  $(call missing,matplotlib numpy PIL pytest pytest_benchmark rich sklearn tqdm hypothesis triton) || \
 	    echo "    some targets or reports may need them: $(PYTHON) -m pip install ..."; }

@@ -79,6 +79,7 @@ def settle(
     differentiated = requires_grad(*tensors)
     if compiling or type(x) not in PLAIN_TYPES:
         return _settle_traced(resolved, x, of, backend, differentiated)
+    runs = may_prove  # else it is a question alone
     if torch._C._are_functorch_transforms_active():  # where nothing is proven either
         x, may_prove, differentiated = _unwrapped(x), False, True
         of = of._replace(residual=None if of.residual is None else _unwrapped(of.residual))
@@ -94,8 +95,8 @@ def settle(
     if known is not None:
         answer: ResolvedCall = known
         return answer
-    answer, is_final = _settle_eagerly(resolved, x, of, backend, differentiated, may_prove)
-    if is_final:
+    answer, is_final = _settle_eagerly(resolved, x, of, backend, differentiated, may_prove, runs)
+    if is_final and runs:
         if len(answers) >= _MOST_KNOWN:
             answers.clear()
         answers[key] = answer
@@ -109,6 +110,7 @@ def _settle_eagerly(
     backend: str | None,
     differentiated: bool,
     may_prove: bool,
+    runs: bool,
 ) -> tuple[ResolvedCall, bool]:
     """The call with its choice, and whether that is final in this process."""
     call, choice = resolved.call, resolved.choice
@@ -118,14 +120,14 @@ def _settle_eagerly(
     while trust.is_asked(choice.backend, call.device):
         verdict = trust.verdict_on(
             choice.backend, call, x, of.w1, of.w2, of.outputs, differentiated, of.residual,
-            may_prove=may_prove,
+            may_prove=may_prove, runs=runs,
         )  # fmt: skip
         is_final = is_final and verdict.final
         if verdict.state == trust.UNPROVEN and may_prove:
-            runs = "PyTorch's own operators run"
+            instead = "PyTorch's own operators run"
             if requested != "auto":
-                runs = f"backend={requested!r} was asked for, and runs all the same"
-            once(f"{verdict.name or choice.backend}: {verdict.reason}: {runs}")
+                instead = f"backend={requested!r} was asked for, and runs all the same"
+            once(f"{verdict.name or choice.backend}: {verdict.reason}: {instead}")
         if requested != "auto":
             if verdict.state == trust.REFUSED:
                 raise _mistrust(requested, f": {verdict.reason}")

@@ -159,6 +159,8 @@ def _shown(what: str) -> str:
         pytest.skip("no cuobjdump; it comes with Triton")
     if native.UNAVAILABLE is not None:
         pytest.skip(native.UNAVAILABLE)
+    if "cuda" not in native.build_record():
+        pytest.skip("the compiled library has no CUDA kernels")
     (library,) = native.kernel_files()
     return subprocess.check_output([program, what, str(library)], text=True)
 

@@ -213,6 +213,7 @@ def test_equal_blocks_are_captured_once(
         pass
 
     captured: list[nn.Module] = []
+    monkeypatch.setattr(recognise, "_kept", [])  # as where no test shares anything
     read = recognise.read_captured
     monkeypatch.setattr(
         recognise, "read_captured", lambda m, words: captured.append(m) or read(m, words)

@@ -232,8 +232,8 @@ def test_each_kind_is_compiled_to_be_measured(card: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         compile_fx, "compile_fx", lambda graph, inputs: graphs.append(graph) or graph.forward
     )
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    with torch.compiler.set_stance("force_eager"):
+    limit = torch._dynamo.config.patch(recompile_limit=1)
+    with limit, torch.compiler.set_stance("force_eager"):
         for channels in (4, 8, 12):
             block = FusedSEBlock(channels).requires_grad_(False)
             (verdict,) = senet_kernels.verify(block, torch.randn(2, channels, 6, 6), compiled=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -81,6 +82,41 @@ def test_what_has_not_run_is_not_captured(card: Path, capture: Callable[[bool], 
     assert _launches(lambda: squeeze_excite(*arguments)) == 1
     capture(True)
     assert _launches(lambda: squeeze_excite(*arguments)) == 1
+
+
+def test_a_question_is_no_call(card: Path, capture: Callable[[bool], None]) -> None:
+    """``explain`` neither lets a kernel into a graph, nor keeps one out."""
+    arguments = _arguments()
+    squeeze_excite(*arguments)
+    pretended.as_new_process()
+    assert senet_kernels.explain(*arguments).backend == "triton"
+    capture(True)
+    assert _launches(lambda: squeeze_excite(*arguments)) == 0
+    assert (
+        _launches(lambda: torch.func.vjp(lambda x: squeeze_excite(x, *arguments[1:]), arguments[0]))
+        == 0
+    )
+    capture(False)
+    senet_kernels.explain(*arguments)
+    assert _launches(lambda: squeeze_excite(*arguments)) == 1
+    trust.freeze()
+    capture(True)
+    assert _launches(lambda: squeeze_excite(*arguments)) == 1
+
+
+def test_each_card_loads_kernels_for_itself(card: Path) -> None:
+    """Of two equal ones, too."""
+    squeeze_excite(*_arguments())
+    kinds_seen: list[Any] = []
+    verdicts.listeners.append(lambda kind, verdict: kinds_seen.append(kind))
+    try:
+        verdicts.forget_answers()
+        squeeze_excite(*_arguments())
+    finally:
+        verdicts.listeners.pop()
+    (kind,) = kinds_seen
+    assert verdicts.while_capturing(kind) is not None
+    assert verdicts.while_capturing(kind._replace(device="cpu:1")) is None
 
 
 def test_by_name_a_refused_kernel_is_not_captured(
@@ -183,6 +219,14 @@ def _in_a_closure(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: model(x)
 
 
+def _in_an_inner_function(model: nn.Module) -> Callable[[Tensor], Any]:
+    def call(x: Tensor) -> list[Tensor]:
+        return [net(x) for net in nets]
+
+    nets = [model]
+    return call
+
+
 _WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "module": lambda model: model,
     "its method": lambda model: model.forward,
@@ -191,6 +235,7 @@ _WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "object": _Step,
     "method of an object": lambda model: _Step(model).step,
     "partial of a method": lambda model: partial(_Step(model).step),
+    "in an inner function": _in_an_inner_function,
 }
 
 
@@ -202,3 +247,27 @@ def test_verify_keeps_buffers_of_whatever_is_called(card: Path, way: str) -> Non
     assert {v.state for v in found} == {trust.TRUSTED}
     for name, t in model.named_buffers():
         assert torch.equal(t, buffers[name]), name
+
+
+def test_verify_keeps_buffers_of_an_argument(card: Path) -> None:
+    norm, block = nn.BatchNorm2d(8), FusedSEBlock(8)
+    before = norm.running_mean.clone()  # type: ignore[union-attr]
+    senet_kernels.verify(lambda net, x: block(net(x)), norm, torch.randn(2, 8, 6, 5) + 3)
+    assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]
+
+
+def test_verify_of_a_function_in_reach_of_unusual_modules(card: Path) -> None:
+    """Made in inference mode, lazy, or gone."""
+    block = FusedSEBlock(8)
+    with torch.inference_mode():
+        made_there = nn.BatchNorm2d(8)
+    gone = nn.ReLU()
+    others = [made_there, nn.LazyBatchNorm2d(), weakref.proxy(gone)]
+    del gone
+
+    def call(x: Tensor, others: Any = others) -> Tensor:
+        y: Tensor = block(x)
+        return y
+
+    (one, two) = senet_kernels.verify(call, torch.randn(2, 8, 6, 5))
+    assert {one.state, two.state} == {trust.TRUSTED}

@@ -123,9 +123,11 @@ def verdict_on(
     residual: Tensor | None = None,
     *,
     may_prove: bool,
+    runs: bool,
 ) -> Verdict:
-    """The verdict on the kernels of an eager call, see :mod:`.verdicts`."""
-    capturing = may_prove and _is_capturing(x)
+    """The verdict on the kernels of an eager call, see :mod:`.verdicts`; ``runs``: whether the call
+    is about to be made."""
+    capturing = runs and _is_capturing(x)
     try:
         direction = TRAINING if differentiated else INFERENCE
         with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -138,7 +140,7 @@ def verdict_on(
     except Exception as error:  # of a plan, of PyTorch: a call must not fail of being looked after
         verdicts.complain(f"a kernel could not be tried: {type(error).__name__}: {error}")
         return Verdict(UNPROVEN, f"it could not be tried: {error}", final=not capturing)
-    if may_prove and verdict.state == TRUSTED:
+    if runs and verdict.state == TRUSTED:
         verdicts.lets_run(kind)
     for listen in verdicts.listeners:
         listen(kind, verdict)
@@ -302,7 +304,8 @@ def _name_of(device: torch.device) -> str:
 
 
 def compiled_classes() -> tuple[str, ...]:
-    """The variants that run in compiled code, and their classes, on the cards of this process."""
+    """The variants that run in compiled code, their classes and layers, on the cards of this
+    process."""
     return tuple(sorted(COMPILED))
 
 

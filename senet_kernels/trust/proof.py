@@ -358,8 +358,9 @@ def _compile(problem: Problem) -> Callable[..., Tensor]:
     compiled: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
-        compiled.append(graph)
-        return compile_fx(graph, inputs)
+        made = compile_fx(graph, inputs)
+        compiled.append(made)
+        return made
 
     # Of its own code: Dynamo counts how often it compiles one, and gives up at the eighth.
     plain = Problem.plain_forward

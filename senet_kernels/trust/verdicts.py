@@ -80,7 +80,7 @@ _lock = threading.RLock()
 _memory: dict[tuple[Any, str], Verdict] = {}
 _later: dict[tuple[Any, str], float] = {}
 _waited: set[tuple[Any, str]] = set()  # for whose verdict this process has waited
-_ran: set[tuple[Any, str]] = set()  # whose kernels were let run in this process
+_ran: set[tuple[str, Any, str]] = set()  # whose kernels were let run in this process, and where
 _said: set[str] = set()
 _frozen = False
 _forked = False
@@ -136,8 +136,8 @@ def _remember(where: tuple[Any, str], verdict: Verdict) -> Verdict:
 
 
 def _publish(device: str, verdict: Verdict) -> None:
-    """Tell calls that are traced of a verdict. A class stays where it once was: it is no more than
-    a reason to look for keys."""
+    """Tell calls that are traced of a verdict. A class and a layer stay where they once were: they
+    are no more than a reason to look for keys."""
     fast = verdict.compiled_speed is not None and verdict.compiled_speed >= LEAST_SPEED
     global any_compiled, any_mistrusted
     for table, there in (
@@ -229,7 +229,7 @@ def decide(kind: Kind, *, may_prove: bool = True) -> Verdict:
 
 def lets_run(kind: Kind) -> None:
     """Note that the kernels of a variant are about to run."""
-    _ran.add(_place(kind))
+    _ran.add((kind.device, *_place(kind)))
 
 
 def while_capturing(kind: Kind) -> Verdict | None:
@@ -237,7 +237,8 @@ def while_capturing(kind: Kind) -> Verdict | None:
     compiled or allocated for good."""
     where = _place(kind)
     verdict = _memory.get(where)
-    if verdict is not None and (verdict.state != TRUSTED or where in _ran):
+    has_run = (kind.device, *where) in _ran  # each card loads a kernel for itself
+    if verdict is not None and (verdict.state != TRUSTED or has_run):
         return verdict
     return None
 
@@ -271,7 +272,10 @@ _UNDECIDED = "another process of this host has not decided yet"
 
 
 def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Verdict:
-    is_first = (folder, kind.backend) not in _begun and not folder.has_right(kind.backend)
+    is_first = (folder, kind.backend) not in _begun
+    if is_first and folder.has_right(kind.backend):
+        _begun.add((folder, kind.backend))
+        is_first = False
     how = IN_SUBPROCESS if kind.waits or is_first else IN_PROCESS
     suspect: Owner | None = None  # who may have died of it
     for _ in range(3):
@@ -298,6 +302,7 @@ def _decide_now(kind: Kind, where: Any, folder: Folder, unproven: Verdict) -> Ve
         # By a kernel, or by who ends processes: a process of its own shows it, at no risk.
         how, suspect = IN_SUBPROCESS, mark
         folder.drop_mark(kind.key, mark)
+    _later[where] = time.monotonic() + _AGAIN_SECONDS
     return unproven._replace(reason=_UNDECIDED)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import verdicts
@@ -24,7 +26,8 @@ def verify(model: Any, *inputs: Any, compiled: bool = False, **kwargs: Any) -> S
     Calls ``model(*inputs, **kwargs)`` eagerly, what is compiled in it too, once without gradients
     and, where a parameter or an input needs some, or ``model`` is a function, once with them.
     Buffers (running statistics) and random numbers are as before, no gradient is accumulated; of a
-    function, those of the modules that its object, closure, arguments or globals hold.
+    function, those of the modules that its object, closure, arguments or the globals that it names
+    hold.
 
     Args:
         model: a module or function, or what ``torch.compile`` made of it.
@@ -48,7 +51,11 @@ def verify(model: Any, *inputs: Any, compiled: bool = False, **kwargs: Any) -> S
     # Of a function nobody knows what it trains.
     trains = owner is None or any(t.requires_grad for t in (*parameters, *tensors))
     trains = trains and not of_inference
-    with _listening(found), _eagerly(of_inference), _unchanged(_modules_of(model), tensors):
+    with (
+        _listening(found),
+        _eagerly(of_inference),
+        _unchanged(_modules_of((model, inputs, kwargs)), tensors),
+    ):
         with torch.no_grad():
             model(*inputs, **kwargs)
         if trains:
@@ -121,6 +128,7 @@ def _unchanged(modules: list[nn.Module], tensors: list[Tensor]) -> Iterator[None
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in dict.fromkeys(inner for outer in modules for inner in outer.modules())
         for name, buffer in module._buffers.items()
+        if buffer is None or not is_lazy(buffer)
     ]
     tensors = [*tensors, *(parameter for module in modules for parameter in module.parameters())]
     tensors += [buffer for _, _, buffer, _ in kept if buffer is not None]
@@ -129,21 +137,22 @@ def _unchanged(modules: list[nn.Module], tensors: list[Tensor]) -> Iterator[None
         try:
             yield
         finally:
-            with torch.no_grad():
-                for module, name, buffer, before in kept:
-                    module._buffers[name] = buffer
-                    if buffer is not None and before is not None:
+            for module, name, buffer, before in kept:
+                module._buffers[name] = buffer
+                if buffer is not None and before is not None:
+                    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                         buffer.copy_(before)
 
 
 def _modules_of(called: Any) -> list[nn.Module]:
-    """The modules that a callable is, or can reach: by its object, what it is partial of, its
-    closure, its defaults, and the globals that it names."""
+    """The modules among these things, and those that a callable among them can reach: by the
+    attributes of its object, what it is partial of, its closure, its defaults, and the globals that
+    it names."""
     found: dict[nn.Module, None] = {}
     todo, seen = [called], set()
     while todo:
         it = todo.pop()
-        if id(it) in seen or isinstance(it, (type, ModuleType, Tensor, str)):
+        if id(it) in seen or issubclass(type(it), (type, ModuleType, Tensor, *_PROXIES)):
             continue
         seen.add(id(it))
         if isinstance(it, nn.Module):
@@ -157,13 +166,24 @@ def _modules_of(called: Any) -> list[nn.Module]:
         elif isinstance(it, FunctionType):
             todo += [it.__defaults__ or (), it.__kwdefaults__ or {}, vars(it)]
             todo += [cell.cell_contents for cell in it.__closure__ or () if _is_filled(cell)]
-            todo += [it.__globals__[n] for n in it.__code__.co_names if n in it.__globals__]
+            names = _names_in(it.__code__)
+            todo += [it.__globals__[name] for name in names if name in it.__globals__]
         elif isinstance(it, MethodType):
             todo += [it.__self__, it.__func__]
         elif hasattr(it, "__dict__") and type(it).__module__.partition(".")[0] != "torch":
             todo += vars(it).values()
-            todo += [vars(type(it)).get("__call__")]
+            todo += [cls.__dict__.get("__call__") for cls in type(it).__mro__]
     return list(found)
+
+
+# What they stand for may be gone.
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+
+
+def _names_in(code: CodeType) -> list[str]:
+    """Of globals, in functions within it too."""
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return [*code.co_names, *(name for c in inner for name in _names_in(c))]
 
 
 def _is_filled(cell: CellType) -> bool:
