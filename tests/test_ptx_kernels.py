@@ -21,8 +21,9 @@ from problems import Spec, build, check
 from ptx import compiling
 from ptx.translate import Module
 from senet_kernels import squeeze_excite
+from senet_kernels.trust import proof
 from test_cuda_on_cpu import computes_right
-from tools import mutate_ptx
+from tools import gpu_cases, gpu_kernels, mutate_ptx
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
@@ -120,6 +121,27 @@ def test_same_bits_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     with cuda_on_cpu.plugged_in(0, H100, ptx=4):
         problem.call(squeeze_excite, backend="native")
     assert len(found) == 1
+
+
+@pytest.mark.slow
+def test_kernels_prove_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a user's card; those that lack their barriers do not."""
+    monkeypatch.setenv(PLAN, "exchange=none,resident=0")
+    case = gpu_cases.Case((3, 136, 6, 8), 12, "bfloat16", False, {})
+    with cuda_on_cpu.plugged_in(1, H100, ptx=1):
+        kind = gpu_kernels.kind_of("native", "cpu", case)
+        assert proof.correct(kind) is None
+    original = compiling.ptx_of
+    monkeypatch.setattr(
+        compiling,
+        "ptx_of",
+        lambda kernel, target: original(kernel, target).replace("bar.sync", "//"),
+    )
+    with cuda_on_cpu.plugged_in(1, H100, ptx=1) as simulation:
+        monkeypatch.setattr(simulation.finder, "found", {})
+        wrong = proof.correct(kind)
+    assert wrong is not None
+    assert wrong.fault in ("wrong", "races", "failed", "unwritten")
 
 
 def test_missing_barriers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
