@@ -142,13 +142,16 @@ def resolve(
     """
     x = tensors[0]
     assert x is not None
+    is_shifted = False
+    if shift:  # of symbolic extents it is a symbol, which must not stay in the cache
+        is_shifted = True
     kind = (
         "cpu" if x.is_cpu else x.device.type,  # a device and its name are made anew each time
         *dtypes,
         names,
         (
             form,
-            shift,
+            is_shifted,
             alpha is not None or beta is not None,
             affine is not None,
             lengths is not None,

@@ -28,7 +28,7 @@ from captures import (
     own,
     penalties,
 )
-from senet_kernels import BackendUnavailableError, backends, squeeze_excite, use_backend
+from senet_kernels import BackendUnavailableError, backends, resolve, squeeze_excite, use_backend
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_of_few = pytest.mark.parametrize("case", FEW, ids=str)
@@ -236,6 +236,16 @@ def test_make_fx_of_forward_and_backward(case: Case) -> None:
     got = make_fx(step)(values, *inputs)(values, *inputs)
     right = gradients(own(case.net(plain=True)), inputs)
     assert_same(dict(zip(names, got, strict=True)), {n: right[n] for n in names})
+
+
+@each_of_few
+def test_no_symbol_stays_in_the_cache(case: Case) -> None:
+    """The next call that is traced would be compared with it."""
+    resolve._RESOLVED.clear()
+    captures.by_make_fx(case, tracing_mode="symbolic")
+    for kind in resolve._RESOLVED:
+        facts = [fact for fact in kind if isinstance(fact, tuple)]
+        assert {type(f) for of in facts for f in of} <= {bool, str, type(None)}, kind
 
 
 @each_of_few
