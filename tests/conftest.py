@@ -123,7 +123,6 @@ COVERED = {
         "test_what_is_not_legal_is_refused", "test_what_is_read_is_asked_for",
     ),
     "test_fused_models.py": ("test_compiled_in_one_graph", "test_export"),
-    "test_gradcheck.py": ("test_first_and_second_derivatives",),
     "test_graph_models.py": ("test_networks_of_others",),
     "test_memory_model.py": ("test_kernels_follow_the_protocols",),
     "test_onnx.py": ("test_small_networks",),
