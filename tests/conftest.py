@@ -26,8 +26,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Eager in float32 is a yardstick: not with the ten bits of mantissa that cuDNN is allowed.
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
-# Inductor's vectors are its own business: to find out which there are, and to compile their headers,
-# takes most of a minute.
+# Inductor's vectors are its own business: to find out which there are, and to compile their
+# headers, takes most of a minute.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import torch
