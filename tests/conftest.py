@@ -26,6 +26,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Eager in float32 is a yardstick: not with the ten bits of mantissa that cuDNN is allowed.
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
+# Inductor's vectors are its own business: to find out which there are, and to compile their
+# headers, takes most of a minute.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 import torch
 
 import pretended
@@ -72,9 +76,10 @@ INTERPRETED_CASES = {
 }
 # What runs on the interpreter and, compiled, in test_triton_ptx.py.
 TRITON_CASES = {"test_every_cut_gives_the_result": 9, "test_split_images": 6}
-# Of tests that capture or compile graphs, a second and more each: for the CPU's kernels, and for
-# plain PyTorch, in whose graphs nothing is opaque.
+# Of tests that capture or compile graphs or start processes, a second and more each: for the CPU's
+# kernels, and for plain PyTorch, in whose graphs nothing is opaque.
 CAPTURED_CASES = {
+    "test_citizenship.py": ({}, {"test_fork": 0, "test_same_bits_in_another_process": 0}),
     "test_compile.py": (
         {"test_one_graph_with_gradients": 6, "test_inplace": 4, "test_halves_with_code_between": 3},
         {"test_one_graph_with_gradients": 3, "test_inplace": 5, "test_halves_with_code_between": 3,

@@ -4,10 +4,12 @@ and where a device refuses a launch: on the simulated devices of ``tests/simt``.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,16 +99,44 @@ def test_a_device_that_cannot_be_used_is_named() -> None:
 # -- in a process of its own, where no device has been used ----------------------------------------
 
 
-def _cold(scenario: Callable[[], None]) -> None:
-    """Run one of the functions below in a new process."""
+# Imports once, and forks for each scenario before anything has run.
+_FORKS = f"""
+import os, sys, traceback
+import {__name__} as tests
+for name in sys.argv[1:]:
+    if os.fork() == 0:
+        try:
+            getattr(tests, name)()
+        except BaseException:
+            with open(name, "w") as file:
+                traceback.print_exc(file=file)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    if status and not os.path.exists(name):
+        with open(name, "w") as file:
+            file.write(f"ended with {{status}}")
+"""
+
+
+@functools.cache
+def _errors() -> dict[str, str]:
+    """Of the scenarios that failed, each in a process of its own."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {__name__} as t; t.{scenario.__name__}()"],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, "-c", _FORKS, *(scenario.__name__ for scenario in _SCENARIOS)],
+            cwd=folder, timeout=300, env={**os.environ, "PYTHONPATH": path}, check=True,
+        )  # fmt: skip
+        return {file.name: file.read_text() for file in Path(folder).iterdir()}
+
+
+def _cold(scenario: Callable[[], None]) -> None:
+    """The outcome of one of the scenarios."""
+    assert scenario in _SCENARIOS
+    error = _errors().get(scenario.__name__)
+    assert error is None, error
 
 
 def _kinds(loads: list[str], device: int) -> dict[str, int]:
@@ -262,6 +292,16 @@ def _a_refusal_without_another_plan_is_reported() -> None:
 
 def test_a_refusal_without_another_plan_is_reported() -> None:
     _cold(_a_refusal_without_another_plan_is_reported)
+
+
+_SCENARIOS = (
+    _the_first_call_loads_what_others_need,
+    _a_cold_capture_works,
+    _a_refused_load_is_not_remembered,
+    _a_refused_cooperative_launch_is_planned_anew,
+    _backward_is_planned_anew_too,
+    _a_refusal_without_another_plan_is_reported,
+)
 
 
 # -- bulk copies -----------------------------------------------------------------------------------

@@ -120,7 +120,10 @@ def _with_environment(value: str | None) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("value", ["reference", "", "auto", None])
+@pytest.mark.parametrize(
+    "value",
+    ["reference", "", *(pytest.param(v, marks=pytest.mark.slow) for v in ("auto", None))],
+)
 def test_environment_variable(value: str | None) -> None:
     done = _with_environment(value)
     assert done.returncode == 0, done.stderr

@@ -135,7 +135,7 @@ def test_real_model_compiled(fresh_dynamo: None, compiler: str) -> None:
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_recompiles(fresh_dynamo: None, training: bool) -> None:
     """The blocks alone: torch's convolutions are compiled anew for batches above 15."""
     blocks = nn.Sequential(_known(8), HomeMade(8)).train(training)
@@ -225,15 +225,19 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 def test_autocast_grid() -> None:
     """The dtypes of a block's output and of its gradients are the original's."""
-    for kind, x_dtype, parameters, autocast in itertools.product(
-        (_known, HomeMade), (torch.float32, *_HALVES), (torch.float32, *_HALVES), _HALVES
-    ):
+    pairs = {}
+    for kind, parameters in itertools.product((_known, HomeMade), (torch.float32, *_HALVES)):
         torch.manual_seed(0)
         original = kind(8).to(parameters)
         fused = copy.deepcopy(original)
-        fuse_se_blocks(fused)
+        assert fuse_se_blocks(fused).replaced
+        pairs[kind, parameters] = original, fused
+    for (kind, parameters), x_dtype, autocast in itertools.product(
+        pairs, (torch.float32, *_HALVES), _HALVES
+    ):
         results = []
-        for block in (original, fused):
+        for block in pairs[kind, parameters]:
+            block.zero_grad()
             x = torch.randn(2, 8, 5, 4, generator=torch.Generator().manual_seed(1)).to(x_dtype)
             x.requires_grad_()
             with torch.autocast("cpu", autocast):

@@ -459,7 +459,10 @@ print(forward, counter.get_total_flops())
 """
 
 
-@pytest.mark.parametrize("before", ["", "import torch.utils.flop_counter", "import copy"])
+@pytest.mark.parametrize(
+    "before",
+    ["", "import torch.utils.flop_counter", pytest.param("import copy", marks=pytest.mark.slow)],
+)
 def test_flops_are_counted_without_another_import(before: str) -> None:
     code = _COUNT.format(before=before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,9 +1,9 @@
 """The Triton kernels as Triton compiles them, to PTX, executed on a CPU: see ``tests/ptx`` and
 ``triton_on_cpu.py``.
 
-The gate runs each kernel in each class of dtypes, on sm_80 or sm_90; all that Triton's interpreter
-runs in the gate is run by the slow tests, on both. In processes of their own, to which the package
-is interpreted.
+The gate runs each kernel in each class of dtypes, on sm_80 or sm_90, of 16 bits bfloat16; all that
+Triton's interpreter runs in the gate is run by the slow tests, on both. In processes of their own,
+to which the package is interpreted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ starts = pytest.mark.skipif(
 executes = pytest.mark.skipif(not CAPABILITY, reason=f"runs where {triton_on_cpu.EXECUTE} is set")
 
 # Of compute capability: the dtypes whose kernels the gate runs.
-_GATE = {80: (torch.float16, torch.float64), 90: (torch.bfloat16, torch.float32)}
+_GATE = {80: (torch.float64,), 90: (torch.bfloat16, torch.float32)}
 # Together every kernel: images in one launch and in several, both halves, several programs a row.
 _SPECS: tuple[dict[str, Any], ...] = (
     {"shape": (3, 16, 5, 7), "hidden": 5, "before": "silu", "shift": True},
@@ -164,6 +164,7 @@ def test_products_of_matrices(dtype: torch.dtype, bound: float, stages: int) -> 
 
 
 @executes
+@pytest.mark.skipif(CAPABILITY == 80, reason="on sm_90, whose kernels have more of them")
 @pytest.mark.usefixtures("_plans_of_the_device")
 def test_missing_barriers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter, to which a program is one thread, has nothing to notice."""
