@@ -19,7 +19,9 @@ More than 500 lines: all Functions share one order of arguments, of gradients an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -265,7 +267,9 @@ def _backward(
     residual = _PARTS[part].residual
     bit = 0 if residual is None else needs & (1 << residual)
     # The residual's gradient through identity is dy itself: no kernel, no copy.
-    passes_dy = bit and unpack(options).after == "identity"
+    passes_dy = bit != 0 and unpack(options).after == "identity"
+    if mask is not None and mask.dtype != torch.uint8:  # y, see output_is_kept
+        dy, mask, passes_dy = torch.where(mask <= 0, 0.0, dy), _mask_of_ones(inputs[0]), bit != 0
     asked = needs & ~bit if passes_dy else needs
     gradients: list[Tensor | None] = [None] * len(inputs)
     if asked:
@@ -282,6 +286,35 @@ def _backward(
     if passes_dy and residual is not None:
         gradients[residual] = dy
     return gradients
+
+
+def _mask_of_ones(x: Tensor) -> Tensor:
+    """For the kernel of ``after="relu"`` where dy has been through the ReLU: no other kernel may
+    take its place, since trust is in this one."""
+    return x.new_full((ops.mask_numel(x),), 255, dtype=torch.uint8)
+
+
+_output_is_kept = ContextVar("output_is_kept", default=False)
+
+
+@contextmanager
+def output_is_kept() -> Iterator[None]:
+    """For calls, traced by AOTAutograd, whose output another operator keeps for backward.
+
+    With ``after="relu"`` they keep it too, and no bit mask: what Inductor makes of backward
+    compares it with 0, as for PyTorch's own ReLU, in one loop with what computes dy.
+    """
+    token = _output_is_kept.set(True)
+    try:
+        yield
+    finally:
+        _output_is_kept.reset(token)
+
+
+def _keeps_output(y: Tensor, options: int) -> bool:
+    if not ops.has_mask(options) or torch.compiler.is_dynamo_compiling():
+        return False
+    return is_traced(y) and _output_is_kept.get()
 
 
 def _in_argument_order(gradients: list[Tensor | None], arguments: int) -> tuple[Any, ...]:
@@ -317,6 +350,7 @@ def _forward(
     ctx.needs = needs
     ctx.arguments = len(needed)
     kept = residual if residual is not None and _keeps_residual(options) else None
+    mask = y if _keeps_output(y, options) else mask
     ctx.save_for_backward(
         x, w1, b1, w2, b2, kept, alpha, beta, affine_scale, affine_shift, lengths, saved, mask
     )

@@ -97,6 +97,11 @@ def after_code(options: int) -> int:
     return (options >> 12) & 15
 
 
+def has_mask(options: int) -> bool:
+    """Whether a forward pass that saves keeps a bit mask."""
+    return after_code(options) == _RELU
+
+
 def saved_numel(x: Tensor, w1: Tensor | None, w2: Tensor) -> int:
     """How many elements ``saved`` has."""
     hidden = 0 if w1 is None else w1.shape[0]
@@ -138,7 +143,7 @@ def _forward_fake(
 
 
 def _mask(x: Tensor, options: int, save: bool) -> Tensor:
-    keep = save and after_code(options) == _RELU
+    keep = save and has_mask(options)
     return x.new_empty((mask_numel(x) if keep else 0,), dtype=torch.uint8)
 
 

@@ -254,9 +254,8 @@ def test_the_entry_point_is_the_backend() -> None:
     assert "senet_kernels" in torch.compiler.list_backends()
 
 
-def _kept(model: nn.Module, x: Tensor, patches: dict[str, Any]) -> list[Tensor]:
-    """What a compiled forward keeps for backward besides parameters, each storage once.
-    AOTAutograd decides on them; what it makes runs without Inductor's code."""
+def _partitioned(patches: dict[str, Any]) -> Callable[..., Any]:
+    """A backend as Inductor: AOTAutograd's graphs, which run without Inductor's code."""
     from torch._inductor.compile_fx import compile_fx
 
     def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -265,6 +264,11 @@ def _kept(model: nn.Module, x: Tensor, patches: dict[str, Any]) -> list[Tensor]:
             config_patches={"force_disable_caches": True, **patches},
         )  # fmt: skip
 
+    return backend
+
+
+def _kept(model: nn.Module, x: Tensor, patches: dict[str, Any]) -> list[Tensor]:
+    """What a compiled forward keeps for backward besides parameters, each storage once."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
     kept: dict[int, Tensor] = {}
 
@@ -275,13 +279,18 @@ def _kept(model: nn.Module, x: Tensor, patches: dict[str, Any]) -> list[Tensor]:
 
     torch._dynamo.reset()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = torch.compile(model, backend=backend)(x)
+        y = torch.compile(model, backend=_partitioned(patches))(x)
     del y
     return list(kept.values())
 
 
 def _bytes(tensors: list[Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def _masks(tensors: list[Tensor]) -> list[int]:
+    """The sizes of what was kept of ReLUs: a byte of each element, or of eight."""
+    return [t.numel() for t in tensors if t.dtype in (torch.bool, torch.uint8) and t.numel()]
 
 
 def _network(name: str) -> nn.Module:
@@ -294,7 +303,6 @@ def _network(name: str) -> nn.Module:
                 for n in ("mobilenetv3_large_100", "efficientnet_b0", "seresnet50"))],
 )  # fmt: skip
 def test_no_more_is_kept_for_backward_than_by_inductor_alone(name: str) -> None:
-    """But for a bit an element where a ReLU after the block joins."""
     torch.manual_seed(0)
     model = (Block() if name == "block" else _network(name)).train()
     x = torch.randn((3, C, 5, 4) if name == "block" else (2, 3, 64, 64))
@@ -302,11 +310,85 @@ def test_no_more_is_kept_for_backward_than_by_inductor_alone(name: str) -> None:
     plain = _kept(copy.deepcopy(model), x, {})
     kept = _kept(copy.deepcopy(model), x, inductor_options(report=reports.append))
     assert reports[0].fused
-    masks = _bytes([t for t in kept if t.dtype == torch.uint8])
-    assert bool(masks) == (name in ("block", "seresnet50"))
-    assert _bytes(kept) - masks <= _bytes(plain)
+    assert _bytes(kept) <= _bytes(plain)
+    # A bit mask of a ReLU that no layer follows: of the last one.
+    assert _masks(kept) == {"block": [3 * C * 3], "seresnet50": [2 * 2048]}.get(name, [])
     if name == "block":  # a BatchNorm's statistics, not the scale and shift made of them
         assert sum(t.shape == (C,) for t in kept) == 2
+
+
+class Followed(nn.Module):
+    """A block whose ReLU a layer reads."""
+
+    def __init__(self, *, frozen: bool, cast: bool) -> None:
+        super().__init__()
+        self.block, self.conv = Block(), nn.Conv2d(C, 4, 1)
+        self.conv.requires_grad_(not frozen)
+        self.double()
+        self.cast = cast
+        if cast:
+            self.conv.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        z: Tensor = self.conv(y.float() if self.cast else y)
+        return z.double()
+
+
+@pytest.mark.parametrize("kind", ["trained", "frozen", "cast", "dynamic", "channels-last"])
+def test_no_mask_is_kept_beside_what_a_layer_keeps(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Followed(frozen=kind == "frozen", cast=kind == "cast")
+    x = torch.randn(3, C, 5, 4, dtype=torch.float64)
+    if kind == "channels-last":
+        x = x.to(memory_format=torch.channels_last)
+    _equal(model, x, backend=_partitioned(inductor_options()), dynamic=kind == "dynamic" or None)
+    kept = _kept(model, x, inductor_options())
+    assert _masks(kept) == ([3 * C * 3] if kind in ("frozen", "cast") else [])
+
+
+def test_the_kernel_is_the_one_that_trust_is_in() -> None:
+    """Where no mask is kept: backward's options are those of forward, of which the verdict is."""
+    seen: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, *_: Any, **__: Any) -> Any:
+        for node in graph.graph.nodes:
+            if str(node.target).startswith("senet_kernels.native_"):
+                seen.extend(a for a in node.args[-2:-1] if type(a) is int)
+        return graph
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {"force_disable_caches": True, **inductor_options()}
+        return compile_fx(module, inputs, inner_compile=compiler, config_patches=patches)
+
+    model = Followed(frozen=False, cast=False)
+    x = torch.randn(3, C, 5, 4, dtype=torch.float64)
+    torch.compile(model, backend=backend)(x).sum().backward()
+    forward, backward = seen
+    assert forward == backward
+
+
+def test_nan_of_the_residual_passes_backward_as_in_eager() -> None:
+    torch.manual_seed(0)
+    conv, weight = nn.Conv2d(C, 4, 1).double(), torch.randn(C, C, dtype=torch.float64)
+
+    def fn(x: Tensor, residual: Tensor) -> Tensor:
+        y: Tensor = conv(F.relu(x * F.linear(x.mean((2, 3)), weight).sigmoid()[..., None, None]
+                                + residual))  # fmt: skip
+        return y
+
+    x, residual = torch.randn(2, 2, C, 5, 4, dtype=torch.float64)
+    residual[0, 1, 2, 3] = float("nan")
+    found = []
+    for f in (fn, torch.compile(fn, backend=_partitioned(inductor_options()))):
+        leaf = residual.clone().requires_grad_()
+        f(x, leaf).sum().backward()
+        found.append(leaf.grad)
+    assert found[0] is not None
+    assert found[0][0, 1, 2, 3] != 0
+    torch.testing.assert_close(*found)
 
 
 _PROGRAM = """

@@ -113,8 +113,7 @@ class Reader:
         batch = shape_of(self.end)[0]
         if op is not None and op.name in ("addmm", "mm"):
             return self._matrix_product(node, op, outputs)
-        known = op is not None and (op.name == "linear" or op.name in _CONVOLUTIONS)
-        if op is None or not known or op.get("transposed", False):
+        if op is None or op.name not in LAYERS or op.get("transposed", False):
             raise Mismatch(f"{words(node)} stands where {what} is expected")
         x, weight, bias = self.input_of(node), op.get("weight"), op.get("bias")
         if not isinstance(weight, Node) or not isinstance(x, Node):
@@ -313,7 +312,8 @@ def read_product(flow: Flow, end: Node, read: Callable[[Reader, Node, Node], T])
     raise max(reasons[1:], key=lambda m: m.depth, default=reasons[0])
 
 
-_CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d", "convolution"))
+#: Operations of an input and a weight.
+LAYERS = frozenset(("linear", "conv1d", "conv2d", "conv3d", "convolution"))
 #: What clips, and slope, intercept, lower and upper bound of ``clip(slope u + intercept)``. The
 #: gradient of clamp at its ends is 1, that of relu6 and hardtanh 0.
 _HARD = {

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from senet_kernels import api, public_ops
+from senet_kernels import api, autograd, public_ops
 
 from .find import Match, find, is_near
-from .flow import Flow, tensor_of
+from .flow import Flow, dtype_of, tensor_of
 from .grow import grow, take_casts, why_not, why_rounded
 from .nodes import Mismatch
+from .reader import LAYERS
 from .report import Finding, GraphReport, place_of
 
 
@@ -172,6 +173,26 @@ def norm_affine(
     return a, b
 
 
+def excite_with_kept_output(*args: Any, **options: Any) -> Tensor:
+    """``squeeze_excite`` where another operator keeps its output for backward in any case."""
+    with autograd.output_is_kept():
+        return api.squeeze_excite(*args, **options)
+
+
+def _is_kept(flow: Flow, y: Node) -> bool:
+    """Whether a layer that reads y keeps it, for the gradient of its weight."""
+    for user in y.users:
+        op = flow.op(user)
+        if op is None or op.name not in LAYERS or op.get("input") is not y:
+            continue
+        weight = op.get("weight")
+        given = tensor_of(weight) if isinstance(weight, Node) else None
+        # Under autocast a layer keeps a copy in its own dtype.
+        if given is not None and given.requires_grad and dtype_of(user) == dtype_of(y):
+            return True
+    return False
+
+
 def _replace(flow: Flow, match: Match, door: Door) -> None:
     graph, nodes = flow.graph, match.nodes
     options: dict[str, Any] = {"activation": match.activation, "gate": match.gate}
@@ -190,7 +211,9 @@ def _replace(flow: Flow, match: Match, door: Door) -> None:
         if door.is_graph:
             call = graph.call_function(public_ops.OPS["squeeze_excite"], arguments, options)
         else:
-            call = graph.call_function(api.squeeze_excite, arguments, options)
+            kept = match.after == "relu" and _is_kept(flow, match.end)
+            target = excite_with_kept_output if kept else api.squeeze_excite
+            call = graph.call_function(target, arguments, options)
     call.meta = dict(match.end.meta)
     flow.stand_in(match.end, call)
     for node in sorted(nodes, key=flow.order.__getitem__, reverse=True):
