@@ -4,6 +4,7 @@ activation and BatchNorm (or another affine step per channel) before it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -31,7 +32,7 @@ def grow(
         _attempt(flow, match, step)
     if not affine:
         return
-    _attempt(flow, match, _take_training_norm if norm_in_training else _take_norm)
+    _attempt(flow, match, partial(_take_norm, in_training=norm_in_training))
     if match.norm is None:
         _attempt(flow, match, _take_affine)
 
@@ -207,26 +208,18 @@ def _take_before(flow: Flow, match: Match) -> str | None:
     return f"before {name}"
 
 
-def _take_norm(flow: Flow, match: Match) -> str | None:
-    op = flow.op(match.x)
-    if op is None or op.name != "batch_norm" or op.get("running_mean") is None:
-        return None
-    return _norm(flow, match) if op.get("training", False) is False else None
-
-
-def _take_training_norm(flow: Flow, match: Match) -> str | None:
-    op = flow.op(match.x)
-    if op is None or op.name != "batch_norm" or not isinstance(op.get("training", False), bool):
-        return None
-    if op.get("training", False) and not is_number(op.get("momentum", 0.1)):
-        return None
-    return _norm(flow, match)
-
-
-def _norm(flow: Flow, match: Match) -> str | None:
+def _take_norm(flow: Flow, match: Match, in_training: bool) -> str | None:
+    """``in_training``: also one that computes its statistics."""
     norm = match.x
     op = flow.op(norm)
-    if op is None or not _is_mine(match, norm) or not is_number(op.get("eps", 1e-5)):
+    if op is None or op.name != "batch_norm" or not _is_mine(match, norm):
+        return None
+    training = op.get("training", False)
+    if not isinstance(training, bool) or not is_number(op.get("eps", 1e-5)):
+        return None
+    if (training or op.get("running_mean") is None) and not in_training:
+        return None
+    if training and not is_number(op.get("momentum", 0.1)):
         return None
     source = Reader(flow, norm).input_of(norm)
     if not isinstance(source, Node) or not same_kind(source, norm):
