@@ -19,6 +19,7 @@ More than 500 lines: all Functions share one order of arguments, of gradients an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -138,11 +139,7 @@ _BITS = (
 
 def _needs(needs_input_grad: tuple[bool, ...]) -> int:
     """The Needs bits out of ``ctx.needs_input_grad``."""
-    needs = 0
-    for bit, needed in zip(_BITS, needs_input_grad, strict=False):
-        if needed:
-            needs |= bit
-    return needs
+    return sum(itertools.compress(_BITS, needs_input_grad))
 
 
 def _first_order(

@@ -419,18 +419,26 @@ def run(
         and not _is_autocast_enabled("cpu")
         and fwAD._current_level < 0
         and not _transforms_active()
-        and (direct or is_direct())
-    ):
-        short: ResolvedCall | None = None
-        try:
-            if x.is_cpu and w2.dtype is x.dtype:
-                asked_for = dispatch._forced if backend is None else backend
-                short = _RESOLVED.get((names, asked_for))
-        except (AttributeError, TypeError):  # None for a tensor, an unhashable name
-            pass
-        differentiable = (
-            short is not None and _is_grad_enabled() and requires_grad(x, w1, b1, w2, b2, residual)
+        and (  # is_direct(), without the cost of a call
+            direct
+            or (
+                not dispatch_modes()
+                and (not function_modes() or _only_default_device())
+                and tracing_state() is None
+            )
         )
+    ):
+        short: ResolvedCall | None
+        try:
+            short = (
+                _RESOLVED.get((names, dispatch._forced if backend is None else backend))
+                if x.is_cpu and w2.dtype is x.dtype
+                else None
+            )
+        except (AttributeError, TypeError):  # None for a tensor, an unhashable name
+            short = None
+        if short is not None:
+            differentiable = _is_grad_enabled() and requires_grad(x, w1, b1, w2, b2, residual)
         if short is not None and not (inplace and differentiable):
             try:
                 if inplace:
