@@ -72,6 +72,14 @@ def test_where_control_goes_on(text: str, falls: bool) -> None:
     assert (1 in program.blocks[0].successors if len(program.blocks) > 1 else falls) == falls
 
 
+@pytest.mark.parametrize("opcode", ["BRX R8", "BRXU UR4"])
+def test_a_branch_goes_to_each_of_its_targets(opcode: str) -> None:
+    branch = f'{opcode} -0x10 (*"BRANCH_TARGETS .L_x_0,.L_x_1,.L_x_0"*)'
+    program = sass.Program(_code("NOP", ".L_x_0:", branch, ".L_x_1:", "EXIT"))
+    assert [block.successors for block in program.blocks] == [[1], [1, 2], []]
+    assert pipes.pipe_of(program.blocks[1].instructions[0]) == "OTHER"
+
+
 def test_cost_of_instructions() -> None:
     def use(text: str, capability: int = 90) -> pipes.Use:
         (instruction,) = sass.Program(_code(text)).instructions

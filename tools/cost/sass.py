@@ -16,10 +16,11 @@ _SECTION = re.compile(r"\.text\.([\w$.]+):")
 _LABEL = re.compile(r"\s*(\.L_x_\d+|\$[\w$.]+|[A-Za-z_][\w$]*):$")
 _LINE = re.compile(r'\s*//## File "[^"]*", line (\d+)')
 _TARGET = re.compile(r"`\(([\w$.]+)\)")
+_TARGETS = re.compile(r"BRANCH_TARGETS ([\w$.,]+)")
 _REGISTER = re.compile(r"\b(U?R\d+)\b")
 # Control goes elsewhere after these, and never on to the next instruction without a predicate.
-_LEAVES = ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX", "KILL", "BPT", "BREAK")
-_NO_PATH_ON = ("EXIT", "RET", "BRX", "JMP", "JMX", "KILL", "BRA")
+_LEAVES = ("BRA", "EXIT", "RET", "BRX", "BRXU", "JMP", "JMX", "KILL", "BPT", "BREAK")
+_NO_PATH_ON = ("EXIT", "RET", "BRX", "BRXU", "JMP", "JMX", "KILL", "BRA")
 
 
 class Instruction(NamedTuple):
@@ -139,6 +140,9 @@ class Program:
                 block.successors.append(number_at[end])
             if last.name == "BRA" and (found := _TARGET.search(last.operands)):
                 block.successors.append(number_at[labels[found[1]]])
+            elif last.name in ("BRX", "BRXU") and (found := _TARGETS.search(last.operands)):
+                targets = dict.fromkeys(found[1].split(","))
+                block.successors += [number_at[labels[target]] for target in targets]
             blocks.append(block)
         return blocks
 
