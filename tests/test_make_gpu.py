@@ -678,7 +678,9 @@ def test_what_is_under_way_at_the_end_is_not_run(tmp_path: Path) -> None:
     """It may have been compiling."""
     program = tmp_path / "pool.py"
     program.write_text(
-        "import sys; from pathlib import Path; import test_make_gpu\n"
+        "import signal; from pathlib import Path; import test_make_gpu\n"
+        # A shell has its jobs in the background ignore it, and Python leaves that as it is.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"test_make_gpu._pool(Path({str(tmp_path)!r}), test_make_gpu._FAULTY, (0, 4)).run(2)\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{gpu.ROOT}:{gpu.ROOT / 'tests'}"}
