@@ -378,10 +378,13 @@ def magnitudes(problem: Problem) -> dict[str, float]:
     })  # fmt: skip
 
 
-def check(problem: Problem, fn: Callable[..., Tensor], **extra: Any) -> dict[str, Tensor]:
-    """Run ``fn`` on ``problem`` and hold every result to the oracle. Returns the results."""
-    results = problem.run(fn, **extra)
-    oracle.assert_like_oracle(results, problem.expected(), magnitudes(problem), problem.dtype)
+def check(
+    problem: Problem, fn: Callable[..., Tensor], names: Iterable[str] | None = None, **extra: Any
+) -> dict[str, Tensor]:
+    """Run ``fn`` on ``problem`` and hold every result to the oracle. ``names`` are as for
+    :meth:`Problem.run`. Returns the results."""
+    results = problem.run(fn, names, **extra)
+    oracle.assert_like_oracle(results, problem.expected(names), magnitudes(problem), problem.dtype)
     return results
 
 

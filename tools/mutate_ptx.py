@@ -131,7 +131,7 @@ def _notices(name: str, target: str, orders: int) -> str:
     except subprocess.TimeoutExpired:
         return "does not end"
     if done.returncode:
-        return f"died: {done.stderr.strip().splitlines()[-1:]}"
+        return f"died, status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
     return str(json.loads(done.stdout.splitlines()[-1]))
 
 
