@@ -224,12 +224,23 @@ $(STAMPS)/nvcc: | $(STAMPS)/torch
 	    if [[ -n "$$release" ]]; then wheels="$$(sed -E "s/==[^ ]*/==$$release.*/g" <<< "$$wheels")"; fi; \
 	    set -f; $(PY) $(PIP) $$wheels || echo '    not installed'; fi; touch $@; }
 
+# What `make test` installs beside torch, from pyproject.toml.
+EXTRAS := test,onnx,lint,train,docs
+define requirements
+$(PY) -c 'import sys; from setuptools.config.pyprojecttoml import read_configuration as read; \
+extras = read("pyproject.toml")["project"]["optional-dependencies"]; \
+print(*(one for name in sys.argv[1].split(",") for one in extras[name]), sep="\n")' $(EXTRAS)
+endef
+
+$(STAMPS)/packages: pyproject.toml .ci/constraints.txt | $(STAMPS)/torch $(STAMPS)/models
+	@echo '==> packages for $(EXTRAS)'; time { \
+	  $(PY) $(PIP) -r <($(requirements)) "$(TRITON); sys_platform == 'linux'"; touch $@; }
+
 # While the library is compiled, packages are fetched and unpacked: pip finds it compiled.
 $(STAMPS)/test: $(SOURCES) $(STAMPS)/choice tools/torchvision_ops.py | $(STAMPS)/torch $(STAMPS)/nvcc
-	@$(MAKE) --no-print-directory -j2 --output-sync=target $(STAMPS)/models library
-	@echo '==> senet_kernels[test,onnx,lint,train,docs], native: $(SENET_KERNELS_BUILD)'; time { \
-	  $(BUILD) $(PIP) --no-build-isolation -e '.[test,onnx,lint,train,docs]' "$(TRITON); sys_platform == 'linux'"; \
-	  cat senet_kernels/_build.json; touch $@; }
+	@$(MAKE) --no-print-directory -j2 --output-sync=target $(STAMPS)/models $(STAMPS)/packages library
+	@echo '==> senet_kernels[$(EXTRAS)], native: $(SENET_KERNELS_BUILD)'; time { \
+	  $(BUILD) $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'; cat senet_kernels/_build.json; touch $@; }
 
 library: | $(STAMPS)/torch $(STAMPS)/nvcc
 	@echo '==> library'; time $(BUILD) setup.py -q build_ext --inplace
