@@ -1,13 +1,13 @@
 """``python -m tools.mutate_ptx``: is a step that is missing in the compiled kernels noticed?
 
-``[--seed 1] [--count 200] [--target 90a] [--orders 4] [--only ID ...] [--list]``
+``[--seed 1] [--count 200] [--target 90a] [--orders 8] [--only ID ...] [--list]``
 
 Takes, one at a time, out of the PTX that nvcc emits for the CUDA kernels: a barrier of a block,
 warp or cluster; a wait for copies or for an mbarrier; a commit; an arrival; a proxy fence; a
 release or an acquire between blocks; the condition under which something is stored. A seeded sample
 of them is executed on the CPU (``tests/ptx``), each in a process of its own, by every policy of the
-launch plan in several orders of threads, every other one on channels-last images, until a result is
-wrong or the simulation reports an error.
+launch plan in several orders of threads, with images of four shapes in both layouts, until a result
+is wrong or the simulation reports an error.
 
 Survivors are printed with the lines around them, and are to be explained. Exit code 0: none.
 """
@@ -116,7 +116,8 @@ def _execute(name: str, target: str, orders: int) -> str:
                 continue
             try:
                 seed, layout = order * len(POLICIES) + number, "channels_last" if order % 2 else ""
-                test_ptx_kernels.runs(policy, device, seed, layout)
+                shape = test_ptx_kernels.SHAPES[order // 2 % len(test_ptx_kernels.SHAPES)]
+                test_ptx_kernels.runs(policy, device, seed, layout, shape)
             except (AssertionError, RuntimeError) as error:
                 return f"{policy or 'automatic'}, order {order}: {str(error).splitlines()[0][:300]}"
     assert cuda_on_cpu.simulation().finder.found
@@ -140,7 +141,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--target", choices=["80", "90a"], default="90a")
-    parser.add_argument("--orders", type=int, default=4)
+    parser.add_argument("--orders", type=int, default=8)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--execute", help=argparse.SUPPRESS)
