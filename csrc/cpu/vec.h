@@ -180,7 +180,7 @@ typedef uint32_t Vec32u __attribute__((vector_size(SENET_VECTOR_BYTES)));
 #if defined(__ARM_NEON)
 SENET_INLINE VecF widen(Vec16 raw, bf16) { return (VecF)vshll_n_u16((uint16x4_t)raw, 16); }
 SENET_INLINE Vec16 narrow(VecF v, bf16) {
-#if defined(__ARM_FEATURE_BF16)
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   return (Vec16)vcvt_bf16_f32((float32x4_t)v);
 #else
   const uint32x4_t bits = (uint32x4_t)v;
