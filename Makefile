@@ -33,7 +33,7 @@ PIP := -m pip --disable-pip-version-check install -qq -c .ci/constraints.txt
 BUILD = env -u MAKEFLAGS $(PY)
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt tests/ptx tests/team examples -type f 2>/dev/null))
+CPP_FILES := $(filter %.h %.cuh %.cpp %.cu,$(CSRC) $(shell find tests/simt tests/ptx tests/team tests/arm64 examples -type f 2>/dev/null))
 STAMPS := $(VENV)/stamps
 
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))

@@ -75,7 +75,14 @@ if SANITIZE:
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # csrc/cpu/kernels.cpp is compiled once for each of these, into a namespace of its own; which one
 # runs is decided at run time. In ascending order, which matters (see `write_ninja_file`).
-ISA_FLAGS = {"baseline": ["-DSENET_ISA=baseline"]}
+if platform.machine() == "aarch64":
+    TORCH_FLAGS.append("-DSENET_ARM64=1")
+    ISA_FLAGS = {
+        "neon": ["-DSENET_ISA=neon"],
+        "neon_bf16": ["-DSENET_ISA=neon_bf16", "-march=armv8.2-a+bf16"],
+    }
+else:
+    ISA_FLAGS = {"baseline": ["-DSENET_ISA=baseline"]}
 if platform.machine() == "x86_64":
     TORCH_FLAGS.append("-DSENET_X86=1")
     ISA_FLAGS["baseline"].append("-DSENET_FEW_CASES=1")  # almost every processor has AVX2

@@ -108,5 +108,13 @@ namespace avx512 {
 void forward(const ForwardArgs&, const Runtime&);
 void backward(const BackwardArgs&, const Runtime&);
 }  // namespace avx512
+namespace neon {
+void forward(const ForwardArgs&, const Runtime&);
+void backward(const BackwardArgs&, const Runtime&);
+}  // namespace neon
+namespace neon_bf16 {
+void forward(const ForwardArgs&, const Runtime&);
+void backward(const BackwardArgs&, const Runtime&);
+}  // namespace neon_bf16
 
 }  // namespace senet

@@ -34,7 +34,7 @@ def _python(isa: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "neon"])
 @pytest.mark.parametrize(
     "backend", [b for b in FUSED_BACKENDS if b.name == "native"], indirect=True, ids=str
 )

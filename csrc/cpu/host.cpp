@@ -8,6 +8,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(SENET_ARM64)
+#include <sys/auxv.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -34,7 +37,15 @@ struct Kernels {
 // The widest set this processor has; SENET_KERNELS_ISA names another (for tests and bug reports).
 const Kernels& kernels() {
   static const Kernels chosen = [] {
+#if defined(SENET_ARM64)
+    std::vector<Kernels> usable = {{"neon", neon::forward, neon::backward}};
+    constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which old headers lack
+    if (getauxval(AT_HWCAP2) & kBf16) {
+      usable.push_back({"neon_bf16", neon_bf16::forward, neon_bf16::backward});
+    }
+#else
     std::vector<Kernels> usable = {{"baseline", baseline::forward, baseline::backward}};
+#endif
 #if defined(SENET_X86)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c")) {

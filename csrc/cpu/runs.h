@@ -24,12 +24,13 @@ constexpr int64_t kPanelBytes = 64 << 10;
 // Asks for memory that a loop will come to. Hardware prefetchers stop at page ends, follow few
 // streams at once, and some do little for memory that is about to be written. Not with AVX-512: a
 // vector is a cache line there, so that it is a prefetch or two for each of them, and processors
-// that have it lose by it (docs/performance.md). The address may lie beyond the end: a prefetch
-// does not fault.
+// that have it lose by it (docs/performance.md); nor with NEON, where a vector is a quarter of a
+// line or an eighth, and nothing says yet that it gains. The address may lie beyond the end: a
+// prefetch does not fault.
 constexpr int64_t kAhead = 2048;
 template <int kWrite>
 SENET_INLINE void prefetch([[maybe_unused]] const void* p, [[maybe_unused]] int64_t bytes) {
-#if !defined(__AVX512F__)
+#if !defined(__AVX512F__) && !defined(__ARM_NEON)
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), kWrite);
 #endif
 }

@@ -11,6 +11,8 @@
 #include <utility>
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "../se.h"
@@ -175,6 +177,21 @@ SENET_INLINE void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
 typedef uint16_t Vec16 __attribute__((vector_size(SENET_VECTOR_BYTES / 2)));
 typedef uint32_t Vec32u __attribute__((vector_size(SENET_VECTOR_BYTES)));
 
+#if defined(__ARM_NEON)
+SENET_INLINE VecF widen(Vec16 raw, bf16) { return (VecF)vshll_n_u16((uint16x4_t)raw, 16); }
+SENET_INLINE Vec16 narrow(VecF v, bf16) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (Vec16)vcvt_bf16_f32((float32x4_t)v);
+#else
+  const uint32x4_t bits = (uint32x4_t)v;
+  const uint32x4_t odd = vshrq_n_u32(vshlq_n_u32(bits, 15), 31);
+  const uint16x4_t rounded = vaddhn_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint16x4_t quiet = vorr_u16(vshrn_n_u32(bits, 16), vdup_n_u16(0x0040));
+  const uint16x4_t number = vmovn_u32(vceqq_f32((float32x4_t)v, (float32x4_t)v));
+  return (Vec16)vbsl_u16(number, rounded, quiet);
+#endif
+}
+#else
 SENET_INLINE VecF widen(Vec16 raw, bf16) {
   const Vec32u bits = __builtin_convertvector(raw, Vec32u) << 16;
   return (VecF)bits;
@@ -185,6 +202,7 @@ SENET_INLINE Vec16 narrow(VecF v, bf16) {
   bits = (v != v) ? (bits | 0x00400000) : rounded;
   return __builtin_convertvector(bits >> 16, Vec16);
 }
+#endif
 SENET_INLINE VecF widen(Vec16 raw, f16) {
 #if defined(__AVX512F__)
   __m256i in;
@@ -194,6 +212,8 @@ SENET_INLINE VecF widen(Vec16 raw, f16) {
   __m128i in;
   std::memcpy(&in, &raw, sizeof in);
   return (VecF)_mm256_cvtph_ps(in);
+#elif defined(__ARM_NEON)
+  return (VecF)vcvt_f32_f16((float16x4_t)raw);
 #else
   VecF v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = to_acc(f16{raw[i]});
@@ -208,6 +228,8 @@ SENET_INLINE Vec16 narrow(VecF v, f16) {
 #elif defined(__F16C__)
   const __m128i out = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(&raw, &out, sizeof out);
+#elif defined(__ARM_NEON)
+  raw = (Vec16)vcvt_f16_f32((float32x4_t)v);
 #else
   for (int i = 0; i < kLanes<float>; ++i) raw[i] = Narrow<f16>::from(v[i]).bits;
 #endif
@@ -307,6 +329,43 @@ SENET_INLINE void store_n(T* p, VecF v, int n) {
   }
   if (n & 1) p->bits = static_cast<uint16_t>(part);
 }
+#elif defined(__ARM_NEON)
+// In pieces of 2 and 1.
+SENET_INLINE VecF load_n(const float* p, int n) {
+  const float32x2_t none = vdup_n_f32(0);
+  const float32x2_t two = n & 2 ? vld1_f32(p) : none;
+  const float32x2_t one = n & 1 ? vset_lane_f32(p[n - 1], none, 0) : none;
+  return (VecF)(n & 2 ? vcombine_f32(two, one) : vcombine_f32(one, none));
+}
+SENET_INLINE VecD load_n(const double* p, int n) { return VecD{n & 1 ? *p : 0.0, 0.0}; }
+template <class T>
+SENET_INLINE VecF load_n(const T* p, int n) {
+  uint32_t two = 0;
+  uint64_t raw = 0;
+  if (n & 2) std::memcpy(&two, p, 4), p += 2;
+  if (n & 1) raw = static_cast<uint64_t>(p->bits) << (n & 2 ? 32 : 0);
+  return widen((Vec16)vcreate_u16(raw | two), T{});
+}
+SENET_INLINE void store_n(float* p, VecF v, int n) {
+  float32x2_t part = vget_low_f32((float32x4_t)v);
+  if (n & 2) {
+    vst1_f32(p, part);
+    part = vget_high_f32((float32x4_t)v), p += 2;
+  }
+  if (n & 1) vst1_lane_f32(p, part, 0);
+}
+SENET_INLINE void store_n(double* p, VecD v, int n) {
+  if (n & 1) *p = v[0];
+}
+template <class T>
+SENET_INLINE void store_n(T* p, VecF v, int n) {
+  uint64_t part = vget_lane_u64((uint64x1_t)narrow(v, T{}), 0);
+  if (n & 2) {
+    std::memcpy(p, &part, 4);
+    part >>= 32, p += 2;
+  }
+  if (n & 1) p->bits = static_cast<uint16_t>(part);
+}
 #else
 template <class T>
 SENET_INLINE Vec<Acc<T>> load_n(const T* p, int n) {
@@ -358,6 +417,8 @@ SENET_INLINE void end_streams() {}
 SENET_INLINE void pause() {
 #if defined(__SSE2__)
   _mm_pause();
+#elif defined(__ARM_NEON)
+  __asm__ volatile("yield");
 #endif
 }
 
@@ -370,6 +431,8 @@ SENET_INLINE float sum(VecF v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#elif defined(__ARM_NEON)
+  return vaddvq_f32((float32x4_t)v);
 #else
   return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
@@ -393,6 +456,9 @@ SENET_INLINE void sum4(VecF a, VecF b, VecF c, VecF d, float* out) {
   const __m256 pairs =
       _mm256_hadd_ps(_mm256_hadd_ps(halve(a), halve(b)), _mm256_hadd_ps(halve(c), halve(d)));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#elif defined(__ARM_NEON)
+  const float32x4_t ab = vpaddq_f32((float32x4_t)a, (float32x4_t)b);
+  vst1q_f32(out, vpaddq_f32(ab, vpaddq_f32((float32x4_t)c, (float32x4_t)d)));
 #else
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 #endif
@@ -428,6 +494,9 @@ SENET_INLINE uint32_t positive_bits(VecF v) {
 #elif defined(__AVX2__)
   const __m256 m = _mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_NLE_UQ);
   return static_cast<uint32_t>(_mm256_movemask_ps(m));
+#elif defined(__ARM_NEON)
+  const uint32x4_t lane_bits = {1, 2, 4, 8};
+  return vaddvq_u32(vbicq_u32(lane_bits, vcleq_f32((float32x4_t)v, vdupq_n_f32(0))));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes<float>; ++i) bits |= static_cast<uint32_t>(!(v[i] <= 0)) << i;
