@@ -45,6 +45,7 @@ FILES = {
         "csrc/cuda/gradients.cuh",
     ),
     "cpu": (
+        "csrc/cpu/elements.h",
         "csrc/cpu/vec.h",
         "csrc/cpu/pointwise.h",
         "csrc/cpu/lanes.h",
